@@ -1,0 +1,529 @@
+"""Data: a small world that makes sound, and media in and out.
+
+**The toybox.** Real clips that move with their sound are gigabytes, and nobody can say exactly when something in them
+happens. The toybox is a world that can: six things that sound, drawn and synthesised from a seed, nothing to download.
+Each is one audio-motion relation that the Syncphony paper discusses (appendix A):
+
+    ball     drops onto a floor                   sound at the instant of contact
+    hammer   winds up, then strikes               motion that announces the sound
+    mouth    stays open while a tone lasts        motion as long as the sound
+    lamp     flashes, then fades                  light that outlives the sound
+    roller   a slow ball rolls into a pin         long motion before a short, sharp sound
+    bell     swings and rings where it turns      the sound sits where motion is slowest
+
+Everything that moves is drawn from ONE number per frame, the state s(t): 0 at rest, 1 at the event (a bell uses -1..1, a
+hammer is negative while it winds up). So `toybox_draw(scene, s)` is the whole physics of a clip, and cyclesync.py can
+read any video of this world back: draw some sixty states, take the closest. Scenes (what, where, which colours, which
+material) are drawn before and independently of events, and every clip starts at rest: the first frame never tells WHEN.
+Some clips are silent, some have sounds from off screen (a hum, a sweep, distant babble); in both nothing moves.
+
+**Media.** `read_audio`, `read_image`, `write_video`, `film_strip`, `log_mel`, and the two functions through which every
+checkpoint passes. Whatever is wrong with a file becomes a `BadInput` whose text says what was found, what was expected
+and what to do; `run_cli` prints it as one line and exits with code 2.
+
+    F frames · H W height, width · S audio steps · A mel bins · n events
+    video uint8 (F, H, W, 3) · waveform float32 (samples,) in [-1, 1], mono, 16 kHz · times in seconds
+"""
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+FPS, RATE, FRAMES = 24, 16000, 49                            # 49 frames = 1 + 48 make 13 latents of 4 frames
+MEL_RATE, MELS = 100, 64                                     # log-mel frames per second, bins
+KINDS = ("ball", "hammer", "mouth", "lamp", "roller", "bell")
+STATES = {"ball": (0, 1), "hammer": (-.6, 1), "mouth": (0, 1), "lamp": (0, 1), "roller": (0, 1), "bell": (-1, 1)}
+# kind: (first event not before, shortest gap between events), seconds
+TIMING = {"ball": (.40, .36), "hammer": (.44, .44), "mouth": (.34, .16), "lamp": (.34, .22), "roller": (.80, .85), "bell": (.44, .36)}
+
+
+class BadInput(ValueError):
+    """Something a user gave cannot be used; the text says what was found, what was expected and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the module's docstring as help, defaults shown, no abbreviated flags, errors in one line."""
+
+    def __init__(self, doc):
+        both = type("Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+        super().__init__(description=doc, formatter_class=both, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def number(kind=float, low=None, high=None):
+    """For `type=` of an argument: a finite number in [low, high]."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not np.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            span = f"{'' if low is None else f' of at least {low}'}{'' if high is None else f' and at most {high}'}"
+            raise argparse.ArgumentTypeError(f"expected a finite number{span}, got {text}")
+        return value
+    return read
+
+
+def run_cli(main):
+    """Run a program's `main`: bad input ends in one line on stderr and exit code 2, never in a traceback."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------ toybox: what is there
+
+def toybox_scene(rng, kind=None):
+    """Draw a thing, its place, colours and material. Knows nothing of events. Lengths are shares of the picture's side."""
+    kind = kind or KINDS[rng.integers(len(KINDS))]
+    back = rng.uniform(0, 1, (2, 3)) * rng.uniform(.25, 1)                    # top and bottom colour of the background
+    colours = []
+    while len(colours) < 3:                                                   # things must stand out from their ground
+        c = rng.uniform(0, 1, 3)
+        if np.linalg.norm(c - back, axis=1).min() > .5 and all(np.linalg.norm(c - o) > .35 for o in colours):
+            colours.append(c)
+        elif rng.random() < .02:                                              # a mid-grey ground leaves no room: redraw it
+            back, colours = rng.uniform(0, 1, (2, 3)) * rng.uniform(.25, 1), []
+    material = dict(pitch=np.exp(rng.uniform(np.log(110), np.log(2800))), ratios=np.cumsum(rng.uniform(.45, 1.6, 4)),
+                    levels=rng.uniform(.1, 1, 4), ring=np.exp(rng.uniform(np.log(.015), np.log(.5))),
+                    noise=rng.uniform(.1, 1.5), burst=np.exp(rng.uniform(np.log(.003), np.log(.09))),
+                    thud=rng.uniform(0, 1.2) * (rng.random() < .4), drop=rng.uniform(0, .6) * (rng.random() < .3),
+                    voice=np.exp(rng.uniform(np.log(75), np.log(520))), breath=rng.uniform(0, .8),
+                    formants=np.exp(rng.uniform(np.log(300), np.log(3500), 2)), vibrato=rng.uniform(0, .04))
+    return dict(kind=kind, back=back, colours=np.array(colours), x=rng.uniform(-.12, .12), y=rng.uniform(-.05, .05),
+                scale=rng.uniform(.85, 1.12), size=rng.uniform(0, 1), flip=bool(rng.random() < .5), material=material)
+
+
+def toybox_events(kind, seconds, rng):
+    """Irregular event times and durations (n,), (n,): up to 6, never at once, none so late that its motion is cut."""
+    first, gap = TIMING[kind]
+    spread, most = rng.uniform(.05, .7), rng.integers(1, 7) if seconds < 3 else int(3 * seconds)
+    t, times, durations = first + rng.exponential(spread), [], []
+    while t < seconds - .12 and len(times) < most:
+        d = float(np.clip(rng.exponential(.3), .14, .9)) if kind == "mouth" else 0.
+        times.append(t), durations.append(d)
+        t += d + gap + rng.exponential(spread)
+    return np.array(times), np.array(durations)
+
+
+def toybox_state(kind, events, durations, t):
+    """The state s at times t (F,): 0 at rest, contacts are sharp peaks of height 1."""
+    t, s = np.asarray(t, float), np.zeros(len(t))
+    for k, (e, d) in enumerate(zip(events, durations)):
+        u = t - e                                                             # seconds since this event
+        if kind == "ball":                                                    # free fall and bounce: two half parabolas
+            s = np.maximum(s, np.clip(1 - np.abs(u) / .19, 0, 1) ** 2)
+        elif kind == "hammer":                                                # lift, wait, strike, return
+            swing = np.interp(u, [-.42, -.22, -.12, 0, .06, .24], [0, -.55, -.55, 1, .8, 0])
+            s = np.where(np.abs(swing) > np.abs(s), swing, s)
+        elif kind == "mouth":
+            s = np.maximum(s, np.interp(u, [-.03, .03, max(d, .04), max(d, .04) + .08], [0, 1, 1, 0]))
+        elif kind == "lamp":                                                  # full light for the first frame it can be seen in
+            s = np.maximum(s, np.where(u >= -.5 / FPS, np.exp(-np.maximum(u, 0) / .11), 0))
+        elif kind == "roller":
+            s = np.maximum(s, np.interp(u, [-.78, 0, .45], [0, 1, 0]))
+        elif kind == "bell":                                                  # half a cosine between turning points
+            side, before = (-1) ** k, events[k - 1] if k else -9.
+            after = events[k + 1] if k + 1 < len(events) else 99.
+            s = s + _half_swing(u, -(e - before) / 2 if e - before < .9 else -.42, side)
+            s = s + _half_swing(-u, -(after - e) / 2 if after - e < .9 else -.42, side) * (u > 0)
+    return s
+
+
+def _half_swing(u, start, side):
+    """Half of a swing: 0 at u = start, `side` at its turning point u = 0, as a quarter of a sine."""
+    return side * np.sin(np.pi / 2 * np.clip((u - start) / -start, 0, 1)) * ((u > start) & (u <= 0))
+
+
+# ------------------------------------------------------------------------------------------------ toybox: the picture
+
+def _disc(x, y, cx, cy, r):                                                   # signed distances, negative inside
+    return np.sqrt((x - cx) ** 2 + (y - cy) ** 2) - r
+
+
+def _box(x, y, cx, cy, w, h):                                                 # half width w, half height h
+    return np.maximum(np.abs(x - cx) - w, np.abs(y - cy) - h)
+
+
+def toybox_draw(scene, s, size=64):
+    """Draw a scene in the states s (F,) -> uint8 (F, size, size, 3). Anti-aliased: coverage from a signed distance."""
+    s = np.asarray(s, np.float32).reshape(-1, 1, 1)                           # (F, 1, 1)
+    p = (np.arange(size, dtype=np.float32) + .5) / size                       # pixel centres
+    ramp = p[:, None, None]                                                   # (H, 1, 1)
+    picture = np.broadcast_to((1 - ramp) * scene["back"][0] + ramp * scene["back"][1], (size, size, 3))
+    x, y = np.meshgrid(p, p)                                                  # (H, W) each
+    x = ((1 - x if scene["flip"] else x) - .5 - scene["x"]) / scene["scale"] + .5
+    y = (y - .5 - scene["y"]) / scene["scale"] + .5
+    sharp = size * scene["scale"]                                             # pixels per unit: the edge is one pixel wide
+
+    def cover(distance):
+        return np.clip(.5 - distance * sharp, 0, 1).astype(np.float32)        # (F or 1, H, W) in [0, 1]
+
+    for mask, colour in _layers(scene, s, x[None].astype(np.float32), y[None].astype(np.float32), cover):
+        moves = len(mask) > 1
+        rows = np.flatnonzero(mask.max((0, 2)) > 0) if moves else np.arange(size)
+        if len(rows) == 0:
+            continue
+        if moves and picture.ndim == 3:
+            picture = np.broadcast_to(picture, (len(s), size, size, 3)).astype(np.float32)
+        band, m = slice(rows[0], rows[-1] + 1), mask[..., None]               # blend only the rows that the mask touches
+        if picture.ndim == 3:
+            picture = picture + m[0] * (colour - picture)
+        else:
+            picture[:, band] += m[:, band] * (np.asarray(colour, np.float32) - picture[:, band])
+    picture = np.broadcast_to(picture, (len(s), size, size, 3))
+    return (np.clip(picture, 0, 1) * 255 + .5).astype(np.uint8)
+
+
+def _layers(scene, s, x, y, cover):
+    """The things of a scene from back to front: (mask, colour). x, y (1, H, W); s (F, 1, 1); moving masks (F, H, W)."""
+    kind, (a, b, c), big = scene["kind"], scene["colours"], scene["size"]     # three colours; big in 0..1
+    if kind == "ball":
+        r = .13 + .05 * big
+        floor, top = .86, .12 + r
+        yield cover(floor - y), b                                             # floor
+        yield cover(_box(x, y, .5, .06, .10, .04)), c                         # the holder it hangs from
+        yield cover(_disc(x, y, .5, top + s * (floor - r - top), r)), a
+    elif kind == "hammer":
+        arm, head = .50, .12 + .04 * big
+        angle = .75 * (1 - s)                                                 # level at the strike, s = 1
+        u, v = x - .82, y - .60                                               # pivot right of the middle
+        along, across = -u * np.cos(angle) - v * np.sin(angle), -u * np.sin(angle) + v * np.cos(angle)
+        yield cover(_box(x, y, .82 - arm, .60 + head + .13, .20, .13)), c     # the block
+        yield cover(_box(along, across, arm / 2, 0, arm / 2, .035)), b        # handle
+        yield cover(_box(along, across, arm, 0, .10, head)), a                # head: touches the block at s = 1
+    elif kind == "mouth":
+        w, h = .17 + .05 * big, .018 + .135 * np.clip(s, 0, 1.2)
+        yield cover(_disc(x, y, .5, .5, .40)), a
+        for side in (-1, 1):
+            yield cover(_disc(x, y, .5 + side * .15, .36, .055)), b
+        ellipse = np.sqrt(((x - .5) / w) ** 2 + ((y - .66) / h) ** 2)
+        yield cover((ellipse - 1) * np.minimum(w, h)), c
+    elif kind == "lamp":
+        r, glow = .15 + .05 * big, np.clip(s, 0, 1.2)
+        light = np.array([1, .97, .8])
+        yield cover(_box(x, y, .5, .80, .035, .20)), b                        # pole
+        yield .75 * glow * np.exp(-np.maximum(_disc(x, y, .5, .42, r), 0) / .16).astype(np.float32), light
+        yield cover(_disc(x, y, .5, .42, r)), .35 * a                         # the bulb, dark ...
+        yield glow * cover(_disc(x, y, .5, .42, r)), light                    # ... and lit
+    elif kind == "roller":
+        r, foot = .12 + .04 * big, .82
+        lean = .5 * np.clip((s - .93) / .07, 0, 1)                            # the pin leans while it is touched
+        u, v = x - .86, y - foot
+        yield cover(foot - y), b
+        yield cover(_box(u * np.cos(lean) + v * np.sin(lean), v * np.cos(lean) - u * np.sin(lean), 0, -.21, .055, .21)), c
+        yield cover(_disc(x, y, .12 + s * (.805 - r - .12), foot - r, r)), a
+    elif kind == "bell":
+        r, angle = .15 + .04 * big, .72 * s
+        u, v = x - .5, y - .14
+        side, down = u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
+        yield cover(_box(x, y, .5, .10, .26, .045)), b                        # beam
+        yield cover(_box(side, down, 0, .16, .022, .16)), c                   # rope
+        yield cover(np.minimum(_disc(side, down, 0, .40, r), _box(side, down, 0, .50, r * 1.25, .06))), a
+
+
+# ------------------------------------------------------------------------------------------------ toybox: the sound
+
+def _strike(m, rng):
+    """One hit on a material: ringing modes, a burst of noise, sometimes a thud or a falling pitch. float32 (samples,)"""
+    t = np.arange(int(RATE * min(.9, 6 * max(m["ring"], m["burst"]) + .03)), dtype=np.float32) / RATE
+    fall = 1 - m["drop"] * (1 - np.exp(-t / .04))
+    out = m["noise"] * rng.standard_normal(len(t), dtype=np.float32) * np.exp(-t / m["burst"])
+    for ratio, level, k in zip(m["ratios"], m["levels"], range(9)):
+        f = m["pitch"] * ratio
+        if f < RATE / 2.2:
+            out += level * np.sin(2 * np.pi * f * fall * t) * np.exp(-t * (1 + k) / m["ring"])
+    out += 1.5 * m["thud"] * np.sin(2 * np.pi * 70 * t) * np.exp(-t / .05)
+    return out * np.minimum(1, np.arange(len(t)) / 12 + .2) / (np.abs(out).max() + 1e-6)
+
+
+def _voice(m, duration, rng):
+    """A tone held for `duration` seconds: harmonics of a gliding pitch under two formants, and breath."""
+    n = int(RATE * (duration + .07))
+    t = np.arange(n, dtype=np.float32) / RATE
+    f0 = m["voice"] * (1 + rng.uniform(-.15, .15) * t / duration + m["vibrato"] * np.sin(2 * np.pi * 5.5 * t))
+    phase = 2 * np.pi * np.cumsum(f0) / RATE
+    out = m["breath"] * rng.standard_normal(n, dtype=np.float32) * .5
+    for k in range(1, 13):
+        f = k * m["voice"]
+        if f < 6500:
+            out += np.sin(k * phase) / k ** .7 * (.25 + sum(np.exp(-(np.log(f / g) / .35) ** 2) for g in m["formants"]))
+    envelope = np.interp(t, [0, .015, duration, duration + .06], [0, 1, rng.uniform(.4, 1), 0])
+    return (out * envelope / (np.abs(out).max() + 1e-6)).astype(np.float32)
+
+
+def _off_screen(n, rng):
+    """A sound that nothing in the picture makes: a hum, a slow sweep or babble. All fade in over 0.3 s or more."""
+    t = np.arange(n, dtype=np.float32) / RATE
+    what = rng.integers(3)
+    if what == 0:
+        f = rng.uniform(50, 220)
+        out = sum(rng.uniform(.1, 1) * np.sin(2 * np.pi * f * k * t) for k in range(1, 5))
+    elif what == 1:
+        f = rng.uniform(300, 3000) * np.exp(rng.uniform(-.8, .8) * t)
+        out = np.sin(2 * np.pi * np.cumsum(f) / RATE)
+    else:
+        out = np.convolve(rng.standard_normal(n), np.hanning(int(rng.uniform(4, 30))), "same")
+        out *= .65 + .35 * np.sin(2 * np.pi * rng.uniform(1, 2.5) * t + rng.uniform(0, 6))
+    start, fade = rng.uniform(-.6, .5 * t[-1]), rng.uniform(.3, .8)
+    out = out * np.clip((t - start) / fade, 0, 1) ** 2
+    return (out / (np.abs(out).max() + 1e-6)).astype(np.float32)
+
+
+def toybox_sound(scene, events, durations, seconds, rng, off_screen=False):
+    """The waveform of a clip, float32 (seconds x 16 000,): events, then room, tilt, noise floor and gain."""
+    n, m = round(seconds * RATE), scene["material"]
+    out = np.zeros(n, np.float32)
+    if scene["kind"] == "bell":
+        m = dict(m, ring=.15 + m["ring"], noise=.3 * m["noise"])
+    hit = _strike(m, rng)
+    for e, d in zip(events, durations):
+        sound = _voice(m, d, rng) if scene["kind"] == "mouth" else hit
+        a = round(e * RATE)
+        piece = sound[:max(0, n - a)]
+        out[a:a + len(piece)] += piece * 10 ** rng.uniform(-.4, 0)            # up to 8 dB between two hits
+    if off_screen:
+        out += _off_screen(n, rng) * rng.uniform(.03, .5 if len(events) == 0 else .12)
+    padded = 1 << (n + RATE // 2).bit_length()                                # a power of two, longer than clip plus echo
+    out = np.fft.rfft(out, padded)
+    f = np.maximum(np.fft.rfftfreq(padded, 1 / RATE), 60)
+    out *= (f / 800) ** rng.uniform(-.7, .5)                                  # recordings are dull or bright
+    if rng.random() < .5:                                                     # a room: decaying noise, well below the sound
+        t = np.arange(int(RATE * .5)) / RATE
+        echo = rng.standard_normal(len(t)) * np.exp(-t / rng.uniform(.02, .14)) * 10 ** rng.uniform(-2.2, -1.3)
+        echo[0] = 1
+        out *= np.fft.rfft(echo, padded)
+    out = np.fft.irfft(out, padded)[:n]
+    floor = np.cumsum(rng.standard_normal(n)) * .02 if rng.random() < .3 else rng.standard_normal(n)
+    floor -= floor.mean()
+    loud = np.abs(out).max() if len(events) or off_screen else 1.
+    out = out / (loud + 1e-9) + floor / (floor.std() + 1e-9) * 10 ** rng.uniform(-4, -1.7)
+    return np.clip(out * 10 ** rng.uniform(-1.2, -.05), -1, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ toybox: whole clips
+
+_WORDS = {
+    "ball": (["a ball", "a heavy ball", "something round"], ["drops onto the floor", "falls and bounces", "hits the ground"]),
+    "hammer": (["a hammer", "a mallet", "somebody's hammer"], ["strikes a block", "winds up and strikes", "pounds the block"]),
+    "mouth": (["a face", "a mouth", "a singer"], ["sings a tone", "opens as long as the voice lasts", "calls out"]),
+    "lamp": (["a lamp", "a light", "a bulb"], ["flashes and fades", "lights up", "blinks"]),
+    "roller": (["a slow ball", "a rolling ball", "a bowling ball"], ["rolls into a pin", "bumps a pin", "rolls and knocks"]),
+    "bell": (["a bell", "a hanging bell", "a church bell"], ["swings and rings", "rings where it turns", "tolls"]),
+}
+_TIMES = ("", "once", "twice", "three times", "four times", "five times", "six times")
+
+
+def toybox_caption(kind, n, off_screen, rng):
+    """One sentence about a clip. About every third one counts the events."""
+    things, does = _WORDS[kind]
+    thing = things[rng.integers(len(things))]
+    if n == 0:
+        return f"{thing} {('rests', 'does not move', 'keeps still')[rng.integers(3)]}" + (", a sound comes from elsewhere" if off_screen else "")
+    count = f" {_TIMES[n]}" if n < len(_TIMES) and rng.random() < .35 else ""
+    return f"{thing} {does[rng.integers(len(does))]}{count}"
+
+
+def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True):
+    """One clip of the toybox, a pure function of its arguments.
+
+    -> dict: video uint8 (F, size, size, 3) (absent if `video` is false), audio float32 (F / 24 x 16 000,), caption str,
+    kind str, scene dict, state float (F,), events (n,) and durations (n,) in seconds. `size`: a multiple of 16."""
+    rng = np.random.default_rng([seed, 2718])
+    scene = toybox_scene(rng, kind)
+    seconds, mood = frames / FPS, rng.random()                                # 8 % silent, 10 % only off-screen sound
+    events, durations = toybox_events(scene["kind"], seconds, rng) if mood > .18 else (np.zeros(0), np.zeros(0))
+    off_screen = bool(.08 <= mood < .18 or rng.random() < .2 * (mood > .18))
+    state = toybox_state(scene["kind"], events, durations, np.arange(frames) / FPS)
+    audio = toybox_sound(scene, events, durations, seconds, rng, off_screen)
+    clip = dict(kind=scene["kind"], scene=scene, state=state, events=events, durations=durations, audio=audio,
+                off_screen=off_screen, caption=toybox_caption(scene["kind"], len(events), off_screen, rng))
+    return dict(clip, video=toybox_draw(scene, state, size)) if video else clip
+
+
+def toybox_windows(seed, size=64, blocks=3, t=4):
+    """What a VAE with kernel_t = 1 trains on: frame 0 and `blocks` stretches of t frames, mostly ones in which something
+    moves -> uint8 (1 + blocks·t, size, size, 3). A whole clip would cost four times as much to draw and mostly stand still."""
+    rng = np.random.default_rng([seed, 3141])
+    scene = toybox_scene(rng)
+    events, durations = toybox_events(scene["kind"], FRAMES / FPS, rng)
+    state = toybox_state(scene["kind"], events, durations, np.arange(FRAMES) / FPS)
+    rows = state[1:].reshape(-1, t)                                           # (L - 1, t)
+    odds = .1 + (np.abs(rows).max(1) > .05)
+    chosen = rng.choice(len(rows), blocks, replace=False, p=odds / odds.sum())
+    return toybox_draw(scene, np.concatenate([state[:1], rows[chosen].ravel()]), size)
+
+
+# ------------------------------------------------------------------------------------------------ media in
+
+def _existing(path, what):
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such {what} file; check the path")
+    if path.stat().st_size == 0:
+        raise BadInput(f"{path}: the file is empty (0 bytes); give a {what} file with content")
+    return path
+
+
+def read_audio(path, rate=RATE):
+    """Any sound file or clip with sound (wav flac ogg mp3 by soundfile, the rest by ffmpeg) -> float32 (samples,), mono."""
+    import librosa
+    import soundfile
+    path = _existing(path, "audio")
+    try:
+        wave, found = soundfile.read(path, dtype="float32", always_2d=True)   # (samples, channels)
+        wave = wave.mean(1)
+    except soundfile.LibsndfileError:
+        import imageio_ffmpeg
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path.resolve()), "-vn", "-ac", "1", "-ar", str(rate),
+                   "-f", "f32le", "-"]
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+        wave, found = np.frombuffer(done.stdout[:len(done.stdout) // 4 * 4], np.float32), rate
+        if done.returncode or len(wave) == 0:
+            why = (done.stderr.decode(errors="replace").strip().splitlines() or ["it holds no sound"])[-1]
+            raise BadInput(f"{path}: no sound can be read from it ({why.split(': ')[-1]}); expected wav, flac, ogg, mp3, m4a or mp4 with sound")
+    if not np.isfinite(wave).all():
+        raise BadInput(f"{path}: {int((~np.isfinite(wave)).sum())} samples are NaN or infinite; repair or re-export the recording")
+    if found != rate:
+        wave = librosa.resample(wave, orig_sr=found, target_sr=rate)
+    if len(wave) < rate // 10:
+        raise BadInput(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; at least 100 ms are needed")
+    return np.clip(wave, -1, 1).astype(np.float32)
+
+
+def read_image(path, size=64):
+    """Any picture -> uint8 (size, size, 3): centre crop to a square, antialiased resize. Alpha lies on white."""
+    from PIL import Image                                                     # comes with imageio
+    path = _existing(path, "image")
+    Image.MAX_IMAGE_PIXELS = None                                             # large pictures are welcome
+    try:
+        picture = Image.open(path)
+        picture.draft("RGB", (2 * size, 2 * size))                            # a large jpeg is decoded small
+        picture.load()
+        if picture.mode.startswith("I") or picture.mode == "F":               # 16 bits or more a value: by its own range
+            values = np.asarray(picture, np.float64)
+            picture = Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8))
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
+        raise BadInput(f"{path}: not a picture that can be read ({str(why).splitlines()[0]}); expected png, jpg, webp or bmp") from why
+    w, h = picture.size
+    side = min(w, h)
+    box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
+    return np.asarray(picture.convert("RGB").resize((size, size), Image.LANCZOS, box=box))
+
+
+def log_mel(wave):
+    """Waveform (samples,) at 16 kHz -> float32 (frames at 100 Hz, 64): log energies, about zero mean and unit variance.
+
+    Windows of 25 ms every 10 ms, 64 bands up to 8 kHz, centred. Energies under -80 dB count as silence, and the scale is a
+    constant, not the clip's own: loud and soft stay different, and silence stays silence however long it lasts."""
+    import librosa
+    mel = librosa.feature.melspectrogram(y=wave, sr=RATE, n_fft=512, win_length=400, hop_length=RATE // MEL_RATE, n_mels=MELS, fmin=40)
+    frames = len(wave) * MEL_RATE // RATE
+    return ((np.log10(mel.T[:frames] + 1e-6) + 3.) / 1.6).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ media out
+
+def temporary(path):
+    """Where to write before renaming to `path`: same folder, same suffix. Half a file never carries the real name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+
+
+def write_video(path, frames, wave, fps=FPS, rate=RATE):
+    """H.264 + AAC. `frames`: uint8 (F, H, W, 3), or an iterator of such pieces (a long roll-out never sits in memory).
+
+    The sound is cut or padded with silence to the length of the pictures. H and W must be even: that is H.264's."""
+    import imageio_ffmpeg
+    import soundfile
+    pieces = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    piece, part, count = next(pieces), temporary(path), 0
+    if piece.shape[1] % 2 or piece.shape[2] % 2:
+        raise BadInput(f"{path}: H.264 needs an even height and width, got {piece.shape[1]}x{piece.shape[2]}")
+    silent, sound = part.with_suffix(".silent.mp4"), part.with_suffix(".wav")
+    try:
+        writer = imageio_ffmpeg.write_frames(str(silent), piece.shape[2:0:-1], fps=fps, codec="libx264", quality=None, macro_block_size=1,
+                                             output_params=["-crf", "12"], ffmpeg_log_level="error")
+        writer.send(None)
+        while piece is not None:
+            for frame in piece:
+                writer.send(np.ascontiguousarray(frame))
+            count += len(piece)
+            piece = next(pieces, None)
+        writer.close()
+        n = round(count / fps * rate)
+        soundfile.write(sound, np.pad(wave[:n], (0, max(0, n - len(wave)))), rate)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(silent), "-i", str(sound), "-c:v", "copy",
+                   "-c:a", "aac", "-b:a", "128k", "-movflags", "+faststart", str(part)]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        os.replace(part, path)
+    finally:
+        for leftover in (part, silent, sound):
+            leftover.unlink(missing_ok=True)
+    return count
+
+
+def film_strip(video, wave, shown=12, fps=FPS, rate=RATE):
+    """Frames over the waveform on one time axis, as a picture uint8 (H + 40, shown·W, 3). The frame above a stretch of
+    sound is the one in the middle of that stretch."""
+    F, H, W = video.shape[:3]
+    shown = min(shown, F)
+    middle = ((np.arange(shown) + .5) * F / shown).astype(int)
+    width, tall = shown * W, 40
+    n = max(1, round(F / fps * rate))
+    wave = np.pad(wave[:n], (0, max(0, n - len(wave))))
+    columns = np.array([np.abs(part).max() if len(part) else 0. for part in np.array_split(wave, width)])
+    loud = columns / max(columns.max(), 1e-3) * (tall / 2 - 2)                # height in pixels, to either side of the axis
+    y = np.abs(np.arange(tall) - (tall - 1) / 2)[:, None]                     # (40, 1)
+    plot = np.where(y <= np.maximum(loud, .5)[None], 60, 245).astype(np.uint8)
+    return np.concatenate([np.concatenate(list(video[middle]), 1), np.repeat(plot[..., None], 3, 2)], 0)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+def save_checkpoint(path, **content):
+    """Plain types and tensors only, written whole or not at all."""
+    part = temporary(path)
+    torch.save(dict(content, torch=torch.__version__), part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path, task, hint=""):
+    """A checkpoint of ours as a dict; anything else becomes one clear line. Never runs code from the file."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such checkpoint; {hint or 'check the path, or train one with train.py'}")
+    _existing(path, "checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as why:                                                  # torch raises half a dozen kinds here
+        raise BadInput(f"{path}: not a checkpoint that can be loaded safely ({type(why).__name__}); expected a .pt written by train.py") from why
+    if not isinstance(content, dict) or not {"task", "config", "model"} <= set(content):
+        raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config and model in it); train one with train.py")
+    if content["task"] != task:
+        raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; give one made by train.py --task {task}")
+    return content
+
+
+def load_weights(model, state, path):
+    """Weights (stored as half precision or not) into a model; every key that does not fit is named in one line."""
+    own = model.state_dict()
+    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
+    if wrong:
+        raise BadInput(f"{path}: {len(wrong)} of its tensors do not fit this network (for instance {sorted(wrong)[0]}); it was made for another size")
+    model.load_state_dict(state)
+    return model

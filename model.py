@@ -1,0 +1,479 @@
+"""The network: Pyramid Flow's multimodal diffusion transformer, and Syncphony's audio layers in it.
+
+**Backbone.** Video arrives as latents (see vae.py), cut into 2x2 patches: tokens. Text tokens stand before them, and
+attention is over [text; video] together. The first `n_double` blocks have separate weights for text and video, the
+`n_single` blocks after them share one set. Where a token stands in (time, row, column) is told to attention by rotating
+pairs of query and key channels (RoPE, three axes); how noisy it is, by scaling and shifting its features (adaLN).
+
+**Autoregression.** Latent l is made given text, audio and the clean latents before it, so attention is causal over
+latents. Three calls, one meaning:
+
+    `parallel`          training: [text; all clean latents; all noisy latents] in ONE pass; noisy latent l sees clean
+                        latents < l and itself, so every latent of a clip is a target in every step
+    `extend`, `denoise` sampling: keys and values of the clean context are kept; a step runs only the latent being made
+    `forward`           Pyramid Flow's own call: a list of clean clips at falling resolutions, then one noisy clip
+
+The cache is exact because the clean context keeps its own clock (`context_clock="own"`): text and clean latents are
+modulated as what they are, sigma = 0, so their keys and values do not depend on how far the noisy latent has come. The
+published weights were trained with the noisy clip's clock on every token ("shared"), and cannot be cached.
+
+**Audio (Syncphony, section 3.2 and appendix D).** Before the self-attention of every single-stream block, video tokens
+look into the audio through `AudioCrossAttention`. Two facts make it synchronous, and neither is learned:
+
+    window     latent l sees the audio steps i with |t_i - l| < 1.5 and no others                             eq. 7
+    Audio RoPE queries are rotated at (l, h, w), keys at (t_i, 0, 0), t_i = (i + 0.5)/alpha - 0.5 in latent units, with
+               the SAME table: when exactly something sounds becomes an angle between query and key        eqs. 8-10
+
+t_i depends on i alone, so keys are rotated once and the window is a boolean mask. Its output layer starts at zero: a
+fresh audio model IS the backbone. Audio Sync Guidance (sample.py) leaves these layers out: `audio=None`.
+
+    B batch · L latent frames · h w latent grid · C latent channels · N = L·(h/2)·(w/2) video tokens · T text tokens
+    S audio steps at 50 Hz · A audio channels · D width = K heads x d · G groups of tokens that share one sigma
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class MMDiTConfig:
+    n_double: int = 8                         # blocks with separate weights for text and video
+    n_single: int = 16                        # blocks that share them; audio layers sit in these
+    heads: int = 30
+    head_dim: int = 64
+    axes: tuple = (16, 24, 24)                # channels of a head rotated by time, row, column
+    latent: int = 16                          # channels of the video latent; a token is a 2x2 patch of it
+    text_dim: int = 4096                      # width of the text states (T5-XXL)
+    pooled_dim: int = 768                     # width of the pooled text vector (CLIP-L)
+    context_clock: str = "shared"             # "own": clean tokens are modulated with sigma = 0, and can be cached
+    text: str = "external"                    # "bytes": a small text encoder of our own, trained along
+    audio_dim: int = 0                        # width of the audio features; 0 = no audio layers
+    audio: str = "external"                   # "mel": a small convolutional encoder of our own over log-mels
+    alpha: float = 50 * 8 / 24                # audio steps per latent: 50 Hz, 8 frames at 24 fps
+    window: float = 1.5                       # |t_i - l| < Delta + 0.5 with Delta = 1
+    audio_rope: bool = True                   # off: the ablation of Syncphony table 11
+    time_scale: float = 1.                    # radians per latent at the highest frequency of the time axis
+    context: int = 30                         # clean latents that a latent looks back on, beside the first
+
+
+SIZES = {
+    "tiny": dict(n_double=1, n_single=4, heads=4, axes=(32, 16, 16), latent=32, text_dim=128, pooled_dim=128,
+                 context_clock="own", text="bytes", audio_dim=96, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
+    "small": dict(n_double=4, n_single=8, heads=8, axes=(32, 16, 16), latent=32, text_dim=256, pooled_dim=256,
+                  context_clock="own", text="bytes", audio_dim=384, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
+    "miniflux": dict(),                       # Pyramid Flow's: 1,972,059,200 parameters; Syncphony adds audio_dim=1024
+}
+
+
+# ------------------------------------------------------------------------------------------------ small parts
+
+def patchify(z):                                                              # (B, C, L, h, w) -> (B, N, 4C), channel fastest
+    z = z.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))                         # (B, C, L, h/2, 2, w/2, 2)
+    return z.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
+
+
+def unpatchify(x, L, h, w):                                                   # (B, N, 4C) -> (B, C, L, h, w)
+    x = x.unflatten(2, (2, 2, -1)).unflatten(1, (L, h // 2, w // 2))          # (B, L, h/2, w/2, 2, 2, C)
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def grid_ids(times, h, w, fine=None):
+    """Ids (time, row, column) of the tokens of some latents -> (len(times)·h·w, 3), h w in patches. A grid coarser than
+    `fine` (the grid that is being made) is laid over it: cell i covers r fine cells, its centre is (i + 0.5) r - 0.5."""
+    r = 1. if fine is None else fine / h
+    rows, cols = (torch.arange(h) + .5) * r - .5, (torch.arange(w) + .5) * r - .5
+    return torch.stack(torch.meshgrid(torch.as_tensor(times).float(), rows, cols, indexing="ij"), -1).flatten(0, 2)
+
+
+def rotary(ids, axes, time_scale=1.):
+    """Rotation table of positions ids (..., 3) -> cos, sin (..., d/2), fp32. Id 0 is no rotation; ids may be fractions."""
+    angles = []
+    for axis, n in enumerate(axes):                                           # 10000^(-2j/n) radians per step
+        rate = 10000. ** (-torch.arange(0, n, 2, dtype=torch.float64, device=ids.device) / n)
+        angles.append(ids[..., axis, None].double() * (time_scale if axis == 0 else 1.) * rate)
+    angles = torch.cat(angles, -1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x, table):                                                         # (B, K, N, d): pairs (2j, 2j+1) turn
+    cos, sin = (t.repeat_interleave(2, -1) for t in table)                    # (N, d)
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * cos + turned * sin
+
+
+def heads(x, K):                                                              # (B, N, D) -> (B, K, N, d)
+    return x.unflatten(2, (K, -1)).transpose(1, 2)
+
+
+def attend(q, k, v, mask=None):                                               # (B, K, N, d) -> (B, N, D)
+    o = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask)
+    return o.transpose(1, 2).flatten(2)
+
+
+def modulate(x, shift, scale):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):                                                     # over the channels of a head, in fp32
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, 1e-6)
+
+
+class Modulation(nn.Module):
+    """adaLN: from the conditioning vectors c (B, G, D) to `n` vectors for every token. `rows` says which c a token uses."""
+
+    def __init__(self, D, n):
+        super().__init__()
+        self.linear, self.n = nn.Linear(D, n * D), n
+
+    def forward(self, c, rows=None):
+        m = self.linear(F.silu(c))                                            # (B, G, nD): once per sigma, not per token
+        return (m if rows is None else m[:, rows]).chunk(self.n, -1)          # n x (B, N or 1, D)
+
+
+class MLP(nn.Module):
+    """linear, GELU, linear, under the published names ff.net.0.proj and ff.net.2."""
+
+    def __init__(self, D):
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(D, 4 * D)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * D, D)])
+
+    def forward(self, x):
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+# ------------------------------------------------------------------------------------------------ attention and blocks
+
+@dataclass
+class Pass:
+    """What all blocks of one pass over the network share."""
+    c: torch.Tensor                           # (B, G, D) conditioning vectors; row 0 is the text's
+    table: tuple                              # rotation of [text; video] tokens
+    rows: torch.Tensor = None                 # (T+N,) which of the G vectors a token uses; None: there is only one
+    mask: torch.Tensor = None                 # (T+N, keys) or (B, 1, T+N, keys) booleans; None: everybody sees everybody
+    audio: list = None                        # per single block: keys and values of the audio; None: audio layers are skipped
+    audio_table: tuple = None                 # rotation of the video tokens as audio queries
+    audio_mask: torch.Tensor = None           # (N, S) windows
+    cache: list = None                        # per block: keys and values of the clean context, read
+    keep: list = None                         # the keys and values of this pass, written
+    off_sync: int = 0                         # so many rows are repeated after the double blocks, and hear nothing
+
+
+class JointAttention(nn.Module):
+    """Queries, keys and values of [text; video]. With `text` each stream has projections of its own (double blocks)."""
+
+    def __init__(self, cfg, text):
+        super().__init__()
+        D, d, self.K = cfg.heads * cfg.head_dim, cfg.head_dim, cfg.heads
+        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
+        if text:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+            self.norm_added_q, self.norm_added_k = RMSNorm(d), RMSNorm(d)
+            self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(D, D)]), nn.Linear(D, D)
+
+    def forward(self, x, y, p, block):
+        """x (B, N, D) video (or everything, in single blocks), y (B, T, D) text or None -> output (B, T+N, D)."""
+        K = self.K
+        q, k, v = self.norm_q(heads(self.to_q(x), K)), self.norm_k(heads(self.to_k(x), K)), heads(self.to_v(x), K)
+        if y is not None:                                                     # text first, then video
+            q = torch.cat([self.norm_added_q(heads(self.add_q_proj(y), K)), q], 2)
+            k = torch.cat([self.norm_added_k(heads(self.add_k_proj(y), K)), k], 2)
+            v = torch.cat([heads(self.add_v_proj(y), K), v], 2)
+        q, k = rotate(q, p.table), rotate(k, p.table).to(v.dtype)
+        if p.keep is not None:
+            p.keep.append((k, v))
+        if p.cache is not None:                                               # the clean context, rotated long ago
+            k, v = torch.cat([p.cache[block][0], k], 2), torch.cat([p.cache[block][1], v], 2)
+        return attend(q, k, v, p.mask)
+
+
+class AudioCrossAttention(nn.Module):
+    """Video tokens look into the audio around them (Syncphony eqs. 7-10). Adds to x; the output starts at zero."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, d, self.K = cfg.heads * cfg.head_dim, cfg.head_dim, cfg.heads
+        self.norm = nn.LayerNorm(D)
+        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(cfg.audio_dim, D), nn.Linear(cfg.audio_dim, D)
+        self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
+        self.to_out = nn.Linear(D, D)
+
+    def keys_values(self, a, table):
+        """Audio features a (B, S, A) -> k, v (B, K, S, d). Depends on nothing that is being made: once per clip."""
+        k = rotate(self.norm_k(heads(self.to_k(a), self.K)), table)           # eq. 8 and, for the keys, eq. 9
+        v = heads(self.to_v(a), self.K)
+        return k.to(v.dtype), v
+
+    def forward(self, x, table, kv, mask):                                    # x (B, N, D), mask (N, S) or None
+        q = rotate(self.norm_q(heads(self.to_q(self.norm(x)), self.K)), table)         # eqs. 8, 9
+        return x + self.to_out(attend(q, *kv, mask))                          # eq. 10 (with values W_V a_i)
+
+
+class DoubleBlock(nn.Module):
+    """Text and video have weights of their own and meet in attention. y is None when the text sits in the cache."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.heads * cfg.head_dim
+        self.norm1, self.norm1_context = Modulation(D, 6), Modulation(D, 6)
+        self.attn = JointAttention(cfg, text=True)
+        self.ff, self.ff_context = MLP(D), MLP(D)
+
+    def forward(self, x, y, p, block):
+        T = 0 if y is None else y.shape[1]
+        shift, scale, gate, shift2, scale2, gate2 = self.norm1(p.c, None if p.rows is None else p.rows[T:])
+        ny = None
+        if T:
+            t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = self.norm1_context(p.c[:, :1])
+            ny = modulate(y, t_shift, t_scale)
+        o = self.attn(modulate(x, shift, scale), ny, p, block)                # (B, T+N, D)
+        x = x + gate * self.attn.to_out[0](o[:, T:])
+        x = x + gate2 * self.ff(modulate(x, shift2, scale2))
+        if T:
+            y = y + t_gate * self.attn.to_add_out(o[:, :T])
+            y = y + t_gate2 * self.ff_context(modulate(y, t_shift2, t_scale2))
+        return x, y
+
+
+class SingleBlock(nn.Module):
+    """One set of weights over [text; video]; attention and MLP side by side. Audio enters first, for video tokens only."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D = cfg.heads * cfg.head_dim
+        self.audio = AudioCrossAttention(cfg) if cfg.audio_dim else None
+        self.norm, self.attn = Modulation(D, 3), JointAttention(cfg, text=False)
+        self.proj_mlp, self.proj_out = nn.Linear(D, 4 * D), nn.Linear(5 * D, D)
+
+    def forward(self, x, y, p, block):
+        T = 0 if y is None else y.shape[1]
+        if p.audio is not None:
+            kv = p.audio[block]
+            hear = self.audio(x[:len(kv[0])], p.audio_table, kv, p.audio_mask)
+            x = hear if len(hear) == len(x) else torch.cat([hear, x[len(hear):]])      # off-sync rows pass by
+        z = x if y is None else torch.cat([y, x], 1)                          # (B, T+N, D)
+        shift, scale, gate = self.norm(p.c, p.rows)
+        n = modulate(z, shift, scale)
+        o = torch.cat([self.attn(n, None, p, block), F.gelu(self.proj_mlp(n), approximate="tanh")], 2)
+        z = z + gate * self.proj_out(o)                                       # [attention D, MLP 4D] -> D
+        return z[:, T:], (z[:, :T] if T else None)
+
+
+# ------------------------------------------------------------------------------------------------ conditions
+
+class TimeTextEmbed(nn.Module):
+    """Timestep in 0..1000 and pooled text -> the conditioning vector."""
+
+    def __init__(self, D, pooled):
+        super().__init__()
+        for name, n in (("timestep_embedder", 256), ("text_embedder", pooled)):
+            part = nn.Module()
+            part.linear_1, part.linear_2 = nn.Linear(n, D), nn.Linear(D, D)
+            setattr(self, name, part)
+
+    def forward(self, timestep, pooled):                                      # (B, G), (B, P) -> (B, G, D)
+        rate = (-math.log(10000) * torch.arange(128, device=pooled.device) / 128).exp()     # cosines first, no shift
+        angle = timestep[..., None].float() * rate
+        wave = torch.cat([angle.cos(), angle.sin()], -1).to(pooled.dtype)     # (B, G, 256)
+        embed = lambda part, x: part.linear_2(F.silu(part.linear_1(x)))
+        return embed(self.timestep_embedder, wave) + embed(self.text_embedder, pooled)[:, None]
+
+
+def text_bytes(captions, length=96):
+    """Captions -> (B, length) int64: UTF-8 bytes + 1, cut at `length`, 0 where nothing stands. '' is the null text."""
+    rows = [[b + 1 for b in c.encode()[:length]] for c in captions]
+    return torch.tensor([r + [0] * (length - len(r)) for r in rows])
+
+
+class ByteText(nn.Module):
+    """Text states from bytes, in place of T5 and CLIP: letters, their neighbours, then one token for every 8 letters."""
+
+    def __init__(self, dim, pooled, length=96, width=64):
+        super().__init__()
+        self.letter, self.place = nn.Embedding(257, width), nn.Parameter(.02 * torch.randn(length, width))
+        self.near, self.token = nn.Conv1d(width, width, 5, padding=2), nn.Conv1d(width, dim, 8, 8)
+        self.pool = nn.Linear(dim, pooled)
+
+    def forward(self, letters):                                               # (B, length) -> (B, length/8, dim), (B, pooled)
+        x = (self.letter(letters) + self.place).transpose(1, 2)
+        x = F.gelu(self.token(F.gelu(self.near(x)) + x)).transpose(1, 2)
+        return x, self.pool(x.mean(1))
+
+
+class MelEncoder(nn.Module):
+    """Log-mels at 100 Hz -> features at 50 Hz, in place of HuBERT. Dilated convolutions reach 0.65 s to either side:
+    a hammer must be lifted before it is heard, and the window of a latent alone sees 0.25 s ahead."""
+
+    def __init__(self, A, mels=64):
+        super().__init__()
+        self.half = nn.Conv1d(mels, A, 4, 2, padding=1)
+        self.norms = nn.ModuleList([nn.LayerNorm(A) for _ in range(6)])
+        self.layers = nn.ModuleList([nn.Conv1d(A, A, 3, padding=g, dilation=g) for g in (1, 2, 4, 8, 16)])
+
+    def forward(self, mel):                                                   # (B, 2S, mels) -> (B, S, A)
+        x = self.half(mel.transpose(1, 2)).transpose(1, 2)
+        for norm, layer in zip(self.norms, self.layers):
+            x = x + layer(F.gelu(norm(x)).transpose(1, 2)).transpose(1, 2)
+        return self.norms[5](x)
+
+
+# ------------------------------------------------------------------------------------------------ the transformer
+
+class MMDiT(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        D, self.cfg = cfg.heads * cfg.head_dim, cfg
+        assert sum(cfg.axes) == cfg.head_dim, f"axes {cfg.axes} must add up to the head's {cfg.head_dim} channels"
+        self.x_embedder, self.context_embedder = nn.Linear(4 * cfg.latent, D), nn.Linear(cfg.text_dim, D)
+        self.time_text_embed = TimeTextEmbed(D, cfg.pooled_dim)
+        self.transformer_blocks = nn.ModuleList([DoubleBlock(cfg) for _ in range(cfg.n_double)])
+        self.single_transformer_blocks = nn.ModuleList([SingleBlock(cfg) for _ in range(cfg.n_single)])
+        self.norm_out, self.proj_out = Modulation(D, 2), nn.Linear(D, 4 * cfg.latent)
+        if cfg.text == "bytes":
+            self.text = ByteText(cfg.text_dim, cfg.pooled_dim)
+        if cfg.audio == "mel" and cfg.audio_dim:
+            self.ears = MelEncoder(cfg.audio_dim)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+        silent = [m.audio.to_out for m in self.single_transformer_blocks if m.audio]
+        adaln = [m.linear for m in self.modules() if isinstance(m, Modulation)]
+        for m in adaln + silent + [self.proj_out]:                            # every block starts as the identity, and the
+            nn.init.zeros_(m.weight)                                          # audio layers start unheard
+
+    def blocks(self, x, y, p):
+        """Tokens x (B, N, D), text y (B, T, D) or None -> x after all blocks."""
+        for i, block in enumerate(self.transformer_blocks):
+            x, y = block(x, y, p, i)
+        if p.off_sync:                          # up to here full and off-sync are the same: computed once, then repeated
+            again = lambda t: torch.cat([t, t[:p.off_sync]])
+            x, y, p.c = again(x), None if y is None else again(y), again(p.c)
+        for i, block in enumerate(self.single_transformer_blocks, len(self.transformer_blocks)):
+            x, y = block(x, y, p, i)
+        return x
+
+    def head(self, x, c, rows=None):            # scale before shift here, unlike in the blocks
+        scale, shift = self.norm_out(c, rows)
+        return self.proj_out(modulate(x, shift, scale))
+
+    def rotary(self, ids):
+        return rotary(ids, self.cfg.axes, self.cfg.time_scale)
+
+    def audio_times(self, S):
+        """t_i of audio steps, in latent units: step i begins at i/alpha latents; the middle of a latent's own steps is l."""
+        return (torch.arange(S) + .5) / self.cfg.alpha - .5
+
+    def hear(self, a, start=0):
+        """Audio features a (B, S, A), the first of which is step `start` -> keys and values for every single block."""
+        t = self.audio_times(start + a.shape[1])[start:]
+        table = self.rotary(F.pad(t[:, None], (0, 2)).to(a.device)) if self.cfg.audio_rope else self.rotary(a.new_zeros(a.shape[1], 3))
+        n = len(self.transformer_blocks)
+        return [None] * n + [b.audio.keys_values(a, table) for b in self.single_transformer_blocks]
+
+    def window(self, l, S):
+        """Which audio steps latents l (N,) see -> (N, S): |t_i - l| < Delta + 0.5, and always the nearest.     eq. 7"""
+        distance = (self.audio_times(S).to(l.device)[None] - l[:, None]).abs()
+        return (distance < self.cfg.window) | (distance == distance.min(1, keepdim=True).values)
+
+    def forward(self, clips, timestep, text, text_mask, pooled, audio=None):
+        """Pyramid Flow's call: velocity of the last, noisy clip, given clean clips before it, oldest and coarsest first.
+
+        clips: list of (B, C, L, h, w); timestep (B,) in 0..1000; text (B, T, text_dim) with mask (B, T); pooled
+        (B, pooled_dim); audio (B, S, A) features of the whole clip or None = audio layers skipped. -> like clips[-1]"""
+        L, h, w = clips[-1].shape[2:]
+        x = self.x_embedder(torch.cat([patchify(z) for z in clips], 1))       # (B, N, D)
+        y, T = self.context_embedder(text), text.shape[1]
+        starts = [sum(z.shape[2] for z in clips[:i]) for i in range(len(clips))]
+        ids = torch.cat([grid_ids(range(s, s + z.shape[2]), z.shape[3] // 2, z.shape[4] // 2, h // 2) for s, z in zip(starts, clips)])
+        ids = torch.cat([torch.zeros(T, 3), ids]).to(x.device)                # text stands at (0, 0, 0)
+        real = F.pad(text_mask.bool(), (0, x.shape[1]), value=True)           # padding sees padding, real sees real ...
+        mask = (real[:, None] == real[:, :, None]) & (ids[:, None, 0] >= ids[None, :, 0])        # ... and nobody the future
+        p = Pass(self.time_text_embed(timestep[:, None], pooled), self.rotary(ids), mask=mask[:, None])
+        if audio is not None:
+            p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids[T:]), self.window(ids[T:, 0], audio.shape[1])
+        n = L * h * w // 4
+        return unpatchify(self.head(self.blocks(x, y, p)[:, -n:], p.c), L, h, w)
+
+    # ---- the same network for a model whose context keeps its own clock
+
+    def parallel(self, clean, noisy, sigma, text, pooled, audio=None, start=1):
+        """Velocities of many latents in one pass.
+
+        clean (B, C, L, h, w): latents 0..L-1; noisy (B, C, M, h, w): latents start..start+M-1 at sigma (B, M); text,
+        pooled as `self.text` gives them; audio (B, S, A) or None -> like noisy. The same as `denoise`, one by one."""
+        L, M, h, w = clean.shape[2], *noisy.shape[2:]
+        T, n = text.shape[1], h * w // 4                                      # n tokens per latent
+        x, y = self.x_embedder(patchify(torch.cat([clean, noisy], 2))), self.context_embedder(text)
+        ids = grid_ids([*range(L), *range(start, start + M)], h // 2, w // 2).to(x.device)
+        t = F.pad(ids[:, 0], (T, 0))                                          # (T+N,) text counts as latent 0
+        new = torch.arange(len(t), device=x.device) >= T + L * n              # which tokens are noisy
+        past = (t[None] < t[:, None]) & (t[:, None] - t[None] <= self.cfg.context) | (t[None] == 0)
+        same = (t[None] == t[:, None]) & (new[None] == new[:, None])
+        mask = (past & ~new[None]) & (new[:, None] | (t[None] <= t[:, None])) | same
+        rows = torch.arange(M).repeat_interleave(n) + 1                       # each noisy latent has its own sigma
+        rows = F.pad(rows, (T + L * n, 0)).to(x.device)                       # text and clean latents: row 0, sigma = 0
+        c = self.time_text_embed(1000 * F.pad(sigma, (1, 0)), pooled)         # (B, 1+M, D)
+        p = Pass(c, self.rotary(torch.cat([ids.new_zeros(T, 3), ids])), rows, mask)
+        if audio is not None:
+            p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids), self.window(ids[:, 0], audio.shape[1])
+        x = self.blocks(x, y, p)[:, L * n:]
+        return unpatchify(self.head(x, c, rows[T + L * n:]), M, h, w)
+
+    def begin(self, first, text, pooled, audio=None, off_sync=0):
+        """Start a roll-out: latent 0 (R, C, 1, h, w), text (R, T, ·), audio features (R, S, A) of the whole sound.
+
+        R rows are the guidance branches of one or more clips; the first `off_sync` of them are repeated after the
+        double blocks as rows that hear nothing. -> the context that `extend` and `denoise` read and grow"""
+        context = dict(pooled=pooled, audio=audio, off_sync=off_sync, l=0, T=text.shape[1], cache=None)
+        self.extend(context, first, self.context_embedder(text))
+        return context
+
+    def _pass(self, context, h, w, sigma):
+        """The Pass of latent l = context['l'], and its audio: only the steps in its window, so no mask is needed."""
+        l, a, rows = context["l"], context["audio"], len(context["pooled"])
+        ids = grid_ids([l], h // 2, w // 2).to(context["pooled"].device)
+        c = self.time_text_embed(torch.full((rows, 1), 1000. * sigma, device=ids.device), context["pooled"])
+        p = Pass(c, self.rotary(ids), cache=context["cache"], off_sync=context["off_sync"], audio_table=self.rotary(ids))
+        if a is not None:
+            if context.get("heard") != l:                                     # once per latent, not per step
+                seen = self.window(ids[:1, 0], a.shape[1])[0].nonzero().flatten()
+                context["kv"], context["heard"] = self.hear(a[:, seen[0]:seen[-1] + 1], int(seen[0])), l
+            p.audio = context["kv"]
+        return p
+
+    def extend(self, context, z, y=None):
+        """Append the finished latent z (R, C, 1, h, w) to the context, and with the first one the text y."""
+        h, w = z.shape[3:]
+        p = self._pass(context, h, w, 0.)                                     # clean: sigma = 0
+        p.keep = []
+        n = h * w // 4
+        if y is not None:                       # [text; latent 0]: text has no position, and both see each other
+            p.table = tuple(torch.cat([t0, t]) for t0, t in zip(self.rotary(torch.zeros(y.shape[1], 3, device=z.device)), p.table))
+            context["all"] = p.cache = None
+        self.blocks(self.x_embedder(patchify(z)), y, p)
+        old, sink, W = context["all"], context["T"] + n, self.cfg.context * n
+        grown = p.keep if old is None else [tuple(torch.cat(kv, 2) for kv in zip(a, b)) for a, b in zip(old, p.keep)]
+        # bounded memory: the text and latent 0 stay for ever, of the rest the last `context` latents
+        context["all"] = [tuple(torch.cat([t[:, :, :sink], t[:, :, sink:][:, :, -W:]], 2) for t in kv) for kv in grown]
+        context["l"] += 1
+        # and never farther away than in training: past that distance their keys turn along (rotations add up)
+        away = max(0, context["l"] - self.cfg.context)
+        turn = self.rotary(torch.tensor([[away, 0., 0.]], device=z.device))
+        context["cache"] = context["all"] if not away else [
+            (torch.cat([rotate(k[:, :, :sink].float(), turn).to(k.dtype), k[:, :, sink:]], 2), v) for k, v in context["all"]]
+
+    def denoise(self, context, x, sigma):
+        """Velocity of the noisy latent x (R, C, 1, h, w) at sigma (a number) -> (R + off_sync, C, 1, h, w)."""
+        p = self._pass(context, *x.shape[3:], sigma)
+        out = self.blocks(self.x_embedder(patchify(x)), None, p)              # may change p.c: off-sync rows join
+        return unpatchify(self.head(out, p.c), *x.shape[2:])

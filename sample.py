@@ -1,0 +1,236 @@
+"""Sampling: a picture and a sound become a video that moves with the sound.
+
+Latent 0 is the given picture. Every later latent starts as noise and takes `steps` Euler steps down the path of losses.py,
+
+    x <- x + (sigma_next - sigma) v                  sigma from 1 to 0
+
+looking back on the finished latents (kept as keys and values, exactly; see model.py) and into the sound around it. When it
+is done it joins the context and the next one starts: a minute of sound makes a minute of video in constant memory.
+
+v is guided (Syncphony eq. 6). Three evaluations of the same weights share one batch:
+
+    full        text and audio                                                 v(c)
+    null text   the empty caption, audio on                                    v(null)
+    off-sync    text on, audio LAYERS left out: what the model would do deaf   v_off(c)
+
+    v = v(c) + w_a [v(c) - v_off(c)] + w_t [v(c) - v(null)]
+
+Full and off-sync are the same up to the first audio layer, so those blocks run once for both. --asg is w_a and --cfg is
+w_t; in the form of losses.guide they are S - 1. A weight of 0 leaves its branch out. Without a prompt there is no text to
+guide by, and --cfg rests.
+
+    python sample.py --audio assets/hammer.wav --image assets/hammer.png
+    python sample.py --audio x.wav --image f.png --prompt "a dog barks" --asg 2 --shift-audio 0.3
+    python sample.py --bench
+
+    B clips · R rows = guidance branches x clips · L latents · C h w latent channels and grid · F frames
+"""
+import json
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import (FPS, RATE, BadInput, Parser, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
+                  run_cli, temporary, write_video)
+from losses import guide, shift_sigma
+from model import MMDiT, MMDiTConfig, text_bytes
+from vae import CausalVideoVAE, VAEConfig
+
+HERE = Path(__file__).parent
+VAE_FILE, A2V_FILE = HERE / "weights/vae-toybox.pt", HERE / "weights/a2v-toybox.pt"
+
+
+def pick_device(name="auto"):
+    """'auto' | 'cuda' | 'mps' | 'cpu' -> device, autocast context maker, the choice in words."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise BadInput(f"--device {name}: this machine has none that torch can use; leave --device at auto")
+    native = {"cuda": cuda and torch.cuda.is_bf16_supported(), "mps": False, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported()}[name]
+    words = f"{name} ({torch.cuda.get_device_name() if name == 'cuda' else f'{torch.get_num_threads()} threads'}), " + (
+        "bfloat16 autocast: the hardware has it" if native else "float32: no native bfloat16")
+    return torch.device(name), (lambda: torch.autocast(name, torch.bfloat16)) if native else nullcontext, words
+
+
+def load_vae(path=VAE_FILE, device="cpu"):
+    ckpt = load_checkpoint(path, "vae", "the toybox VAE ships as weights/vae-toybox.pt, or train one: python train.py --task vae")
+    return load_weights(CausalVideoVAE(VAEConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval()
+
+
+def load_a2v(path=A2V_FILE, device="cpu"):
+    """-> the model with its averaged (EMA) weights, the checkpoint."""
+    ckpt = load_checkpoint(path, "a2v", "the toybox model ships as weights/a2v-toybox.pt, or train one: python train.py --task a2v")
+    return load_weights(MMDiT(MMDiTConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval(), ckpt
+
+
+def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0,), shift=1., bar=None):
+    """Generate latents 1.. one after another, yielding each as (B, C, 1, h, w), normalised.
+
+    z0 (B, C, 1, h, w): the picture's latent; mel (B, 2S, 64): the whole sound; letters (B, T). asg, cfg: w_a, w_t >= 0.
+    Clip i draws its noise from seeds[i] alone, so it does not depend on the batch around it."""
+    B = len(z0)
+    text, pooled = model.text(letters)
+    audio = model.ears(mel)                                                   # (B, S, A)
+    null = cfg > 0 and bool((letters != 0).any())
+    if null:                                                                  # rows: full, null text (, off-sync)
+        text_null, pooled_null = model.text(torch.zeros_like(letters))
+        text, pooled, audio, z0 = torch.cat([text, text_null]), torch.cat([pooled, pooled_null]), audio.repeat(2, 1, 1), z0.repeat(2, 1, 1, 1, 1)
+    context = model.begin(z0, text, pooled, audio, off_sync=B if asg > 0 else 0)
+    noise = [torch.Generator().manual_seed(int(s)) for s in seeds]
+    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1), shift).tolist()
+    for _ in range(1, latents):
+        x = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in noise]).to(z0.device)       # fp32 all the way
+        for s, s_next in zip(sigmas[:-1], sigmas[1:]):
+            v = model.denoise(context, x.repeat(1 + null, 1, 1, 1, 1), s).float()
+            v = guide(v[:B], (1 + asg, v[-B:]), (1 + cfg if null else 1, v[B:2 * B]))                # Syncphony eq. 6
+            x = x + (s_next - s) * v                                          # Euler
+            if bar is not None:
+                bar.update()
+        model.extend(context, x.repeat(1 + null, 1, 1, 1, 1))
+        yield x
+
+
+def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar=None, **settings):
+    """Pictures uint8 (B, H, W, 3) and waveforms (samples,) -> yields video uint8 (B, f, H, W, 3), `frames` in all.
+
+    Frame 0 is the picture itself. `settings` go to `rollout`; sounds are padded with silence to the video's length."""
+    device = next(model.parameters()).device
+    t, left = vae.stride_t, frames
+    latents = math.ceil((frames - 1) / t) + 1
+    n = math.ceil(((latents - 1) * t + 1) / FPS * RATE) + RATE // 50
+    mel = torch.from_numpy(np.stack([log_mel(np.pad(w[:n], (0, max(0, n - len(w))))) for w in waves]))
+    mel = mel[:, :mel.shape[1] // 2 * 2].to(device)
+    first = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1      # (B, 3, 1, H, W)
+    with torch.no_grad(), cast():
+        z0, cache = vae.normalise(vae.encode(first)[0].float()), {}
+        vae.decode(vae.denormalise(z0), first, cache)
+        yield np.stack(pictures)[:, None]
+        left -= 1
+        for z in rollout(model, z0, latents, mel, text_bytes(captions).to(device), bar=bar, **settings):
+            video = vae.decode(vae.denormalise(z, start=False), first, cache)[:, :, :left].float()    # (B, 3, t, H, W)
+            left -= video.shape[2]
+            yield (video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def bench(model, vae, cast):
+    """What guidance, audio layers and the cache cost: ratios of whole roll-outs of one 2 s clip, medians of five."""
+    size, seconds = 4 * vae.stride, 49 / FPS
+    picture, wave, text = np.full((1, size, size, 3), 128, np.uint8), np.zeros(round(seconds * RATE), np.float32), ["a ball drops"]
+
+    def clock(run, times=5):
+        run()
+        spans = []
+        for _ in range(times):
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            spans.append(time.perf_counter() - start)
+        return sorted(spans)[times // 2]
+
+    def clip(**settings):
+        return clock(lambda: list(animate(model, vae, picture, [wave], text, 49, cast, steps=10, **settings)))
+
+    both, no_asg, plain = clip(asg=2., cfg=4.), clip(asg=0., cfg=4.), clip(asg=0., cfg=0.)
+    ears, layers = model.ears, [b.audio for b in model.single_transformer_blocks]
+    model.hear, keep = lambda a, start=0: None, model.hear                    # the network without its audio layers
+    deaf = clip(asg=0., cfg=0.)
+    model.hear = keep
+    device, C = next(model.parameters()).device, model.cfg.latent
+    g = torch.Generator().manual_seed(0)
+    z, x = (torch.randn(1, C, k, 4, 4, generator=g).to(device) for k in (13, 1))
+    with torch.no_grad(), cast():
+        y, pooled = model.text(text_bytes(text).to(device))
+        a = ears(torch.zeros(1, 220, 64, device=device))
+        context = model.begin(z[:, :, :1], y, pooled, a)
+        for l in range(1, 13):
+            model.extend(context, z[:, :, l:l + 1])
+        step = clock(lambda: model.denoise(context, x, .5), 30)
+        again = clock(lambda: model.parallel(z, x, torch.full((1, 1), .5, device=device), y, pooled, a, start=13), 30)
+    ratios = dict(asg_on_off=both / no_asg, audio_on_off=plain / deaf, context_recomputed_cached=again / step)
+    for name, words in (("asg_on_off", f"ASG + CFG {both:.2f} s, CFG alone {no_asg:.2f} s"),
+                        ("audio_on_off", f"audio layers on {plain:.2f} s, off {deaf:.2f} s"),
+                        ("context_recomputed_cached", f"a step at latent 13: {1000 * again:.1f} ms recomputed, {1000 * step:.1f} ms cached")):
+        print(f"{name:28s}{ratios[name]:6.2f}   {words}")
+    print(json.dumps({k: round(r, 3) for k, r in ratios.items()}))
+
+
+def main():
+    p = Parser(__doc__)
+    p.add_argument("--audio", help="the sound: wav, flac, ogg, mp3, m4a or a clip with sound, any rate")
+    p.add_argument("--image", help="the first frame: png, jpg, ..., any size (centre crop to a square)")
+    p.add_argument("--prompt", default="", help="what is to be seen, in words; empty is fine")
+    p.add_argument("--asg", type=number(low=0), help="w_a, Audio Sync Guidance; 0 = off (S = 1 + w_a); the checkpoint's own if not given")
+    p.add_argument("--cfg", type=number(low=0), help="w_t, text guidance; 0 = off (S = 1 + w_t); the checkpoint's own if not given")
+    p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
+    p.add_argument("--seconds", type=number(low=.1), help="length of the video; the sound's own if not given")
+    p.add_argument("--shift-audio", type=number(), default=0., help="delay the sound by so many seconds: the motion follows")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of the noise; clip i uses seed + i")
+    p.add_argument("--n", type=number(int, 1, 256), default=1, help="so many versions")
+    p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v")
+    p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
+    p.add_argument("--compile", action="store_true", help="torch.compile every block: slower to start, faster per step")
+    p.add_argument("--out", default="out/", help="a folder, or the name of the .mp4")
+    p.add_argument("--bench", action="store_true", help="measure what guidance, audio layers and cache cost, and stop")
+    args = p.parse_args()
+    device, cast, words = pick_device(args.device)
+    model, ckpt = load_a2v(args.ckpt, device)
+    vae = load_vae(args.vae, device)
+    if ckpt["vae"] != fingerprint(vae):
+        raise BadInput(f"{args.vae}: not the VAE that {args.ckpt} was trained with; give that one by --vae")
+    if args.compile:
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block.compile(dynamic=True)
+    if args.bench:
+        return bench(model, vae, cast)
+    for flag in ("audio", "image"):
+        if not getattr(args, flag):
+            raise BadInput(f"--{flag} is missing; give both: python sample.py --audio x.wav --image f.png")
+    wave, picture = read_audio(args.audio), read_image(args.image, ckpt["size"])
+    delay = round(abs(args.shift_audio) * RATE)
+    if delay:
+        wave = np.pad(wave, (delay, 0))[:len(wave)] if args.shift_audio > 0 else np.pad(wave, (0, delay))[delay:]
+    frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
+    asg = ckpt["guidance"]["asg"] if args.asg is None else args.asg
+    cfg = ckpt["guidance"]["cfg"] if args.cfg is None else args.cfg
+    settings = dict(steps=args.steps, asg=asg, cfg=cfg)
+    print(f"{words}\n{Path(args.ckpt).name}: step {ckpt['step']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
+    print(f"{frames} frames at {FPS} fps, {ckpt['size']}x{ckpt['size']}, {args.steps} steps per latent, w_a = {asg:g}, "
+          + (f"w_t = {cfg:g}" if args.prompt else "no prompt: no text guidance"))
+    out = Path(args.out)
+    for i in range(args.n):
+        name = out if out.suffix == ".mp4" and args.n == 1 else (out.with_suffix("") if out.suffix == ".mp4" else out / Path(args.audio).stem)
+        name = name if name.suffix == ".mp4" else Path(f"{name}{f'-{i}' if args.n > 1 else ''}.mp4")
+        start, kept = time.perf_counter(), []
+        with tqdm(total=math.ceil((frames - 1) / vae.stride_t) * args.steps, disable=None, leave=False, unit="step") as bar:
+            def pieces():
+                for piece in animate(model, vae, picture[None], [wave], [args.prompt], frames, cast, bar, seeds=[args.seed + i], **settings):
+                    if sum(map(len, kept)) < 60 * FPS:                        # the strip shows the first minute at most
+                        kept.append(piece[0])
+                    yield piece[0]
+            write_video(name, pieces(), wave)
+        strip = temporary(name.with_suffix(".png"))
+        iio.imwrite(strip, film_strip(np.concatenate(kept), wave))
+        strip.replace(name.with_suffix(".png"))
+        print(f"{name} and {name.with_suffix('.png').name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed + i}")
+
+
+def fingerprint(vae):
+    """A few letters that tell one VAE from another: latents of one mean nothing to the other."""
+    import hashlib
+    digest = hashlib.sha256(str(sorted(vars(vae.cfg).items())).encode())
+    for name, w in sorted(vae.state_dict().items()):
+        digest.update(w.half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,311 @@
+"""The video VAE: frames to latents and back, one class from `tiny` to Pyramid Flow's published one.
+
+A diffusion transformer never sees pixels. It sees what this file makes of them: F = t(L-1)+1 frames become L latents,
+the first of which is the first frame alone. That is what *causal* buys. A picture is a video of length one, a latent
+never depends on later frames, and a long video can be coded in chunks that keep nothing but the last two frames of
+every convolution (`cache`), bit for bit the same as coding it whole.
+
+    encode   conv_in, levels of ResBlocks each followed by a spatial and then a temporal halving, mid, conv_out
+             -> mean and log-variance of a Gaussian per latent value; a sample is mean + exp(logvar / 2) * noise
+    decode   the mirror image; upsampling is a convolution to 4C (or 2C) channels whose extra channels become pixels
+
+The published network (`SIZES["pyramid"]`: 335 M parameters, 8x8 pixels x 8 frames -> 16 channels) spends its time on
+3x3x3 convolutions at full resolution. A small copy of it learns nothing on a CPU within an hour. `tiny` is the same
+class with four switches, each there because it was needed:
+
+    patch      4 frames x 4x4 pixels enter as ONE position: sixty times fewer positions for the same pixels. The first
+               frame is repeated to fill its patch, so the causal 4(L-1)+1 arithmetic stays
+    kernel_t   1: a latent covers its own 4 frames and no others; the history is the transformer's business
+    groups     0: normalise per position over channels. GroupNorm's statistics over a whole frame mix what is to be told
+               apart, and flat coloured things make them jump
+    reference  encoder and decoder are given the true first frame, which image-to-video always has. Latents then say what
+               CHANGED, and the decoder paints `reference + mask * (colour - reference)`: wherever nothing moves the mask
+               closes and the picture is copied exactly. Latent 0 is coded without reference
+
+    B batch · C channels · F frames · L latents · H W pixels, h w latent grid · p patch side · t frames per latent
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class VAEConfig:
+    widths: tuple = (128, 256, 512, 512)      # channels of each level
+    space: tuple = (1, 1, 1, 0)               # does this level end in a spatial halving?
+    time: tuple = (1, 1, 1, 0)                # ... and in a temporal one?
+    layers: tuple = (2, 3)                    # ResBlocks per level: encoder, decoder
+    latent: int = 16                          # channels of the latent
+    groups: int = 32                          # GroupNorm groups, per frame; 0 = RMS over channels per position
+    kernel_t: int = 3                         # temporal kernel
+    patch: tuple = (1, 1)                     # (frames, pixels) of one input position
+    reference: bool = False                   # later frames are coded against the true first one
+    shortcut: bool = False                    # a linear autoencoder in parallel
+    # latents are normalised as (z - shift) * scale, with constants of its own for latent 0, which codes a whole picture
+    shift_image: float = -0.04
+    scale_image: float = 1 / 1.8726
+    shift_video: float = -0.2343
+    scale_video: float = 1 / 3.0986
+
+
+SIZES = {
+    "tiny": dict(widths=(96, 160, 224), space=(1, 1, 0), time=(0, 0, 0), layers=(1, 2), latent=32, groups=0, kernel_t=1,
+                 patch=(4, 4), reference=True, shortcut=True),                                                        # 16x16 x 4, toybox
+    "pyramid": dict(),                                                                                 # 8x8 x 8, 335.4 M
+}
+
+
+class CausalConv3d(nn.Module):
+    """Zero padding on both sides in space, in FRONT only in time. With a cache, the front is what came before."""
+
+    def __init__(self, c_in, c_out, kernel=(3, 3, 3), stride=(1, 1, 1)):
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, kernel, stride, (0, kernel[1] // 2, kernel[2] // 2))
+        self.front, self.stride_t = kernel[0] - 1, stride[0]
+
+    def forward(self, x, cache=None):                                         # (B, C, T, H, W)
+        if self.front and (cache is None or self not in cache):
+            padded = F.pad(x, (0, 0, 0, 0, self.front, 0))
+        elif self.front:                                                      # a strided conv has already used one of them
+            padded = torch.cat([cache[self][:, :, self.stride_t - 1:], x], 2)
+        else:
+            padded = x
+        if cache is not None and self.front:
+            cache[self] = padded[:, :, -self.front:]
+        return self.conv(padded)
+
+
+class Norm(nn.Module):
+    """GroupNorm of each frame by itself, or (groups = 0) RMS over the channels of each position. eps 1e-6 in both."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.weight, self.bias, self.groups = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c)), groups
+
+    def forward(self, x):                                                     # (B, C, T, H, W)
+        if self.groups:
+            B, C, T, H, W = x.shape
+            y = F.group_norm(x.transpose(1, 2).reshape(B * T, C, H, W), self.groups, self.weight, self.bias, 1e-6)
+            return y.view(B, T, C, H, W).transpose(1, 2)
+        y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+        return y * self.weight.view(-1, 1, 1, 1) + self.bias.view(-1, 1, 1, 1)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, cfg):
+        super().__init__()
+        kernel = (cfg.kernel_t, 3, 3)
+        self.norm1, self.conv1 = Norm(c_in, cfg.groups), CausalConv3d(c_in, c_out, kernel)
+        self.norm2, self.conv2 = Norm(c_out, cfg.groups), CausalConv3d(c_out, c_out, kernel)
+        self.conv_shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, cache):
+        h = self.conv1(F.silu(self.norm1(x)), cache)
+        h = self.conv2(F.silu(self.norm2(h)), cache)
+        return self.conv_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """One head as wide as the network, over the positions of one frame."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.group_norm = Norm(c, groups)
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x):                                                     # (B, C, T, H, W)
+        h = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)           # (B, T, HW, C)
+        h = self.to_out[0](F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
+        return x + h.transpose(2, 3).unflatten(3, x.shape[3:]).transpose(1, 2)
+
+
+class Mid(nn.Module):
+    def __init__(self, c, cfg):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(c, c, cfg), ResBlock(c, c, cfg)])
+        self.attentions = nn.ModuleList([Attention(c, cfg.groups)])
+
+    def forward(self, x, cache):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
+
+
+class Resample(nn.Module):
+    """One halving or doubling, of space or of time. The convolution makes the channels, the reshape makes the pixels."""
+
+    def __init__(self, c, what, kernel_t):
+        super().__init__()
+        factor, stride = {"down": (1, (1, 2, 2)), "down_t": (1, (2, 1, 1)), "up": (4, (1, 1, 1)), "up_t": (2, (1, 1, 1))}[what]
+        self.what, self.conv = what, CausalConv3d(c, factor * c, (3 if what.endswith("_t") else kernel_t, 3, 3), stride)
+
+    def forward(self, x, cache, start=True):
+        x = self.conv(x, cache)
+        if self.what == "up":                                                 # (B, C·2·2, T, H, W) -> (B, C, T, 2H, 2W)
+            x = x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 5, 2, 6, 3).flatten(5, 6).flatten(3, 4)
+        elif self.what == "up_t":                                             # (B, C·2, T, H, W) -> (B, C, 2T, H, W)
+            x = x.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
+            x = x[:, :, 1:] if start else x                                   # the first frame has no twin: 2T - 1
+        return x
+
+
+class Level(nn.Module):
+    """The ResBlocks of one resolution and the resampling that leads out of it. Attribute names are the published ones."""
+
+    def __init__(self, c_in, c_out, layers, cfg, space, time, way):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out, cfg) for i in range(layers)])
+        make = lambda what: nn.ModuleList([Resample(c_out, what, cfg.kernel_t)])
+        if space:
+            setattr(self, f"{way}samplers", make(way))
+        if time:
+            setattr(self, f"temporal_{way}samplers", make(way + "_t"))
+        self.way = way
+
+    def forward(self, x, cache, start=True):
+        for block in self.resnets:
+            x = block(x, cache)
+        for name in (f"{self.way}samplers", f"temporal_{self.way}samplers"):  # space first, then time, both ways
+            for resample in getattr(self, name, ()):
+                x = resample(x, cache, start)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        w, (t, p) = cfg.widths, cfg.patch
+        self.conv_in = CausalConv3d(3 * p * p * (t + cfg.reference), w[0], (cfg.kernel_t, 3, 3))
+        self.down_blocks = nn.ModuleList([Level(w[max(i - 1, 0)], w[i], cfg.layers[0], cfg, cfg.space[i], cfg.time[i], "down")
+                                          for i in range(len(w))])
+        self.mid_block = Mid(w[-1], cfg)
+        self.conv_norm_out = Norm(w[-1], cfg.groups)
+        self.conv_out = CausalConv3d(w[-1], 2 * cfg.latent, (cfg.kernel_t, 3, 3))
+        if cfg.shortcut:
+            s = 2 ** sum(cfg.space)
+            self.linear = nn.Conv3d(self.conv_in.conv.in_channels, 2 * cfg.latent, (1, s, s), (1, s, s))
+
+    def forward(self, x, cache):
+        h = self.conv_in(x, cache)
+        for level in self.down_blocks:
+            h = level(h, cache)
+        h = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h, cache))), cache)
+        return h + self.linear(x) if hasattr(self, "linear") else h
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        w, (t, p) = cfg.widths[::-1], cfg.patch
+        self.conv_in = CausalConv3d(cfg.latent, w[0], (cfg.kernel_t, 3, 3))
+        self.mid_block = Mid(w[0], cfg)
+        self.up_blocks = nn.ModuleList([Level(w[max(i - 1, 0)], w[i], cfg.layers[1], cfg, cfg.space[i], cfg.time[i], "up")
+                                        for i in range(len(w))])              # the published decoder flags its levels alike
+        if cfg.reference:
+            self.conv_reference = CausalConv3d(3 * p * p, w[-2], (1, 3, 3))
+        self.conv_norm_out = Norm(w[-1], cfg.groups)
+        self.conv_out = CausalConv3d(w[-1], (3 + cfg.reference) * t * p * p, (cfg.kernel_t, 3, 3))
+        if cfg.shortcut:
+            s = 2 ** sum(cfg.space)
+            self.linear = nn.ConvTranspose3d(cfg.latent, self.conv_out.conv.out_channels, (1, s, s), (1, s, s))
+
+    def forward(self, z, cache, start, reference=None):
+        x = self.mid_block(self.conv_in(z, cache), cache)
+        for i, level in enumerate(self.up_blocks):
+            if reference is not None and i == len(self.up_blocks) - 1:        # at full resolution the first frame joins in
+                x = x + self.conv_reference(reference)
+            x = level(x, cache, start)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)), cache)
+        return x + self.linear(z) if hasattr(self, "linear") else x
+
+
+class CausalVideoVAE(nn.Module):
+    """Video (B, 3, F, H, W) in [-1, 1] <-> latents (B, C, L, h, w), F = t(L-1)+1. Shapes as in `VAEConfig`."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), Decoder(cfg)
+        self.quant_conv = CausalConv3d(2 * cfg.latent, 2 * cfg.latent, (1, 1, 1))
+        self.post_quant_conv = CausalConv3d(cfg.latent, cfg.latent, (1, 1, 1))
+        nn.init.constant_(self.quant_conv.conv.bias[cfg.latent:], -6)         # start with little noise, or nothing is ever coded
+        self.stride_t = cfg.patch[0] * 2 ** sum(cfg.time)                     # frames per latent
+        self.stride = cfg.patch[1] * 2 ** sum(cfg.space)                      # pixels per latent position
+
+    def patchify(self, x, t):                                                 # (B, 3, F, H, W) -> (B, 3·t·p·p, F/t, H/p, W/p)
+        p = self.cfg.patch[1]
+        x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, t))      # (B, 3, F/t, t, H/p, p, W/p, p)
+        return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+
+    def unpatchify(self, x):                                                  # the inverse; 3 or 4 colour planes
+        t, p = self.cfg.patch
+        x = x.unflatten(1, (-1, t, p, p)).permute(0, 1, 5, 2, 6, 3, 7, 4)     # (B, 3, L, t, H/p, p, W/p, p)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def _reference(self, first, frames, start):
+        """The patches of the first frame for every position in time; zeros for latent 0, which has no reference."""
+        r = self.patchify(first, 1).repeat(1, 1, frames, 1, 1)                # (B, 3pp, T, H/p, W/p)
+        return torch.cat([torch.zeros_like(r[:, :, :1]), r[:, :, 1:]], 2) if start else r
+
+    def encode(self, video, first=None, cache=None):
+        """Video (B, 3, F, H, W) -> mean, logvar (B, C, L, h, w), logvar clamped to [-30, 20].
+
+        With a `cache` (a dict, empty for the first chunk) it continues where the last call ended; the first chunk has
+        t·n + 1 frames, later ones t·n. `first`: the clip's first frame (B, 3, 1, H, W), needed by later chunks only."""
+        t, start = self.cfg.patch[0], not cache
+        first = video[:, :, :1] if first is None else first
+        x = torch.cat([video[:, :, :1]] * (t - 1) + [video], 2) if start else video
+        x = self.patchify(x, t)
+        if self.cfg.reference:
+            x = torch.cat([x, self._reference(first, x.shape[2], start)], 1)
+        if cache is not None:
+            cache["started"] = True
+        mean, logvar = self.quant_conv(self.encoder(x, cache)).chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z, first=None, cache=None):
+        """Latents (B, C, L, h, w) -> video (B, 3, F, H, W), about [-1, 1]. `cache` as in encode (later chunks: F = t·L).
+
+        `first` (B, 3, 1, H, W), for a VAE with reference: the true first frame; without it latent 0 is decoded to serve."""
+        t, start, reference = self.cfg.patch[0], not cache, None
+        if self.cfg.reference:
+            first = self.decode(z[:, :, :1], torch.zeros_like(z[:, :1, :1]).repeat(
+                1, 3, 1, self.stride, self.stride)) if first is None else first
+            reference = self._reference(first, z.shape[2], start)             # (B, 3pp, L, H/p, W/p)
+        if cache is not None:
+            cache["started"] = True
+        x = self.decoder(self.post_quant_conv(z), cache, start, reference)
+        x = self.unpatchify(x)                                                # (B, 3 or 4, tL, H, W)
+        if self.cfg.reference:
+            copy = self.unpatchify(reference.unflatten(1, (3, 1, -1)).repeat(1, 1, t, 1, 1, 1, 1).flatten(1, 3))
+            mask = x[:, 3:].sigmoid()                                         # (B, 1, tL, H, W)
+            mask = torch.cat([torch.ones_like(mask[:, :, :t]), mask[:, :, t:]], 2) if start else mask    # latent 0: all new
+            x = copy + mask * (x[:, :3] - copy)                               # paint only where something changed
+        return x[:, :, t - 1:] if start else x                                # the repeats of the first frame
+
+    def normalise(self, z, start=True):
+        """Latents to about unit variance, latent 0 (if `start`) by constants of its own. `denormalise` is the inverse."""
+        c = self.cfg
+        video = (z - c.shift_video) * c.scale_video
+        return torch.cat([(z[:, :, :1] - c.shift_image) * c.scale_image, video[:, :, 1:]], 2) if start else video
+
+    def denormalise(self, z, start=True):
+        c = self.cfg
+        video = z / c.scale_video + c.shift_video
+        return torch.cat([z[:, :, :1] / c.scale_image + c.shift_image, video[:, :, 1:]], 2) if start else video
+
+
+def vae_loss(vae, video, noise, kl=1e-4):
+    """Reconstruction of `video` (B, 3, F, H, W) plus a tiny KL -> loss, mean |error|. `noise`: (B, C, L, h, w), N(0, 1).
+
+    |error| of pixels and of their differences to the right and below (edges, in place of a downloaded perceptual net),
+    both weighted where the clip has left its first frame: little of a picture moves, and all of the lesson is there."""
+    mean, logvar = vae.encode(video)
+    z = mean + (logvar / 2).exp() * noise
+    error = vae.decode(z, video[:, :, :1]).float() - video                    # (B, 3, F, H, W)
+    moved = ((video - video[:, :, :1]).abs().amax(1, keepdim=True) > .04).float()
+    moved = F.max_pool3d(moved, (1, 3, 3), 1, (0, 1, 1))                      # with a rim of one pixel
+    weight = 1 + 7 * moved
+    edges = (error.diff(dim=3).abs() * weight[..., 1:, :]).mean() + (error.diff(dim=4).abs() * weight[..., 1:]).mean()
+    divergence = .5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
+    return (error.abs() * weight).mean() + .5 * edges + kl * divergence, error.detach().abs().mean()
