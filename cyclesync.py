@@ -18,6 +18,7 @@ every time; nothing in it is trained.
     F frames · n events · S states · video uint8 (F, H, W, 3) · times in seconds
 """
 import json
+import math
 import time
 from contextlib import nullcontext
 
@@ -25,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (FPS, FRAMES, KINDS, STATES, Parser, number, run_cli, toybox_clip, toybox_draw)
-from sample import A2V_FILE, VAE_FILE, BadInput, animate, fingerprint, load_a2v, load_vae, pick_device
+from data import FPS, KINDS, STATES, BadInput, Parser, number, run_cli, toybox_clip, toybox_draw
+from sample import A2V_FILE, VAE_FILE, animate, fingerprint, load_a2v, load_vae, pick_device
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
 
@@ -114,3 +115,97 @@ def score_toybox(videos, clips):
     other = dict(zip(eventful, eventful[1:] + eventful[:1]))                  # each clip's sound goes to the next one
     shuffled = event_scores([truth[other[i]] for i in eventful], [read[i] for i in eventful])
     return scores, kinds, shuffled
+
+
+# ------------------------------------------------------------------------------------------------ videos to score
+
+def generate_toybox(model, vae, clips, cast=nullcontext, bar=None, seed=0, batch=48, **settings):
+    """Generate a video for the first frame, sound and caption of every clip -> list of uint8 (F, H, W, 3)."""
+    videos = []
+    for i in range(0, len(clips), batch):
+        some = clips[i:i + batch]
+        pieces = animate(model, vae, np.stack([c["video"][0] for c in some]), [c["audio"] for c in some], [c["caption"] for c in some],
+                         len(some[0]["video"]), cast, bar, seeds=[seed + i + j for j in range(len(some))], **settings)
+        videos += list(np.concatenate(list(pieces), 1))
+    return videos
+
+
+def reconstruct(vae, clips, cast=nullcontext):
+    """What the VAE alone makes of the clips: the ceiling of everything that is generated with it."""
+    device, videos = next(vae.parameters()).device, []
+    for c in clips:
+        x = torch.from_numpy(c["video"]).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad(), cast():
+            y = vae.decode(vae.encode(x)[0], x[:, :, :1]).float()
+        y = (y[0].clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        videos.append(np.concatenate([c["video"][:1], y[1:]]))
+    return videos
+
+
+class Deaf:
+    """The model without its audio layers, for the off-sync row: `begin` is called as if there were no sound."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def begin(self, first, text, pooled, audio, off_sync=0):
+        return self.model.begin(first, text, pooled)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+def evaluate(args):
+    device, cast, words = pick_device(args.device)
+    model, ckpt = load_a2v(args.ckpt, device)
+    vae = load_vae(args.vae, device)
+    if ckpt["vae"] != fingerprint(vae):
+        raise BadInput(f"{args.vae}: not the VAE that {args.ckpt} was trained with; give that one by --vae")
+    clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + i, ckpt["size"]) for i in range(args.clips)]
+    n, default = sum(len(c["events"]) for c in clips), ckpt["guidance"]
+    print(f"{words}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of {len(clips[0]['video'])} frames at {ckpt['size']} px, {n} events, "
+          f"{sum(len(c['events']) == 0 for c in clips)} clips without any; {args.steps} steps")
+    rows = [("ground_truth", "ground truth", None), ("vae", "VAE reconstruction", None), ("off_sync", "off-sync (no audio layers)", 0.)]
+    weights = sorted({0., 1., 2., 4., float(default["asg"])})
+    rows += [(f"asg_{w:g}", f"generated, w_a = {w:g}" + (", w_t = %g: the default" % default["cfg"] if w == default["asg"] else ""), w) for w in weights]
+    print(f"{'':38s}{'F1 50':>7s}{'prec.':>7s}{'recall':>7s}{'F1 100':>8s}{'timing':>9s}{'residual':>10s}{'worst kind':>16s}{'false/quiet':>12s}")
+    result, total = {}, math.ceil((len(clips[0]["video"]) - 1) / vae.stride_t) * args.steps * math.ceil(len(clips) / 48)
+    for key, words, w in rows:
+        start = time.perf_counter()
+        if key == "ground_truth":
+            videos = [c["video"] for c in clips]
+        elif key == "vae":
+            videos = reconstruct(vae, clips, cast)
+        else:
+            with tqdm(total=total, desc=words, disable=None, leave=False) as bar:
+                videos = generate_toybox(Deaf(model) if key == "off_sync" else model, vae, clips, cast, bar, args.seed, steps=args.steps, asg=w,
+                                         cfg=default["cfg"] if w == default["asg"] else 0.)
+        scores, kinds, shuffled = score_toybox(videos, clips)
+        seen = {k: v["residual"] for k, v in kinds.items() if np.isfinite(v["residual"])}
+        worst = max(seen, key=seen.get, default="-")
+        result[key] = dict(scores, kinds={k: dict(f1_50=v["f1_50"], residual=v["residual"]) for k, v in kinds.items()}, worst_residual=seen.get(worst))
+        print(f"{words:38s}{scores['f1_50']:7.3f}{scores['precision_50']:7.3f}{scores['recall_50']:7.3f}{scores['f1_100']:8.3f}{scores['timing_ms']:6.0f} ms"
+              f"{scores['residual']:10.3f}{worst + ' %.2f' % seen.get(worst, np.nan):>16s}{scores['false_per_quiet_clip']:12.2f}   {time.perf_counter() - start:.0f} s", flush=True)
+        if key == f"asg_{default['asg']:g}":
+            result["generated"], result["shuffled"] = result[key], dict(shuffled, clips=len(clips))
+    print(f"{'shuffled audio (chance)':38s}{result['shuffled']['f1_50']:7.3f}{result['shuffled']['precision_50']:7.3f}{result['shuffled']['recall_50']:7.3f}{result['shuffled']['f1_100']:8.3f}")
+    clean = lambda v: {k: clean(x) for k, x in v.items()} if isinstance(v, dict) else (None if isinstance(v, float) and not np.isfinite(v) else round(v, 4) if isinstance(v, float) else v)
+    print(json.dumps(clean(result)))
+
+
+def main():
+    p = Parser(__doc__)
+    p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v")
+    p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
+    p.add_argument("--data", default="toybox", choices=("toybox",), help="on which data")
+    p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips")
+    p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="chooses the held-out clips and the noise")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
+    evaluate(p.parse_args())
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -26,9 +26,10 @@ and what to do; `run_cli` prints it as one line and exits with code 2.
 """
 import argparse
 import os
+import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -204,11 +205,11 @@ def _layers(scene, s, x, y, cover):
         yield cover(_box(along, across, arm / 2, 0, arm / 2, .035)), b        # handle
         yield cover(_box(along, across, arm, 0, .10, head)), a                # head: touches the block at s = 1
     elif kind == "mouth":
-        w, h = .17 + .05 * big, .018 + .135 * np.clip(s, 0, 1.2)
+        w, h = .19 + .05 * big, .02 + .17 * np.clip(s, 0, 1.2)
         yield cover(_disc(x, y, .5, .5, .40)), a
         for side in (-1, 1):
-            yield cover(_disc(x, y, .5 + side * .15, .36, .055)), b
-        ellipse = np.sqrt(((x - .5) / w) ** 2 + ((y - .66) / h) ** 2)
+            yield cover(_disc(x, y, .5 + side * .15, .33, .055)), b
+        ellipse = np.sqrt(((x - .5) / w) ** 2 + ((y - .64) / h) ** 2)
         yield cover((ellipse - 1) * np.minimum(w, h)), c
     elif kind == "lamp":
         r, glow = .15 + .05 * big, np.clip(s, 0, 1.2)
@@ -512,8 +513,8 @@ def load_checkpoint(path, task, hint=""):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as why:                                                  # torch raises half a dozen kinds here
         raise BadInput(f"{path}: not a checkpoint that can be loaded safely ({type(why).__name__}); expected a .pt written by train.py") from why
-    if not isinstance(content, dict) or not {"task", "config", "model"} <= set(content):
-        raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config and model in it); train one with train.py")
+    if not isinstance(content, dict) or not {"task", "config", "ema"} <= set(content):
+        raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config and weights in it); train one with train.py")
     if content["task"] != task:
         raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; give one made by train.py --task {task}")
     return content
@@ -527,3 +528,58 @@ def load_weights(model, state, path):
         raise BadInput(f"{path}: {len(wrong)} of its tensors do not fit this network (for instance {sorted(wrong)[0]}); it was made for another size")
     model.load_state_dict(state)
     return model
+
+
+# ------------------------------------------------------------------------------------------------ the toybox, prepared
+
+def workers(most=None):
+    """A pool of fresh processes, one per core, that leave Ctrl-C to their parent and compute on one thread each."""
+    count = max(1, min(most or 99, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    return get_context("spawn").Pool(count, _worker)
+
+
+def _worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _prepared(seed_size):
+    clip = toybox_clip(*seed_size)
+    return clip["video"], log_mel(clip["audio"]).astype(np.float16), clip["caption"]
+
+
+def toybox_cache(root, clips, size, vae, tag, device, cast, wait=None):
+    """Render and encode `clips` toybox clips once -> dict of latents (n, C, L, h, w) and mels (n, 2S, 64), both float16 and
+    memory-mapped, and captions. `tag` names the VAE: latents of another one are another cache. `wait`: a barrier, when
+    several processes start at once; the first one prepares."""
+    folder = Path(root) / f"toybox-{size}px-{clips}-{tag}"
+    if wait and int(os.environ["RANK"]):
+        wait()
+    if not (folder / "captions.txt").is_file():
+        part = folder.with_name(f".{folder.name}.{os.getpid()}")
+        part.mkdir(parents=True)
+        try:
+            with workers() as pool, torch.no_grad(), cast():
+                _fill(part, clips, size, vae, device, pool.imap(_prepared, [(i, size) for i in range(clips)], 8))
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    if wait and not int(os.environ["RANK"]):
+        wait()
+    load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
+    return dict(latents=load("latents"), mels=load("mels"), captions=(folder / "captions.txt").read_text().splitlines())
+
+
+def _fill(folder, clips, size, vae, device, stream, batch=16):
+    new = lambda name, *shape: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (clips, *shape))
+    latents = new("latents", *vae.encode(torch.zeros(1, 3, FRAMES, size, size, device=device))[0].shape[1:])
+    mels, captions = new("mels", round(FRAMES / FPS * RATE) * MEL_RATE // RATE, MELS), []
+    for start in tqdm(range(0, clips, batch), desc=f"rendering and encoding {clips} toybox clips", unit="batch", disable=None):
+        some = [next(stream) for _ in range(min(batch, clips - start))]
+        video = torch.from_numpy(np.stack([s[0] for s in some])).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        z = vae.normalise(vae.encode(video)[0].float())
+        latents[start:start + len(some)] = z.cpu().numpy()
+        mels[start:start + len(some)] = [s[1] for s in some]
+        captions += [s[2] for s in some]
+    latents.flush(), mels.flush()
+    (folder / "captions.txt").write_text("\n".join(captions) + "\n")

@@ -1,6 +1,6 @@
 """The network: Pyramid Flow's multimodal diffusion transformer, and Syncphony's audio layers in it.
 
-**Backbone.** Video arrives as latents (see vae.py), cut into 2x2 patches: tokens. Text tokens stand before them, and
+**Backbone.** Video arrives as latents (see vae.py), cut into 2x2 patches (4x4 in `tiny`): tokens. Text tokens stand before them, and
 attention is over [text; video] together. The first `n_double` blocks have separate weights for text and video, the
 `n_single` blocks after them share one set. Where a token stands in (time, row, column) is told to attention by rotating
 pairs of query and key channels (RoPE, three axes); how noisy it is, by scaling and shifting its features (adaLN).
@@ -27,7 +27,7 @@ look into the audio through `AudioCrossAttention`. Two facts make it synchronous
 t_i depends on i alone, so keys are rotated once and the window is a boolean mask. Its output layer starts at zero: a
 fresh audio model IS the backbone. Audio Sync Guidance (sample.py) leaves these layers out: `audio=None`.
 
-    B batch · L latent frames · h w latent grid · C latent channels · N = L·(h/2)·(w/2) video tokens · T text tokens
+    B batch · L latent frames · h w latent grid · C latent channels · N = L·(h/p)·(w/p) video tokens, p patch side · T text tokens
     S audio steps at 50 Hz · A audio channels · D width = K heads x d · G groups of tokens that share one sigma
 """
 import math
@@ -45,7 +45,8 @@ class MMDiTConfig:
     heads: int = 30
     head_dim: int = 64
     axes: tuple = (16, 24, 24)                # channels of a head rotated by time, row, column
-    latent: int = 16                          # channels of the video latent; a token is a 2x2 patch of it
+    latent: int = 16                          # channels of the video latent
+    patch: int = 2                            # a token is a patch x patch piece of it
     text_dim: int = 4096                      # width of the text states (T5-XXL)
     pooled_dim: int = 768                     # width of the pooled text vector (CLIP-L)
     context_clock: str = "shared"             # "own": clean tokens are modulated with sigma = 0, and can be cached
@@ -60,9 +61,9 @@ class MMDiTConfig:
 
 
 SIZES = {
-    "tiny": dict(n_double=1, n_single=4, heads=4, axes=(32, 16, 16), latent=32, text_dim=128, pooled_dim=128,
+    "tiny": dict(n_double=1, n_single=4, heads=4, axes=(32, 16, 16), patch=4, text_dim=128, pooled_dim=128,
                  context_clock="own", text="bytes", audio_dim=96, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
-    "small": dict(n_double=4, n_single=8, heads=8, axes=(32, 16, 16), latent=32, text_dim=256, pooled_dim=256,
+    "small": dict(n_double=4, n_single=8, heads=8, axes=(32, 16, 16), patch=4, text_dim=256, pooled_dim=256,
                   context_clock="own", text="bytes", audio_dim=384, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
     "miniflux": dict(),                       # Pyramid Flow's: 1,972,059,200 parameters; Syncphony adds audio_dim=1024
 }
@@ -70,13 +71,13 @@ SIZES = {
 
 # ------------------------------------------------------------------------------------------------ small parts
 
-def patchify(z):                                                              # (B, C, L, h, w) -> (B, N, 4C), channel fastest
-    z = z.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))                         # (B, C, L, h/2, 2, w/2, 2)
+def patchify(z, p=2):                                                         # (B, C, L, h, w) -> (B, N, ppC), channel fastest
+    z = z.unflatten(4, (-1, p)).unflatten(3, (-1, p))                         # (B, C, L, h/p, p, w/p, p)
     return z.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
 
 
-def unpatchify(x, L, h, w):                                                   # (B, N, 4C) -> (B, C, L, h, w)
-    x = x.unflatten(2, (2, 2, -1)).unflatten(1, (L, h // 2, w // 2))          # (B, L, h/2, w/2, 2, 2, C)
+def unpatchify(x, L, h, w, p=2):                                              # (B, N, ppC) -> (B, C, L, h, w)
+    x = x.unflatten(2, (p, p, -1)).unflatten(1, (L, h // p, w // p))          # (B, L, h/p, w/p, p, p, C)
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
 
@@ -334,11 +335,11 @@ class MMDiT(nn.Module):
         super().__init__()
         D, self.cfg = cfg.heads * cfg.head_dim, cfg
         assert sum(cfg.axes) == cfg.head_dim, f"axes {cfg.axes} must add up to the head's {cfg.head_dim} channels"
-        self.x_embedder, self.context_embedder = nn.Linear(4 * cfg.latent, D), nn.Linear(cfg.text_dim, D)
+        self.x_embedder, self.context_embedder = nn.Linear(cfg.patch ** 2 * cfg.latent, D), nn.Linear(cfg.text_dim, D)
         self.time_text_embed = TimeTextEmbed(D, cfg.pooled_dim)
         self.transformer_blocks = nn.ModuleList([DoubleBlock(cfg) for _ in range(cfg.n_double)])
         self.single_transformer_blocks = nn.ModuleList([SingleBlock(cfg) for _ in range(cfg.n_single)])
-        self.norm_out, self.proj_out = Modulation(D, 2), nn.Linear(D, 4 * cfg.latent)
+        self.norm_out, self.proj_out = Modulation(D, 2), nn.Linear(D, cfg.patch ** 2 * cfg.latent)
         if cfg.text == "bytes":
             self.text = ByteText(cfg.text_dim, cfg.pooled_dim)
         if cfg.audio == "mel" and cfg.audio_dim:
@@ -362,9 +363,15 @@ class MMDiT(nn.Module):
             x, y = block(x, y, p, i)
         return x
 
-    def head(self, x, c, rows=None):            # scale before shift here, unlike in the blocks
+    def tokens(self, *clips):                   # latents, in the order given -> (B, N, D)
+        return self.x_embedder(torch.cat([patchify(z, self.cfg.patch) for z in clips], 1))
+
+    def head(self, x, shape, c, rows=None):     # scale before shift here, unlike in the blocks
         scale, shift = self.norm_out(c, rows)
-        return self.proj_out(modulate(x, shift, scale))
+        return unpatchify(self.proj_out(modulate(x, shift, scale)), *shape, self.cfg.patch)
+
+    def grid(self, z):                          # patches in a column and a row of latents z
+        return z.shape[3] // self.cfg.patch, z.shape[4] // self.cfg.patch
 
     def rotary(self, ids):
         return rotary(ids, self.cfg.axes, self.cfg.time_scale)
@@ -390,19 +397,18 @@ class MMDiT(nn.Module):
 
         clips: list of (B, C, L, h, w); timestep (B,) in 0..1000; text (B, T, text_dim) with mask (B, T); pooled
         (B, pooled_dim); audio (B, S, A) features of the whole clip or None = audio layers skipped. -> like clips[-1]"""
-        L, h, w = clips[-1].shape[2:]
-        x = self.x_embedder(torch.cat([patchify(z) for z in clips], 1))       # (B, N, D)
-        y, T = self.context_embedder(text), text.shape[1]
+        x, y, T = self.tokens(*clips), self.context_embedder(text), text.shape[1]                   # (B, N, D), (B, T, D)
         starts = [sum(z.shape[2] for z in clips[:i]) for i in range(len(clips))]
-        ids = torch.cat([grid_ids(range(s, s + z.shape[2]), z.shape[3] // 2, z.shape[4] // 2, h // 2) for s, z in zip(starts, clips)])
+        fine, width = self.grid(clips[-1])
+        ids = torch.cat([grid_ids(range(s, s + z.shape[2]), *self.grid(z), fine) for s, z in zip(starts, clips)])
         ids = torch.cat([torch.zeros(T, 3), ids]).to(x.device)                # text stands at (0, 0, 0)
         real = F.pad(text_mask.bool(), (0, x.shape[1]), value=True)           # padding sees padding, real sees real ...
         mask = (real[:, None] == real[:, :, None]) & (ids[:, None, 0] >= ids[None, :, 0])        # ... and nobody the future
         p = Pass(self.time_text_embed(timestep[:, None], pooled), self.rotary(ids), mask=mask[:, None])
         if audio is not None:
             p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids[T:]), self.window(ids[T:, 0], audio.shape[1])
-        n = L * h * w // 4
-        return unpatchify(self.head(self.blocks(x, y, p)[:, -n:], p.c), L, h, w)
+        n = clips[-1].shape[2] * fine * width
+        return self.head(self.blocks(x, y, p)[:, -n:], clips[-1].shape[2:], p.c)
 
     # ---- the same network for a model whose context keeps its own clock
 
@@ -411,10 +417,9 @@ class MMDiT(nn.Module):
 
         clean (B, C, L, h, w): latents 0..L-1; noisy (B, C, M, h, w): latents start..start+M-1 at sigma (B, M); text,
         pooled as `self.text` gives them; audio (B, S, A) or None -> like noisy. The same as `denoise`, one by one."""
-        L, M, h, w = clean.shape[2], *noisy.shape[2:]
-        T, n = text.shape[1], h * w // 4                                      # n tokens per latent
-        x, y = self.x_embedder(patchify(torch.cat([clean, noisy], 2))), self.context_embedder(text)
-        ids = grid_ids([*range(L), *range(start, start + M)], h // 2, w // 2).to(x.device)
+        L, M, T, (h, w) = clean.shape[2], noisy.shape[2], text.shape[1], self.grid(noisy)
+        x, y, n = self.tokens(clean, noisy), self.context_embedder(text), h * w                      # n tokens per latent
+        ids = grid_ids([*range(L), *range(start, start + M)], h, w).to(x.device)
         t = F.pad(ids[:, 0], (T, 0))                                          # (T+N,) text counts as latent 0
         new = torch.arange(len(t), device=x.device) >= T + L * n              # which tokens are noisy
         past = (t[None] < t[:, None]) & (t[:, None] - t[None] <= self.cfg.context) | (t[None] == 0)
@@ -426,8 +431,7 @@ class MMDiT(nn.Module):
         p = Pass(c, self.rotary(torch.cat([ids.new_zeros(T, 3), ids])), rows, mask)
         if audio is not None:
             p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids), self.window(ids[:, 0], audio.shape[1])
-        x = self.blocks(x, y, p)[:, L * n:]
-        return unpatchify(self.head(x, c, rows[T + L * n:]), M, h, w)
+        return self.head(self.blocks(x, y, p)[:, L * n:], noisy.shape[2:], c, rows[T + L * n:])
 
     def begin(self, first, text, pooled, audio=None, off_sync=0):
         """Start a roll-out: latent 0 (R, C, 1, h, w), text (R, T, ·), audio features (R, S, A) of the whole sound.
@@ -438,10 +442,10 @@ class MMDiT(nn.Module):
         self.extend(context, first, self.context_embedder(text))
         return context
 
-    def _pass(self, context, h, w, sigma):
+    def _pass(self, context, z, sigma):
         """The Pass of latent l = context['l'], and its audio: only the steps in its window, so no mask is needed."""
         l, a, rows = context["l"], context["audio"], len(context["pooled"])
-        ids = grid_ids([l], h // 2, w // 2).to(context["pooled"].device)
+        ids = grid_ids([l], *self.grid(z)).to(z.device)
         c = self.time_text_embed(torch.full((rows, 1), 1000. * sigma, device=ids.device), context["pooled"])
         p = Pass(c, self.rotary(ids), cache=context["cache"], off_sync=context["off_sync"], audio_table=self.rotary(ids))
         if a is not None:
@@ -453,14 +457,12 @@ class MMDiT(nn.Module):
 
     def extend(self, context, z, y=None):
         """Append the finished latent z (R, C, 1, h, w) to the context, and with the first one the text y."""
-        h, w = z.shape[3:]
-        p = self._pass(context, h, w, 0.)                                     # clean: sigma = 0
+        p, n = self._pass(context, z, 0.), math.prod(self.grid(z))            # clean: sigma = 0; n tokens per latent
         p.keep = []
-        n = h * w // 4
         if y is not None:                       # [text; latent 0]: text has no position, and both see each other
             p.table = tuple(torch.cat([t0, t]) for t0, t in zip(self.rotary(torch.zeros(y.shape[1], 3, device=z.device)), p.table))
             context["all"] = p.cache = None
-        self.blocks(self.x_embedder(patchify(z)), y, p)
+        self.blocks(self.tokens(z), y, p)
         old, sink, W = context["all"], context["T"] + n, self.cfg.context * n
         grown = p.keep if old is None else [tuple(torch.cat(kv, 2) for kv in zip(a, b)) for a, b in zip(old, p.keep)]
         # bounded memory: the text and latent 0 stay for ever, of the rest the last `context` latents
@@ -474,6 +476,6 @@ class MMDiT(nn.Module):
 
     def denoise(self, context, x, sigma):
         """Velocity of the noisy latent x (R, C, 1, h, w) at sigma (a number) -> (R + off_sync, C, 1, h, w)."""
-        p = self._pass(context, *x.shape[3:], sigma)
-        out = self.blocks(self.x_embedder(patchify(x)), None, p)              # may change p.c: off-sync rows join
-        return unpatchify(self.head(out, p.c), *x.shape[2:])
+        p = self._pass(context, x, sigma)
+        out = self.blocks(self.tokens(x), None, p)                            # may change p.c: off-sync rows join
+        return self.head(out, x.shape[2:], p.c)

@@ -38,7 +38,7 @@ class VAEConfig:
     time: tuple = (1, 1, 1, 0)                # ... and in a temporal one?
     layers: tuple = (2, 3)                    # ResBlocks per level: encoder, decoder
     latent: int = 16                          # channels of the latent
-    groups: int = 32                          # GroupNorm groups, per frame; 0 = RMS over channels per position
+    groups: int = 32                          # GroupNorm groups
     kernel_t: int = 3                         # temporal kernel
     patch: tuple = (1, 1)                     # (frames, pixels) of one input position
     reference: bool = False                   # later frames are coded against the true first one
@@ -51,8 +51,8 @@ class VAEConfig:
 
 
 SIZES = {
-    "tiny": dict(widths=(96, 160, 224), space=(1, 1, 0), time=(0, 0, 0), layers=(1, 2), latent=32, groups=0, kernel_t=1,
-                 patch=(4, 4), reference=True, shortcut=True),                                                        # 16x16 x 4, toybox
+    "tiny": dict(widths=(128, 176), space=(1, 0), time=(0, 0), layers=(1, 2), groups=8, kernel_t=1, patch=(4, 4),
+                 reference=True, shortcut=True),                                                       # 8x8 x 4, toybox
     "pyramid": dict(),                                                                                 # 8x8 x 8, 335.4 M
 }
 
@@ -77,28 +77,21 @@ class CausalConv3d(nn.Module):
         return self.conv(padded)
 
 
-class Norm(nn.Module):
-    """GroupNorm of each frame by itself, or (groups = 0) RMS over the channels of each position. eps 1e-6 in both."""
-
-    def __init__(self, c, groups):
-        super().__init__()
-        self.weight, self.bias, self.groups = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c)), groups
+class Norm(nn.GroupNorm):
+    """GroupNorm of each frame by itself: statistics that ran over time would let a latent see the future."""
 
     def forward(self, x):                                                     # (B, C, T, H, W)
-        if self.groups:
-            B, C, T, H, W = x.shape
-            y = F.group_norm(x.transpose(1, 2).reshape(B * T, C, H, W), self.groups, self.weight, self.bias, 1e-6)
-            return y.view(B, T, C, H, W).transpose(1, 2)
-        y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
-        return y * self.weight.view(-1, 1, 1, 1) + self.bias.view(-1, 1, 1, 1)
+        B, C, T, H, W = x.shape
+        y = super().forward(x.transpose(1, 2).reshape(B * T, C, H, W))
+        return y.view(B, T, C, H, W).transpose(1, 2)
 
 
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, cfg):
         super().__init__()
         kernel = (cfg.kernel_t, 3, 3)
-        self.norm1, self.conv1 = Norm(c_in, cfg.groups), CausalConv3d(c_in, c_out, kernel)
-        self.norm2, self.conv2 = Norm(c_out, cfg.groups), CausalConv3d(c_out, c_out, kernel)
+        self.norm1, self.conv1 = Norm(cfg.groups, c_in, 1e-6), CausalConv3d(c_in, c_out, kernel)
+        self.norm2, self.conv2 = Norm(cfg.groups, c_out, 1e-6), CausalConv3d(c_out, c_out, kernel)
         self.conv_shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else nn.Identity()
 
     def forward(self, x, cache):
@@ -112,7 +105,7 @@ class Attention(nn.Module):
 
     def __init__(self, c, groups):
         super().__init__()
-        self.group_norm = Norm(c, groups)
+        self.group_norm = Norm(groups, c, 1e-6)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
@@ -180,7 +173,7 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList([Level(w[max(i - 1, 0)], w[i], cfg.layers[0], cfg, cfg.space[i], cfg.time[i], "down")
                                           for i in range(len(w))])
         self.mid_block = Mid(w[-1], cfg)
-        self.conv_norm_out = Norm(w[-1], cfg.groups)
+        self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
         self.conv_out = CausalConv3d(w[-1], 2 * cfg.latent, (cfg.kernel_t, 3, 3))
         if cfg.shortcut:
             s = 2 ** sum(cfg.space)
@@ -204,8 +197,9 @@ class Decoder(nn.Module):
                                         for i in range(len(w))])              # the published decoder flags its levels alike
         if cfg.reference:
             self.conv_reference = CausalConv3d(3 * p * p, w[-2], (1, 3, 3))
-        self.conv_norm_out = Norm(w[-1], cfg.groups)
-        self.conv_out = CausalConv3d(w[-1], (3 + cfg.reference) * t * p * p, (cfg.kernel_t, 3, 3))
+        self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
+        out = t * (6 * p * p + 6) if cfg.reference else 3 * t * p * p           # see `paint`
+        self.conv_out = CausalConv3d(w[-1], out, (cfg.kernel_t, 3, 3))
         if cfg.shortcut:
             s = 2 ** sum(cfg.space)
             self.linear = nn.ConvTranspose3d(cfg.latent, self.conv_out.conv.out_channels, (1, s, s), (1, s, s))
@@ -247,6 +241,15 @@ class CausalVideoVAE(nn.Module):
         r = self.patchify(first, 1).repeat(1, 1, frames, 1, 1)                # (B, 3pp, T, H/p, W/p)
         return torch.cat([torch.zeros_like(r[:, :, :1]), r[:, :, 1:]], 2) if start else r
 
+    def paint(self, x, reference):
+        t, p = self.cfg.patch
+        colours, logits, fine = x.split([6 * t, 3 * t * p * p, 3 * t * p * p], 1)
+        copy = self.unpatchify(reference.unflatten(1, (3, 1, -1)).repeat(1, 1, t, 1, 1, 1, 1).flatten(1, 3))
+        flat = colours.unflatten(1, (2, 3, t)).permute(0, 1, 2, 4, 3, 5, 6).flatten(3, 4)             # (B, 2, 3, tL, H/p, W/p)
+        flat = flat.repeat_interleave(p, -1).repeat_interleave(p, -2)
+        w = self.unpatchify(logits).softmax(1)
+        return w[:, :1] * copy + w[:, 1:2] * flat[:, 0] + w[:, 2:] * flat[:, 1] + self.unpatchify(fine)
+
     def encode(self, video, first=None, cache=None):
         """Video (B, 3, F, H, W) -> mean, logvar (B, C, L, h, w), logvar clamped to [-30, 20].
 
@@ -275,12 +278,7 @@ class CausalVideoVAE(nn.Module):
         if cache is not None:
             cache["started"] = True
         x = self.decoder(self.post_quant_conv(z), cache, start, reference)
-        x = self.unpatchify(x)                                                # (B, 3 or 4, tL, H, W)
-        if self.cfg.reference:
-            copy = self.unpatchify(reference.unflatten(1, (3, 1, -1)).repeat(1, 1, t, 1, 1, 1, 1).flatten(1, 3))
-            mask = x[:, 3:].sigmoid()                                         # (B, 1, tL, H, W)
-            mask = torch.cat([torch.ones_like(mask[:, :, :t]), mask[:, :, t:]], 2) if start else mask    # latent 0: all new
-            x = copy + mask * (x[:, :3] - copy)                               # paint only where something changed
+        x = self.paint(x, reference) if self.cfg.reference else self.unpatchify(x)
         return x[:, :, t - 1:] if start else x                                # the repeats of the first frame
 
     def normalise(self, z, start=True):

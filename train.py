@@ -1,0 +1,395 @@
+"""Training: one loop for every network here, from a laptop's two cores to several GPUs.
+
+    python train.py --task a2v                     # toybox, minutes on a CPU: renders, encodes, trains, evaluates
+    python train.py --task vae                     # the VAE that turns its clips into latents (weights/ has a trained one)
+    torchrun --nproc_per_node=2 train.py --task a2v --device cpu
+
+What a task is, is written once: `Task` draws batches, computes the loss and evaluates; the loop below knows nothing else.
+
+**Exactness.** Every random number is a function of (seed, step, micro-batch): which clips, which noise, which captions are
+dropped. So a checkpoint needs no generator states, the same command goes on where it was stopped (Ctrl-C, SIGTERM or a
+power cut) and takes the very steps it would have taken, and 2 processes or --accum 2 see what one process would have.
+
+**What is kept.** `last.pt`: everything, written whole or not at all. `best.pt`: the averaged (EMA) weights alone, in half
+precision, from the best evaluation; this is what sample.py plays and what weights/ holds. `log.csv`: one line a report.
+
+Between processes gradients are averaged by hand, five lines: DistributedDataParallel would insist that every weight takes
+part in every step, and when the audio layers are skipped some do not.
+"""
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+import model as networks
+import vae as autoencoders
+from cyclesync import HELD_OUT, generate_toybox, reconstruct, score_toybox
+from data import BadInput, Parser, number, run_cli
+from losses import BUCKETS, a2v_loss
+from sample import VAE_FILE, fingerprint, load_vae, pick_device
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+class A2V:
+    """Syncphony: cached latents, log-mels and captions -> velocity loss in the parallel layout."""
+
+    def __init__(self, args, device, cast, world):
+        if args.data != "toybox":
+            raise BadInput(f"--data {args.data}: unknown; this version trains on: toybox")
+        self.args, self.device = args, device
+        self.vae = load_vae(args.vae, device)
+        self.config = networks.MMDiTConfig(**networks.SIZES[args.size])
+        if self.config.text != "bytes" or self.config.latent != self.vae.cfg.latent:
+            raise BadInput(f"--size {args.size}: needs another VAE ({self.config.latent} channels) and text states; train tiny or small on the toybox")
+        self.net = networks.MMDiT(self.config)
+        self.cache = data.toybox_cache(args.data_root, args.clips, args.resolution, self.vae, fingerprint(self.vae), device, cast,
+                                       wait=dist.barrier if world > 1 else None)
+
+    def batch(self, step, rows):
+        """Samples number `rows` of step `step`: every clip once per epoch, in an order drawn from (seed, epoch)."""
+        n, B = len(self.cache["captions"]), self.args.batch_size
+        spots = step * B + np.asarray(rows)                                   # positions in the endless stream of samples
+        orders = {e: np.random.default_rng([self.args.seed, int(e)]).permutation(n) for e in np.unique(spots // n)}
+        index = np.array([orders[s // n][s % n] for s in spots])
+        pick = lambda name: torch.from_numpy(self.cache[name][index]).to(self.device).float()
+        return pick("latents"), networks.text_bytes([self.cache["captions"][i] for i in index]).to(self.device), pick("mels")
+
+    def loss(self, net, batch, g):
+        a = self.args
+        return a2v_loss(net, *batch, g, a.lambda_motion, a.skip_audio, a.drop_text, a.sigma, a.shift)
+
+    def evaluate(self, net, clips, cast, guided=False):
+        """-> scores of generated held-out clips (w_a = 0, or the guidance that the checkpoint will recommend), and videos."""
+        videos = generate_toybox(net, self.vae, clips, cast, steps=12 if not guided else 30, asg=self.args.asg if guided else 0., cfg=0.)
+        return score_toybox(videos, clips)[0], videos
+
+    def extra(self):
+        return dict(size=self.args.resolution, vae=fingerprint(self.vae), guidance=dict(asg=self.args.asg, cfg=self.args.cfg))
+
+
+class VAE:
+    """Frames of rendered clips -> reconstruction. Its data are drawn while it trains: no clip is ever seen twice."""
+
+    def __init__(self, args, device, cast, world):
+        if args.size != "tiny":
+            raise BadInput(f"--size {args.size}: the VAE is trained from scratch as tiny only; the published one is loaded, never trained")
+        self.args, self.device = args, device
+        self.config = autoencoders.VAEConfig(**autoencoders.SIZES[args.size])
+        self.net = autoencoders.CausalVideoVAE(self.config)
+        self.pool = data.workers(1)
+
+    def batch(self, step, rows):
+        B, ahead = self.args.batch_size, 4                                    # a worker draws a few steps ahead
+        self.queue = getattr(self, "queue", {})
+        for s in range(step, min(step + ahead, self.args.steps)):
+            if (s, rows[0]) not in self.queue:
+                seeds = [[self.args.seed, s * B + r] for r in rows]
+                self.queue[s, rows[0]] = self.pool.starmap_async(data.toybox_windows, [(q, self.args.resolution) for q in seeds], 4)
+        video = torch.from_numpy(np.stack(self.queue.pop((step, rows[0])).get()))
+        return (video.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1,)
+
+    def loss(self, net, batch, g):
+        B, _, F, H, _ = batch[0].shape
+        grid = H // net.stride
+        noise = torch.randn(B, net.cfg.latent, (F - 1) // net.stride_t + 1, grid, grid, generator=g).to(self.device)
+        loss, error = autoencoders.vae_loss(net, batch[0], noise, self.args.kl)
+        return loss, error.expand(BUCKETS)
+
+    def evaluate(self, net, clips, cast, guided=False):
+        videos = reconstruct(net, clips, cast)
+        return score_toybox(videos, clips)[0], videos
+
+    def extra(self):
+        return {}
+
+
+TASKS = {"a2v": A2V, "vae": VAE}
+
+
+# ------------------------------------------------------------------------------------------------ the parts of the loop
+
+def learning_rate(step, args):
+    """Linear warm-up, then half a cosine down to 2 % of the peak."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (.02 + .98 * .5 * (1 + math.cos(math.pi * min(1, done))))
+
+
+def update_ema(ema, net, step, decay):
+    """ema <- d ema + (1 - d) weights, with a d that starts small: an average over about the last tenth of the run so far."""
+    d = min(decay, (1 + step) / (10 + step))
+    theirs = dict(net.named_parameters())
+    torch._foreach_lerp_(list(ema.values()), [theirs[k].detach() for k in ema], 1 - d)
+
+
+def constants_of(net, task, args):
+    """The VAE's normalisation, measured: shift and scale that give latent 0 and the later latents unit variance."""
+    clips = [data.toybox_clip(HELD_OUT // 2 + i, args.resolution)["video"] for i in range(64)]
+    with torch.no_grad():
+        z = torch.cat([net.encode(torch.from_numpy(c)[None].to(task.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)[0] for c in clips])
+    for name, part in (("image", z[:, :, :1]), ("video", z[:, :, 1:])):
+        setattr(net.cfg, f"shift_{name}", part.mean().item()), setattr(net.cfg, f"scale_{name}", 1 / part.std().item())
+    return ((z[:, :, 1:] - z[:, :, 1:].mean()) / z[:, :, 1:].std()).pow(4).mean().item()
+
+
+def report_start(task, args, words, flops):
+    parts = {name: sum(p.numel() for p in child.parameters()) for name, child in task.net.named_children()}
+    total = sum(p.numel() for p in task.net.parameters())
+    print(f"device      {words}\nparameters  {total / 1e6:.2f} M: " + ", ".join(f"{k} {v / 1e6:.2f}" for k, v in parts.items() if v > 4000))
+    if args.task == "a2v":
+        audio = sum(p.numel() for b in task.net.single_transformer_blocks if b.audio for p in b.audio.parameters())
+        C, L, h, w = task.cache["latents"].shape[1:]
+        n = h * w // task.config.patch ** 2
+        print(f"            of which audio cross-attention {audio / 1e6:.2f}")
+        print(f"tokens      {L * n} clean + {(L - 1) * n} noisy + 12 text per clip ({L} latents of {C}x{h}x{w}), {task.cache['mels'].shape[1] // 2} audio steps")
+    print(f"compute     {flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips; {args.steps} steps = {args.steps * args.batch_size} clips")
+
+
+def count_flops(task, args, g):
+    """FLOPs (2 per multiply-add) of one training step, counted on two clips. Attention counts only as plain matmuls."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        task.loss(task.net, task.batch(0, [0, 1]), g)[0].backward()
+    task.net.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / 2 * args.batch_size
+
+
+def peak_flops(device):
+    """What this device could do: the data sheet's bf16 number for a known GPU, a measured matmul on a CPU, else unknown."""
+    if device.type == "cuda":
+        return next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), float("nan")), "of the data sheet's peak"
+    dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    a, spans = torch.randn(2048, 2048).to(dtype), []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        spans.append(time.perf_counter() - start)
+    return 2 * 2048 ** 3 / min(spans), "of a measured matmul"
+
+
+def seeded(*numbers):
+    """A generator that depends on all of the numbers and nothing else."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+def train(args):
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device, cast, words = pick_device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    micro = args.batch_size // (world * args.accum)
+    if micro * world * args.accum != args.batch_size:
+        raise BadInput(f"--batch-size {args.batch_size} must be a multiple of processes x --accum = {world * args.accum}")
+    out, start_time = Path(args.out or f"out/{args.task}"), time.perf_counter()
+    torch.manual_seed(args.seed)
+    task = TASKS[args.task](args, device, cast, world)
+    net = task.net.to(device)
+    ema = {k: p.detach().clone() for k, p in net.named_parameters()}
+    decay = [p for p in net.parameters() if p.dim() > 1]
+    optimiser = torch.optim.AdamW([dict(params=decay, weight_decay=args.weight_decay), dict(params=[p for p in net.parameters() if p.dim() < 2])],
+                                  lr=args.lr, betas=(.9, .98), weight_decay=0., fused=device.type != "mps")
+    step, best, seconds = 0, -1e9, 0.
+    if (out / "last.pt").is_file():
+        step, best, seconds = resume(out / "last.pt", args, net, ema, optimiser)
+        if rank == 0:
+            print(f"resuming    {out / 'last.pt'} at step {step} (remove it, or give another --out, to start anew)")
+    flops = count_flops(task, args, seeded(args.seed, 0)) if rank == 0 else 0
+    if rank == 0:
+        report_start(task, args, words, flops)
+    peak, peak_words = peak_flops(device) if rank == 0 else (1, "")
+    if args.checkpointing:
+        for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+            block.forward = (lambda f: lambda *a: checkpoint(f, *a, use_reentrant=False))(block.forward)
+    compute = torch.compile(task.loss) if args.compile and args.task == "vae" else task.loss
+    if args.compile and args.task == "a2v":
+        for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+            block.compile()
+    clips = [data.toybox_clip(HELD_OUT + 10 ** 6 + i, args.resolution) for i in range(args.eval_clips)] if rank == 0 else []
+
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.append(1))
+    save = lambda: data.save_checkpoint(out / "last.pt", task=args.task, config=asdict(net.cfg), model=net.state_dict(), ema=dict(ema), step=step,
+                                        optimiser=optimiser.state_dict(), best=best, seconds=seconds, args=vars(args), **task.extra())
+    bar = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, unit="step")
+    reports, clock = [], time.perf_counter()
+    while step < args.steps:
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, args)
+        for i in range(args.accum):
+            part = rank * args.accum + i                                      # which micro-batch of the step this is
+            batch = task.batch(step, list(range(part * micro, (part + 1) * micro)))
+            with cast():
+                loss, buckets = compute(net, batch, seeded(args.seed, step, part))
+            (loss / (args.accum * world)).backward()
+            reports.append(torch.cat([loss.detach()[None], buckets]))
+        if world > 1:                                                         # average gradients; absent ones are zero
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in net.parameters()])
+            dist.all_reduce(flat)
+            for p, piece in zip(net.parameters(), flat.split([p.numel() for p in net.parameters()])):
+                p.grad = piece.view_as(p)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        if not torch.isfinite(norm):
+            raise BadInput(f"the loss is {loss.item()} at step {step} (gradient norm {norm.item()}); last.pt keeps the last good state: lower --lr")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        update_ema(ema, net, step, args.ema)
+        step += 1
+        bar.update()
+        if rank == 0 and (step % args.log_every == 0 or step == args.steps):
+            took = time.perf_counter() - clock
+            seconds, mean = seconds + took, torch.stack(reports).nanmean(0).tolist()
+            per_step, count = took / (len(reports) / args.accum), len(reports)
+            names = "  ".join(f"s<{(b + 1) / BUCKETS:.2f} {v:.3f}" for b, v in enumerate(mean[1:])) if args.task == "a2v" else f"|error| {mean[1]:.4f}"
+            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {names}  gnorm {norm:.2f}  lr {optimiser.param_groups[0]['lr']:.1e}  {1000 * per_step:.0f} ms  "
+                       f"{flops / per_step / 1e9:.0f} GFLOP/s = {100 * flops / per_step / peak:.0f} % {peak_words}  {seconds:.0f} s")
+            log_row(out / "log.csv", step=step, seconds=round(seconds, 1), loss=mean[0], **{f"bucket_{b}": v for b, v in enumerate(mean[1:])},
+                    lr=optimiser.param_groups[0]["lr"], ms=1000 * per_step)
+            reports, clock = [], time.perf_counter()
+        if rank == 0 and args.eval_clips and (step % args.sample_every == 0 or step == args.steps):
+            score = look(task, net, ema, clips, out, step, cast, args)
+            if score >= best:
+                best = score
+                save_best(out / "best.pt", task, net, ema, step, seconds, args)
+            clock = time.perf_counter()                                       # the clock rests while evaluating and saving
+        if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
+            save()
+            clock = time.perf_counter()
+        if stop:
+            bar.close()
+            print(f"stopped at step {step}; the same command goes on from {out / 'last.pt'}", file=sys.stderr)
+            sys.exit(130)
+    bar.close()
+    if rank == 0:
+        print(f"done: {out / 'best.pt'}, {out / 'log.csv'}; {seconds:.0f} s of training, {time.perf_counter() - start_time:.0f} s in all")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def look(task, net, ema, clips, out, step, cast, args):
+    """Evaluate the averaged weights on held-out clips; leave a strip and an mp4; -> a score to compare checkpoints by."""
+    weights = {k: p.detach().clone() for k, p in net.named_parameters()}
+    net.load_state_dict(ema, strict=False)
+    net.eval()
+    last = step == args.steps
+    scores, videos = task.evaluate(net, clips, cast)
+    lines = [("w_a = 0" if args.task == "a2v" else "reconstruction", scores)]
+    if last and args.task == "a2v" and args.asg:
+        lines.append((f"w_a = {args.asg:g}", task.evaluate(net, clips, cast, guided=True)[0]))
+    for words, s in lines:
+        tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {words}: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall "
+                   f"{s['recall_50']:.2f}), at 100 ms {s['f1_100']:.3f}, residual {s['residual']:.3f}, false events per quiet clip {s['false_per_quiet_clip']:.2f}")
+    strips = np.concatenate([np.concatenate([data.film_strip(c["video"], c["audio"])[:args.resolution], data.film_strip(v, c["audio"])])
+                             for v, c in list(zip(videos, clips))[:8]])       # above: the truth, below: ours
+    out.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(out / f"{step:06d}.png", strips)
+    data.write_video(out / f"{step:06d}.mp4", videos[0], clips[0]["audio"])
+    net.load_state_dict(weights, strict=False)
+    net.train()
+    return scores["f1_50"] - scores["residual"] if np.isfinite(scores["residual"]) else scores["f1_50"] - 1
+
+
+def save_best(path, task, net, ema, step, seconds, args):
+    if args.task == "vae":
+        weights = {k: p.detach().clone() for k, p in net.named_parameters()}
+        net.load_state_dict(ema, strict=False)
+        kurtosis = constants_of(net, task, args)
+        net.load_state_dict(weights, strict=False)
+        tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis:.1f} (3 = Gaussian)")
+    data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in ema.items()}, step=step, seconds=seconds,
+                         args=vars(args), **task.extra())
+
+
+def resume(path, args, net, ema, optimiser):
+    ckpt = data.load_checkpoint(path, args.task)
+    if ckpt["config"] != asdict(net.cfg) and args.task != "vae":
+        raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
+    for flag in ("seed", "batch_size", "lr", "steps", "clips", "resolution"):
+        if ckpt["args"][flag] != getattr(args, flag):
+            raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'][flag]}, now it is {getattr(args, flag)}; repeat that or give another --out")
+    data.load_weights(net, ckpt["model"], path)
+    for k, v in ckpt["ema"].items():
+        ema[k].copy_(v)
+    optimiser.load_state_dict(ckpt["optimiser"])
+    return ckpt["step"], ckpt["best"], ckpt["seconds"]
+
+
+def log_row(path, **row):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as f:
+        writer = csv.DictWriter(f, row)
+        writer.writeheader() if new else None
+        writer.writerow(row)
+
+
+def main():
+    p = Parser(__doc__)
+    # what
+    p.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
+    p.add_argument("--data", default="toybox", help="which data")
+    p.add_argument("--data-root", default="data", help="where datasets and caches lie")
+    p.add_argument("--size", default="tiny", choices=[*networks.SIZES], help="size of the network")
+    p.add_argument("--resolution", type=number(int, 32, 512), default=64, help="side of the pictures in pixels, a multiple of 32")
+    p.add_argument("--clips", type=number(int, 1), default=5000, help="a2v: toybox clips to render and cache")
+    p.add_argument("--vae", default=str(VAE_FILE), help="a2v: the VAE that makes the latents")
+    # how long, how fast
+    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 2000, vae 6000)")
+    p.add_argument("--batch-size", type=number(int, 1), default=16, help="clips per step, over all processes and --accum")
+    p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
+    p.add_argument("--lr", type=number(low=0), default=1.5e-3, help="peak learning rate")
+    p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
+    p.add_argument("--weight-decay", type=number(low=0), default=.01, help="AdamW's, on matrices only")
+    p.add_argument("--clip", type=number(low=0), default=1., help="largest gradient norm")
+    p.add_argument("--ema", type=number(low=0, high=1), default=.998, help="decay of the averaged weights")
+    # the a2v objective
+    p.add_argument("--lambda-motion", type=number(low=0), default=1., help="motion-aware loss, Syncphony eq. 1; 0 = plain")
+    p.add_argument("--skip-audio", type=number(low=0, high=1), default=.1, help="share of steps with the audio layers left out")
+    p.add_argument("--drop-text", type=number(low=0, high=1), default=.1, help="share of captions replaced by the null text")
+    p.add_argument("--sigma", default="uniform", choices=("uniform", "logit-normal"), help="how noise levels are drawn")
+    p.add_argument("--shift", type=number(low=.01), default=1., help="shift of the noise levels; 1 = none")
+    p.add_argument("--asg", type=number(low=0), default=2., help="w_a that the checkpoint will recommend to sample.py")
+    p.add_argument("--cfg", type=number(low=0), default=0., help="w_t that the checkpoint will recommend to sample.py")
+    p.add_argument("--kl", type=number(low=0), default=3e-5, help="vae: weight of the KL term")
+    # where and how
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of everything")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
+    p.add_argument("--compile", action="store_true", help="torch.compile: half a minute to start, then faster")
+    p.add_argument("--checkpointing", action="store_true", help="a2v: recompute activations in the backward pass, for memory")
+    p.add_argument("--out", help="folder for checkpoints and logs (out/a2v, out/vae)")
+    p.add_argument("--log-every", type=number(int, 1), default=50, help="steps between reports")
+    p.add_argument("--sample-every", type=number(int, 1), default=1000, help="steps between evaluations, each with strip and mp4")
+    p.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
+    p.add_argument("--eval-clips", type=number(int, 0), default=48, help="held-out clips of an evaluation")
+    args = p.parse_args()
+    args.steps = args.steps or {"a2v": 2000, "vae": 6000}[args.task]
+    if args.resolution % 32:
+        raise BadInput(f"--resolution {args.resolution}: must be a multiple of 32 (8x8 pixels a latent, 4x4 latents a token)")
+    train(args)
+
+
+if __name__ == "__main__":
+    run_cli(main)
