@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import FPS, KINDS, STATES, BadInput, Parser, number, run_cli, toybox_clip, toybox_draw
-from sample import A2V_FILE, VAE_FILE, animate, fingerprint, load_a2v, load_vae, pick_device
+from data import FPS, KINDS, STATES, Parser, number, run_cli, toybox_clip, toybox_draw
+from sample import A2V_FILE, VAE_FILE, Deaf, animate, load_a2v, pick_device
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
 
@@ -142,27 +142,11 @@ def reconstruct(vae, clips, cast=nullcontext):
     return videos
 
 
-class Deaf:
-    """The model without its audio layers, for the off-sync row: `begin` is called as if there were no sound."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def begin(self, first, text, pooled, audio, off_sync=0):
-        return self.model.begin(first, text, pooled)
-
-
 # ------------------------------------------------------------------------------------------------ the table
 
 def evaluate(args):
     device, cast, words = pick_device(args.device)
-    model, ckpt = load_a2v(args.ckpt, device)
-    vae = load_vae(args.vae, device)
-    if ckpt["vae"] != fingerprint(vae):
-        raise BadInput(f"{args.vae}: not the VAE that {args.ckpt} was trained with; give that one by --vae")
+    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device)
     clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + i, ckpt["size"]) for i in range(args.clips)]
     n, default = sum(len(c["events"]) for c in clips), ckpt["guidance"]
     print(f"{words}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of {len(clips[0]['video'])} frames at {ckpt['size']} px, {n} events, "
@@ -195,7 +179,7 @@ def evaluate(args):
     print(json.dumps(clean(result)))
 
 
-def main():
+def arguments():
     p = Parser(__doc__)
     p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
@@ -204,7 +188,11 @@ def main():
     p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
     p.add_argument("--seed", type=number(int, 0), default=0, help="chooses the held-out clips and the noise")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    evaluate(p.parse_args())
+    return p
+
+
+def main():
+    evaluate(arguments().parse_args())
 
 
 if __name__ == "__main__":

@@ -353,7 +353,7 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True):
     return dict(clip, video=toybox_draw(scene, state, size)) if video else clip
 
 
-def toybox_windows(seed, size=64, blocks=3, t=4):
+def toybox_windows(seed, size=64, blocks=4, t=4):
     """What a VAE with kernel_t = 1 trains on: frame 0 and `blocks` stretches of t frames, mostly ones in which something
     moves -> uint8 (1 + blocks·t, size, size, 3). A whole clip would cost four times as much to draw and mostly stand still."""
     rng = np.random.default_rng([seed, 3141])
@@ -500,7 +500,7 @@ def film_strip(video, wave, shown=12, fps=FPS, rate=RATE):
 def save_checkpoint(path, **content):
     """Plain types and tensors only, written whole or not at all."""
     part = temporary(path)
-    torch.save(dict(content, torch=torch.__version__), part)
+    torch.save(dict(content, torch=str(torch.__version__)), part)
     os.replace(part, path)
 
 

@@ -110,7 +110,12 @@ def heads(x, K):                                                              # 
 
 
 def attend(q, k, v, mask=None):                                               # (B, K, N, d) -> (B, N, D)
-    o = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if v.device.type == "cpu":                  # at these sizes the fused kernel's backward is slower than the bare matmuls
+        s = (q * q.shape[-1] ** -.5) @ k.transpose(2, 3)                      # (B, K, N, M)
+        o = (s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(-1).to(v.dtype) @ v
+    else:
+        o = F.scaled_dot_product_attention(q, k, v, mask)
     return o.transpose(1, 2).flatten(2)
 
 
@@ -118,13 +123,13 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-class RMSNorm(nn.Module):                                                     # over the channels of a head, in fp32
+class RMSNorm(nn.Module):                                                     # over the channels of a head
     def __init__(self, d):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, 1e-6)
+        return F.rms_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, 1e-6)      # fp32 under autocast
 
 
 class Modulation(nn.Module):
@@ -317,12 +322,12 @@ class MelEncoder(nn.Module):
 
     def __init__(self, A, mels=64):
         super().__init__()
-        self.half = nn.Conv1d(mels, A, 4, 2, padding=1)
+        self.strided = nn.Conv1d(mels, A, 4, 2, padding=1)
         self.norms = nn.ModuleList([nn.LayerNorm(A) for _ in range(6)])
         self.layers = nn.ModuleList([nn.Conv1d(A, A, 3, padding=g, dilation=g) for g in (1, 2, 4, 8, 16)])
 
     def forward(self, mel):                                                   # (B, 2S, mels) -> (B, S, A)
-        x = self.half(mel.transpose(1, 2)).transpose(1, 2)
+        x = self.strided(mel.transpose(1, 2)).transpose(1, 2)
         for norm, layer in zip(self.norms, self.layers):
             x = x + layer(F.gelu(norm(x)).transpose(1, 2)).transpose(1, 2)
         return self.norms[5](x)

@@ -25,10 +25,12 @@ guide by, and --cfg rests.
 
     B clips · R rows = guidance branches x clips · L latents · C h w latent channels and grid · F frames
 """
+import hashlib
 import json
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -64,10 +66,34 @@ def load_vae(path=VAE_FILE, device="cpu"):
     return load_weights(CausalVideoVAE(VAEConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval()
 
 
-def load_a2v(path=A2V_FILE, device="cpu"):
-    """-> the model with its averaged (EMA) weights, the checkpoint."""
+def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu"):
+    """-> the model with its averaged (EMA) weights, the VAE it was trained with, the checkpoint."""
     ckpt = load_checkpoint(path, "a2v", "the toybox model ships as weights/a2v-toybox.pt, or train one: python train.py --task a2v")
-    return load_weights(MMDiT(MMDiTConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval(), ckpt
+    model, vae = load_weights(MMDiT(MMDiTConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval(), load_vae(vae_path, device)
+    if ckpt["vae"] != fingerprint(vae):
+        raise BadInput(f"{vae_path}: not the VAE that {path} was trained with; give that one by --vae")
+    return model, vae, ckpt
+
+
+def fingerprint(vae):
+    """A few letters that tell one VAE from another: latents of one mean nothing to the other."""
+    digest = hashlib.sha256(json.dumps(asdict(vae.cfg), sort_keys=True).encode())
+    for _, w in sorted(vae.state_dict().items()):
+        digest.update(w.half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Deaf:
+    """A model without its audio layers: what it would do if it had never heard. The off-sync row of every table."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def begin(self, first, text, pooled, audio, off_sync=0):
+        return self.model.begin(first, text, pooled)
 
 
 def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0,), shift=1., bar=None):
@@ -121,8 +147,8 @@ def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar
 
 def bench(model, vae, cast):
     """What guidance, audio layers and the cache cost: ratios of whole roll-outs of one 2 s clip, medians of five."""
-    size, seconds = 4 * vae.stride, 49 / FPS
-    picture, wave, text = np.full((1, size, size, 3), 128, np.uint8), np.zeros(round(seconds * RATE), np.float32), ["a ball drops"]
+    side, seconds = 2 * model.cfg.patch * vae.stride, 49 / FPS
+    picture, wave, text = np.full((1, side, side, 3), 128, np.uint8), np.zeros(round(seconds * RATE), np.float32), ["a ball drops"]
 
     def clock(run, times=5):
         run()
@@ -135,20 +161,16 @@ def bench(model, vae, cast):
             spans.append(time.perf_counter() - start)
         return sorted(spans)[times // 2]
 
-    def clip(**settings):
-        return clock(lambda: list(animate(model, vae, picture, [wave], text, 49, cast, steps=10, **settings)))
+    def clip(net=model, **settings):
+        return clock(lambda: list(animate(net, vae, picture, [wave], text, 49, cast, steps=30, **settings)))
 
-    both, no_asg, plain = clip(asg=2., cfg=4.), clip(asg=0., cfg=4.), clip(asg=0., cfg=0.)
-    ears, layers = model.ears, [b.audio for b in model.single_transformer_blocks]
-    model.hear, keep = lambda a, start=0: None, model.hear                    # the network without its audio layers
-    deaf = clip(asg=0., cfg=0.)
-    model.hear = keep
+    both, no_asg, plain, deaf = clip(asg=2., cfg=4.), clip(asg=0., cfg=4.), clip(asg=0., cfg=0.), clip(Deaf(model), asg=0., cfg=0.)
     device, C = next(model.parameters()).device, model.cfg.latent
     g = torch.Generator().manual_seed(0)
-    z, x = (torch.randn(1, C, k, 4, 4, generator=g).to(device) for k in (13, 1))
+    z, x = (torch.randn(1, C, k, side // vae.stride, side // vae.stride, generator=g).to(device) for k in (13, 1))
     with torch.no_grad(), cast():
         y, pooled = model.text(text_bytes(text).to(device))
-        a = ears(torch.zeros(1, 220, 64, device=device))
+        a = model.ears(torch.zeros(1, 220, 64, device=device))
         context = model.begin(z[:, :, :1], y, pooled, a)
         for l in range(1, 13):
             model.extend(context, z[:, :, l:l + 1])
@@ -162,7 +184,7 @@ def bench(model, vae, cast):
     print(json.dumps({k: round(r, 3) for k, r in ratios.items()}))
 
 
-def main():
+def arguments():
     p = Parser(__doc__)
     p.add_argument("--audio", help="the sound: wav, flac, ogg, mp3, m4a or a clip with sound, any rate")
     p.add_argument("--image", help="the first frame: png, jpg, ..., any size (centre crop to a square)")
@@ -180,12 +202,13 @@ def main():
     p.add_argument("--compile", action="store_true", help="torch.compile every block: slower to start, faster per step")
     p.add_argument("--out", default="out/", help="a folder, or the name of the .mp4")
     p.add_argument("--bench", action="store_true", help="measure what guidance, audio layers and cache cost, and stop")
-    args = p.parse_args()
+    return p
+
+
+def main():
+    args = arguments().parse_args()
     device, cast, words = pick_device(args.device)
-    model, ckpt = load_a2v(args.ckpt, device)
-    vae = load_vae(args.vae, device)
-    if ckpt["vae"] != fingerprint(vae):
-        raise BadInput(f"{args.vae}: not the VAE that {args.ckpt} was trained with; give that one by --vae")
+    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device)
     if args.compile:
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.compile(dynamic=True)
@@ -221,15 +244,6 @@ def main():
         iio.imwrite(strip, film_strip(np.concatenate(kept), wave))
         strip.replace(name.with_suffix(".png"))
         print(f"{name} and {name.with_suffix('.png').name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed + i}")
-
-
-def fingerprint(vae):
-    """A few letters that tell one VAE from another: latents of one mean nothing to the other."""
-    import hashlib
-    digest = hashlib.sha256(str(sorted(vars(vae.cfg).items())).encode())
-    for name, w in sorted(vae.state_dict().items()):
-        digest.update(w.half().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":

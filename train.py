@@ -93,16 +93,15 @@ class VAE:
         self.args, self.device = args, device
         self.config = autoencoders.VAEConfig(**autoencoders.SIZES[args.size])
         self.net = autoencoders.CausalVideoVAE(self.config)
-        self.pool = data.workers(1)
+        self.pool, self.queue = data.workers(1), {}
 
     def batch(self, step, rows):
         B, ahead = self.args.batch_size, 4                                    # a worker draws a few steps ahead
-        self.queue = getattr(self, "queue", {})
         for s in range(step, min(step + ahead, self.args.steps)):
-            if (s, rows[0]) not in self.queue:
-                seeds = [[self.args.seed, s * B + r] for r in rows]
-                self.queue[s, rows[0]] = self.pool.starmap_async(data.toybox_windows, [(q, self.args.resolution) for q in seeds], 4)
-        video = torch.from_numpy(np.stack(self.queue.pop((step, rows[0])).get()))
+            if (s, *rows) not in self.queue:
+                seeds = [([self.args.seed, s * B + r], self.args.resolution) for r in rows]
+                self.queue[s, *rows] = self.pool.starmap_async(data.toybox_windows, seeds, 4)
+        video = torch.from_numpy(np.stack(self.queue.pop((step, *rows)).get()))
         return (video.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1,)
 
     def loss(self, net, batch, g):
@@ -327,7 +326,7 @@ def resume(path, args, net, ema, optimiser):
     ckpt = data.load_checkpoint(path, args.task)
     if ckpt["config"] != asdict(net.cfg) and args.task != "vae":
         raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
-    for flag in ("seed", "batch_size", "lr", "steps", "clips", "resolution"):
+    for flag in ("seed", "batch_size", "lr", "clips", "resolution"):              # --steps may change: longer or shorter
         if ckpt["args"][flag] != getattr(args, flag):
             raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'][flag]}, now it is {getattr(args, flag)}; repeat that or give another --out")
     data.load_weights(net, ckpt["model"], path)
@@ -346,7 +345,7 @@ def log_row(path, **row):
         writer.writerow(row)
 
 
-def main():
+def arguments():
     p = Parser(__doc__)
     # what
     p.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
@@ -384,7 +383,11 @@ def main():
     p.add_argument("--sample-every", type=number(int, 1), default=1000, help="steps between evaluations, each with strip and mp4")
     p.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
     p.add_argument("--eval-clips", type=number(int, 0), default=48, help="held-out clips of an evaluation")
-    args = p.parse_args()
+    return p
+
+
+def main():
+    args = arguments().parse_args()
     args.steps = args.steps or {"a2v": 2000, "vae": 6000}[args.task]
     if args.resolution % 32:
         raise BadInput(f"--resolution {args.resolution}: must be a multiple of 32 (8x8 pixels a latent, 4x4 latents a token)")

@@ -16,11 +16,12 @@ class with four switches, each there because it was needed:
     patch      4 frames x 4x4 pixels enter as ONE position: sixty times fewer positions for the same pixels. The first
                frame is repeated to fill its patch, so the causal 4(L-1)+1 arithmetic stays
     kernel_t   1: a latent covers its own 4 frames and no others; the history is the transformer's business
-    groups     0: normalise per position over channels. GroupNorm's statistics over a whole frame mix what is to be told
-               apart, and flat coloured things make them jump
     reference  encoder and decoder are given the true first frame, which image-to-video always has. Latents then say what
-               CHANGED, and the decoder paints `reference + mask * (colour - reference)`: wherever nothing moves the mask
-               closes and the picture is copied exactly. Latent 0 is coded without reference
+               CHANGED, and the decoder paints (`paint`): every pixel is a mixture of the first frame and of two colours
+               its 4x4 patch has for it. Edges are sharp because the mixture alone is per pixel, and where nothing moves
+               the picture is copied exactly. Latent 0 is coded without reference
+    shortcut   a linear autoencoder in parallel to the deep one. Without it the first thousand steps do not even find
+               the colours: a narrow bottleneck teaches nothing until both of its sides speak the same language
 
     B batch · C channels · F frames · L latents · H W pixels, h w latent grid · p patch side · t frames per latent
 """
@@ -51,7 +52,7 @@ class VAEConfig:
 
 
 SIZES = {
-    "tiny": dict(widths=(128, 176), space=(1, 0), time=(0, 0), layers=(1, 2), groups=8, kernel_t=1, patch=(4, 4),
+    "tiny": dict(widths=(112, 144), space=(1, 0), time=(0, 0), layers=(1, 2), groups=8, kernel_t=1, patch=(4, 4),
                  reference=True, shortcut=True),                                                       # 8x8 x 4, toybox
     "pyramid": dict(),                                                                                 # 8x8 x 8, 335.4 M
 }
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
         if cfg.reference:
             self.conv_reference = CausalConv3d(3 * p * p, w[-2], (1, 3, 3))
         self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
-        out = t * (6 * p * p + 6) if cfg.reference else 3 * t * p * p           # see `paint`
+        out = t * (6 + 2 * p * p) if cfg.reference else 3 * t * p * p           # see `paint`
         self.conv_out = CausalConv3d(w[-1], out, (cfg.kernel_t, 3, 3))
         if cfg.shortcut:
             s = 2 ** sum(cfg.space)
@@ -242,13 +243,15 @@ class CausalVideoVAE(nn.Module):
         return torch.cat([torch.zeros_like(r[:, :, :1]), r[:, :, 1:]], 2) if start else r
 
     def paint(self, x, reference):
+        """Every pixel is a mixture of the first frame and two colours that its 4x4 patch has for it. Edges come out sharp,
+        because only the mixture is per pixel; where nothing moved it is all first frame, an exact copy."""
         t, p = self.cfg.patch
-        colours, logits, fine = x.split([6 * t, 3 * t * p * p, 3 * t * p * p], 1)
+        colours, logits = x.split([6 * t, 2 * t * p * p], 1)
+        colours = colours.unflatten(1, (2, 3, t)).permute(0, 1, 2, 4, 3, 5, 6).flatten(3, 4)          # (B, 2, 3, tL, H/p, W/p)
+        colours = colours.repeat_interleave(p, -1).repeat_interleave(p, -2)                           # (B, 2, 3, tL, H, W)
         copy = self.unpatchify(reference.unflatten(1, (3, 1, -1)).repeat(1, 1, t, 1, 1, 1, 1).flatten(1, 3))
-        flat = colours.unflatten(1, (2, 3, t)).permute(0, 1, 2, 4, 3, 5, 6).flatten(3, 4)             # (B, 2, 3, tL, H/p, W/p)
-        flat = flat.repeat_interleave(p, -1).repeat_interleave(p, -2)
-        w = self.unpatchify(logits).softmax(1)
-        return w[:, :1] * copy + w[:, 1:2] * flat[:, 0] + w[:, 2:] * flat[:, 1] + self.unpatchify(fine)
+        w = F.pad(self.unpatchify(logits), (0, 0, 0, 0, 0, 0, 1, 0)).softmax(1)                       # (B, 3, tL, H, W)
+        return w[:, :1] * copy + w[:, 1:2] * colours[:, 0] + w[:, 2:] * colours[:, 1]
 
     def encode(self, video, first=None, cache=None):
         """Video (B, 3, F, H, W) -> mean, logvar (B, C, L, h, w), logvar clamped to [-30, 20].

@@ -1,0 +1,846 @@
+"""The specification. Every test names one sentence of a paper or of README.md, and fails when it is no longer true.
+
+Layers that start at zero are randomised first (`shaken`): a fresh network passes half of these tests for the wrong
+reason. Where two computations must agree, they run in float64. Nothing here needs a network or a GPU; tests against
+arrays of the original programs run where those lie beside the checkout, and are skipped elsewhere."""
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import cyclesync
+import data
+import losses
+import model as networks
+import sample
+import train
+from model import MMDiT, MMDiTConfig, grid_ids, patchify, rotary, rotate, text_bytes, unpatchify
+from vae import CausalVideoVAE, VAEConfig, vae_loss
+
+HERE = Path(__file__).parent
+GOLDEN = HERE.parent / "shared/golden"
+golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="arrays of the original programs are not beside the checkout")
+weights = pytest.mark.skipif(not (HERE / "weights/a2v-toybox.pt").is_file(), reason="no trained weights in this checkout")
+torch.set_num_threads(2)
+
+
+def shaken(net, std=.05):
+    """Give every weight that starts at zero a value, in double precision."""
+    torch.manual_seed(1)
+    for p in net.parameters():
+        if p.abs().max() == 0:
+            torch.nn.init.normal_(p, std=std)
+    return net.double().eval()
+
+
+def small(**changes):
+    """A network of `tiny`'s kind that runs in milliseconds."""
+    torch.manual_seed(0)
+    return MMDiT(MMDiTConfig(**{**networks.SIZES["tiny"], "heads": 2, "n_single": 2, "latent": 4, "patch": 2, "text_dim": 16, "pooled_dim": 16,
+                                "audio_dim": 12, **changes}))
+
+
+def inputs(B=2, L=5, S=45, A=12, C=4, h=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    return r(B, C, L, h, h), r(B, C, L - 1, h, h), r(B, S, A)
+
+
+# ------------------------------------------------------------------------------------------------ losses.py
+
+def test_the_path_starts_at_noise_ends_at_data_and_its_derivative_is_the_velocity():
+    """x = (1-s) z + s eps, v = eps - z, z = x - s v."""
+    z, eps = inputs()[0], inputs(seed=1)[0]
+    s = torch.rand(2, 5, dtype=torch.float64)
+    x, v = losses.add_noise(z, eps, s), losses.velocity(z, eps)
+    S = s[:, None, :, None, None]
+    assert torch.allclose(losses.add_noise(z, eps, 0 * s), z) and torch.allclose(losses.add_noise(z, eps, 0 * s + 1), eps)
+    assert torch.allclose(x - S * v, z) and torch.allclose(x + (1 - S) * v, eps)
+    assert torch.allclose((losses.add_noise(z, eps, s + 1e-6) - x) / 1e-6, v, atol=1e-6)
+
+
+def test_the_shift_fixes_the_ends_is_off_at_one_and_is_five_sixths_at_a_half_for_five():
+    s = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.equal(losses.shift_sigma(s, 1), s)
+    five = losses.shift_sigma(s, 5)
+    assert five[0] == 0 and five[-1] == 1 and (five.diff() > 0).all() and abs(five[5] - 5 / 6) < 1e-12
+
+
+def test_guidance_is_syncphony_equation_six_typed_literally_and_scale_one_is_off():
+    v, off, null = torch.randn(3, 2, 4, 1, 4, 4, dtype=torch.float64)
+    literal = v + 2 * (v - off) + 4 * (v - null)
+    assert torch.allclose(losses.guide(v, (1 + 2, off), (1 + 4, null)), literal)
+    assert losses.guide(v, (1, None), (1., None)) is v
+
+
+def test_motion_weight_by_hand():
+    """Syncphony eq. 1: 1 + lambda m^2, m = z_l - z_(l-1), none for the first latent; clipped where tails are heavy."""
+    z = torch.tensor([0., .5, .5, 5.]).view(1, 1, 4, 1, 1).requires_grad_()
+    w = losses.motion_weight(z)
+    assert w.flatten().tolist() == [1, 1.25, 1, 1 + 1.5 ** 2] and not w.requires_grad
+    assert losses.motion_weight(z, lam=0).unique().tolist() == [1]
+    assert losses.motion_weight(z, clip=99).flatten()[3] == 1 + 4.5 ** 2
+    assert losses.motion_weight(z, skip=2).flatten()[1] == 1
+
+
+def test_the_loss_of_the_true_velocity_is_zero_and_buckets_hold_their_noise_levels():
+    v = torch.randn(2, 3, 4, 2, 2)
+    sigma = torch.tensor([[.1, .3, .6, .9], [.2, .4, .7, 1.]])
+    assert losses.flow_loss(v, v, sigma)[0] == 0
+    wrong = v.clone()
+    wrong[:, :, 2] += 2                                                       # sigma .6 and .7: the third bucket
+    loss, report = losses.flow_loss(wrong, v, sigma)
+    assert abs(loss - 1) < 1e-6 and report.tolist() == pytest.approx([0, 0, 4, 0], abs=1e-5)
+
+
+def test_noise_levels_logit_normal_favours_the_middle():
+    u = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    middle = lambda s: ((s > .3) & (s < .7)).float().mean()
+    assert abs(middle(losses.draw_sigma(u)) - .4) < .02 and middle(losses.draw_sigma(u, "logit-normal")) > .55
+
+
+def test_text_is_dropped_for_a_tenth_of_the_samples_and_audio_never():
+    """Silence is information: audio layers are skipped now and then, but audio itself is never replaced."""
+    seen = []
+
+    class Spy:
+        def text(self, letters):
+            seen.extend((letters == 0).all(1).tolist())
+            return letters, letters
+
+        def ears(self, mel):
+            assert torch.equal(mel, MEL)
+            return mel
+
+        def parallel(self, clean, noisy, sigma, *rest):
+            return noisy
+
+    MEL = torch.randn(64, 20, 64)
+    for i in range(40):
+        losses.a2v_loss(Spy(), torch.randn(64, 2, 3, 2, 2), torch.ones(64, 8).long(), MEL, torch.Generator().manual_seed(i))
+    assert abs(np.mean(seen) - .1) < .02
+
+
+# ------------------------------------------------------------------------------------------------ model.py
+
+def test_patchify_puts_channels_fastest_and_unpatchify_undoes_it():
+    z = torch.arange(2 * 3 * 2 * 4 * 6.).view(2, 3, 2, 4, 6)
+    x = patchify(z)
+    assert x.shape == (2, 2 * 2 * 3, 12) and torch.equal(x[0, 0, :3], z[0, :, 0, 0, 0]) and torch.equal(x[0, 0, 3:6], z[0, :, 0, 0, 1])
+    assert torch.equal(unpatchify(x, 2, 4, 6), z) and torch.equal(unpatchify(patchify(z.repeat(1, 1, 1, 2, 2), 4), 2, 8, 12, 4), z.repeat(1, 1, 1, 2, 2))
+
+
+def test_rotary_keeps_norms_depends_on_differences_only_and_is_nothing_at_zero():
+    q, k, ids = torch.randn(1, 1, 7, 64).double(), torch.randn(1, 1, 7, 64).double(), torch.rand(7, 3) * 9
+    turn = lambda x, shift: rotate(x, rotary(ids + torch.tensor(shift), (16, 24, 24)))
+    score = lambda shift: turn(q, shift) @ turn(k, shift).transpose(2, 3)
+    assert torch.allclose(turn(q, [0., 0, 0]).norm(dim=-1), q.norm(dim=-1))
+    assert torch.allclose(score([0., 0, 0]), score([3.25, 1.5, -2.]), atol=1e-5)
+    assert torch.equal(rotate(q, rotary(torch.zeros(7, 3), (16, 24, 24))), q)
+
+
+def test_history_ids_lie_on_the_grid_that_is_being_made():
+    """Cell i of a grid r times coarser stands at (i + 0.5) r - 0.5."""
+    assert grid_ids([3], 2, 2, 4)[:, 1].unique().tolist() == [.5, 2.5] and grid_ids([3], 1, 1, 4)[0].tolist() == [3, 1.5, 1.5]
+
+
+def test_the_published_size_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in MMDiT(MMDiTConfig()).parameters()) == 1_972_059_200
+        deaf, hearing = MMDiT(MMDiTConfig(**networks.SIZES["tiny"] | {"audio_dim": 0})), MMDiT(MMDiTConfig(**networks.SIZES["tiny"]))
+    new = {k for k in hearing.state_dict() if k not in deaf.state_dict()}
+    assert new and all(re.match(r"single_transformer_blocks\.\d\.audio\.|ears\.", k) for k in new)    # Syncphony 3.4: late blocks only
+
+
+@golden
+def test_the_backbone_agrees_with_pyramid_flow_number_for_number():
+    g = np.load(GOLDEN / "miniflux_a.npz")
+    array = lambda k: torch.tensor(g[k])
+    net = MMDiT(MMDiTConfig(n_double=2, n_single=2, heads=2, latent=4, text_dim=24, pooled_dim=12))
+    net.load_state_dict({k[2:]: array(k) for k in g.files if k.startswith("w/")})
+    for column in {k.split("/")[2] for k in g.files if k.startswith("in/sample/")}:
+        clips = [array(f"in/sample/{column}/{i}") for i in range(9) if f"in/sample/{column}/{i}" in g.files]
+        with torch.no_grad():
+            v = net(clips, array("in/timestep"), array("in/text"), array("in/text_mask"), array("in/pooled"))
+        assert (v - array(f"out/{column}")).abs().max() < 1e-5
+
+
+def test_a_fresh_audio_model_is_the_backbone_exactly():
+    net = small()
+    torch.nn.init.normal_(net.proj_out.weight)
+    z, x, a = (t.float() for t in inputs())
+    text = net.text(text_bytes(["a", "b"]))
+    s = torch.rand(2, 4)
+    assert torch.equal(net.parallel(z, x, s, *text, a), net.parallel(z, x, s, *text))
+    net = shaken(net)
+    z, x, a = inputs()
+    text = net.text(text_bytes(["a", "b"]))
+    assert not torch.allclose(net.parallel(z, x, s.double(), *text, a), net.parallel(z, x, s.double(), *text))
+
+
+def hearing_layer(net, a, times):
+    """One audio layer alone: video tokens at the given latents, all alike, looking into features a."""
+    layer, n = net.single_transformer_blocks[0].audio, len(times)
+    ids = torch.nn.functional.pad(torch.tensor(times).float()[:, None], (0, 2))
+    x = torch.ones(1, n, net.cfg.heads * net.cfg.head_dim).double() * torch.linspace(-1, 1, net.cfg.heads * net.cfg.head_dim).double()
+    kv = net.hear(a)[len(net.transformer_blocks)]
+    return layer(x, net.rotary(ids), kv, net.window(ids[:, 0], a.shape[1]))
+
+
+def test_audio_outside_the_window_of_a_latent_cannot_change_it():
+    """Syncphony eq. 7: latent l sees chunks l-1, l, l+1 and no others; at the borders what is left of them."""
+    net, a = shaken(small(alpha=5.)), inputs(S=40)[2][:1]
+    before = hearing_layer(net, a, range(8))
+    for chunk in range(8):
+        b = a.clone()
+        b[:, 5 * chunk:5 * chunk + 5] += 1
+        changed = [l for l, d in enumerate((hearing_layer(net, b, range(8)) - before).abs().amax((0, 2))) if d > 1e-9]
+        assert changed == [l for l in range(8) if abs(l - chunk) <= 1]
+    window = net.window(torch.arange(8.), 40)
+    assert window.sum(1).tolist() == [10, 15, 15, 15, 15, 15, 15, 10] and net.window(torch.tensor([30.]), 40)[0].nonzero().tolist() == [[39]]
+
+
+def test_shifting_sound_and_picture_together_changes_nothing_and_order_inside_a_window_counts():
+    """Audio RoPE (eq. 9): time is relative; without it the keys of a window are a set."""
+    net, a = shaken(small(alpha=5.)), inputs(S=40)[2][:1]
+    moved = hearing_layer(net, a.roll(5, 1), [l + 1 for l in range(2, 6)])
+    assert torch.allclose(hearing_layer(net, a, range(2, 6)), moved, atol=1e-6)
+    swapped = a.clone()
+    swapped[:, [20, 24]] = a[:, [24, 20]]
+    assert (hearing_layer(net, swapped, [4]) - hearing_layer(net, a, [4])).abs().max() > 1e-6
+    net.cfg.audio_rope = False
+    assert torch.allclose(hearing_layer(net, swapped, [4]), hearing_layer(net, a, [4]), atol=1e-12)
+
+
+def test_audio_positions_centre_every_latents_own_chunk_on_it():
+    """t_i = (i + 0.5)/alpha - 0.5: the mean over the steps of latent l is l, and a key at t = l turns as the query (l, 0, 0)."""
+    net = small(alpha=6.)
+    t = net.audio_times(48).view(8, 6)
+    assert torch.allclose(t.mean(1), torch.arange(8.), atol=1e-5)
+    key, query = net.rotary(torch.tensor([[3., 0, 0]])), net.rotary(grid_ids([3], 2, 2)[:1])
+    assert all(torch.equal(a, b) for a, b in zip(key, query))
+
+
+def test_one_pass_over_all_latents_equals_one_latent_at_a_time():
+    """`parallel`, cached `denoise` and their off-sync rows are one model (DESIGN: two layouts, one meaning)."""
+    net = shaken(small())
+    z, x, a = inputs()
+    text, pooled = net.text(text_bytes(["a ball", "a bell"]))
+    sigma = torch.full((2, 4), .37).double()
+    with torch.no_grad():
+        whole, deaf = net.parallel(z, x, sigma, text, pooled, a), net.parallel(z, x, sigma, text, pooled)
+        context = net.begin(z[:, :, :1], text, pooled, a, off_sync=2)
+        for l in range(1, 5):
+            v = net.denoise(context, x[:, :, l - 1:l], .37)
+            alone = net.parallel(z[:, :, :l], x[:, :, l - 1:l], sigma[:, :1], text, pooled, a, start=l)
+            assert torch.allclose(v[:2], whole[:, :, l - 1:l], atol=1e-10) and torch.allclose(alone, v[:2], atol=1e-10)
+            assert torch.allclose(v[2:], deaf[:, :, l - 1:l], atol=1e-10)     # off-sync = the model without audio layers
+            net.extend(context, z[:, :, l:l + 1])
+    assert (whole - deaf).abs().max() > 1e-3
+
+
+def test_a_latent_depends_on_nothing_later_and_on_everything_before():
+    net = shaken(small())
+    z, x, a = inputs()
+    text, s = net.text(text_bytes(["a", "b"])), torch.rand(2, 4).double()
+    with torch.no_grad():
+        before = net.parallel(z, x, s, *text, a)
+        later = z.clone()
+        later[:, :, 3:] += 1
+        d = (net.parallel(later, x, s, *text, a) - before).abs().amax((0, 1, 3, 4))
+        assert (d[:3] == 0).all() and d[3] > 0                                # noisy latents 1, 2, 3 see clean latents < 3
+        other = x.clone()
+        other[:, :, 1] += 1
+        d = (net.parallel(z, other, s, *text, a) - before).abs().amax((0, 1, 3, 4))
+        assert d[1] > 0 and (d[[0, 2, 3]] == 0).all()                         # a noisy latent is seen by itself alone
+        early = z.clone()
+        early[:, :, 0] += 1
+        assert ((net.parallel(early, x, s, *text, a) - before).abs().amax((0, 1, 3, 4)) > 0).all()
+
+
+def test_sigma_of_one_latent_changes_that_latent_only():
+    net = shaken(small())
+    z, x, a = inputs()
+    text, s = net.text(text_bytes(["a", "b"])), torch.rand(2, 4).double()
+    t = s.clone()
+    t[:, 2] += .1
+    d = (net.parallel(z, x, t, *text, a) - net.parallel(z, x, s, *text, a)).abs().amax((0, 1, 3, 4))
+    assert d[2] > 0 and (d[[0, 1, 3]] == 0).all()
+
+
+def test_the_context_is_bounded_however_long_the_sound():
+    net = shaken(small(context=3))
+    z, x, a = inputs(L=12, S=100)
+    context = net.begin(z[:, :, :1], *net.text(text_bytes(["a", "b"])), a)
+    sizes = []
+    for l in range(1, 12):
+        v = net.denoise(context, x[:, :, l - 1:l], .5)
+        net.extend(context, z[:, :, l:l + 1])
+        sizes.append(context["cache"][0][0].shape[2])
+    assert sizes[3:] == [12 + 4 + 3 * 4] * 8 and torch.isfinite(v).all()
+
+
+def test_silence_is_not_the_absence_of_audio_layers():
+    net = shaken(small())
+    z, x, _ = inputs()
+    text, s = net.text(text_bytes(["a", "b"])), torch.rand(2, 4).double()
+    silent = net.ears(torch.full((2, 90, 64), -1.9).double())
+    assert (net.parallel(z, x, s, *text, silent) - net.parallel(z, x, s, *text)).abs().max() > 1e-3
+
+
+def test_attention_on_a_cpu_equals_the_fused_kernel():
+    q, k, v = torch.randn(3, 2, 3, 10, 16).double()
+    mask = torch.rand(10, 10) > .3
+    mask |= torch.eye(10).bool()
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    assert torch.allclose(networks.attend(q, k, v, mask), fused)
+
+
+# ------------------------------------------------------------------------------------------------ vae.py
+
+PUBLISHED_KIND = dict(widths=(8, 8, 16, 16), groups=4, latent=4)              # the published layers, narrow
+TOY_KIND = dict(widths=(8, 16), space=(1, 0), time=(0, 0), layers=(1, 1), groups=4, latent=4, kernel_t=1, patch=(4, 4), reference=True, shortcut=True)
+
+
+def vae_of(kind):
+    torch.manual_seed(0)
+    return CausalVideoVAE(VAEConfig(**kind)).double().eval()
+
+
+def test_the_published_vae_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in CausalVideoVAE(VAEConfig()).parameters()) == 335_402_067
+
+
+@golden
+def test_the_vae_agrees_with_pyramid_flow_number_for_number():
+    g = np.load(GOLDEN / "causalvae_a.npz")
+    array = lambda k: torch.tensor(g[k])
+    vae = CausalVideoVAE(VAEConfig(**PUBLISHED_KIND))
+    vae.load_state_dict({k[2:]: array(k) for k in g.files if k.startswith("w/")})
+    with torch.no_grad():
+        mean, logvar = vae.encode(array("in/video"))
+        pairs = [(mean, "encode_mean"), (logvar, "encode_logvar"), (vae.encode(array("in/image"))[0], "encode_image_mean"),
+                 (vae.decode(array("in/latent")), "decode"), (vae.decode(array("in/latent")[:, :, :1]), "decode_image")]
+    assert all((ours - array(f"out/{theirs}")).abs().max() < 2e-5 for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("kind", [PUBLISHED_KIND, TOY_KIND], ids=["published", "toy"])
+def test_coding_in_chunks_equals_coding_whole(kind):
+    vae = vae_of(kind)
+    t = vae.stride_t
+    video = torch.rand(1, 3, 4 * t + 1, 32, 32, dtype=torch.float64) * 2 - 1
+    first = video[:, :, :1]
+    with torch.no_grad():
+        z, cache = vae.encode(video)[0], {}
+        pieces = [vae.encode(video[:, :, :t + 1], cache=cache)[0], vae.encode(video[:, :, t + 1:3 * t + 1], first, cache)[0],
+                  vae.encode(video[:, :, 3 * t + 1:], first, cache)[0]]
+        assert z.shape[2] == 5 and torch.allclose(torch.cat(pieces, 2), z, atol=1e-10)
+        whole, cache = vae.decode(z, first), {}
+        pieces = [vae.decode(z[:, :, a:b], first, cache) for a, b in ((0, 2), (2, 3), (3, 5))]
+        assert whole.shape == video.shape and torch.allclose(torch.cat(pieces, 2), whole, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [PUBLISHED_KIND, TOY_KIND], ids=["published", "toy"])
+def test_latents_do_not_see_the_future(kind):
+    vae = vae_of(kind)
+    video = torch.rand(1, 3, 3 * vae.stride_t + 1, 32, 32, dtype=torch.float64)
+    other = video.clone()
+    other[:, :, 2 * vae.stride_t + 1:] = 0
+    with torch.no_grad():
+        d = (vae.encode(video)[0] - vae.encode(other)[0]).abs().amax((0, 1, 3, 4))
+    assert (d[:3] == 0).all() and d[3] > 0
+
+
+def test_normalise_has_constants_of_its_own_for_the_first_latent_and_an_inverse():
+    vae = CausalVideoVAE(VAEConfig(**TOY_KIND, shift_image=1., scale_image=2., shift_video=3., scale_video=4.))
+    z = torch.ones(1, 4, 3, 2, 2)
+    assert vae.normalise(z)[0, 0, :, 0, 0].tolist() == [0, -8, -8] and vae.normalise(z, start=False)[0, 0, :, 0, 0].tolist() == [-8] * 3
+    assert torch.allclose(vae.denormalise(vae.normalise(z)), z)
+
+
+def test_the_vae_learns():
+    torch.manual_seed(0)
+    vae = CausalVideoVAE(VAEConfig(**TOY_KIND))
+    video = torch.from_numpy(np.stack([data.toybox_windows(i, 32, 2) for i in range(4)])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    optimiser, errors = torch.optim.AdamW(vae.parameters(), 3e-3), []
+    for _ in range(60):
+        loss, error = vae_loss(vae, video, torch.randn(4, 4, 3, 4, 4))
+        optimiser.zero_grad(), loss.backward(), optimiser.step()
+        errors.append(error.item())
+    assert errors[-1] < errors[0] / 3
+
+
+# ------------------------------------------------------------------------------------------------ data.py: the toybox
+
+def test_a_clip_is_a_function_of_its_seed_and_its_sound_is_as_long_as_its_picture():
+    a, b, c = data.toybox_clip(7, 32), data.toybox_clip(7, 32), data.toybox_clip(8, 32, frames=25)
+    assert np.array_equal(a["video"], b["video"]) and np.array_equal(a["audio"], b["audio"]) and a["caption"] == b["caption"]
+    assert a["video"].shape == (49, 32, 32, 3) and len(a["audio"]) == round(49 / 24 * 16000) and a["audio"].dtype == np.float32
+    assert c["video"].shape == (25, 32, 32, 3) and np.abs(a["audio"]).max() <= 1 and len(a["state"]) == 49
+
+
+def test_six_kinds_silence_and_off_screen_sounds_all_occur():
+    clips = [data.toybox_clip(i, video=False) for i in range(300)]
+    assert {c["kind"] for c in clips} == set(data.KINDS) and {len(c["events"]) for c in clips} >= set(range(5))
+    quiet = [c for c in clips if len(c["events"]) == 0]
+    assert all((c["state"] == 0).all() for c in quiet) and {c["off_screen"] for c in quiet} == {True, False}
+    assert len({c["caption"] for c in clips}) > 80
+
+
+def test_the_first_frame_never_tells_when():
+    """First frames of silent and of eventful clips are alike: a linear probe is at chance."""
+    clips = [data.toybox_clip(i, 16) for i in range(700)]
+    assert all(c["state"][0] == 0 for c in clips)
+    x = np.stack([c["video"][0].reshape(-1) / 255 - .5 for c in clips])
+    x = np.c_[x, np.ones(len(x))]
+    y = np.array([len(c["events"]) for c in clips], float)
+    fit = np.linalg.solve(x[:500].T @ x[:500] + 30 * np.eye(x.shape[1]), x[:500].T @ (y[:500] - y[:500].mean()))
+    assert abs(np.corrcoef(x[500:] @ fit, y[500:])[0, 1]) < 3.3 / np.sqrt(200)
+
+
+def test_hammers_announce_their_strike_mouths_stay_open_and_lamps_outlive_their_sound():
+    t = np.arange(97) / 48
+    state = lambda kind, d=0.: data.toybox_state(kind, np.array([1.]), np.array([d]), t)
+    at = lambda s, when: s[round(when * 48)]
+    assert at(state("hammer"), .8) < -.3 and at(state("hammer"), 1) == 1
+    assert at(state("mouth", .5), 1.4) == 1 and at(state("mouth", .5), 1.65) == 0
+    assert .2 < at(state("lamp"), 1.125) < .5 and at(state("roller"), .5) > .2 and at(state("ball"), .5) == 0
+    assert at(state("bell"), 1) == 1 and state("bell").argmax() == 48
+
+
+def test_the_reader_finds_every_event_of_real_renders():
+    clips = [data.toybox_clip(cyclesync.HELD_OUT + i, 32) for i in range(60)]
+    scores, kinds, shuffled = cyclesync.score_toybox([c["video"] for c in clips], clips)
+    assert scores["f1_50"] == 1 and scores["residual"] < .01 and scores["false_per_quiet_clip"] == 0
+    assert shuffled["f1_50"] < .3 and scores["timing_ms"] < 21
+
+
+def test_the_readers_residual_tells_a_smear_from_a_strike():
+    clip = data.toybox_clip(3, 32, kind="ball")
+    blurred = torch.nn.functional.avg_pool2d(torch.from_numpy(clip["video"]).permute(0, 3, 1, 2).float(), 9, 1, 4).permute(0, 2, 3, 1)
+    s, residual = cyclesync.read_states(blurred.numpy().astype(np.uint8), clip["scene"])
+    assert residual.mean() > .2 and cyclesync.read_states(clip["video"], clip["scene"])[1].max() < .02
+
+
+def test_events_are_paired_one_to_one_closest_first():
+    assert cyclesync.match_events([1., 1.04], [1.03], .05) == (1, [pytest.approx(-.01)])
+    assert cyclesync.match_events([1., 2.], [1.02, 2.02, 3.], .05)[0] == 2 and cyclesync.match_events([], [1.], .05)[0] == 0
+    s = cyclesync.event_scores([np.array([1., 2.])], [np.array([1.02, 2.08, 2.5])])
+    assert s["precision_50"] == 1 / 3 and s["recall_50"] == .5 and s["f1_50"] == .4 and s["f1_100"] == .8
+
+
+# ------------------------------------------------------------------------------------------------ data.py: media
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A folder with two seconds of sound in many formats, and pictures of many kinds."""
+    d = tmp_path_factory.mktemp("media")
+    t = np.arange(44100 * 2) / 44100
+    stereo = np.stack([.5 * np.sin(2 * np.pi * 440 * t), np.zeros_like(t)], 1)
+    for name in ("a.wav", "a.flac", "a.ogg", "a.mp3"):
+        soundfile.write(d / name, stereo, 44100)
+    soundfile.write(d / "short.wav", stereo[:441], 44100)
+    soundfile.write(d / "nan.wav", np.where(t < 1, np.nan, 0).astype(np.float32), 44100, subtype="FLOAT")
+    soundfile.write(d / "silent.wav", np.zeros(16000), 16000)
+    (d / "empty.wav").touch()
+    (d / "text.wav").write_text("not a sound at all")
+    (d / "text.png").write_text("not a picture at all")
+    from PIL import Image
+    colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8))
+    colour.save(d / "rgb.png"), colour.save(d / "rgb.jpg"), colour.convert("L").save(d / "grey.png"), colour.convert("P").save(d / "palette.png")
+    colour.putalpha(0)
+    colour.save(d / "clear.png")
+    Image.fromarray(np.full((50, 50), 40000, np.uint16)).save(d / "deep.png")
+    Image.new("RGB", (1, 1), "red").save(d / "one.png")
+    (d / "cut.png").write_bytes((d / "rgb.png").read_bytes()[:300])
+    Image.new("RGB", (20000, 600), "blue").save(d / "wide.png")
+    return d
+
+
+def test_sounds_of_any_format_become_16_khz_mono(media):
+    for name in ("a.wav", "a.flac", "a.ogg", "a.mp3"):
+        wave = data.read_audio(media / name)
+        assert wave.dtype == np.float32 and wave.ndim == 1 and abs(len(wave) - 32000) < 1500
+        assert abs(np.abs(wave[8000:24000]).max() - .25) < .02                # the mean of a tone and of silence
+    assert (data.read_audio(media / "silent.wav") == 0).all()
+
+
+def test_pictures_of_any_kind_become_square_rgb(media):
+    for name in ("rgb.png", "rgb.jpg", "grey.png", "palette.png", "clear.png", "deep.png", "one.png", "wide.png"):
+        assert data.read_image(media / name, 32).shape == (32, 32, 3)
+    assert (data.read_image(media / "clear.png", 32) == 255).all()            # alpha lies on white
+    assert abs(int(data.read_image(media / "deep.png", 32)[0, 0, 0]) - 155) <= 1
+    assert data.read_image(media / "one.png", 32)[5, 5].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("read, name, words", [
+    (data.read_audio, "none.wav", "no such audio file"), (data.read_audio, "empty.wav", "0 bytes"), (data.read_audio, "text.wav", "no sound can be read"),
+    (data.read_audio, "short.wav", "10 ms of sound"), (data.read_audio, "nan.wav", "NaN"), (data.read_audio, "rgb.png", "no sound can be read"),
+    (data.read_image, "none.png", "no such image file"), (data.read_image, "empty.wav", "0 bytes"), (data.read_image, "text.png", "not a picture"),
+    (data.read_image, "cut.png", "not a picture"), (data.read_image, "a.wav", "not a picture")])
+def test_what_is_wrong_with_a_file_is_said_in_one_line(media, read, name, words):
+    with pytest.raises(data.BadInput, match=words) as error:
+        read(media / name)
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_an_mp4_has_the_frames_the_rate_the_size_and_the_sound(tmp_path, media):
+    video = np.random.default_rng(0).integers(0, 256, (37, 50, 70, 3), np.uint8)
+    t = np.arange(16000 * 3) / 16000
+    data.write_video(tmp_path / "x.mp4", video, (.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32))      # sound longer than picture
+    back, about = iio.imread(tmp_path / "x.mp4", plugin="FFMPEG"), iio.immeta(tmp_path / "x.mp4", plugin="FFMPEG")
+    assert back.shape == video.shape and about["fps"] == 24 and about["codec"] == "h264" and abs(about["duration"] - 37 / 24) < .05
+    wave = data.read_audio(tmp_path / "x.mp4")
+    assert abs(len(wave) / 16000 - 37 / 24) < .08 and np.abs(wave).max() > .4
+    data.write_video(tmp_path / "y.mp4", iter([video[:10], video[10:]]), np.zeros(100, np.float32))         # shorter: padded
+    assert len(iio.imread(tmp_path / "y.mp4", plugin="FFMPEG")) == 37 and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(data.BadInput, match="even"):
+        data.write_video(tmp_path / "z.mp4", video[:, :49], np.zeros(100, np.float32))
+
+
+def test_a_film_strip_has_frames_and_sound_on_one_time_axis():
+    video = np.zeros((48, 16, 16, 3), np.uint8)
+    video[24:] = 255
+    wave = np.zeros(32000, np.float32)
+    wave[16000:] = .5
+    strip = data.film_strip(video, wave, shown=8)
+    assert strip.shape == (56, 128, 3)
+    half = strip[8, :, 0].astype(int)                                         # white from the middle on, and loud from there on
+    assert (half[:64] == 0).all() and (half[64:] == 255).all()
+    assert (strip[16 + 10, :63, 0] == 245).all() and (strip[16 + 10, 65:, 0] == 60).all()
+
+
+def test_log_mel_keeps_loudness_and_time():
+    wave = np.zeros(32000, np.float32)
+    wave[16000:17600] = np.random.default_rng(0).standard_normal(1600) * .3
+    mel = data.log_mel(wave)
+    assert mel.shape == (200, 64) and mel[:95].max() < mel[101:109].min() and abs(int(mel.mean(1).argmax()) - 105) <= 5
+    assert data.log_mel(.1 * wave)[105].mean() < mel[105].mean() - .5
+
+
+# ------------------------------------------------------------------------------------------------ sample.py
+
+TOY16 = TOY_KIND | {"latent": 16}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A little untrained model and its VAE as checkpoints on disk, 32 px: everything runs, nothing looks like anything."""
+    d = tmp_path_factory.mktemp("toy")
+    torch.manual_seed(0)
+    vae = CausalVideoVAE(VAEConfig(**TOY16)).eval()
+    data.save_checkpoint(d / "vae.pt", task="vae", config=asdict(vae.cfg), ema={k: v.half() for k, v in vae.state_dict().items()}, step=0)
+    vae = sample.load_vae(d / "vae.pt")
+    net = shaken(small(latent=16)).float()
+    data.save_checkpoint(d / "a2v.pt", task="a2v", config=asdict(net.cfg), ema={k: v.half() for k, v in net.state_dict().items()}, step=0, size=32,
+                         vae=sample.fingerprint(vae), guidance=dict(asg=2., cfg=4.))
+    clip = data.toybox_clip(0, 32)
+    iio.imwrite(d / "f.png", clip["video"][0])
+    soundfile.write(d / "x.wav", clip["audio"], 16000)
+    soundfile.write(d / "silent.wav", np.zeros(16000), 16000)
+    return d
+
+
+def cli(module, *argv):
+    """Run a program's main in this process -> exit code."""
+    before, handlers = sys.argv, [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    sys.argv = [f"{module.__name__}.py", *map(str, argv)]
+    try:
+        data.run_cli(module.main)
+        return 0
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+        for s, h in handlers:
+            signal.signal(s, h)
+
+
+class Straight:
+    """A network that knows the answer: velocities of the straight lines to `target`. Counts its calls."""
+
+    def __init__(self, target):
+        self.target, self.calls = target, 0
+
+    def text(self, letters):
+        return letters, letters
+
+    def ears(self, mel):
+        return mel
+
+    def begin(self, z, *_, off_sync=0):
+        return dict(l=1)
+
+    def denoise(self, context, x, sigma):
+        self.calls += 1
+        return (x - self.target[:, :, context["l"]:context["l"] + 1]) / sigma
+
+    def extend(self, context, z):
+        context["l"] += 1
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_euler_on_a_straight_path_is_exact_in_any_number_of_steps(steps):
+    z, a = inputs(B=1)[0].float(), inputs(B=1)[2]
+    net = Straight(z)
+    made = list(sample.rollout(net, z[:, :, :1], 5, a, torch.zeros(1, 8).long(), steps=steps, asg=0., shift=2.))
+    assert net.calls == 4 * steps and torch.allclose(torch.cat(made, 2), z[:, :, 1:], atol=1e-5)
+
+
+def test_one_step_evaluates_all_branches_in_one_call_and_early_blocks_once_for_full_and_off_sync():
+    """Rows: B full (+ B null) in the double blocks, + B off-sync from the first audio layer on."""
+    net = shaken(small()).float()
+    z, mel = torch.randn(2, 4, 1, 4, 4), torch.randn(2, 60, 64)
+    rows = {}
+    net.transformer_blocks[0].register_forward_hook(lambda m, i, o: rows.setdefault("double", []).append(len(i[0])))
+    net.single_transformer_blocks[0].register_forward_hook(lambda m, i, o: rows.setdefault("single", []).append(len(i[0])))
+    net.single_transformer_blocks[0].audio.register_forward_hook(lambda m, i, o: rows.setdefault("audio", []).append(len(i[0])))
+    for (asg, cfg), expected in {(0, 0): (2, 2, 2), (2, 0): (2, 4, 2), (0, 4): (4, 4, 4), (2, 4): (4, 6, 4)}.items():
+        rows.clear()
+        with torch.no_grad():
+            list(sample.rollout(net, z, 2, mel, text_bytes(["a", "b"]), steps=3, asg=asg, cfg=cfg, seeds=(0, 1)))
+        assert [set(rows[k]) for k in ("double", "single", "audio")] == [{e} for e in expected]
+        assert len(rows["double"]) == 1 + 3 + 1                               # begin, three steps, extend
+
+
+def test_sampling_equals_the_equation_evaluated_without_cache_or_batching():
+    """Eq. 6 with three separate, uncached passes over the whole sequence gives the same latents."""
+    net = shaken(small())
+    z, mel, letters = torch.randn(1, 4, 1, 4, 4).double(), torch.randn(1, 80, 64).double(), text_bytes(["a ball"])
+    with torch.no_grad():
+        made = list(sample.rollout(net, z, 4, mel, letters, steps=3, asg=2., cfg=4., seeds=(5,)))
+        g, a, text, null = torch.Generator().manual_seed(5), net.ears(mel), net.text(letters), net.text(0 * letters)
+        clean = z
+        for l in range(1, 4):
+            x = torch.randn(4, 1, 4, 4, generator=g)[None]
+            for s, s_next in ((1, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0)):
+                run = lambda words, audio: net.parallel(clean, x.double(), torch.full((1, 1), float(s)).double(), *words, audio, start=l).float()
+                v = run(text, a)
+                v = v + 2 * (v - run(text, None)) + 4 * (v - run(null, a))    # the off-sync and null branches have contexts of their own
+                x = x + (s_next - s) * v
+            assert torch.allclose(x.double(), made[l - 1].double(), atol=1e-4)
+            clean = torch.cat([clean, x.double()], 2)
+
+
+def test_the_null_branch_hears_and_the_off_sync_branch_reads():
+    net = shaken(small())
+    z, x, a = inputs(B=1)
+    run = lambda caption, audio: net.parallel(z, x, torch.rand(1, 4, generator=torch.Generator().manual_seed(0)).double(), *net.text(text_bytes([caption])), audio)
+    assert (run("", a) - run("", a + 1)).abs().max() > 1e-4 and (run("a ball", None) - run("a bell", None)).abs().max() > 1e-6
+
+
+def test_weight_zero_is_the_plain_model_and_weights_change_the_video():
+    net = shaken(small()).float()
+    z, mel, letters = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 60, 64), text_bytes(["a"])
+    run = lambda **w: torch.cat(list(sample.rollout(net, z, 3, mel, letters, steps=3, **w)), 2)
+    with torch.no_grad():
+        plain = run(asg=0., cfg=0.)
+        assert (run(asg=2., cfg=0.) - plain).abs().max() > 1e-3 and (run(asg=0., cfg=4.) - plain).abs().max() > 1e-4
+        assert torch.allclose(run(asg=1e-9, cfg=0.), plain, atol=1e-4)
+
+
+def test_clip_i_does_not_depend_on_the_batch_around_it(toy):
+    net, vae, _ = sample.load_a2v(toy / "a2v.pt", toy / "vae.pt")
+    clips = [data.toybox_clip(i, 32) for i in range(3)]
+    run = lambda some, seeds: np.concatenate(list(sample.animate(net, vae, np.stack([c["video"][0] for c in some]), [c["audio"] for c in some],
+                                             [c["caption"] for c in some], 14, steps=2, seeds=seeds, cfg=4.)), 1).astype(int)
+    together = run(clips, [4, 5, 6])
+    assert together.shape == (3, 14, 32, 32, 3) and np.abs(together[2] - run(clips[2:], [6])[0]).max() <= 1
+    assert (together[:, 0] == np.stack([c["video"][0] for c in clips])).all()             # frame 0 is the given picture
+    assert np.abs(together[2] - run(clips[2:], [7])[0]).max() > 1
+
+
+def test_the_sample_command_writes_video_and_strip_and_one_seed_gives_one_file(toy, tmp_path, capsys):
+    same = ["--audio", toy / "x.wav", "--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--steps", 2]
+    for name in ("a", "b"):
+        assert cli(sample, *same, "--prompt", "a ball", "--out", tmp_path / f"{name}.mp4") == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert len(iio.imread(tmp_path / "a.mp4", plugin="FFMPEG")) == 49 and sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.png", "b.mp4", "b.png"]
+    assert cli(sample, *same, "--seconds", .7, "--n", 2, "--out", tmp_path / "folder") == 0
+    assert len(iio.imread(tmp_path / "folder/x-1.mp4", plugin="FFMPEG")) == 17
+    assert cli(sample, *same[2:], "--audio", toy / "silent.wav", "--seconds", 3.1, "--out", tmp_path / "s.mp4") == 0      # longer than its sound, longer than training
+    assert len(iio.imread(tmp_path / "s.mp4", plugin="FFMPEG")) == 74 and "seed" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_on_stderr_exit_code_two_and_nothing_written(toy, media, tmp_path, capsys):
+    good = {"--audio": toy / "x.wav", "--image": toy / "f.png", "--ckpt": toy / "a2v.pt", "--vae": toy / "vae.pt", "--out": tmp_path / "out"}
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    torch.save(train.A2V, tmp_path / "pickle.pt")                             # a pickled class: code
+    (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
+    data.save_checkpoint(tmp_path / "size.pt", **data.load_checkpoint(toy / "a2v.pt", "a2v") | {"config": networks.SIZES["tiny"]})
+    cases = [{"--audio": media / "empty.wav"}, {"--audio": media / "short.wav"}, {"--audio": media / "nan.wav"}, {"--audio": "none.wav"}, {"--image": media / "cut.png"},
+             {"--image": "none.png"}, {"--asg": -1}, {"--steps": 0}, {"--cfg": "nan"}, {"--cfg": "much"}, {"--seconds": 0}, {"--n": 0}, {"--ckpt": tmp_path / "none.pt"},
+             {"--ckpt": tmp_path / "other.pt"}, {"--ckpt": tmp_path / "pickle.pt"}, {"--ckpt": tmp_path / "noise.pt"}, {"--ckpt": toy / "vae.pt"},
+             {"--ckpt": tmp_path / "size.pt"}, {"--vae": toy / "a2v.pt"}, {"--stepz": 3}, {"--step": 3}, {"--device": "tpu"}]
+    for case in cases:
+        assert cli(sample, *[x for pair in (good | case).items() for x in pair]) == 2, case
+        err = capsys.readouterr().err.strip()
+        assert err.startswith("error: ") and "\n" not in err and "Traceback" not in err, (case, err)
+    assert cli(sample, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt") == 2 and "--audio is missing" in capsys.readouterr().err
+    for module, argv in ((train, ["--task", "dance"]), (train, ["--data", "nowhere"]), (train, ["--size", "huge"]), (train, ["--lr", "inf"]), (train, ["--resolution", 50]),
+                         (train, ["--batch-size", 5, "--accum", 2]), (cyclesync, ["--data", "nowhere"]), (cyclesync, ["--clips", 1])):
+        assert cli(module, *argv, *([] if module is cyclesync else ["--out", tmp_path / "out", "--data-root", tmp_path / "out"])) == 2, argv
+        err = capsys.readouterr().err.strip()
+        assert err.startswith("error: ") and "\n" not in err, (argv, err)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ train.py
+
+@pytest.fixture(scope="module")
+def runs(toy, tmp_path_factory):
+    """A folder, and a function that trains `tiny` for four steps on 24 clips there with the flags given."""
+    d = tmp_path_factory.mktemp("runs")
+
+    def run(out, *flags):
+        return cli(train, "--vae", toy / "vae.pt", "--resolution", 32, "--clips", 24, "--steps", 4, "--batch-size", 4, "--eval-clips", 0, "--log-every", 1, "--warmup", 1,
+                   "--data-root", d / "data", "--out", d / out, *flags)
+    assert run("whole", "--save-every", 2) == 0
+    return d, run
+
+
+def same_weights(a, b):
+    a, b = (torch.load(f / "last.pt", weights_only=True) for f in (a, b))
+    return a["step"] == b["step"] == 4 and all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
+
+
+def losses_of(folder):
+    return [row.split(",")[2] for row in (folder / "log.csv").read_text().splitlines()[1:]]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(runs, monkeypatch, capsys):
+    """SIGTERM in step 2 writes a checkpoint; the same command then takes the very steps it would have taken."""
+    d, run = runs
+    batch = train.A2V.batch
+
+    def interrupted(self, step, rows):
+        if step == 1 and len(rows) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step, rows)
+    monkeypatch.setattr(train.A2V, "batch", interrupted)
+    assert run("stopped") == 130 and "same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert torch.load(d / "stopped/last.pt", weights_only=True)["step"] == 2 and run("stopped") == 0
+    assert same_weights(d / "whole", d / "stopped") and losses_of(d / "whole") == losses_of(d / "stopped")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(runs, monkeypatch):
+    """After SIGKILL only what was saved is left: step 2's checkpoint, whole."""
+    d, run = runs
+    monkeypatch.setattr(train, "update_ema", lambda ema, net, step, decay, f=train.update_ema: (f(ema, net, step, decay), (_ for _ in ()).throw(KeyboardInterrupt) if step == 3 else None))
+    with pytest.raises(BaseException):
+        run("killed", "--save-every", 2)
+    monkeypatch.undo()
+    assert torch.load(d / "killed/last.pt", weights_only=True)["step"] == 2 and run("killed", "--save-every", 2) == 0
+    assert same_weights(d / "whole", d / "killed")
+
+
+def test_micro_batches_and_two_processes_see_what_one_process_sees(runs, toy):
+    d, run = runs
+    assert run("accum", "--accum", 2) == 0
+    flags = ["--vae", toy / "vae.pt", "--resolution", 32, "--clips", 24, "--steps", 4, "--batch-size", 4, "--eval-clips", 0, "--log-every", 1, "--warmup", 1,
+             "--data-root", d / "data", "--out", d / "two", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py", *flags]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE)
+    assert done.returncode == 0, done.stderr[-800:]
+    one, two = (torch.load(d / f / "last.pt", weights_only=True)["model"] for f in ("accum", "two"))
+    moved = torch.load(d / "whole/last.pt", weights_only=True)["model"]
+    distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in a).sqrt()
+    assert distance(one, two) < .2 * distance(one, moved)                     # rounding apart, against other noise
+
+
+def test_checkpoints_are_plain_data_and_resuming_with_other_flags_is_refused(runs, capsys):
+    d, run = runs
+    ckpt = torch.load(d / "whole/last.pt", weights_only=True)
+    assert ckpt["task"] == "a2v" and ckpt["step"] == 4 and ckpt["size"] == 32 and not list((d / "whole").glob(".*"))
+    assert run("whole", "--lr", 1e-3) == 2 and "--lr" in capsys.readouterr().err
+
+
+def test_every_clip_is_seen_once_per_epoch(runs):
+    class Task:
+        args, device, vae = train.arguments().parse_args(["--batch-size", "5"]), "cpu", None
+        cache = dict(captions=[str(i) for i in range(12)], latents=np.arange(12), mels=np.arange(12))
+    seen = [int(i) for step in range(12) for i in train.A2V.batch(Task(), step, range(5))[0]]
+    assert all(sorted(seen[12 * e:12 * e + 12]) == list(range(12)) for e in range(5)) and seen[:12] != seen[12:24]
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_clear_line(runs, monkeypatch, capsys):
+    d, run = runs
+    loss = train.A2V.loss
+    monkeypatch.setattr(train.A2V, "loss", lambda self, *a: tuple(x * float("nan") for x in loss(self, *a)))
+    assert run("nan") == 2 and "lower --lr" in capsys.readouterr().err
+
+
+def test_the_network_overfits_one_batch():
+    net, g = small(), torch.Generator()
+    z, mel = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 60, 64)
+    optimiser, history = torch.optim.AdamW(net.parameters(), 3e-3), []
+    for _ in range(150):
+        loss, _ = losses.a2v_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), skip_audio=0, corrupt=0)
+        optimiser.zero_grad(), loss.backward(), optimiser.step()
+        history.append(loss.item())
+    assert history[-1] < history[0] / 5
+
+
+def test_the_counted_flops_are_those_of_the_matrix_products():
+    """About 6 FLOP per weight and token: the counter sees every layer, attention included."""
+    from torch.utils.flop_counter import FlopCounterMode
+    net = MMDiT(MMDiTConfig(**networks.SIZES["tiny"]))
+    with FlopCounterMode(display=False) as counter:
+        losses.a2v_loss(net, torch.randn(1, 16, 13, 8, 8), text_bytes(["a"]), torch.randn(1, 204, 64), torch.Generator().manual_seed(0), skip_audio=0)[0].backward()
+    per_token = sum(p.numel() for n, p in net.named_parameters() if p.dim() == 2 and re.search(r"attn|proj|ff|audio\.to_(q|out)", n) and "context" not in n and "add_" not in n)
+    assert .85 < counter.get_total_flops() / (6 * per_token * 112) < 1.35
+
+
+# ------------------------------------------------------------------------------------------------ README.md and weights/
+
+def test_every_command_of_the_readme_parses():
+    commands = re.findall(r"^(?:\$ )?python ((?:train|sample|cyclesync)\.py[^#\n|]*)", (HERE / "README.md").read_text(), re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        script, *flags = shlex.split(command)
+        {"train.py": train, "sample.py": sample, "cyclesync.py": cyclesync}[script].arguments().parse_args(flags)
+
+
+def test_help_tells_every_default(capsys):
+    for module in (train, sample, cyclesync):
+        with pytest.raises(SystemExit):
+            module.arguments().parse_args(["--help"])
+        text = capsys.readouterr().out
+        assert "default" in text and "--ckpt" in text or module is train
+
+
+@weights
+def test_the_shipped_weights_move_things_on_their_sounds():
+    """README: events of generated clips agree with the sound; without audio layers they do not."""
+    net, vae, ckpt = sample.load_a2v()
+    _, cast, _ = sample.pick_device("cpu")
+    clips = [data.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"]) for i in range(16)]
+    made = cyclesync.generate_toybox(net, vae, clips, cast, steps=10, asg=1., cfg=0.)
+    scores, _, shuffled = cyclesync.score_toybox(made, clips)
+    assert scores["f1_50"] > .85 and shuffled["f1_50"] < .4
+    deaf = cyclesync.generate_toybox(sample.Deaf(net), vae, clips, cast, steps=4, asg=0., cfg=0.)
+    assert cyclesync.score_toybox(deaf, clips)[0]["f1_50"] < .3
+
+
+@weights
+def test_moving_the_sound_moves_the_motion():
+    """The paper's demonstration: same picture, the sound 0.25 s later, the events 0.25 s later."""
+    net, vae, ckpt = sample.load_a2v()
+    _, cast, _ = sample.pick_device("cpu")
+    clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 500 + i, ckpt["size"], kind="lamp") for i in range(40)) if 1 <= len(c["events"]) and c["events"][-1] < 1.6][:6]
+    later = [dict(c, audio=np.pad(c["audio"], (4000, 0))[:len(c["audio"])], events=c["events"] + .25) for c in clips]
+    scores = cyclesync.score_toybox(cyclesync.generate_toybox(net, vae, later, cast, steps=10, asg=1., cfg=0.), later)[0]
+    assert scores["f1_50"] > .85
