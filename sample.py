@@ -110,11 +110,11 @@ def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0
         text, pooled, audio, z0 = torch.cat([text, text_null]), torch.cat([pooled, pooled_null]), audio.repeat(2, 1, 1), z0.repeat(2, 1, 1, 1, 1)
     context = model.begin(z0, text, pooled, audio, off_sync=B if asg > 0 else 0)
     noise = [torch.Generator().manual_seed(int(s)) for s in seeds]
-    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1), shift).tolist()
+    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     for _ in range(1, latents):
-        x = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in noise]).to(z0.device)       # fp32 all the way
+        x = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in noise]).to(z0)              # fp32 all the way
         for s, s_next in zip(sigmas[:-1], sigmas[1:]):
-            v = model.denoise(context, x.repeat(1 + null, 1, 1, 1, 1), s).float()
+            v = model.denoise(context, x.repeat(1 + null, 1, 1, 1, 1), s).to(x)
             v = guide(v[:B], (1 + asg, v[-B:]), (1 + cfg if null else 1, v[B:2 * B]))                # Syncphony eq. 6
             x = x + (s_next - s) * v                                          # Euler
             if bar is not None:
