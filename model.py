@@ -90,19 +90,20 @@ def grid_ids(times, h, w, fine=None):
 
 
 def rotary(ids, axes, time_scale=1.):
-    """Rotation table of positions ids (..., 3) -> cos, sin (..., d/2), fp32. Id 0 is no rotation; ids may be fractions."""
+    """Rotation table of positions ids (..., 3) -> cos, sin (..., d), fp32, the sine signed for the pairs (2j, 2j+1).
+    Id 0 is no rotation; ids may be fractions."""
     angles = []
     for axis, n in enumerate(axes):                                           # 10000^(-2j/n) radians per step
         rate = 10000. ** (-torch.arange(0, n, 2, dtype=torch.float64, device=ids.device) / n)
         angles.append(ids[..., axis, None].double() * (time_scale if axis == 0 else 1.) * rate)
-    angles = torch.cat(angles, -1)
-    return angles.cos().float(), angles.sin().float()
+    angles = torch.cat(angles, -1)                                            # (..., d/2)
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
 
-def rotate(x, table):                                                         # (B, K, N, d): pairs (2j, 2j+1) turn
-    cos, sin = (t.repeat_interleave(2, -1) for t in table)                    # (N, d)
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return x * cos + turned * sin
+def rotate(x, table):                                                         # (u, v) -> (u cos - v sin, v cos + u sin)
+    cos, sin = table                                                          # x (B, K, N, d), table (N, d)
+    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
 
 
 def heads(x, K):                                                              # (B, N, D) -> (B, K, N, d)
@@ -443,22 +444,23 @@ class MMDiT(nn.Module):
 
         R rows are the guidance branches of one or more clips; the first `off_sync` of them are repeated after the
         double blocks as rows that hear nothing. -> the context that `extend` and `denoise` read and grow"""
-        context = dict(pooled=pooled, audio=audio, off_sync=off_sync, l=0, T=text.shape[1], cache=None)
+        context = dict(pooled=pooled, audio=audio, off_sync=off_sync, l=0, at=(-1,), T=text.shape[1], cache=None)
         self.extend(context, first, self.context_embedder(text))
         return context
 
     def _pass(self, context, z, sigma):
-        """The Pass of latent l = context['l'], and its audio: only the steps in its window, so no mask is needed."""
-        l, a, rows = context["l"], context["audio"], len(context["pooled"])
-        ids = grid_ids([l], *self.grid(z)).to(z.device)
-        c = self.time_text_embed(torch.full((rows, 1), 1000. * sigma, device=ids.device), context["pooled"])
-        p = Pass(c, self.rotary(ids), cache=context["cache"], off_sync=context["off_sync"], audio_table=self.rotary(ids))
-        if a is not None:
-            if context.get("heard") != l:                                     # once per latent, not per step
+        """The Pass of latent l = context['l']. What does not depend on the step is made once per latent: its rotation, and
+        the keys and values of the audio in its window (of no other steps, so no mask is needed)."""
+        l, a = context["l"], context["audio"]
+        if context["at"][0] != l:
+            ids, kv = grid_ids([l], *self.grid(z)).to(z.device), None
+            if a is not None:
                 seen = self.window(ids[:1, 0], a.shape[1])[0].nonzero().flatten()
-                context["kv"], context["heard"] = self.hear(a[:, seen[0]:seen[-1] + 1], int(seen[0])), l
-            p.audio = context["kv"]
-        return p
+                kv = self.hear(a[:, seen[0]:seen[-1] + 1], int(seen[0]))
+            context["at"] = (l, self.rotary(ids), kv)
+        _, table, kv = context["at"]
+        c = self.time_text_embed(torch.full((len(z), 1), 1000. * sigma, device=z.device), context["pooled"])
+        return Pass(c, table, cache=context["cache"], off_sync=context["off_sync"], audio=kv, audio_table=table)
 
     def extend(self, context, z, y=None):
         """Append the finished latent z (R, C, 1, h, w) to the context, and with the first one the text y."""
