@@ -76,6 +76,7 @@ def number(kind=float, low=None, high=None):
 
 def run_cli(main):
     """Run a program's `main`: bad input ends in one line on stderr and exit code 2, never in a traceback."""
+    sys.stdout.reconfigure(line_buffering=True)                               # a log file grows while the run goes on
     try:
         main()
     except BadInput as error:
@@ -573,7 +574,7 @@ def toybox_cache(root, clips, size, vae, tag, device, cast, wait=None):
     return dict(latents=load("latents"), mels=load("mels"), captions=(folder / "captions.txt").read_text().splitlines())
 
 
-def _fill(folder, clips, size, vae, device, stream, batch=16):
+def _fill(folder, clips, size, vae, device, stream, batch=4):
     new = lambda name, *shape: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (clips, *shape))
     latents = new("latents", *vae.encode(torch.zeros(1, 3, FRAMES, size, size, device=device))[0].shape[1:])
     mels, captions = new("mels", round(FRAMES / FPS * RATE) * MEL_RATE // RATE, MELS), []

@@ -19,7 +19,8 @@ class with four switches, each there because it was needed:
     reference  encoder and decoder are given the true first frame, which image-to-video always has. Latents then say what
                CHANGED, and the decoder paints (`paint`): every pixel is a mixture of the first frame and of two colours
                its 4x4 patch has for it. Edges are sharp because the mixture alone is per pixel, and where nothing moves
-               the picture is copied exactly. Latent 0 is coded without reference
+               the picture is copied exactly. Latents count from the code of a still clip (`_still`), so rest is zero and
+               the transformer need not repeat in every latent what the scene looks like. Latent 0 has no reference
     shortcut   a linear autoencoder in parallel to the deep one. Without it the first thousand steps do not even find
                the colours: a narrow bottleneck teaches nothing until both of its sides speak the same language
 
@@ -258,16 +259,26 @@ class CausalVideoVAE(nn.Module):
 
         With a `cache` (a dict, empty for the first chunk) it continues where the last call ended; the first chunk has
         t·n + 1 frames, later ones t·n. `first`: the clip's first frame (B, 3, 1, H, W), needed by later chunks only."""
-        t, start = self.cfg.patch[0], not cache
-        first = video[:, :, :1] if first is None else first
+        start, first = not cache, video[:, :, :1] if first is None else first
+        if cache is not None:
+            cache["started"] = True
+        mean, logvar = self._code(video, first, start, cache)
+        if self.cfg.reference:
+            mean = mean - self._still(first, mean.shape[2], start)
+        return mean, logvar.clamp(-30, 20)
+
+    def _code(self, video, first, start, cache=None):
+        t = self.cfg.patch[0]
         x = torch.cat([video[:, :, :1]] * (t - 1) + [video], 2) if start else video
         x = self.patchify(x, t)
         if self.cfg.reference:
             x = torch.cat([x, self._reference(first, x.shape[2], start)], 1)
-        if cache is not None:
-            cache["started"] = True
-        mean, logvar = self.quant_conv(self.encoder(x, cache)).chunk(2, 1)
-        return mean, logvar.clamp(-30, 20)
+        return self.quant_conv(self.encoder(x, cache)).chunk(2, 1)
+
+    def _still(self, first, latents, start):
+        """What a later latent would be if nothing had moved. Latents count from there: rest is exactly zero."""
+        code = self._code(first.repeat(1, 1, self.stride_t, 1, 1), first, False)[0].repeat(1, 1, latents, 1, 1)
+        return torch.cat([torch.zeros_like(code[:, :, :1]), code[:, :, 1:]], 2) if start else code
 
     def decode(self, z, first=None, cache=None):
         """Latents (B, C, L, h, w) -> video (B, 3, F, H, W), about [-1, 1]. `cache` as in encode (later chunks: F = t·L).
@@ -278,6 +289,7 @@ class CausalVideoVAE(nn.Module):
             first = self.decode(z[:, :, :1], torch.zeros_like(z[:, :1, :1]).repeat(
                 1, 3, 1, self.stride, self.stride)) if first is None else first
             reference = self._reference(first, z.shape[2], start)             # (B, 3pp, L, H/p, W/p)
+            z = z + self._still(first, z.shape[2], start)
         if cache is not None:
             cache["started"] = True
         x = self.decoder(self.post_quant_conv(z), cache, start, reference)
