@@ -40,11 +40,12 @@ def shift_sigma(sigma, k):
     return k * sigma / (1 + (k - 1) * sigma)
 
 
-def draw_sigma(u, how="uniform", shift=1.):
-    """Noise levels for training from u ~ U(0, 1), any shape. 'logit-normal' (SD3) favours the middle of the path."""
+def draw_sigma(u, how="uniform", shift=1., low=.02):
+    """Noise levels for training from u ~ U(0, 1), any shape, none below `low`: a velocity read off a clean latent is 0 / 0.
+    'logit-normal' (SD3) favours the middle of the path."""
     if how == "logit-normal":
         u = torch.special.ndtri(u.clamp(1e-5, 1 - 1e-5)).sigmoid()            # a standard normal through a sigmoid
-    return shift_sigma(u, shift)
+    return shift_sigma(u, shift).clamp(min=low)
 
 
 def motion_weight(z, lam=1., clip=1.5, skip=1):
@@ -94,4 +95,6 @@ def a2v_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1, how
     text, pooled = model.text(letters)
     v_hat = model.parallel(clean, add_noise(target, eps, sigma), sigma, text, pooled, None if deaf else model.ears(mel))
     weight = motion_weight(z, lam, skip=2)[:, :, 1:]
+    if model.cfg.predict == "z":                # v = (x - z^) / sigma: an error of z^ counts 1/sigma^2, but no more than 25 times
+        weight = weight * (sigma / .2).clamp(max=1).square()[:, None, :, None, None]
     return flow_loss(v_hat, velocity(target, eps), sigma, weight)

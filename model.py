@@ -50,6 +50,7 @@ class MMDiTConfig:
     text_dim: int = 4096                      # width of the text states (T5-XXL)
     pooled_dim: int = 768                     # width of the pooled text vector (CLIP-L)
     context_clock: str = "shared"             # "own": clean tokens are modulated with sigma = 0, and can be cached
+    predict: str = "v"                        # "z": the last layer gives the clean latent, v = (x - z) / sigma
     text: str = "external"                    # "bytes": a small text encoder of our own, trained along
     audio_dim: int = 0                        # width of the audio features; 0 = no audio layers
     audio: str = "external"                   # "mel": a small convolutional encoder of our own over log-mels
@@ -62,9 +63,9 @@ class MMDiTConfig:
 
 SIZES = {
     "tiny": dict(n_double=1, n_single=4, heads=4, axes=(32, 16, 16), patch=4, text_dim=128, pooled_dim=128,
-                 context_clock="own", text="bytes", audio_dim=96, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
+                 context_clock="own", predict="z", text="bytes", audio_dim=96, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
     "small": dict(n_double=4, n_single=8, heads=8, axes=(32, 16, 16), patch=4, text_dim=256, pooled_dim=256,
-                  context_clock="own", text="bytes", audio_dim=384, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
+                  context_clock="own", predict="z", text="bytes", audio_dim=384, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
     "miniflux": dict(),                       # Pyramid Flow's: 1,972,059,200 parameters; Syncphony adds audio_dim=1024
 }
 
@@ -376,6 +377,12 @@ class MMDiT(nn.Module):
         scale, shift = self.norm_out(c, rows)
         return unpatchify(self.proj_out(modulate(x, shift, scale)), *shape, self.cfg.patch)
 
+    def velocity(self, out, x, sigma):
+        """The last layer's output as a velocity. A token of `tiny` holds 4x4x16 values, as many as the network is wide:
+        asked for v = eps - z it spends its width on carrying noise through. The latent alone is what is worth knowing,
+        and where nothing moves it is zero."""
+        return out if self.cfg.predict == "v" else (x - out.to(x.dtype)) / sigma
+
     def grid(self, z):                          # patches in a column and a row of latents z
         return z.shape[3] // self.cfg.patch, z.shape[4] // self.cfg.patch
 
@@ -437,7 +444,8 @@ class MMDiT(nn.Module):
         p = Pass(c, self.rotary(torch.cat([ids.new_zeros(T, 3), ids])), rows, mask)
         if audio is not None:
             p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids), self.window(ids[:, 0], audio.shape[1])
-        return self.head(self.blocks(x, y, p)[:, L * n:], noisy.shape[2:], c, rows[T + L * n:])
+        out = self.head(self.blocks(x, y, p)[:, L * n:], noisy.shape[2:], c, rows[T + L * n:])
+        return self.velocity(out, noisy, sigma[:, None, :, None, None])
 
     def begin(self, first, text, pooled, audio=None, off_sync=0):
         """Start a roll-out: latent 0 (R, C, 1, h, w), text (R, T, ·), audio features (R, S, A) of the whole sound.
@@ -485,4 +493,5 @@ class MMDiT(nn.Module):
         """Velocity of the noisy latent x (R, C, 1, h, w) at sigma (a number) -> (R + off_sync, C, 1, h, w)."""
         p = self._pass(context, x, sigma)
         out = self.blocks(self.tokens(x), None, p)                            # may change p.c: off-sync rows join
-        return self.head(out, x.shape[2:], p.c)
+        out = self.head(out, x.shape[2:], p.c)
+        return self.velocity(out, torch.cat([x, x[:len(out) - len(x)]]), sigma)

@@ -115,6 +115,8 @@ def test_text_is_dropped_for_a_tenth_of_the_samples_and_audio_never():
     seen = []
 
     class Spy:
+        cfg = MMDiTConfig()
+
         def text(self, letters):
             seen.extend((letters == 0).all(1).tolist())
             return letters, letters
