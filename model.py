@@ -437,7 +437,7 @@ class MMDiT(nn.Module):
         new = torch.arange(len(t), device=x.device) >= T + L * n              # which tokens are noisy
         past = (t[None] < t[:, None]) & (t[:, None] - t[None] <= self.cfg.context) | (t[None] == 0)
         same = (t[None] == t[:, None]) & (new[None] == new[:, None])
-        mask = (past & ~new[None]) & (new[:, None] | (t[None] <= t[:, None])) | same
+        mask = past & ~new[None] | same                                       # everybody sees text and latent 0
         rows = torch.arange(M).repeat_interleave(n) + 1                       # each noisy latent has its own sigma
         rows = F.pad(rows, (T + L * n, 0)).to(x.device)                       # text and clean latents: row 0, sigma = 0
         c = self.time_text_embed(1000 * F.pad(sigma, (1, 0)), pooled)         # (B, 1+M, D)

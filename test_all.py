@@ -762,6 +762,23 @@ def test_micro_batches_and_two_processes_see_what_one_process_sees(runs, toy):
     assert distance(one, two) < .2 * distance(one, moved)                     # rounding apart, against other noise
 
 
+def test_every_micro_batch_draws_its_own_noise_and_gradients_are_averaged(runs, monkeypatch):
+    """Random numbers are a function of (seed, step, micro-batch); --accum 2 halves each gradient before adding them."""
+    d, run = runs
+    seeds, norms, clip = [], [], torch.nn.utils.clip_grad_norm_
+
+    def loss(self, net, batch, g):                                            # its gradient is 1 for every weight
+        seeds.append(g.initial_seed())
+        return sum(p.sum() for p in net.parameters()), torch.zeros(losses.BUCKETS)
+    monkeypatch.setattr(train.A2V, "loss", loss)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append(float(clip(p, most))) or torch.tensor(norms[-1]))
+    assert run("ones", "--accum", 2) == 0
+    drawn = seeds[1:]                                                         # the first call counted FLOPs
+    assert len(drawn) == len(set(drawn)) == 8
+    weights = sum(v.numel() for v in torch.load(d / "ones/last.pt", weights_only=True)["model"].values())
+    assert norms == pytest.approx([weights ** .5] * 4, rel=1e-3)
+
+
 def test_checkpoints_are_plain_data_and_resuming_with_other_flags_is_refused(runs, capsys):
     d, run = runs
     ckpt = torch.load(d / "whole/last.pt", weights_only=True)
