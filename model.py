@@ -378,9 +378,9 @@ class MMDiT(nn.Module):
         return unpatchify(self.proj_out(modulate(x, shift, scale)), *shape, self.cfg.patch)
 
     def velocity(self, out, x, sigma):
-        """The last layer's output as a velocity. A token of `tiny` holds 4x4x16 values, as many as the network is wide:
-        asked for v = eps - z it spends its width on carrying noise through. The latent alone is what is worth knowing,
-        and where nothing moves it is zero."""
+        """The last layer's output as a velocity. A token of `tiny` holds 4x4x16 values, as many as the network is wide, and
+        to give v = eps - z it would have to carry all that noise through. That is the reasoning behind predict = "z";
+        it has not been measured against "v" with everything else equal."""
         return out if self.cfg.predict == "v" else (x - out.to(x.dtype)) / sigma
 
     def grid(self, z):                          # patches in a column and a row of latents z

@@ -11,7 +11,7 @@ every convolution (`cache`), bit for bit the same as coding it whole.
 
 The published network (`SIZES["pyramid"]`: 335 M parameters, 8x8 pixels x 8 frames -> 16 channels) spends its time on
 3x3x3 convolutions at full resolution. A small copy of it learns nothing on a CPU within an hour. `tiny` is the same
-class with four switches, each there because it was needed:
+class with four switches, chosen by short runs of one seed each, not by a controlled ablation:
 
     patch      4 frames x 4x4 pixels enter as ONE position: sixty times fewer positions for the same pixels. The first
                frame is repeated to fill its patch, so the causal 4(L-1)+1 arithmetic stays
