@@ -3,7 +3,6 @@
 Layers that start at zero are randomised first (`shaken`): a fresh network passes half of these tests for the wrong
 reason. Where two computations must agree, they run in float64. Nothing here needs a network or a GPU; tests against
 arrays of the original programs run where those lie beside the checkout, and are skipped elsewhere."""
-import json
 import os
 import re
 import shlex

@@ -17,7 +17,6 @@ Between processes gradients are averaged by hand, five lines: DistributedDataPar
 part in every step, and when the audio layers are skipped some do not.
 """
 import csv
-import json
 import math
 import os
 import signal
@@ -261,7 +260,7 @@ def train(args):
         if rank == 0 and (step % args.log_every == 0 or step == args.steps):
             took = time.perf_counter() - clock
             seconds, mean = seconds + took, torch.stack(reports).nanmean(0).tolist()
-            per_step, count = took / (len(reports) / args.accum), len(reports)
+            per_step = took / (len(reports) / args.accum)
             names = "  ".join(f"s<{(b + 1) / BUCKETS:.2f} {v:.3f}" for b, v in enumerate(mean[1:])) if args.task == "a2v" else f"|error| {mean[1]:.4f}"
             tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {names}  gnorm {norm:.2f}  lr {optimiser.param_groups[0]['lr']:.1e}  {1000 * per_step:.0f} ms  "
                        f"{flops / per_step / 1e9:.0f} GFLOP/s = {100 * flops / per_step / peak:.0f} % {peak_words}  {seconds:.0f} s")
