@@ -101,10 +101,10 @@ def toybox_scene(rng, kind=None):
         elif rng.random() < .02:                                              # a mid-grey ground leaves no room: redraw it
             back, colours = rng.uniform(0, 1, (2, 3)) * rng.uniform(.25, 1), []
     material = dict(pitch=np.exp(rng.uniform(np.log(110), np.log(2800))), ratios=np.cumsum(rng.uniform(.45, 1.6, 4)),
-                    levels=rng.uniform(.1, 1, 4), ring=np.exp(rng.uniform(np.log(.015), np.log(.5))),
+                    levels=rng.uniform(.1, 1, 4) * (.1 if rng.random() < .25 else 1), ring=np.exp(rng.uniform(np.log(.015), np.log(.5))),
                     noise=rng.uniform(.1, 1.5), burst=np.exp(rng.uniform(np.log(.003), np.log(.09))),
                     thud=rng.uniform(0, 1.2) * (rng.random() < .4), drop=rng.uniform(0, .6) * (rng.random() < .3),
-                    voice=np.exp(rng.uniform(np.log(75), np.log(520))), breath=rng.uniform(0, .8),
+                    voice=np.exp(rng.uniform(np.log(75), np.log(800))), breath=rng.uniform(0, .8),
                     formants=np.exp(rng.uniform(np.log(300), np.log(3500), 2)), vibrato=rng.uniform(0, .04))
     return dict(kind=kind, back=back, colours=np.array(colours), x=rng.uniform(-.12, .12), y=rng.uniform(-.05, .05),
                 scale=rng.uniform(.85, 1.12), size=rng.uniform(0, 1), flip=bool(rng.random() < .5), material=material)
@@ -254,17 +254,18 @@ def _strike(m, rng):
 
 
 def _voice(m, duration, rng):
-    """A tone held for `duration` seconds: harmonics of a gliding pitch under two formants, and breath."""
+    """A tone held for `duration` seconds: harmonics of a gliding pitch under two formants, another vowel each time, and breath."""
     n = int(RATE * (duration + .07))
     t = np.arange(n, dtype=np.float32) / RATE
-    f0 = m["voice"] * (1 + rng.uniform(-.15, .15) * t / duration + m["vibrato"] * np.sin(2 * np.pi * 5.5 * t))
+    pitch, formants = m["voice"] * np.exp(rng.normal(0, .15)), m["formants"] * np.exp(rng.normal(0, .25, 2))
+    f0 = pitch * (1 + rng.uniform(-.15, .15) * t / duration + m["vibrato"] * np.sin(2 * np.pi * 5.5 * t))
     phase = 2 * np.pi * np.cumsum(f0) / RATE
     out = m["breath"] * rng.standard_normal(n, dtype=np.float32) * .5
     for k in range(1, 13):
-        f = k * m["voice"]
+        f = k * pitch
         if f < 6500:
-            out += np.sin(k * phase) / k ** .7 * (.25 + sum(np.exp(-(np.log(f / g) / .35) ** 2) for g in m["formants"]))
-    envelope = np.interp(t, [0, .015, duration, duration + .06], [0, 1, rng.uniform(.4, 1), 0])
+            out += np.sin(k * phase) / k ** .7 * (.25 + sum(np.exp(-(np.log(f / g) / .35) ** 2) for g in formants))
+    envelope = np.interp(t, [0, rng.uniform(.005, .05), duration, duration + .06], [0, 1, rng.uniform(.4, 1), 0])
     return (out * envelope / (np.abs(out).max() + 1e-6)).astype(np.float32)
 
 
@@ -313,7 +314,7 @@ def toybox_sound(scene, events, durations, seconds, rng, off_screen=False):
     floor = np.cumsum(rng.standard_normal(n)) * .02 if rng.random() < .3 else rng.standard_normal(n)
     floor -= floor.mean()
     loud = np.abs(out).max() if len(events) or off_screen else 1.
-    out = out / (loud + 1e-9) + floor / (floor.std() + 1e-9) * 10 ** rng.uniform(-4, -1.7)
+    out = out / (loud + 1e-9) + floor / (floor.std() + 1e-9) * 10 ** rng.uniform(-4, -1.4)
     return np.clip(out * 10 ** rng.uniform(-1.2, -.05), -1, 1).astype(np.float32)
 
 

@@ -1,6 +1,6 @@
 """The network: Pyramid Flow's multimodal diffusion transformer, and Syncphony's audio layers in it.
 
-**Backbone.** Video arrives as latents (see vae.py), cut into 2x2 patches (4x4 in `tiny`): tokens. Text tokens stand before them, and
+**Backbone.** Video arrives as latents (see vae.py), cut into 2x2 patches: tokens. Text tokens stand before them, and
 attention is over [text; video] together. The first `n_double` blocks have separate weights for text and video, the
 `n_single` blocks after them share one set. Where a token stands in (time, row, column) is told to attention by rotating
 pairs of query and key channels (RoPE, three axes); how noisy it is, by scaling and shifting its features (adaLN).
@@ -50,7 +50,7 @@ class MMDiTConfig:
     text_dim: int = 4096                      # width of the text states (T5-XXL)
     pooled_dim: int = 768                     # width of the pooled text vector (CLIP-L)
     context_clock: str = "shared"             # "own": clean tokens are modulated with sigma = 0, and can be cached
-    predict: str = "v"                        # "z": the last layer gives the clean latent, v = (x - z) / sigma
+    precondition: bool = False                # the last layer gives what x does not tell yet, see `velocity`
     text: str = "external"                    # "bytes": a small text encoder of our own, trained along
     audio_dim: int = 0                        # width of the audio features; 0 = no audio layers
     audio: str = "external"                   # "mel": a small convolutional encoder of our own over log-mels
@@ -62,10 +62,10 @@ class MMDiTConfig:
 
 
 SIZES = {
-    "tiny": dict(n_double=1, n_single=4, heads=4, axes=(32, 16, 16), patch=4, text_dim=128, pooled_dim=128,
-                 context_clock="own", predict="z", text="bytes", audio_dim=96, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
-    "small": dict(n_double=4, n_single=8, heads=8, axes=(32, 16, 16), patch=4, text_dim=256, pooled_dim=256,
-                  context_clock="own", predict="z", text="bytes", audio_dim=384, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
+    "tiny": dict(n_double=1, n_single=4, heads=4, axes=(32, 16, 16), text_dim=128, pooled_dim=128,
+                 context_clock="own", precondition=True, text="bytes", audio_dim=96, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
+    "small": dict(n_double=4, n_single=8, heads=8, axes=(32, 16, 16), text_dim=256, pooled_dim=256,
+                  context_clock="own", precondition=True, text="bytes", audio_dim=384, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
     "miniflux": dict(),                       # Pyramid Flow's: 1,972,059,200 parameters; Syncphony adds audio_dim=1024
 }
 
@@ -378,10 +378,14 @@ class MMDiT(nn.Module):
         return unpatchify(self.proj_out(modulate(x, shift, scale)), *shape, self.cfg.patch)
 
     def velocity(self, out, x, sigma):
-        """The last layer's output as a velocity. A token of `tiny` holds 4x4x16 values, as many as the network is wide, and
-        to give v = eps - z it would have to carry all that noise through. That is the reasoning behind predict = "z";
-        it has not been measured against "v" with everything else equal."""
-        return out if self.cfg.predict == "v" else (x - out.to(x.dtype)) / sigma
+        """The last layer's output F as a velocity. Preconditioned (EDM's idea, on the straight path): of z with unit variance
+        x already tells (1-s) x / d, with d = (1-s)^2 + s^2, and what it does not tell has the size s / sqrt(d). The network
+        gives that rest in units of its size, z = ((1-s) x + s sqrt(d) F) / d, hence v = (x - z) / s as below. Without it a
+        small network spends its first hundreds of steps on learning to pass the noise through."""
+        if not self.cfg.precondition:
+            return out
+        d = (1 - sigma) ** 2 + sigma ** 2
+        return ((2 * sigma - 1) * x - d ** .5 * out.to(x.dtype)) / d
 
     def grid(self, z):                          # patches in a column and a row of latents z
         return z.shape[3] // self.cfg.patch, z.shape[4] // self.cfg.patch

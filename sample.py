@@ -76,10 +76,11 @@ def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu"):
 
 
 def fingerprint(vae):
-    """A few letters that tell one VAE from another: latents of one mean nothing to the other."""
+    """A few letters that tell one VAE's latents from another's: they depend on the encoder alone, decoders may be tuned."""
     digest = hashlib.sha256(json.dumps(asdict(vae.cfg), sort_keys=True).encode())
-    for _, w in sorted(vae.state_dict().items()):
-        digest.update(w.half().cpu().numpy().tobytes())
+    for name, w in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder", "quant_conv")):
+            digest.update(w.half().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

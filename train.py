@@ -38,7 +38,7 @@ import model as networks
 import vae as autoencoders
 from cyclesync import HELD_OUT, generate_toybox, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
-from losses import BUCKETS, a2v_loss
+from losses import a2v_loss
 from sample import VAE_FILE, fingerprint, load_vae, pick_device
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
@@ -107,8 +107,8 @@ class VAE:
         B, _, F, H, _ = batch[0].shape
         grid = H // net.stride
         noise = torch.randn(B, net.cfg.latent, (F - 1) // net.stride_t + 1, grid, grid, generator=g).to(self.device)
-        loss, error = autoencoders.vae_loss(net, batch[0], noise, self.args.kl)
-        return loss, error.expand(BUCKETS)
+        loss, error, rate = autoencoders.vae_loss(net, batch[0], noise, self.args.kl)
+        return loss, torch.stack([error, rate])
 
     def evaluate(self, net, clips, cast, guided=False):
         videos = reconstruct(net, clips, cast)
@@ -122,6 +122,17 @@ TASKS = {"a2v": A2V, "vae": VAE}
 
 
 # ------------------------------------------------------------------------------------------------ the parts of the loop
+
+def make_optimisers(net, args):
+    """Muon for the matrices inside the transformer blocks (its steps are orthogonalised, so no direction of a matrix is left
+    behind), AdamW for everything else. Muon's step is scaled to the size of AdamW's: one --lr serves both."""
+    inside = [p for name, p in net.named_parameters() if p.dim() == 2 and "transformer_blocks" in name and "norm" not in name]
+    rest = [p for p in net.parameters() if p not in set(inside)]
+    groups = [dict(params=[p for p in rest if p.dim() > 1], weight_decay=args.weight_decay), dict(params=[p for p in rest if p.dim() < 2])]
+    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(.9, .98), weight_decay=0., fused=next(net.parameters()).device.type != "mps")
+    muon = [torch.optim.Muon(inside, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")] if inside else []
+    return [adamw, *muon]
+
 
 def learning_rate(step, args):
     """Linear warm-up, then half a cosine down to 2 % of the peak."""
@@ -206,12 +217,10 @@ def train(args):
     task = TASKS[args.task](args, device, cast, world)
     net = task.net.to(device)
     ema = {k: p.detach().clone() for k, p in net.named_parameters()}
-    decay = [p for p in net.parameters() if p.dim() > 1]
-    optimiser = torch.optim.AdamW([dict(params=decay, weight_decay=args.weight_decay), dict(params=[p for p in net.parameters() if p.dim() < 2])],
-                                  lr=args.lr, betas=(.9, .98), weight_decay=0., fused=device.type != "mps")
+    optimisers = make_optimisers(net, args)
     step, best, seconds = 0, -1e9, 0.
     if (out / "last.pt").is_file():
-        step, best, seconds = resume(out / "last.pt", args, net, ema, optimiser)
+        step, best, seconds = resume(out / "last.pt", args, net, ema, optimisers)
         if rank == 0:
             print(f"resuming    {out / 'last.pt'} at step {step} (remove it, or give another --out, to start anew)")
     flops = count_flops(task, args, seeded(args.seed, 0)) if rank == 0 else 0
@@ -231,12 +240,13 @@ def train(args):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(1))
     save = lambda: data.save_checkpoint(out / "last.pt", task=args.task, config=asdict(net.cfg), model=net.state_dict(), ema=dict(ema), step=step,
-                                        optimiser=optimiser.state_dict(), best=best, seconds=seconds, args=vars(args), **task.extra())
+                                        optimisers=[o.state_dict() for o in optimisers], best=best, seconds=seconds, args=vars(args), **task.extra())
     bar = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, unit="step")
     reports, clock = [], time.perf_counter()
     while step < args.steps:
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, args)
+        lr = learning_rate(step, args)
+        for group in (g for o in optimisers for g in o.param_groups):
+            group["lr"] = lr
         for i in range(args.accum):
             part = rank * args.accum + i                                      # which micro-batch of the step this is
             batch = task.batch(step, list(range(part * micro, (part + 1) * micro)))
@@ -252,8 +262,9 @@ def train(args):
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         if not torch.isfinite(norm):
             raise BadInput(f"the loss is {loss.item()} at step {step} (gradient norm {norm.item()}); last.pt keeps the last good state: lower --lr")
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        for optimiser in optimisers:
+            optimiser.step()
+        net.zero_grad(set_to_none=True)
         update_ema(ema, net, step, args.ema)
         step += 1
         bar.update()
@@ -261,11 +272,11 @@ def train(args):
             took = time.perf_counter() - clock
             seconds, mean = seconds + took, torch.stack(reports).nanmean(0).tolist()
             per_step = took / (len(reports) / args.accum)
-            names = "  ".join(f"s<{(b + 1) / BUCKETS:.2f} {v:.3f}" for b, v in enumerate(mean[1:])) if args.task == "a2v" else f"|error| {mean[1]:.4f}"
-            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {names}  gnorm {norm:.2f}  lr {optimiser.param_groups[0]['lr']:.1e}  {1000 * per_step:.0f} ms  "
+            names = "  ".join(f"s<{(b + 1) / BUCKETS:.2f} {v:.3f}" for b, v in enumerate(mean[1:])) if args.task == "a2v" else f"|error| {mean[1]:.4f}  {mean[2]:.0f} nats per latent"
+            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {names}  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * per_step:.0f} ms  "
                        f"{flops / per_step / 1e9:.0f} GFLOP/s = {100 * flops / per_step / peak:.0f} % {peak_words}  {seconds:.0f} s")
             log_row(out / "log.csv", step=step, seconds=round(seconds, 1), loss=mean[0], **{f"bucket_{b}": v for b, v in enumerate(mean[1:])},
-                    lr=optimiser.param_groups[0]["lr"], ms=1000 * per_step)
+                    lr=lr, ms=1000 * per_step)
             reports, clock = [], time.perf_counter()
         if rank == 0 and args.eval_clips and (step % args.sample_every == 0 or step == args.steps):
             score = look(task, net, ema, clips, out, step, cast, args)
@@ -321,7 +332,7 @@ def save_best(path, task, net, ema, step, seconds, args):
                          args=vars(args), **task.extra())
 
 
-def resume(path, args, net, ema, optimiser):
+def resume(path, args, net, ema, optimisers):
     ckpt = data.load_checkpoint(path, args.task)
     if ckpt["config"] != asdict(net.cfg) and args.task != "vae":
         raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
@@ -331,7 +342,8 @@ def resume(path, args, net, ema, optimiser):
     data.load_weights(net, ckpt["model"], path)
     for k, v in ckpt["ema"].items():
         ema[k].copy_(v)
-    optimiser.load_state_dict(ckpt["optimiser"])
+    for optimiser, state in zip(optimisers, ckpt["optimisers"]):
+        optimiser.load_state_dict(state)
     return ckpt["step"], ckpt["best"], ckpt["seconds"]
 
 
@@ -358,7 +370,7 @@ def arguments():
     p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 2000, vae 6000)")
     p.add_argument("--batch-size", type=number(int, 1), default=16, help="clips per step, over all processes and --accum")
     p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
-    p.add_argument("--lr", type=number(low=0), default=1.5e-3, help="peak learning rate")
+    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v 0.005, vae 0.0015)")
     p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=number(low=0), default=.01, help="AdamW's, on matrices only")
     p.add_argument("--clip", type=number(low=0), default=1., help="largest gradient norm")
@@ -368,10 +380,10 @@ def arguments():
     p.add_argument("--skip-audio", type=number(low=0, high=1), default=.1, help="share of steps with the audio layers left out")
     p.add_argument("--drop-text", type=number(low=0, high=1), default=.1, help="share of captions replaced by the null text")
     p.add_argument("--sigma", default="uniform", choices=("uniform", "logit-normal"), help="how noise levels are drawn")
-    p.add_argument("--shift", type=number(low=.01), default=1., help="shift of the noise levels; 1 = none")
+    p.add_argument("--shift", type=number(low=.01), default=4., help="shift of the noise levels towards noise; 1 = none")
     p.add_argument("--asg", type=number(low=0), default=2., help="w_a that the checkpoint will recommend to sample.py")
     p.add_argument("--cfg", type=number(low=0), default=0., help="w_t that the checkpoint will recommend to sample.py")
-    p.add_argument("--kl", type=number(low=0), default=3e-5, help="vae: weight of the KL term")
+    p.add_argument("--kl", type=number(low=0), default=5e-3, help="vae: weight of the KL term, the price of information in the latents")
     # where and how
     p.add_argument("--seed", type=number(int, 0), default=0, help="of everything")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
@@ -388,8 +400,9 @@ def arguments():
 def main():
     args = arguments().parse_args()
     args.steps = args.steps or {"a2v": 2000, "vae": 6000}[args.task]
+    args.lr = {"a2v": 5e-3, "vae": 1.5e-3}[args.task] if args.lr is None else args.lr
     if args.resolution % 32:
-        raise BadInput(f"--resolution {args.resolution}: must be a multiple of 32 (8x8 pixels a latent, 4x4 latents a token)")
+        raise BadInput(f"--resolution {args.resolution}: must be a multiple of 32 (16x16 pixels a latent, 2x2 latents a token)")
     train(args)
 
 
