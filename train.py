@@ -38,7 +38,7 @@ import model as networks
 import vae as autoencoders
 from cyclesync import HELD_OUT, generate_toybox, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
-from losses import a2v_loss
+from losses import BUCKETS, a2v_loss
 from sample import VAE_FILE, fingerprint, load_vae, pick_device
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
@@ -364,10 +364,10 @@ def arguments():
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
     p.add_argument("--size", default="tiny", choices=[*networks.SIZES], help="size of the network")
     p.add_argument("--resolution", type=number(int, 32, 512), default=64, help="side of the pictures in pixels, a multiple of 32")
-    p.add_argument("--clips", type=number(int, 1), default=5000, help="a2v: toybox clips to render and cache")
+    p.add_argument("--clips", type=number(int, 1), default=2500, help="a2v: toybox clips to render and cache")
     p.add_argument("--vae", default=str(VAE_FILE), help="a2v: the VAE that makes the latents")
     # how long, how fast
-    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 2000, vae 6000)")
+    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1500, vae 6000)")
     p.add_argument("--batch-size", type=number(int, 1), default=16, help="clips per step, over all processes and --accum")
     p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
     p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v 0.005, vae 0.0015)")
@@ -399,7 +399,7 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    args.steps = args.steps or {"a2v": 2000, "vae": 6000}[args.task]
+    args.steps = args.steps or {"a2v": 1500, "vae": 6000}[args.task]
     args.lr = {"a2v": 5e-3, "vae": 1.5e-3}[args.task] if args.lr is None else args.lr
     if args.resolution % 32:
         raise BadInput(f"--resolution {args.resolution}: must be a multiple of 32 (16x16 pixels a latent, 2x2 latents a token)")
