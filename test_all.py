@@ -833,9 +833,9 @@ def test_muon_moves_the_matrices_of_blocks_by_orthogonal_steps_and_adamw_all_els
         p.grad = torch.randn(p.shape)
     for o in optimisers:
         o.step()
-    spread = lambda name: (lambda s: (s.max() / s.min()).item())(torch.linalg.svdvals(net.get_parameter(name).detach() - before[name]))
+    spread = lambda name: (lambda s: (s.max() / s.median()).item())(torch.linalg.svdvals(net.get_parameter(name).detach() - before[name]))
     assert all(not torch.equal(before[n], p) for n, p in net.named_parameters())
-    assert spread("single_transformer_blocks.0.proj_mlp.weight") < 3 < spread("x_embedder.weight")
+    assert spread("single_transformer_blocks.0.attn.to_q.weight") < 1.5 < 2 < spread("time_text_embed.timestep_embedder.linear_2.weight")
 
 
 def test_the_counted_flops_are_those_of_the_matrix_products():
