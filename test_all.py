@@ -381,6 +381,15 @@ def test_normalise_has_constants_of_its_own_for_the_first_latent_and_an_inverse(
     assert torch.allclose(vae.denormalise(vae.normalise(z)), z)
 
 
+def test_a_tuned_decoder_keeps_the_fingerprint_and_another_encoder_changes_it():
+    vae = CausalVideoVAE(VAEConfig(**TOY_KIND))
+    mark = sample.fingerprint(vae)
+    torch.nn.init.normal_(vae.decoder.conv_out.conv.weight)
+    assert sample.fingerprint(vae) == mark
+    torch.nn.init.normal_(vae.encoder.conv_out.conv.weight)
+    assert sample.fingerprint(vae) != mark
+
+
 def test_the_vae_learns():
     torch.manual_seed(0)
     vae = CausalVideoVAE(VAEConfig(**TOY_KIND))

@@ -127,7 +127,8 @@ def make_optimisers(net, args):
     """Muon for the matrices inside the transformer blocks (its steps are orthogonalised, so no direction of a matrix is left
     behind), AdamW for everything else. Muon's step is scaled to the size of AdamW's: one --lr serves both."""
     inside = [p for name, p in net.named_parameters() if p.dim() == 2 and "transformer_blocks" in name and "norm" not in name]
-    rest = [p for p in net.parameters() if p not in set(inside)]
+    taken = set(inside)
+    rest = [p for p in net.parameters() if p not in taken]
     groups = [dict(params=[p for p in rest if p.dim() > 1], weight_decay=args.weight_decay), dict(params=[p for p in rest if p.dim() < 2])]
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(.9, .98), weight_decay=0., fused=next(net.parameters()).device.type != "mps")
     muon = [torch.optim.Muon(inside, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")] if inside else []

@@ -323,14 +323,14 @@ def vae_loss(vae, video, noise, kl=1e-4):
 
     |error| of pixels and of their differences to the right and below (edges, in place of a downloaded perceptual net),
     both weighted where the clip has left its first frame: little of a picture moves, and all of the lesson is there.
-    The first frame, which latent 0 codes alone, counts as much as the t frames of any other latent."""
+    The first frame, which latent 0 codes alone, counts as if all of it had moved."""
     mean, logvar = vae.encode(video)
     z = mean + (logvar / 2).exp() * noise
     error = vae.decode(z, video[:, :, :1]).float() - video                    # (B, 3, F, H, W)
     moved = ((video - video[:, :, :1]).abs().amax(1, keepdim=True) > .04).float()
     moved = F.max_pool3d(moved, (1, 3, 3), 1, (0, 1, 1))                      # with a rim of one pixel
+    moved[:, :, 0] = 1
     weight = 1 + 7 * moved
-    weight[:, :, 0] = 2 * vae.stride_t
     edges = (error.diff(dim=3).abs() * weight[..., 1:, :]).mean() + (error.diff(dim=4).abs() * weight[..., 1:]).mean()
     divergence = .5 * (mean.square() + logvar.exp() - 1 - logvar).float()
     rate = divergence.detach()[:, :, 1:].sum((1, 3, 4)).mean()
