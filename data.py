@@ -104,8 +104,8 @@ def toybox_scene(rng, kind=None):
                     levels=rng.uniform(.1, 1, 4) * (.1 if rng.random() < .25 else 1), ring=np.exp(rng.uniform(np.log(.015), np.log(.5))),
                     noise=rng.uniform(.1, 1.5), burst=np.exp(rng.uniform(np.log(.003), np.log(.09))),
                     thud=rng.uniform(0, 1.2) * (rng.random() < .4), drop=rng.uniform(0, .6) * (rng.random() < .3),
-                    voice=np.exp(rng.uniform(np.log(75), np.log(800))), breath=rng.uniform(0, .8),
-                    formants=np.exp(rng.uniform(np.log(300), np.log(3500), 2)), vibrato=rng.uniform(0, .04))
+                    voice=np.exp(rng.uniform(np.log(75), np.log(800))), breath=rng.uniform(0, .6) ** 2, rough=rng.uniform(0, .3) ** 2,
+                    formants=np.exp(rng.uniform(np.log([250, 600, 1800]), np.log([1000, 2500, 4500]))), vibrato=rng.uniform(0, .04))
     return dict(kind=kind, back=back, colours=np.array(colours), x=rng.uniform(-.12, .12), y=rng.uniform(-.05, .05),
                 scale=rng.uniform(.85, 1.12), size=rng.uniform(0, 1), flip=bool(rng.random() < .5), material=material)
 
@@ -116,7 +116,7 @@ def toybox_events(kind, seconds, rng):
     spread, most = rng.uniform(.05, .7), rng.integers(1, 7) if seconds < 3 else int(3 * seconds)
     t, times, durations = first + rng.exponential(spread), [], []
     while t < seconds - .12 and len(times) < most:
-        d = float(np.clip(rng.exponential(.3), .14, .9)) if kind == "mouth" else 0.
+        d = float(np.clip(rng.exponential(.3), .1, .9)) if kind == "mouth" else 0.
         times.append(t), durations.append(d)
         t += d + gap + rng.exponential(spread)
     return np.array(times), np.array(durations)
@@ -254,17 +254,18 @@ def _strike(m, rng):
 
 
 def _voice(m, duration, rng):
-    """A tone held for `duration` seconds: harmonics of a gliding pitch under two formants, another vowel each time, and breath."""
+    """A tone held for `duration` seconds: a buzz of unsteady pitch and breath, shaped by formants; another vowel each time."""
     n = int(RATE * (duration + .07))
     t = np.arange(n, dtype=np.float32) / RATE
-    pitch, formants = m["voice"] * np.exp(rng.normal(0, .15)), m["formants"] * np.exp(rng.normal(0, .25, 2))
-    f0 = pitch * (1 + rng.uniform(-.15, .15) * t / duration + m["vibrato"] * np.sin(2 * np.pi * 5.5 * t))
-    phase = 2 * np.pi * np.cumsum(f0) / RATE
-    out = m["breath"] * rng.standard_normal(n, dtype=np.float32) * .5
-    for k in range(1, 13):
-        f = k * pitch
-        if f < 6500:
-            out += np.sin(k * phase) / k ** .7 * (.25 + sum(np.exp(-(np.log(f / g) / .35) ** 2) for g in formants))
+    wander = np.interp(t, np.arange(0, duration + .2, .03), rng.normal(0, 1, len(np.arange(0, duration + .2, .03))))
+    f0 = m["voice"] * np.exp(rng.normal(0, .15)) * (1 + rng.uniform(-.25, .25) * t / duration + m["rough"] * wander
+                                                    + m["vibrato"] * np.sin(2 * np.pi * 5.5 * t))
+    buzz = 1 - 2 * (np.cumsum(f0) / RATE % 1)                                 # a sawtooth: every harmonic, the k-th at 1/k
+    spectrum = np.fft.rfft(buzz + m["breath"] * rng.standard_normal(n), 1 << n.bit_length())
+    f = np.fft.rfftfreq(1 << n.bit_length(), 1 / RATE) + 1
+    formants = m["formants"] * np.exp(rng.normal(0, .25, len(m["formants"])))
+    spectrum *= .1 + sum(np.exp(-(np.log(f / g) / .3) ** 2) for g in formants)
+    out = np.fft.irfft(spectrum)[:n]
     envelope = np.interp(t, [0, rng.uniform(.005, .05), duration, duration + .06], [0, 1, rng.uniform(.4, 1), 0])
     return (out * envelope / (np.abs(out).max() + 1e-6)).astype(np.float32)
 
@@ -360,7 +361,8 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True):
 
 def toybox_windows(seed, size=64, blocks=4, t=4):
     """What a VAE with kernel_t = 1 trains on: frame 0 and `blocks` stretches of t frames, mostly ones in which something
-    moves -> uint8 (1 + blocks·t, size, size, 3). A whole clip would cost four times as much to draw and mostly stand still."""
+    moves, twice: in two sets of colours -> uint8 (2, 1 + blocks·t, size, size, 3). A whole clip would cost four times as
+    much to draw and mostly stand still."""
     rng = np.random.default_rng([seed, 3141])
     scene = toybox_scene(rng)
     events, durations = toybox_events(scene["kind"], FRAMES / FPS, rng)
@@ -368,7 +370,9 @@ def toybox_windows(seed, size=64, blocks=4, t=4):
     rows = state[1:].reshape(-1, t)                                           # (L - 1, t)
     odds = .1 + (np.abs(rows).max(1) > .05)
     chosen = rng.choice(len(rows), blocks, replace=False, p=odds / odds.sum())
-    return toybox_draw(scene, np.concatenate([state[:1], rows[chosen].ravel()]), size)
+    other = toybox_scene(rng)
+    state = np.concatenate([state[:1], rows[chosen].ravel()])
+    return np.stack([toybox_draw(dict(scene, back=s["back"], colours=s["colours"]), state, size) for s in (scene, other)])
 
 
 # ------------------------------------------------------------------------------------------------ media in

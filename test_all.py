@@ -321,7 +321,7 @@ def test_attention_on_a_cpu_equals_the_fused_kernel():
 # ------------------------------------------------------------------------------------------------ vae.py
 
 PUBLISHED_KIND = dict(widths=(8, 8, 16, 16), groups=4, latent=4)              # the published layers, narrow
-TOY_KIND = dict(widths=(8, 16), space=(1, 0), time=(0, 0), layers=(1, 1), groups=4, latent=4, kernel_t=1, patch=(4, 4), reference=True, shortcut=True)
+TOY_KIND = dict(widths=(8, 16), space=(1, 0), time=(0, 0), time_up=(1, 1), layers=(1, 1), groups=4, latent=4, kernel_t=1, patch=(4, 4), reference=True, shortcut=True)
 
 
 def vae_of(kind):
@@ -390,16 +390,47 @@ def test_a_tuned_decoder_keeps_the_fingerprint_and_another_encoder_changes_it():
     assert sample.fingerprint(vae) != mark
 
 
+def recoloured(n, size=32, blocks=2):
+    """n clips of VAE training data in two sets of colours, 2 x (n, 3, F, size, size) in [-1, 1]."""
+    videos = torch.from_numpy(np.stack([data.toybox_windows(i, size, blocks) for i in range(n)]))
+    return (videos.permute(1, 0, 5, 2, 3, 4).float() / 127.5 - 1).unbind(0)
+
+
 def test_the_vae_learns():
     torch.manual_seed(0)
     vae = CausalVideoVAE(VAEConfig(**TOY_KIND))
-    video = torch.from_numpy(np.stack([data.toybox_windows(i, 32, 2) for i in range(4)])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    seen, video = recoloured(4)
     optimiser, errors = torch.optim.AdamW(vae.parameters(), 3e-3), []
     for _ in range(60):
-        loss, error, _ = vae_loss(vae, video, torch.randn(4, 4, 3, 4, 4))
+        loss, error, _ = vae_loss(vae, seen, video, torch.randn(4, 4, 3, 4, 4))
         optimiser.zero_grad(), loss.backward(), optimiser.step()
         errors.append(error.item())
     assert errors[-1] < errors[0] / 3
+
+
+def test_the_decoder_has_to_take_colours_from_the_first_frame():
+    """The same motion in two sets of colours: the encoder sees one; the decoder is given the other's first frame and has to
+    paint the other. Latent 0, a picture by itself, keeps its own colours."""
+    seen, video = recoloured(2)
+    assert not torch.equal(seen, video) and seen.shape == video.shape == (2, 3, 9, 32, 32)
+
+    class Perfect:
+        def encode(self, x):
+            assert torch.equal(x, seen)
+            return torch.zeros(2, 4, 3, 4, 4), torch.zeros(2, 4, 3, 4, 4)
+
+        def decode(self, z, first):
+            assert torch.equal(first, video[:, :, :1])
+            return torch.cat([seen[:, :, :1], video[:, :, 1:]], 2)
+    loss, error, _ = vae_loss(Perfect(), seen, video, torch.randn(2, 4, 3, 4, 4), kl=0.)
+    assert loss == error == 0
+
+
+def test_the_two_colourings_of_a_training_clip_show_the_same_motion():
+    for seed in range(6):
+        a, b = data.toybox_windows(seed, 64).astype(int)
+        still = [(v == v[:1]).all(-1) for v in (a, b)]                        # where a frame equals the first one
+        assert (still[0] == still[1]).mean() > .97 and (a[0] != b[0]).mean() > .9
 
 
 # ------------------------------------------------------------------------------------------------ data.py: the toybox
@@ -755,6 +786,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs, monkeypatch, capsys):
     monkeypatch.undo()
     assert torch.load(d / "stopped/last.pt", weights_only=True)["step"] == 2 and run("stopped") == 0
     assert same_weights(d / "whole", d / "stopped") and losses_of(d / "whole") == losses_of(d / "stopped")
+
+
+def test_a_stopped_vae_run_goes_on_bit_for_bit(runs, monkeypatch):
+    """The VAE's data are drawn by a thread that runs ahead; its kernels are matrices to Muon. Neither forgets."""
+    d, _ = runs
+    flags = ["--task", "vae", "--resolution", 32, "--steps", 3, "--batch-size", 2, "--eval-clips", 0, "--log-every", 1, "--warmup", 1, "--out"]
+    assert cli(train, *flags, d / "vae") == 0
+    step = train.update_ema
+    monkeypatch.setattr(train, "update_ema", lambda ema, net, n, decay: (step(ema, net, n, decay), os.kill(os.getpid(), signal.SIGTERM) if n == 1 else None))
+    assert cli(train, *flags, d / "vae-stopped") == 130
+    monkeypatch.undo()
+    assert cli(train, *flags, d / "vae-stopped") == 0
+    a, b = (torch.load(d / f / "last.pt", weights_only=True) for f in ("vae", "vae-stopped"))
+    assert a["step"] == b["step"] == 3 and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_a_tuned_decoder_paints_from_the_same_latents(runs, toy):
+    d, _ = runs
+    assert cli(train, "--task", "vae", "--tune-decoder", toy / "vae.pt", "--resolution", 32, "--steps", 2, "--batch-size", 2, "--eval-clips", 2, "--out", d / "tuned") == 0
+    before, after = sample.load_vae(toy / "vae.pt"), sample.load_vae(d / "tuned/best.pt")
+    assert sample.fingerprint(before) == sample.fingerprint(after)
+    moved = {n.split(".")[0] for (n, a), b in zip(before.named_parameters(), after.parameters()) if not torch.equal(a, b)}
+    assert moved == {"decoder", "post_quant_conv"}
 
 
 def test_a_killed_run_goes_on_bit_for_bit(runs):

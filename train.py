@@ -22,6 +22,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -92,22 +93,26 @@ class VAE:
         self.args, self.device = args, device
         self.config = autoencoders.VAEConfig(**autoencoders.SIZES[args.size])
         self.net = autoencoders.CausalVideoVAE(self.config)
-        self.pool, self.queue = data.workers(1), {}
+        if args.tune_decoder:                                                 # latents stay what they are, so what was trained on
+            self.net = load_vae(args.tune_decoder).train()                    # them stays valid, and looks can still improve
+            for name, p in self.net.named_parameters():
+                p.requires_grad_(not name.startswith(("encoder", "quant_conv")))
+        self.painter, self.queue = ThreadPoolExecutor(1), {}
 
     def batch(self, step, rows):
-        B, ahead = self.args.batch_size, 4                                    # a worker draws a few steps ahead
+        B, ahead = self.args.batch_size, 4                                    # a thread draws a few steps ahead
+        draw = lambda s: np.stack([data.toybox_windows([self.args.seed, s * B + r], self.args.resolution) for r in rows])
         for s in range(step, min(step + ahead, self.args.steps)):
             if (s, *rows) not in self.queue:
-                seeds = [([self.args.seed, s * B + r], self.args.resolution) for r in rows]
-                self.queue[s, *rows] = self.pool.starmap_async(data.toybox_windows, seeds, 4)
-        video = torch.from_numpy(np.stack(self.queue.pop((step, *rows)).get()))
-        return (video.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1,)
+                self.queue[s, *rows] = self.painter.submit(draw, s)
+        videos = torch.from_numpy(self.queue.pop((step, *rows)).result())                             # (B, 2, F, H, W, 3)
+        return (videos.to(self.device).permute(1, 0, 5, 2, 3, 4).float() / 127.5 - 1).unbind(0)
 
     def loss(self, net, batch, g):
         B, _, F, H, _ = batch[0].shape
         grid = H // net.stride
         noise = torch.randn(B, net.cfg.latent, (F - 1) // net.stride_t + 1, grid, grid, generator=g).to(self.device)
-        loss, error, rate = autoencoders.vae_loss(net, batch[0], noise, self.args.kl)
+        loss, error, rate = autoencoders.vae_loss(net, *batch, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
     def evaluate(self, net, clips, cast, guided=False):
@@ -124,15 +129,21 @@ TASKS = {"a2v": A2V, "vae": VAE}
 # ------------------------------------------------------------------------------------------------ the parts of the loop
 
 def make_optimisers(net, args):
-    """Muon for the matrices inside the transformer blocks (its steps are orthogonalised, so no direction of a matrix is left
-    behind), AdamW for everything else. Muon's step is scaled to the size of AdamW's: one --lr serves both."""
-    inside = [p for name, p in net.named_parameters() if p.dim() == 2 and "transformer_blocks" in name and "norm" not in name]
-    taken = set(inside)
-    rest = [p for p in net.parameters() if p not in taken]
+    """Muon for the matrices and kernels inside the blocks (its steps are orthogonalised, so no direction of a matrix is left
+    behind), AdamW for everything else. Muon's step is scaled to the size of AdamW's: one --lr serves both. It wants
+    matrices: a kernel (C_out, C_in, ...) is one with C_out rows, in the same memory."""
+    inside = {p: torch.nn.Parameter(p.data.flatten(1)) for name, p in net.named_parameters()
+              if p.dim() > 1 and "block" in name and "norm" not in name and p.requires_grad}
+    rest = [p for p in net.parameters() if p not in inside and p.requires_grad]
     groups = [dict(params=[p for p in rest if p.dim() > 1], weight_decay=args.weight_decay), dict(params=[p for p in rest if p.dim() < 2])]
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(.9, .98), weight_decay=0., fused=next(net.parameters()).device.type != "mps")
-    muon = [torch.optim.Muon(inside, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")] if inside else []
-    return [adamw, *muon]
+    muon = torch.optim.Muon(inside.values(), lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    def flatten_gradients(*_):
+        for p, matrix in inside.items():
+            matrix.grad = None if p.grad is None else p.grad.flatten(1)
+    muon.register_step_pre_hook(flatten_gradients)
+    return [adamw, muon]
 
 
 def learning_rate(step, args):
@@ -326,9 +337,10 @@ def save_best(path, task, net, ema, step, seconds, args):
     if args.task == "vae":
         weights = {k: p.detach().clone() for k, p in net.named_parameters()}
         net.load_state_dict(ema, strict=False)
-        kurtosis = constants_of(net, task, args)
+        if not args.tune_decoder:
+            kurtosis = constants_of(net, task, args)
+            tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis:.1f} (3 = Gaussian)")
         net.load_state_dict(weights, strict=False)
-        tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis:.1f} (3 = Gaussian)")
     data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in ema.items()}, step=step, seconds=seconds,
                          args=vars(args), **task.extra())
 
@@ -371,7 +383,7 @@ def arguments():
     p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1500, vae 6000)")
     p.add_argument("--batch-size", type=number(int, 1), default=16, help="clips per step, over all processes and --accum")
     p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
-    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v 0.005, vae 0.0015)")
+    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v 0.005, vae 0.002)")
     p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=number(low=0), default=.01, help="AdamW's, on matrices only")
     p.add_argument("--clip", type=number(low=0), default=1., help="largest gradient norm")
@@ -385,6 +397,7 @@ def arguments():
     p.add_argument("--asg", type=number(low=0), default=2., help="w_a that the checkpoint will recommend to sample.py")
     p.add_argument("--cfg", type=number(low=0), default=0., help="w_t that the checkpoint will recommend to sample.py")
     p.add_argument("--kl", type=number(low=0), default=5e-3, help="vae: weight of the KL term, the price of information in the latents")
+    p.add_argument("--tune-decoder", help="vae: train only the decoder of this checkpoint; its latents, and models of them, stay valid")
     # where and how
     p.add_argument("--seed", type=number(int, 0), default=0, help="of everything")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
@@ -401,7 +414,7 @@ def arguments():
 def main():
     args = arguments().parse_args()
     args.steps = args.steps or {"a2v": 1500, "vae": 6000}[args.task]
-    args.lr = {"a2v": 5e-3, "vae": 1.5e-3}[args.task] if args.lr is None else args.lr
+    args.lr = {"a2v": 5e-3, "vae": 2e-3}[args.task] if args.lr is None else args.lr
     if args.resolution % 32:
         raise BadInput(f"--resolution {args.resolution}: must be a multiple of 32 (16x16 pixels a latent, 2x2 latents a token)")
     train(args)
