@@ -14,6 +14,7 @@ every time; nothing in it is trained.
     chance         the same videos against ANOTHER clip's events
 
     python cyclesync.py --ckpt weights/a2v-toybox.pt --data toybox --clips 96 --seed 0
+    python cyclesync.py --audio claps.wav        # no truth for a recording: its onsets, as librosa hears them, stand in
 
     F frames · n events · S states · video uint8 (F, H, W, 3) · times in seconds
 """
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import FPS, KINDS, STATES, Parser, number, run_cli, toybox_clip, toybox_draw
+from data import FPS, KINDS, RATE, STATES, TIMING, Parser, number, read_audio, run_cli, toybox_clip, toybox_draw
 from sample import A2V_FILE, VAE_FILE, Deaf, animate, load_a2v, pick_device
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
@@ -179,12 +180,50 @@ def evaluate(args):
     print(json.dumps(clean(result)))
 
 
+def clear_onsets(wave):
+    """Where a listener would tap: librosa's onsets of at least 0.3 of the strongest one. (samples,) at 16 kHz -> seconds."""
+    import librosa
+    strength = librosa.onset.onset_strength(y=wave, sr=RATE, hop_length=RATE // 100)
+    found = librosa.onset.onset_detect(onset_envelope=strength, sr=RATE, hop_length=RATE // 100)
+    return found[strength[found] >= .3 * strength.max()] / 100
+
+
+def evaluate_recording(args):
+    """Toybox pictures and a real sound: do things move at its onsets, and later when the sound is 0.3 s later?"""
+    device, cast, words = pick_device(args.device)
+    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device)
+    wave, delay = read_audio(args.audio), .3
+    frames, heard, each = max(2, round(len(wave) / RATE * FPS)), clear_onsets(wave), max(1, args.clips // len(KINDS))
+    print(f"{words}\n{args.audio}: {len(wave) / RATE:.2f} s, clear onsets at {' '.join(f'{t:.2f}' for t in heard) or 'no time'}; {each} pictures of every kind, "
+          f"w_a = {ckpt['guidance']['asg']:g}, {args.steps} steps")
+    print(f"{'':10s}{'onsets':>8s}{'with an event within 100 ms':>30s}{'events per video':>18s}{f'moved by {delay} s with the sound':>30s}")
+    result = {}
+    for kind in KINDS:
+        read = []
+        for shift in (0., delay):
+            sound = np.pad(wave, (round(shift * RATE), 0))[:len(wave)]
+            clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + 500 + i, ckpt["size"], kind=kind) for i in range(each)]
+            clips = [dict(c, audio=sound, caption="", video=np.broadcast_to(c["video"][0], (frames, *c["video"].shape[1:]))) for c in clips]
+            videos = generate_toybox(model, vae, clips, cast, seed=args.seed, steps=args.steps, asg=ckpt["guidance"]["asg"])
+            read.append([read_events(kind, read_states(v, c["scene"])[0]) for v, c in zip(videos, clips)])
+        possible = heard[(heard >= TIMING[kind][0]) & (heard < frames / FPS - .1)]                    # nothing falls in 0.1 s
+        met = [np.abs(events[:, None] - possible[None]).min(0, initial=9.) <= .1 for events in read[0] if len(possible)]
+        kept = [before[before + delay < frames / FPS - .1] + delay for before in read[0]]             # what should be seen later
+        followed = [match_events(before, after, 1 / FPS)[0] for before, after in zip(kept, read[1])]
+        result[kind] = dict(onsets=len(possible), met=float(np.mean(met)) if met else None, events=float(np.mean([len(e) for e in read[0]])),
+                            followed=sum(followed) / sum(map(len, kept)) if sum(map(len, kept)) else None)
+        show = lambda x: "-" if x is None else f"{x:.2f}"
+        print(f"{kind:10s}{len(possible):8d}{show(result[kind]['met']):>30s}{result[kind]['events']:18.1f}{show(result[kind]['followed']):>30s}", flush=True)
+    print(json.dumps(result))
+
+
 def arguments():
     p = Parser(__doc__)
     p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
     p.add_argument("--data", default="toybox", choices=("toybox",), help="on which data")
-    p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips")
+    p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips (with --audio: pictures, a sixth of them of every kind)")
+    p.add_argument("--audio", help="a recording to move toybox pictures by, in place of the toybox's own sounds")
     p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
     p.add_argument("--seed", type=number(int, 0), default=0, help="chooses the held-out clips and the noise")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
@@ -192,7 +231,8 @@ def arguments():
 
 
 def main():
-    evaluate(arguments().parse_args())
+    args = arguments().parse_args()
+    evaluate_recording(args) if args.audio else evaluate(args)
 
 
 if __name__ == "__main__":

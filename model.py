@@ -113,7 +113,7 @@ def heads(x, K):                                                              # 
 
 def attend(q, k, v, mask=None):                                               # (B, K, N, d) -> (B, N, D)
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if v.device.type == "cpu":                  # at these sizes the fused kernel's backward is slower than the bare matmuls
+    if v.device.type == "cpu" and torch.is_grad_enabled():                    # the fused kernel's backward is slow at these sizes
         s = (q * q.shape[-1] ** -.5) @ k.transpose(2, 3)                      # (B, K, N, M)
         o = (s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(-1).to(v.dtype) @ v
     else:

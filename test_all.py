@@ -3,6 +3,7 @@
 Layers that start at zero are randomised first (`shaken`): a fresh network passes half of these tests for the wrong
 reason. Where two computations must agree, they run in float64. Nothing here needs a network or a GPU; tests against
 arrays of the original programs run where those lie beside the checkout, and are skipped elsewhere."""
+import json
 import os
 import re
 import shlex
@@ -315,6 +316,8 @@ def test_attention_on_a_cpu_equals_the_fused_kernel():
     mask = torch.rand(10, 10) > .3
     mask |= torch.eye(10).bool()
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    with torch.no_grad():
+        assert torch.allclose(networks.attend(q, k, v, mask), fused)
     assert torch.allclose(networks.attend(q, k, v, mask), fused)
 
 
@@ -746,6 +749,31 @@ def test_bad_input_is_one_line_on_stderr_exit_code_two_and_nothing_written(toy, 
         err = capsys.readouterr().err.strip()
         assert err.startswith("error: ") and "\n" not in err, (argv, err)
     assert not (tmp_path / "out").exists()
+
+
+def test_clear_onsets_are_where_one_would_tap():
+    rng, wave, claps = np.random.default_rng(0), np.zeros(48000, np.float32), np.array([.5, 1.1, 1.6, 2.4])
+    for t in claps:
+        wave[int(16000 * t):int(16000 * t) + 2400] += rng.standard_normal(2400) * np.exp(-np.arange(2400) / 300)
+    found = cyclesync.clear_onsets(.3 * wave + 1e-4 * rng.standard_normal(48000).astype(np.float32))
+    assert len(found) == 4 and np.abs(found - claps).max() < .04
+    assert len(cyclesync.clear_onsets(np.zeros(16000, np.float32))) == 0
+
+
+@pytest.mark.parametrize("move, met, followed", [(1., 1., 1.), (0., 0., None)], ids=["moves", "still"])
+def test_agreement_with_a_recording_is_one_for_things_that_move_at_its_onsets(toy, monkeypatch, capsys, tmp_path, move, met, followed):
+    """The command that scores recordings, with videos that are drawn from the onsets themselves, or stand still."""
+    def drawn(model, vae, clips, *a, **k):
+        states = [data.toybox_state(c["kind"], cyclesync.clear_onsets(c["audio"]), np.full(9, .2), np.arange(len(c["video"])) / 24) for c in clips]
+        return [data.toybox_draw(c["scene"], move * s, 32) for c, s in zip(clips, states)]
+    monkeypatch.setattr(cyclesync, "generate_toybox", drawn)
+    wave = np.zeros(48000, np.float32)
+    for t in (1., 2.):
+        wave[int(16000 * t):int(16000 * t) + 1600] = np.random.default_rng(0).standard_normal(1600) * np.exp(-np.arange(1600) / 300) / 4
+    soundfile.write(tmp_path / "x.wav", wave, 16000)
+    assert cli(cyclesync, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--audio", tmp_path / "x.wav", "--clips", 6) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result) == set(data.KINDS) and all(r["onsets"] == 2 and r["met"] == met and r["followed"] == followed for r in result.values())
 
 
 # ------------------------------------------------------------------------------------------------ train.py
