@@ -230,7 +230,8 @@ def _layers(scene, s, x, y, cover):
         yield cover(_box(u * np.cos(lean) + v * np.sin(lean), v * np.cos(lean) - u * np.sin(lean), 0, -.21, .055, .21)), c
         yield cover(_disc(x, y, .12 + s * (.805 - r - .12), foot - r, r)), a
     elif kind == "bell":
-        r, angle = .15 + .04 * big, .72 * s
+        # its picture is symmetric: mirrored or not it swings to the same side first, or nothing could tell where to
+        r, angle = .15 + .04 * big, .72 * (-s if scene["flip"] else s)
         u, v = x - .5, y - .14
         side, down = u * np.cos(angle) - v * np.sin(angle), u * np.sin(angle) + v * np.cos(angle)
         yield cover(_box(x, y, .5, .10, .26, .045)), b                        # beam
