@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data import (FPS, RATE, BadInput, Parser, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
                   run_cli, temporary, write_video)
-from losses import guide, shift_sigma
+from losses import guide
 from model import MMDiT, MMDiTConfig, text_bytes
 from vae import CausalVideoVAE, VAEConfig
 
@@ -97,7 +97,7 @@ class Deaf:
         return self.model.begin(first, text, pooled)
 
 
-def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0,), shift=1., bar=None):
+def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0,), bar=None):
     """Generate latents 1.. one after another, yielding each as (B, C, 1, h, w), normalised.
 
     z0 (B, C, 1, h, w): the picture's latent; mel (B, 2S, 64): the whole sound; letters (B, T). asg, cfg: w_a, w_t >= 0.
@@ -111,7 +111,7 @@ def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0
         text, pooled, audio, z0 = torch.cat([text, text_null]), torch.cat([pooled, pooled_null]), audio.repeat(2, 1, 1), z0.repeat(2, 1, 1, 1, 1)
     context = model.begin(z0, text, pooled, audio, off_sync=B if asg > 0 else 0)
     noise = [torch.Generator().manual_seed(int(s)) for s in seeds]
-    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for _ in range(1, latents):
         x = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in noise]).to(z0)              # fp32 all the way
         for s, s_next in zip(sigmas[:-1], sigmas[1:]):

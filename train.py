@@ -394,7 +394,7 @@ def arguments():
     p.add_argument("--drop-text", type=number(low=0, high=1), default=.1, help="share of captions replaced by the null text")
     p.add_argument("--sigma", default="uniform", choices=("uniform", "logit-normal"), help="how noise levels are drawn")
     p.add_argument("--shift", type=number(low=.01), default=4., help="shift of the noise levels towards noise; 1 = none")
-    p.add_argument("--asg", type=number(low=0), default=2., help="w_a that the checkpoint will recommend to sample.py")
+    p.add_argument("--asg", type=number(low=0), default=1., help="w_a that the checkpoint will recommend to sample.py")
     p.add_argument("--cfg", type=number(low=0), default=0., help="w_t that the checkpoint will recommend to sample.py")
     p.add_argument("--kl", type=number(low=0), default=5e-3, help="vae: weight of the KL term, the price of information in the latents")
     p.add_argument("--tune-decoder", help="vae: train only the decoder of this checkpoint; its latents, and models of them, stay valid")
