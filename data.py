@@ -258,7 +258,8 @@ def _voice(m, duration, rng):
     """A tone held for `duration` seconds: a buzz of unsteady pitch and breath, shaped by formants; another vowel each time."""
     n = int(RATE * (duration + .07))
     t = np.arange(n, dtype=np.float32) / RATE
-    wander = np.interp(t, np.arange(0, duration + .2, .03), rng.normal(0, 1, len(np.arange(0, duration + .2, .03))))
+    knots = np.arange(0, duration + .2, .03)                                  # the pitch wanders from one to the next
+    wander = np.interp(t, knots, rng.normal(0, 1, len(knots)))
     f0 = m["voice"] * np.exp(rng.normal(0, .15)) * (1 + rng.uniform(-.25, .25) * t / duration + m["rough"] * wander
                                                     + m["vibrato"] * np.sin(2 * np.pi * 5.5 * t))
     buzz = 1 - 2 * (np.cumsum(f0) / RATE % 1)                                 # a sawtooth: every harmonic, the k-th at 1/k

@@ -743,7 +743,7 @@ def test_bad_input_is_one_line_on_stderr_exit_code_two_and_nothing_written(toy, 
         err = capsys.readouterr().err.strip()
         assert err.startswith("error: ") and "\n" not in err and "Traceback" not in err, (case, err)
     assert cli(sample, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt") == 2 and "--audio is missing" in capsys.readouterr().err
-    for module, argv in ((train, ["--task", "dance"]), (train, ["--data", "nowhere"]), (train, ["--size", "huge"]), (train, ["--lr", "inf"]), (train, ["--resolution", 50]),
+    for module, argv in ((train, ["--task", "dance"]), (train, ["--data", "nowhere"]), (train, ["--size", "huge"]), (train, ["--lr", "inf"]), (train, ["--resolution", 50]), (train, ["--tune-decoder", "x.pt"]),
                          (train, ["--batch-size", 5, "--accum", 2]), (cyclesync, ["--data", "nowhere"]), (cyclesync, ["--clips", 1])):
         assert cli(module, *argv, *([] if module is cyclesync else ["--out", tmp_path / "out", "--data-root", tmp_path / "out"])) == 2, argv
         err = capsys.readouterr().err.strip()

@@ -349,7 +349,7 @@ def resume(path, args, net, ema, optimisers):
     ckpt = data.load_checkpoint(path, args.task)
     if ckpt["config"] != asdict(net.cfg) and args.task != "vae":
         raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
-    for flag in ("seed", "batch_size", "lr", "clips", "resolution"):              # --steps may change: longer or shorter
+    for flag in ("seed", "batch_size", "lr", "clips", "resolution", "tune_decoder"):              # --steps may change: longer or shorter
         if ckpt["args"][flag] != getattr(args, flag):
             raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'][flag]}, now it is {getattr(args, flag)}; repeat that or give another --out")
     data.load_weights(net, ckpt["model"], path)
@@ -415,6 +415,8 @@ def main():
     args = arguments().parse_args()
     args.steps = args.steps or {"a2v": 1500, "vae": 6000}[args.task]
     args.lr = {"a2v": 5e-3, "vae": 2e-3}[args.task] if args.lr is None else args.lr
+    if args.tune_decoder and args.task != "vae":
+        raise BadInput(f"--tune-decoder {args.tune_decoder}: only --task vae has a decoder; add --task vae or leave it out")
     if args.resolution % 32:
         raise BadInput(f"--resolution {args.resolution}: must be a multiple of 32 (16x16 pixels a latent, 2x2 latents a token)")
     train(args)

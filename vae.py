@@ -320,8 +320,8 @@ def vae_loss(vae, seen, video, noise, kl=1e-4):
 
     seen, video (B, 3, F, H, W): the same motion in two sets of colours (or twice the same clip). The encoder sees the one,
     the decoder is given the FIRST FRAME of the other and has to paint that one. So a colour in a latent is worth nothing:
-    latents come to say what moves and how, colours are taken from the first frame, and whoever generates latents cannot
-    get colours wrong. Latent 0 is a picture by itself and keeps its own.
+    latents come to say what moves and how, colours are taken from the first frame, and a small error in a generated
+    latent is an error of shape, not of colour. Latent 0 is a picture by itself and keeps its own.
 
     |error| of pixels and of their differences to the right and below (edges, in place of a downloaded perceptual net),
     both weighted where the clip has left its first frame: little of a picture moves, and all of the lesson is there.
