@@ -363,8 +363,8 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True):
 
 def toybox_windows(seed, size=64, blocks=4, t=4):
     """What a VAE with kernel_t = 1 trains on: frame 0 and `blocks` stretches of t frames, mostly ones in which something
-    moves, twice: in two sets of colours -> uint8 (2, 1 + blocks·t, size, size, 3). A whole clip would cost four times as
-    much to draw and mostly stand still."""
+    moves, twice: done by two things of one kind -> uint8 (2, 1 + blocks·t, size, size, 3). A whole clip would cost four
+    times as much to draw and mostly stand still."""
     rng = np.random.default_rng([seed, 3141])
     scene = toybox_scene(rng)
     events, durations = toybox_events(scene["kind"], FRAMES / FPS, rng)
@@ -372,9 +372,9 @@ def toybox_windows(seed, size=64, blocks=4, t=4):
     rows = state[1:].reshape(-1, t)                                           # (L - 1, t)
     odds = .1 + (np.abs(rows).max(1) > .05)
     chosen = rng.choice(len(rows), blocks, replace=False, p=odds / odds.sum())
-    other = toybox_scene(rng)
+    other = toybox_scene(rng, scene["kind"])
     state = np.concatenate([state[:1], rows[chosen].ravel()])
-    return np.stack([toybox_draw(dict(scene, back=s["back"], colours=s["colours"]), state, size) for s in (scene, other)])
+    return np.stack([toybox_draw(s, state, size) for s in (scene, other)])
 
 
 # ------------------------------------------------------------------------------------------------ media in

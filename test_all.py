@@ -393,8 +393,8 @@ def test_a_tuned_decoder_keeps_the_fingerprint_and_another_encoder_changes_it():
     assert sample.fingerprint(vae) != mark
 
 
-def recoloured(n, size=32, blocks=2):
-    """n clips of VAE training data in two sets of colours, 2 x (n, 3, F, size, size) in [-1, 1]."""
+def motion_twice(n, size=32, blocks=2):
+    """n clips of VAE training data, each done by two things of a kind, 2 x (n, 3, F, size, size) in [-1, 1]."""
     videos = torch.from_numpy(np.stack([data.toybox_windows(i, size, blocks) for i in range(n)]))
     return (videos.permute(1, 0, 5, 2, 3, 4).float() / 127.5 - 1).unbind(0)
 
@@ -402,7 +402,7 @@ def recoloured(n, size=32, blocks=2):
 def test_the_vae_learns():
     torch.manual_seed(0)
     vae = CausalVideoVAE(VAEConfig(**TOY_KIND))
-    seen, video = recoloured(4)
+    seen, video = motion_twice(4)
     optimiser, errors = torch.optim.AdamW(vae.parameters(), 3e-3), []
     for _ in range(60):
         loss, error, _ = vae_loss(vae, seen, video, torch.randn(4, 4, 3, 4, 4))
@@ -411,10 +411,10 @@ def test_the_vae_learns():
     assert errors[-1] < errors[0] / 3
 
 
-def test_the_decoder_has_to_take_colours_from_the_first_frame():
-    """The same motion in two sets of colours: the encoder sees one; the decoder is given the other's first frame and has to
-    paint the other. Latent 0, a picture by itself, keeps its own colours."""
-    seen, video = recoloured(2)
+def test_the_decoder_has_to_take_looks_from_the_first_frame():
+    """The same motion by two things of a kind: the encoder sees one; the decoder is given the other's first frame and has to
+    paint the other. Latent 0, a picture by itself, keeps its own looks."""
+    seen, video = motion_twice(2)
     assert not torch.equal(seen, video) and seen.shape == video.shape == (2, 3, 9, 32, 32)
 
     class Perfect:
@@ -429,11 +429,12 @@ def test_the_decoder_has_to_take_colours_from_the_first_frame():
     assert loss == error == 0
 
 
-def test_the_two_colourings_of_a_training_clip_show_the_same_motion():
-    for seed in range(6):
+def test_the_two_things_of_a_training_clip_move_alike():
+    for seed in range(12):
         a, b = data.toybox_windows(seed, 64).astype(int)
-        still = [(v == v[:1]).all(-1) for v in (a, b)]                        # where a frame equals the first one
-        assert (still[0] == still[1]).mean() > .97 and (a[0] != b[0]).mean() > .9
+        left = [np.abs(v - v[0]).mean((1, 2, 3)) for v in (a, b)]             # how far each frame is from rest
+        assert np.corrcoef(*left)[0, 1] > .9 or max(left[0]) == max(left[1]) == 0
+        assert (a[0] != b[0]).mean() > .9
 
 
 # ------------------------------------------------------------------------------------------------ data.py: the toybox
@@ -972,7 +973,7 @@ def test_the_shipped_weights_move_things_on_their_sounds():
 
 @weights
 def test_the_shipped_vae_paints_motion_in_colours_that_its_latents_never_saw():
-    seen, video = recoloured(12, 64, 4)
+    seen, video = motion_twice(12, 64, 4)
     with torch.no_grad():
         own, other = (vae_loss(sample.load_vae(), seen, v, torch.zeros(12, 16, 5, 4, 4))[1] for v in (seen, video))
     assert other < .02 and other < 1.3 * own

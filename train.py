@@ -350,8 +350,8 @@ def resume(path, args, net, ema, optimisers):
     if ckpt["config"] != asdict(net.cfg) and args.task != "vae":
         raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
     for flag in ("seed", "batch_size", "lr", "clips", "resolution", "tune_decoder"):              # --steps may change: longer or shorter
-        if ckpt["args"][flag] != getattr(args, flag):
-            raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'][flag]}, now it is {getattr(args, flag)}; repeat that or give another --out")
+        if ckpt["args"].get(flag) != getattr(args, flag):
+            raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'].get(flag)}, now it is {getattr(args, flag)}; repeat that or give another --out")
     data.load_weights(net, ckpt["model"], path)
     for k, v in ckpt["ema"].items():
         ema[k].copy_(v)

@@ -29,7 +29,7 @@ class with five switches, chosen by short runs of one seed each, not by a contro
 
 What a code may cost is the KL term's business: it prices the information of every latent, in nats, and what the decoder can
 see in the first frame need not be paid for; from scratch the price can be far above the customary 1e-6. And what a code must
-not say at all, the training clips see to: encoder and decoder get the same motion in different colours (`vae_loss`).
+not say at all, the training clips see to: encoder and decoder get the same motion, done by two things of one kind (`vae_loss`).
 
     B batch · C channels · F frames · L latents · H W pixels, h w latent grid · p patch side · t frames per latent
 """
@@ -318,10 +318,10 @@ class CausalVideoVAE(nn.Module):
 def vae_loss(vae, seen, video, noise, kl=1e-4):
     """Reconstruction plus KL -> loss, mean |error|, nats per latent (of the later ones). noise: (B, C, L, h, w), N(0, 1).
 
-    seen, video (B, 3, F, H, W): the same motion in two sets of colours (or twice the same clip). The encoder sees the one,
-    the decoder is given the FIRST FRAME of the other and has to paint that one. So a colour in a latent is worth nothing:
-    latents come to say what moves and how, colours are taken from the first frame, and a small error in a generated
-    latent is an error of shape, not of colour. Latent 0 is a picture by itself and keeps its own.
+    seen, video (B, 3, F, H, W): the same motion, done by two things of one kind (or twice the same clip). The encoder sees
+    the one, the decoder is given the FIRST FRAME of the other and has to paint that one. So the colour, the place or the
+    size of a thing in a latent is worth nothing: latents come to say how it moves, looks are taken from the first frame, and
+    a small error in a generated latent is an error of motion, not of looks. Latent 0 is a picture by itself and keeps its own.
 
     |error| of pixels and of their differences to the right and below (edges, in place of a downloaded perceptual net),
     both weighted where the clip has left its first frame: little of a picture moves, and all of the lesson is there.
