@@ -25,16 +25,21 @@ and what to do; `run_cli` prints it as one line and exits with code 2.
     video uint8 (F, H, W, 3) · waveform float32 (samples,) in [-1, 1], mono, 16 kHz · times in seconds
 """
 import argparse
+import csv
+import json
+import math
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
+import zlib
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 FPS, RATE, FRAMES = 24, 16000, 49                            # 49 frames = 1 + 48 make 13 latents of 4 frames
@@ -448,6 +453,208 @@ def log_mel(wave):
     return ((np.log10(mel.T[:frames] + 1e-6) + 3.) / 1.6).astype(np.float32)
 
 
+# ------------------------------------------------------------------------------------------------ real clips: what lies on disk
+
+DATASETS = {   # where it comes from, and how much it is
+    "avsync15": "1500 clips, 109 minutes; the Google Drive folder named in the README of github.com/lzhangbj/ASVA",
+    "greatesthits": "977 videos, 9.5 hours, vis-data-256.zip (or vis-data.zip, 50 GB); https://andrewowens.com/vis",
+    "vggsound": "200 000 clips of 10 s and vggsound.csv; https://www.robots.ox.ac.uk/~vgg/data/vggsound",
+    "landscapes": "about 1000 clips of 10 s; the Google Drive folder of github.com/researchmm/MM-Diffusion",
+}
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+_GREATEST_HITS = ("_denoised", "_denoised_thumb", "_mic")                     # in order of preference
+
+
+def dataset_folder(name, root="data"):
+    """--data -> the folder: one that exists, or <root>/<name> in any spelling (AVSync15, avsync15, avsync_15)."""
+    plain = lambda s: "".join(c for c in s.lower() if c.isalnum())
+    if name in DATASETS:
+        found = [p for p in sorted(Path(root).glob("*")) if p.is_dir() and plain(p.name).startswith(plain(name)) and p.name != "cache"]
+        if not found:
+            raise BadInput(f"--data {name}: not found in {root}/. It is {DATASETS[name]}. Unpack it as {Path(root) / name}/ (any inner layout) or give --data-root")
+        return found[0]
+    if not Path(name).is_dir():
+        raise BadInput(f"--data {name}: neither a dataset (toybox, {', '.join(DATASETS)}) nor a folder of clips")
+    return Path(name)
+
+
+def find_clips(name, root="data"):
+    """Everything that --data names, in whatever layout it was downloaded -> list of clips, and a line on how it was read.
+
+    A clip is a dict: path, name (relative to the folder), split ('train', 'test', 'val'), kind (its class), prompt, sound
+    (a wav beside it, for when the video has none) and events (times in seconds and materials, The Greatest Hits) or None."""
+    folder = dataset_folder(name, root)
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise BadInput(f"{folder}: no clips in it; expected {' '.join(VIDEOS)}" + (f". {name} is {DATASETS[name]}" if name in DATASETS else ""))
+    lists = [p for p in sorted(folder.rglob("*.txt"), key=lambda p: (len(p.parts), p)) if p.stem in ("train", "test", "val")]
+    tables = [p for p in sorted(folder.rglob("*.[ct]sv"))]
+    chosen, missing, how = None, [], ""
+    if lists:
+        chosen, missing = _by_lists(lists, files)
+        how = "lists " + ", ".join(sorted({p.name for p in lists}))
+    elif tables:
+        chosen, missing = _by_tables(tables, files)
+        how = "table " + ", ".join(p.name for p in tables)
+    if not chosen:
+        if missing:
+            raise BadInput(f"{folder}: none of the {len(missing)} clips that its {how} name is there (for instance {missing[0]}); check that the videos are unpacked in it")
+        chosen, how = _by_folders(folder, files)
+    mapping = next(folder.rglob("class_mapping.json"), None)
+    texts = json.loads(mapping.read_text()) if mapping else {}
+    clips = [_describe(path, folder, split, label, texts) for path, (split, label) in sorted(chosen.items())]
+    count = {s: sum(c["split"] == s for c in clips) for s in ("train", "test", "val")}
+    words = f"{folder}: {', '.join(f'{v} {k}' for k, v in count.items() if v)} clips of {len({c['kind'] for c in clips})} classes, by {how}"
+    if missing:
+        words += f"; {len(missing)} named there are missing, for instance {', '.join(missing[:3])}"
+    return clips, words
+
+
+def _by_lists(lists, files):
+    """train.txt, test.txt: lines are paths below the list, below videos/ or videos/<split>/, or bare names, or bare ids."""
+    by_name, by_stem = {p.name: p for p in reversed(files)}, {p.stem: p for p in reversed(files)}
+    known, chosen, missing = set(files), {}, []
+    for listing in lists:
+        base, split = listing.parent, listing.stem
+        for line in listing.read_text().splitlines():
+            line = line.strip()
+            if not line:
+                continue
+            paths = [base / line, base / "videos" / line, base / "videos" / split / line]
+            bare = Path(line).name                                            # ids may hold dots: never cut at one
+            found = next((p for p in paths if p in known), None) or by_name.get(bare) or by_stem.get(bare) or next(
+                (by_stem[bare + s] for s in _GREATEST_HITS if bare + s in by_stem), None)
+            if found:
+                chosen.setdefault(found, (split, None))
+            else:
+                missing.append(line)
+    return chosen, missing
+
+
+def youtube_key(stem):
+    """'<id>_<start>', seconds padded or not, with or without the end, or both in milliseconds -> (id, start in seconds)."""
+    numbers = [int(n) for n in stem[11:].split("_") if n.isdigit()]
+    if len(stem) < 12 or not numbers:
+        return stem[:11], None
+    milliseconds = len(numbers) > 1 and numbers[1] - numbers[0] == 10000
+    return stem[:11], numbers[0] // 1000 if milliseconds else numbers[0]
+
+
+def _by_tables(tables, files):
+    """vggsound.csv (no header: id, start, label, split), landscape.csv (ytid, start_time, class, set), or a .tsv (id, label)."""
+    rows = {}
+    for table in tables:
+        with open(table, newline="") as f:
+            lines = [r for r in csv.reader(f, delimiter="\t" if table.suffix == ".tsv" else ",") if r]
+        head = [h.strip().lower() for h in lines[0]] if lines else []
+        column = lambda *names: next((head.index(n) for n in names if n in head), None)
+        if len(head) >= 4 and head[3] in ("train", "test"):
+            rows.update({(r[0], int(float(r[1]))): (r[3].strip(), r[2]) for r in lines if len(r) >= 4})
+        elif column("ytid") is not None and None not in (column("start_time"), column("class", "label")):
+            at = [column("ytid"), column("start_time"), column("class", "label"), column("set", "split")]
+            rows.update({(r[at[0]], int(float(r[at[1]]))): (r[at[3]] if at[3] is not None else "train", r[at[2]]) for r in lines[1:] if len(r) == len(head)})
+        elif column("id") is not None and column("label") is not None:
+            split = next((s for s in ("train", "val", "test") if s in table.stem.lower()), "train")
+            rows.update({youtube_key(r[column("id")]): (split, r[column("label")]) for r in lines[1:] if len(r) == len(head)})
+    there = {youtube_key(p.stem): p for p in files}
+    chosen = {there[key]: row for key, row in rows.items() if key in there}
+    return chosen, [f"{i}_{s}" for i, s in rows if (i, s) not in there]
+
+
+def _by_folders(folder, files):
+    """Any tree: a folder called train, test or val on the way says the split, or one in ten clips is drawn for testing."""
+    told = {p: next((s for s in p.relative_to(folder).parts[:-1] if s in ("train", "test", "val")), None) for p in files}
+    if any(told.values()):
+        return {p: (s or "train", None) for p, s in told.items()}, "folders train and test"
+    draw = {p: zlib.crc32(str(p.relative_to(folder)).encode()) for p in files}
+    test = {p for p in files if draw[p] % 10 == 0} or {min(files, key=draw.get)}
+    return {p: ("test" if p in test and len(files) > 1 else "train", None) for p in files}, "a split invented here: one clip in ten is for testing, drawn by its name"
+
+
+def _describe(path, folder, split, label, texts):
+    hit = next((s for s in sorted(_GREATEST_HITS, key=len, reverse=True) if path.stem.endswith(s)), None)
+    parent = path.parent.name if path.parent != folder and path.parent.name not in ("videos", "train", "test", "val") else ""
+    clip = dict(path=str(path), name=path.relative_to(folder).as_posix(), split=split, kind=label or parent, sound=None, events=None)
+    clip["prompt"] = label or texts.get(parent) or " ".join(parent.replace("_", " ").split())
+    times = path.with_name(path.stem.removesuffix(hit) + "_times.txt") if hit else None
+    if hit:
+        clip.update(prompt="hitting with a stick", kind="hitting")
+        clip["sound"] = next((str(p) for p in (path.with_suffix(".wav"), *(path.with_name(path.stem.removesuffix(hit) + s + ".wav") for s in _GREATEST_HITS))
+                              if p.is_file()), None)
+    if times and times.is_file():                                             # time material action reaction; 'None None None' happens
+        rows = [line.split() for line in times.read_text().splitlines()]
+        clip["events"] = [(float(r[0]), r[1]) for r in rows if len(r) == 4 and r[2] != "None"]
+    return clip
+
+
+# ------------------------------------------------------------------------------------------------ real clips: decoding
+
+def _ffmpeg(path, arguments):
+    """Run the ffmpeg that imageio brings -> its output, and its log with a [level] on every line."""
+    import imageio_ffmpeg
+    before, after = arguments
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", "-loglevel", "repeat+level+info", "-copyts", *before,
+               "-i", str(Path(path).resolve()), *after, "-"]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    return done.stdout, done.stderr.decode(errors="replace")
+
+
+def _stamps(log, name):
+    return [float(t) for t in re.findall(rf"Parsed_{name} .*pts_time:\s*(-?[\d.]+)", log)]
+
+
+def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, start=None, seconds=None):
+    """Both streams of a clip on ONE clock -> video uint8 (F, height, width, 3), waveform float32 (round(F / fps · rate),).
+
+    Each stream is decoded by one call of ffmpeg with the same start and length, and says at which time its first frame and
+    sample lie (tracks of a file often begin apart). The clip is the stretch that both cover, from a frame on. Centre
+    crop to the aspect, then an antialiased resize; mono; any rotation, pixel shape and rates. `sound`: a wav for a video
+    without one. Raises BadInput with the reason for whatever cannot be trusted: damaged, still, silent, 9 fps."""
+    path = _existing(path, "video")
+    span = (["-ss", f"{start:.6f}"] if start else []) + (["-t", f"{seconds:.6f}"] if seconds else [])
+    crop = f"crop=w='min(iw,ih*{width / height}/if(sar,sar,1))':h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1"
+    picture = f"showinfo=checksum=0,fps={fps},format=rgb24,{crop},scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0"
+    raw, log = _ffmpeg(path, (span, ["-map", "0:V:0", "-vf", picture, "-f", "rawvideo", "-fps_mode", "passthrough"]))
+    seen, shown = _stamps(log, "showinfo_0"), _stamps(log, "showinfo_6")
+    _trust(path, log, "picture")
+    video = np.frombuffer(raw, np.uint8)
+    video = video[:len(shown) * height * width * 3].reshape(-1, height, width, 3)
+    if len(video) < 2:
+        raise BadInput(f"{path}: {len(video)} frames; at least 2 are needed")
+    if len(seen) - 1 < .5 * fps * (seen[-1] - seen[0]):
+        raise BadInput(f"{path}: {(len(seen) - 1) / (seen[-1] - seen[0]):.1f} frames per second; at least {fps / 2:g} are needed")
+    tone = f"aresample={rate}:async=1,aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
+    raw, log = _ffmpeg(path, (span, ["-map", "0:a:0", "-af", tone, "-f", "f32le"]))
+    if sound and "matches no streams" in log:
+        raw, log = _ffmpeg(sound, (span, ["-map", "0:a:0", "-af", tone, "-f", "f32le"]))
+        shown = [t - seen[0] for t in shown]                                  # a wav knows no time but its own: both begin at 0
+    _trust(path, log, "sound")
+    wave, heard = np.frombuffer(raw, np.float32), _stamps(log, "ashowinfo_2")
+    if not np.isfinite(wave).all():
+        raise BadInput(f"{path}: its sound has NaN samples")
+    begin = max(0, math.ceil((heard[0] - shown[0]) * fps - 1e-3)) if heard else 0             # the first frame that has sound
+    skip = round((shown[0] + begin / fps - heard[0]) * rate) if heard else 0
+    frames = min(len(video) - begin, math.ceil((len(wave) - skip) / rate * fps - 1e-3))
+    if frames < 2 or skip < 0:
+        raise BadInput(f"{path}: picture and sound have less than 2 frames in common")
+    video, wave = video[begin:begin + frames], wave[skip:skip + round(frames / fps * rate)]
+    wave = np.pad(wave, (0, round(frames / fps * rate) - len(wave)))
+    if np.abs(video[1:].astype(np.int16) - video[0]).mean((1, 2, 3)).max() < .5:
+        raise BadInput(f"{path}: a static picture")
+    if wave.std() < 1e-4:
+        raise BadInput(f"{path}: its sound is silence")
+    return video, wave.clip(-1, 1)
+
+
+def _trust(path, log, what):
+    """Any error in ffmpeg's log means that what came out is not what was recorded."""
+    if "matches no streams" in log:
+        raise BadInput(f"{path}: no {what} in it")
+    wrong = re.findall(r"\[(?:error|fatal|panic)\] (.*)", log)
+    if wrong:
+        raise BadInput(f"{path}: its {what} is damaged or not of a known kind ({wrong[0].strip().split(': ')[-1]})")
+
+
 # ------------------------------------------------------------------------------------------------ media out
 
 def temporary(path):
@@ -490,9 +697,9 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
     return count
 
 
-def film_strip(video, wave, shown=12, fps=FPS, rate=RATE):
+def film_strip(video, wave, shown=12, fps=FPS, rate=RATE, events=()):
     """Frames over the waveform on one time axis, as a picture uint8 (H + 40, shown·W, 3). The frame above a stretch of
-    sound is the one in the middle of that stretch."""
+    sound is the one in the middle of that stretch. `events`: seconds, marked by red lines in the waveform."""
     F, H, W = video.shape[:3]
     shown = min(shown, F)
     middle = ((np.arange(shown) + .5) * F / shown).astype(int)
@@ -503,7 +710,10 @@ def film_strip(video, wave, shown=12, fps=FPS, rate=RATE):
     loud = columns / max(columns.max(), 1e-3) * (tall / 2 - 2)                # height in pixels, to either side of the axis
     y = np.abs(np.arange(tall) - (tall - 1) / 2)[:, None]                     # (40, 1)
     plot = np.where(y <= np.maximum(loud, .5)[None], 60, 245).astype(np.uint8)
-    return np.concatenate([np.concatenate(list(video[middle]), 1), np.repeat(plot[..., None], 3, 2)], 0)
+    plot = np.repeat(plot[..., None], 3, 2)
+    at = (np.array([t for t in events if 0 <= t < F / fps]) / (F / fps) * width).astype(int)
+    plot[:, at] = 220, 40, 40
+    return np.concatenate([np.concatenate(list(video[middle]), 1), plot], 0)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -541,7 +751,27 @@ def load_weights(model, state, path):
     return model
 
 
-# ------------------------------------------------------------------------------------------------ the toybox, prepared
+# ------------------------------------------------------------------------------------------------ windows: what is trained on
+
+def clip_windows(clip, size=64, frames=FRAMES, hop=.5):
+    """A real clip -> its windows, dicts of video, audio, caption, start (seconds). BadInput if the clip cannot be used.
+
+    For training a window begins every `hop` seconds and the last one ends with the clip. These are the temporal crops, each
+    with a first frame of its own: a causal VAE codes a crop otherwise than the same stretch within a clip. For evaluation
+    (split 'test') there are three, evenly spaced: 450 for AVSync15, 732 for The Greatest Hits."""
+    video, wave = read_clip(clip["path"], size, size, sound=clip["sound"])
+    spare, short = len(video) - frames, frames // 8
+    if spare < -short:
+        raise BadInput(f"{clip['path']}: {len(video) / FPS:.2f} s long; at least {(frames - short) / FPS:.2f} s are needed")
+    if spare < 0:                                                             # a little short: the last frame stays
+        video, spare = np.concatenate([video, np.repeat(video[-1:], -spare, 0)]), 0
+    starts = np.linspace(0, spare, 3).round() if clip["split"] == "test" else np.union1d(np.arange(0, spare, round(hop * FPS)), spare)
+    n, wave = round(frames / FPS * RATE), np.pad(wave, (0, round(frames / FPS * RATE)))
+    cut = lambda s: wave[round(s / FPS * RATE):][:n]                          # exactly n samples
+    return [dict(video=video[s:s + frames], audio=cut(s), caption=clip["prompt"], start=s / FPS) for s in starts.astype(int)]
+
+
+# ------------------------------------------------------------------------------------------------ caches
 
 def workers(most=None):
     """A pool of fresh processes, one per core, that leave Ctrl-C to their parent and compute on one thread each."""
@@ -554,43 +784,217 @@ def _worker():
     torch.set_num_threads(1)
 
 
-def _prepared(seed_size):
-    clip = toybox_clip(*seed_size)
-    return clip["video"], log_mel(clip["audio"]).astype(np.float16), clip["caption"]
+def _prepared(job):
+    """In a worker: an item (a toybox seed, or a real clip) -> its windows with their log-mels, or why there are none."""
+    item, size = job
+    try:
+        windows = [dict(toybox_clip(item, size), start=0.)] if isinstance(item, int) else clip_windows(item, size)
+    except BadInput as why:
+        return str(why).removeprefix(f"{item['path']}: ")
+    return [{k: w[k] for k in ("video", "audio", "caption", "start")} | dict(mel=log_mel(w["audio"])) for w in windows]
 
 
-def toybox_cache(root, clips, size, vae, tag, device, cast, wait=None):
-    """Render and encode `clips` toybox clips once -> dict of latents (n, C, L, h, w) and mels (n, 2S, 64), both float16 and
-    memory-mapped, and captions. `tag` names the VAE: latents of another one are another cache. `wait`: a barrier, when
-    several processes start at once; the first one prepares."""
-    folder = Path(root) / f"toybox-{size}px-{clips}-{tag}"
-    if wait and int(os.environ["RANK"]):
-        wait()
-    if not (folder / "captions.txt").is_file():
-        part = folder.with_name(f".{folder.name}.{os.getpid()}")
-        part.mkdir(parents=True)
+def prepare(folder, settings, items, vae, device, cast, hear=None, raw=False):
+    """Fill a cache with the windows of `items`, or go on filling it; then `open_cache` reads it.
+
+    Shard after shard: latents (n, 2, C, L, h, w) (posterior mean and log-variance), mels (n, 2S, 64), with `hear` also
+    features (n, S, A), with `raw` also videos and sounds; a .json written last makes a shard complete. A shard depends on
+    its items alone, so a run that was killed at any moment and started again leaves the same bytes as one that was not.
+    settings: what the cache depends on; one made with others is refused."""
+    folder, settings = Path(folder), dict(settings, clips=len(items), named=zlib.crc32(json.dumps([_name(i) for i in items]).encode()))
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "settings.json").is_file():
+        _same_settings(folder, settings)
+    else:
+        _write(folder / "settings.json", json.dumps(settings, sort_keys=True))
+    for leftover in folder.glob(".*"):                                        # of a run that was killed
+        leftover.unlink()
+    per = max(32, math.ceil(len(items) / 500))
+    shards = {k: items[a:a + per] for k, a in enumerate(range(0, len(items), per))}
+    todo = [k for k in shards if not (folder / f"{k:05d}.json").is_file()]
+    if todo:
+        with workers() as pool, torch.no_grad(), cast(), tqdm(total=len(items), initial=len(items) - sum(len(shards[k]) for k in todo), desc=
+                                                              f"preparing {folder.name}", unit="clip", disable=None) as bar:
+            start = lambda k: pool.map_async(_prepared, [(item, settings["resolution"]) for item in shards[k]], 1)
+            coming = start(todo[0])
+            for k, after in zip(todo, todo[1:] + [None]):                     # decode the next shard while this one is encoded
+                done = coming.get()
+                coming = start(after) if after is not None else None
+                _write_shard(folder, k, shards[k], done, vae, device, hear, raw)
+                bar.update(len(shards[k]))
+    _write(folder / "manifest.json", json.dumps(dict(settings, shards=len(shards)), sort_keys=True))
+
+
+def _name(item):
+    return item if isinstance(item, int) else item["name"]
+
+
+def _write_shard(folder, k, items, done, vae, device, hear, raw):
+    windows = [w for ws in done if isinstance(ws, list) for w in ws]
+    latents = [np.zeros((0, 2), np.float16)]
+    for a in range(0, len(windows), 4):
+        video = torch.from_numpy(np.stack([w["video"] for w in windows[a:a + 4]])).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        latents.append(torch.stack(vae.encode(video), 1).cpu().to(torch.float16).numpy())         # (n, 2, C, L, h, w)
+    arrays = dict(latents=np.concatenate(latents[1:] or latents), mels=np.array([w["mel"] for w in windows], np.float16))
+    if hear:
+        arrays["features"] = np.array([hear(w["audio"]) for w in windows], np.float16)
+    if raw:
+        arrays.update(videos=np.array([w["video"] for w in windows], np.uint8), sounds=np.array([w["audio"] for w in windows], np.float16))
+    sums = {}
+    for key, array in arrays.items():
+        part = temporary(folder / f"{k:05d}-{key}.npy")
+        np.save(part, array)
+        sums[key] = zlib.crc32(part.read_bytes())
+        os.replace(part, folder / f"{k:05d}-{key}.npy")
+    rows = [[_name(item), w["caption"], w["start"]] for item, ws in zip(items, done) if isinstance(ws, list) for w in ws]
+    skipped = {_name(item): why for item, why in zip(items, done) if isinstance(why, str)}
+    _write(folder / f"{k:05d}.json", json.dumps(dict(rows=rows, skipped=skipped, crc32=sums), sort_keys=True))
+
+
+def _write(path, text):
+    part = temporary(path)
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _same_settings(folder, settings):
+    found = json.loads((folder / "settings.json").read_text())
+    other = [f"{k} {found.get(k)} (now {v})" for k, v in settings.items() if found.get(k) != v]
+    if other:
+        raise BadInput(f"{folder}: this cache was made with {', '.join(other)}; remove that folder, or keep it and give another --data-root")
+
+
+def open_cache(folder):
+    """A prepared folder -> dict: arrays (name -> list of memory-mapped shards), at (n, 2) the shard and row of every window,
+    captions, clips (for every clip the numbers of its windows), skipped (name -> reason). Every file's sum is checked."""
+    folder = Path(folder)
+    shards = [json.loads((folder / f"{k:05d}.json").read_text()) for k in range(json.loads((folder / "manifest.json").read_text())["shards"])]
+    arrays, at, captions, clips, skipped = {}, [], [], {}, {}
+    for k, shard in enumerate(shards):
+        for name, total in shard["crc32"].items():
+            path = folder / f"{k:05d}-{name}.npy"
+            if not path.is_file() or zlib.crc32(path.read_bytes()) != total:
+                raise BadInput(f"{path}: missing or damaged (its sum is not the one noted when it was written); remove {folder / f'{k:05d}.json'} "
+                               "and run the same command: that shard is made again")
+            arrays.setdefault(name, []).append(np.load(path, mmap_mode="r"))
+        for row, (clip, caption, _) in enumerate(shard["rows"]):
+            clips.setdefault(clip, []).append(len(at))
+            at.append((k, row)), captions.append(caption)
+        skipped.update(shard["skipped"])
+    return dict(arrays=arrays, at=np.array(at).reshape(-1, 2), captions=captions, clips=list(clips.values()), skipped=skipped)
+
+
+def pick(cache, name, index):
+    """Rows of an array of a cache -> tensor (len(index), ...)."""
+    return torch.from_numpy(np.stack([cache["arrays"][name][k][row] for k, row in cache["at"][index]]))
+
+
+def hubert(name, device):
+    """-> a function from a waveform (samples,) at 16 kHz to HuBERT's last states (samples / 320, 1024): 50 Hz, as DenseAV has it."""
+    try:
+        from transformers import HubertModel
+    except ImportError:
+        raise BadInput("--audio hubert needs a package that is not required otherwise: pip install transformers") from None
+    try:
+        net = HubertModel.from_pretrained(name).to(device).eval()
+    except (OSError, ValueError) as why:
+        raise BadInput(f"--hubert {name}: {str(why).splitlines()[0]}; give a folder or a name on the hub, such as facebook/hubert-large-ls960-ft") from None
+
+    def features(wave):
+        x = torch.from_numpy((wave - wave.mean()) / (wave.std() + 1e-7)).to(device)
+        x = F.pad(x, (40, 40))                                                # a window of 400 every 320: centres at (i + 0.5) 20 ms
+        with torch.autocast(device.type, enabled=False):
+            return net(x[None]).last_hidden_state[0].cpu().numpy()
+    return features
+
+
+# ------------------------------------------------------------------------------------------------ the command: look and prepare
+
+def source(name, root="data", clips=2500):
+    """--data -> a label for its cache, its items by split, and a line on what was found."""
+    if name == "toybox":
+        return f"toybox-{clips}", dict(train=list(range(clips)), test=[]), f"toybox: {clips} clips, drawn from their seeds"
+    found, words = find_clips(name, root)
+    splits = {s: [c for c in found if c["split"] == s] for s in ("train", "test")}
+    return dataset_folder(name, root).resolve().name, splits, words
+
+
+def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2500, hear=None, say=print):
+    """The cache of a dataset's split, made first where it is absent or unfinished. `tag` names the VAE that codes it; `say`
+    gets the report: what was found, what was skipped and why."""
+    label, splits, words = source(name, root, clips)
+    folder = Path(root) / "cache" / f"{label}-{size}px-{tag}" / split
+    settings = dict(data=label, split=split, resolution=size, vae=tag, fps=FPS, frames=FRAMES, features="hubert" if hear else "mel")
+    prepare(folder, settings, splits[split], vae, device, cast, hear, raw=name != "toybox" and split == "test")
+    cache = open_cache(folder)
+    say(f"{words}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of {FRAMES} frames")
+    reasons = {}
+    for clip, why in cache["skipped"].items():
+        reasons.setdefault(why, []).append(clip)
+    for why, named in sorted(reasons.items(), key=lambda r: -len(r[1])):
+        say(f"  skipped {len(named)}: {why}; for instance {', '.join(named[:3])}")
+    _write(folder / "skipped.txt", "".join(f"{clip}\t{why}\n" for clip, why in sorted(cache["skipped"].items())))
+    if not cache["clips"]:
+        raise BadInput(f"--data {name}: not one of its {len(splits[split])} {split} clips can be used; {folder / 'skipped.txt'} says why")
+    return cache
+
+
+def contact_sheet(name, root, path, size=64, rows=8, clips=2500):
+    """What one looks at before training: some clips as film strips over their sounds, event times marked where they are known."""
+    from PIL import Image, ImageDraw
+    _, splits, words = source(name, root, clips)
+    items, strips = splits["train"] + splits["test"], []
+    for item in [items[i] for i in np.random.default_rng(0).permutation(len(items))]:
+        if len(strips) == rows:
+            break
         try:
-            with workers() as pool, torch.no_grad(), cast():
-                _fill(part, clips, size, vae, device, pool.imap(_prepared, [(i, size) for i in range(clips)], 8))
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    if wait and not int(os.environ["RANK"]):
-        wait()
-    load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
-    return dict(latents=load("latents"), mels=load("mels"), captions=(folder / "captions.txt").read_text().splitlines())
+            clip = toybox_clip(item, size) if isinstance(item, int) else dict(zip(("video", "audio"), read_clip(item["path"], size, size, sound=item["sound"])))
+        except BadInput as why:
+            print(f"skipped  {why}")
+            continue
+        events = clip["events"] if isinstance(item, int) else [t for t, _ in item["events"] or []]
+        strip = Image.fromarray(film_strip(clip["video"], clip["audio"], events=events))
+        picture = Image.new("RGB", (strip.width, strip.height + 14), "white")
+        picture.paste(strip, (0, 14))
+        words_of = clip["caption"] if isinstance(item, int) else f"{item['name']}  '{item['prompt']}'  {item['split']}"
+        ImageDraw.Draw(picture).text((2, 1), f"{words_of}  {len(clip['video']) / FPS:.1f} s", fill="black")
+        strips.append(np.asarray(picture))
+    if not strips:
+        raise BadInput(f"--data {name}: not one of its {len(items)} clips can be read")
+    import imageio.v3 as iio
+    part = temporary(path)
+    iio.imwrite(part, np.concatenate(strips))
+    os.replace(part, path)
+    print(f"{words}\n{path}: {len(strips)} clips, frames over sound on one time axis")
 
 
-def _fill(folder, clips, size, vae, device, stream, batch=4):
-    new = lambda name, *shape: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (clips, *shape))
-    latents = new("latents", *vae.encode(torch.zeros(1, 3, FRAMES, size, size, device=device))[0].shape[1:])
-    mels, captions = new("mels", round(FRAMES / FPS * RATE) * MEL_RATE // RATE, MELS), []
-    for start in tqdm(range(0, clips, batch), desc=f"rendering and encoding {clips} toybox clips", unit="batch", disable=None):
-        some = [next(stream) for _ in range(min(batch, clips - start))]
-        video = torch.from_numpy(np.stack([s[0] for s in some])).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        z = vae.normalise(vae.encode(video)[0].float())
-        latents[start:start + len(some)] = z.cpu().numpy()
-        mels[start:start + len(some)] = [s[1] for s in some]
-        captions += [s[2] for s in some]
-    latents.flush(), mels.flush()
-    (folder / "captions.txt").write_text("\n".join(captions) + "\n")
+def arguments():
+    p = Parser(__doc__)
+    p.add_argument("--data", default="toybox", help=f"toybox, {', '.join(DATASETS)}, or a folder of clips")
+    p.add_argument("--data-root", default="data", help="where datasets and caches lie")
+    p.add_argument("--clips", type=number(int, 1), default=2500, help="toybox: how many clips")
+    p.add_argument("--size", default="tiny", choices=("tiny", "small", "miniflux"), help="the network that the cache is for")
+    p.add_argument("--resolution", type=number(int, 32, 512), default=64, help="side of the pictures in pixels, a multiple of 32")
+    p.add_argument("--vae", help="the VAE that makes the latents; weights/vae-toybox.pt if not given")
+    p.add_argument("--hubert", help="also keep HuBERT features: a folder or a name on the hub, such as facebook/hubert-large-ls960-ft")
+    p.add_argument("--show", help="only draw a contact sheet into this .png")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to encode")
+    return p
+
+
+def main():
+    from sample import VAE_FILE, fingerprint, load_vae, pick_device           # they import this file; only the command needs them
+    args = arguments().parse_args()
+    if args.show:
+        return contact_sheet(args.data, args.data_root, args.show, args.resolution, clips=args.clips)
+    if args.size == "miniflux":
+        raise BadInput("--size miniflux: its latents are made by Pyramid Flow's VAE, which this version cannot load yet; prepare tiny or small")
+    device, cast, _ = pick_device(args.device)
+    vae, hear = load_vae(args.vae or VAE_FILE, device), hubert(args.hubert, device) if args.hubert else None
+    for split in ("train", "test") if args.data != "toybox" else ("train",):
+        load_or_prepare(args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), device, cast, args.clips, hear)
+
+
+if __name__ == "__main__":
+    import data                               # as a module, so that sample.py and this command speak of the same BadInput
+    data.run_cli(data.main)

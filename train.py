@@ -17,6 +17,7 @@ Between processes gradients are averaged by hand, five lines: DistributedDataPar
 part in every step, and when the audio layers are skipped some do not.
 """
 import csv
+import json
 import math
 import os
 import signal
@@ -24,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -51,34 +53,67 @@ class A2V:
     """Syncphony: cached latents, log-mels and captions -> velocity loss in the parallel layout."""
 
     def __init__(self, args, device, cast, world):
-        if args.data != "toybox":
-            raise BadInput(f"--data {args.data}: unknown; this version trains on: toybox")
-        self.args, self.device = args, device
+        self.args, self.device, self.toybox = args, device, args.data == "toybox"
         self.vae = load_vae(args.vae, device)
         self.config = networks.MMDiTConfig(**networks.SIZES[args.size])
         if self.config.text != "bytes" or self.config.latent != self.vae.cfg.latent:
             raise BadInput(f"--size {args.size}: needs another VAE ({self.config.latent} channels) and text states; train tiny or small on the toybox")
         self.net = networks.MMDiT(self.config)
-        self.cache = data.toybox_cache(args.data_root, args.clips, args.resolution, self.vae, fingerprint(self.vae), device, cast,
-                                       wait=dist.barrier if world > 1 else None)
+        rank = int(os.environ.get("RANK", 0))
+        cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast,
+                                                    args.clips, say=print if rank == 0 else lambda _: None)
+        if rank > 0:
+            dist.barrier()                                                    # of several processes the first one prepares
+        self.cache, self.test = cached("train"), None if self.toybox else cached("test")
+        if rank == 0 and world > 1:
+            dist.barrier()
 
     def batch(self, step, rows):
-        """Samples number `rows` of step `step`: every clip once per epoch, in an order drawn from (seed, epoch)."""
-        n, B = len(self.cache["captions"]), self.args.batch_size
-        spots = step * B + np.asarray(rows)                                   # positions in the endless stream of samples
+        """Samples number `rows` of step `step`: every clip once per epoch, in an order drawn from (seed, epoch); which of its
+        windows, and which sample of the VAE's posterior, is drawn from (seed, number of the sample)."""
+        clips, B = self.cache["clips"], self.args.batch_size
+        n, spots = len(clips), step * B + np.asarray(rows)                    # positions in the endless stream of samples
         orders = {e: np.random.default_rng([self.args.seed, int(e)]).permutation(n) for e in np.unique(spots // n)}
-        index = np.array([orders[s // n][s % n] for s in spots])
-        pick = lambda name: torch.from_numpy(self.cache[name][index]).to(self.device).float()
-        return pick("latents"), networks.text_bytes([self.cache["captions"][i] for i in index]).to(self.device), pick("mels")
+        draws = [np.random.default_rng([self.args.seed, 1, int(s)]) for s in spots]
+        index = np.array([r.choice(clips[orders[s // n][s % n]]) for s, r in zip(spots, draws)])
+        return self.windows(self.cache, index, draws)
+
+    def windows(self, cache, index, draws=None):
+        """Windows of a cache -> normalised latents (B, C, L, h, w), text, mels. The tiny VAE's price for information leaves most
+        of a posterior as wide as the prior, noise and nothing else, so its means are taken; of another VAE, samples."""
+        z, logvar = data.pick(cache, "latents", index).float().unbind(1)
+        if draws and not self.vae.cfg.reference:
+            z = z + (logvar / 2).exp() * torch.from_numpy(np.stack([r.standard_normal(z.shape[1:], np.float32) for r in draws]))
+        text = networks.text_bytes([cache["captions"][i] for i in index])
+        return self.vae.normalise(z.to(self.device)), text.to(self.device), data.pick(cache, "mels", index).float().to(self.device)
 
     def loss(self, net, batch, g):
         a = self.args
         return a2v_loss(net, *batch, g, a.lambda_motion, a.skip_audio, a.drop_text, a.sigma, a.shift)
 
-    def evaluate(self, net, clips, cast, guided=False):
-        """-> scores of generated held-out clips (w_a = 0, or the guidance that the checkpoint will recommend), and videos."""
-        videos = generate_toybox(net, self.vae, clips, cast, steps=12 if not guided else 30, asg=self.args.asg if guided else 0., cfg=0.)
-        return score_toybox(videos, clips)[0], videos
+    def held_out(self, n):
+        """Clips to be looked at: the toybox's own, or windows of the test split, evenly chosen."""
+        if self.toybox:
+            return toybox_held_out(self.args, n)
+        self.chosen = np.unique(np.linspace(0, len(self.test["at"]) - 1, max(n, 1)).astype(int))
+        return [dict(video=data.pick(self.test, "videos", [i])[0].numpy(), audio=data.pick(self.test, "sounds", [i])[0].float().numpy(),
+                     caption=self.test["captions"][i]) for i in self.chosen]
+
+    def evaluate(self, net, clips, cast, last):
+        """-> lines to print, a score to compare checkpoints by, videos. The toybox is read (w_a = 0 and, at the end, the guidance
+        that the checkpoint will recommend); elsewhere it is the loss on the windows of the test split, noise always the same."""
+        if self.toybox:
+            make = lambda steps, asg: generate_toybox(net, self.vae, clips, cast, steps=steps, asg=asg, cfg=0.)
+            videos = make(12, 0.)
+            lines, score = toybox_line("w_a = 0", videos, clips)
+            if last and self.args.asg:
+                lines += toybox_line(f"w_a = {self.args.asg:g}", make(30, self.args.asg), clips)[0]
+            return lines, score, videos
+        with torch.no_grad(), cast():
+            losses = [a2v_loss(net, *self.windows(self.test, self.chosen[a:a + 16]), seeded(a), self.args.lambda_motion, 0., 0., self.args.sigma,
+                               self.args.shift)[0].item() for a in range(0, len(self.chosen), 16)]
+        loss = float(np.mean(losses))
+        return [f"loss on {len(self.chosen)} test windows {loss:.4f}"], -loss, generate_toybox(net, self.vae, clips[:8], cast, steps=12, asg=0., cfg=0.)
 
     def extra(self):
         return dict(size=self.args.resolution, vae=fingerprint(self.vae), guidance=dict(asg=self.args.asg, cfg=self.args.cfg))
@@ -115,12 +150,27 @@ class VAE:
         loss, error, rate = autoencoders.vae_loss(net, *batch, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
-    def evaluate(self, net, clips, cast, guided=False):
+    def held_out(self, n):
+        return toybox_held_out(self.args, n)
+
+    def evaluate(self, net, clips, cast, last):
         videos = reconstruct(net, clips, cast)
-        return score_toybox(videos, clips)[0], videos
+        return *toybox_line("reconstruction", videos, clips), videos
 
     def extra(self):
         return {}
+
+
+def toybox_held_out(args, n):
+    return [data.toybox_clip(HELD_OUT + 10 ** 6 + i, args.resolution) for i in range(n)]
+
+
+def toybox_line(words, videos, clips):
+    """What the reader says of generated clips -> [a line], a score: timing first, then looks."""
+    s = score_toybox(videos, clips)[0]
+    return [f"{words}: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f}), at 100 ms {s['f1_100']:.3f}, "
+            f"residual {s['residual']:.3f}, false events per quiet clip {s['false_per_quiet_clip']:.2f}"], (
+                s["f1_50"] - (s["residual"] / 10 if np.isfinite(s["residual"]) else 1))
 
 
 TASKS = {"a2v": A2V, "vae": VAE}
@@ -177,10 +227,10 @@ def report_start(task, args, words, flops):
     print(f"device      {words}\nparameters  {total / 1e6:.2f} M: " + ", ".join(f"{k} {v / 1e6:.2f}" for k, v in parts.items() if v > 4000))
     if args.task == "a2v":
         audio = sum(p.numel() for b in task.net.single_transformer_blocks if b.audio for p in b.audio.parameters())
-        C, L, h, w = task.cache["latents"].shape[1:]
+        C, L, h, w = task.cache["arrays"]["latents"][0].shape[2:]
         n = h * w // task.config.patch ** 2
         print(f"            of which audio cross-attention {audio / 1e6:.2f}")
-        print(f"tokens      {L * n} clean + {(L - 1) * n} noisy + 12 text per clip ({L} latents of {C}x{h}x{w}), {task.cache['mels'].shape[1] // 2} audio steps")
+        print(f"tokens      {L * n} clean + {(L - 1) * n} noisy + 12 text per clip ({L} latents of {C}x{h}x{w}), {task.cache['arrays']['mels'][0].shape[1] // 2} audio steps")
     print(f"compute     {flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips; {args.steps} steps = {args.steps * args.batch_size} clips")
 
 
@@ -220,7 +270,7 @@ def train(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))        # preparing data may take long
     micro = args.batch_size // (world * args.accum)
     if micro * world * args.accum != args.batch_size:
         raise BadInput(f"--batch-size {args.batch_size} must be a multiple of processes x --accum = {world * args.accum}")
@@ -246,7 +296,9 @@ def train(args):
     if args.compile and args.task == "a2v":
         for block in (*net.transformer_blocks, *net.single_transformer_blocks):
             block.compile()
-    clips = [data.toybox_clip(HELD_OUT + 10 ** 6 + i, args.resolution) for i in range(args.eval_clips)] if rank == 0 else []
+    if args.bench:
+        return bench(task, net, optimisers, compute, cast, args)
+    clips = task.held_out(args.eval_clips) if rank == 0 and args.eval_clips else []
 
     stop = []
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -315,14 +367,9 @@ def look(task, net, ema, clips, out, step, cast, args):
     weights = {k: p.detach().clone() for k, p in net.named_parameters()}
     net.load_state_dict(ema, strict=False)
     net.eval()
-    last = step == args.steps
-    scores, videos = task.evaluate(net, clips, cast)
-    lines = [("w_a = 0" if args.task == "a2v" else "reconstruction", scores)]
-    if last and args.task == "a2v" and args.asg:
-        lines.append((f"w_a = {args.asg:g}", task.evaluate(net, clips, cast, guided=True)[0]))
-    for words, s in lines:
-        tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {words}: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall "
-                   f"{s['recall_50']:.2f}), at 100 ms {s['f1_100']:.3f}, residual {s['residual']:.3f}, false events per quiet clip {s['false_per_quiet_clip']:.2f}")
+    lines, score, videos = task.evaluate(net, clips, cast, step == args.steps)
+    for line in lines:
+        tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {line}")
     strips = np.concatenate([np.concatenate([data.film_strip(c["video"], c["audio"])[:args.resolution], data.film_strip(v, c["audio"])])
                              for v, c in list(zip(videos, clips))[:8]])       # above: the truth, below: ours
     out.mkdir(parents=True, exist_ok=True)
@@ -330,7 +377,7 @@ def look(task, net, ema, clips, out, step, cast, args):
     data.write_video(out / f"{step:06d}.mp4", videos[0], clips[0]["audio"])
     net.load_state_dict(weights, strict=False)
     net.train()
-    return scores["f1_50"] - (scores["residual"] / 10 if np.isfinite(scores["residual"]) else 1)      # timing first, then looks
+    return score
 
 
 def save_best(path, task, net, ema, step, seconds, args):
@@ -349,7 +396,7 @@ def resume(path, args, net, ema, optimisers):
     ckpt = data.load_checkpoint(path, args.task)
     if ckpt["config"] != asdict(net.cfg) and args.task != "vae":
         raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
-    for flag in ("seed", "batch_size", "lr", "clips", "resolution", "tune_decoder"):              # --steps may change: longer or shorter
+    for flag in ("seed", "batch_size", "lr", "data", "clips", "resolution", "tune_decoder"):              # --steps may change: longer or shorter
         if ckpt["args"].get(flag) != getattr(args, flag):
             raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'].get(flag)}, now it is {getattr(args, flag)}; repeat that or give another --out")
     data.load_weights(net, ckpt["model"], path)
@@ -358,6 +405,27 @@ def resume(path, args, net, ema, optimisers):
     for optimiser, state in zip(optimisers, ckpt["optimisers"]):
         optimiser.load_state_dict(state)
     return ckpt["step"], ckpt["best"], ckpt["seconds"]
+
+
+def bench(task, net, optimisers, compute, cast, args, rounds=30):
+    """What loading costs: medians of whole training steps, in turns with one batch kept in memory and with batches from the cache."""
+    kept, spans = task.batch(0, list(range(args.batch_size))), {"resident": [], "loading": []}
+    for step in tqdm(range(-3, rounds), desc="training steps", disable=None, leave=False):        # three to warm up
+        for name, times in spans.items():
+            start = time.perf_counter()
+            batch = kept if name == "resident" else task.batch(step + 3, list(range(args.batch_size)))
+            with cast():
+                loss, _ = compute(net, batch, seeded(args.seed, step + 3))
+            loss.backward()
+            for optimiser in optimisers:
+                optimiser.step()
+            net.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start) if step >= 0 else None
+    resident, loading = (float(np.median(v)) for v in spans.values())
+    print(f"a step of {args.batch_size} clips: {1000 * resident:.1f} ms with the data in memory, {1000 * loading:.1f} ms loading it from the cache")
+    print(json.dumps(dict(resident_s=resident, loading_s=loading, loading_over_resident=loading / resident)))
 
 
 def log_row(path, **row):
@@ -373,7 +441,7 @@ def arguments():
     p = Parser(__doc__)
     # what
     p.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
-    p.add_argument("--data", default="toybox", help="which data")
+    p.add_argument("--data", default="toybox", help=f"a2v: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
     p.add_argument("--size", default="tiny", choices=[*networks.SIZES], help="size of the network")
     p.add_argument("--resolution", type=number(int, 32, 512), default=64, help="side of the pictures in pixels, a multiple of 32")
@@ -403,6 +471,7 @@ def arguments():
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     p.add_argument("--compile", action="store_true", help="torch.compile: half a minute to start, then faster")
     p.add_argument("--checkpointing", action="store_true", help="a2v: recompute activations in the backward pass, for memory")
+    p.add_argument("--bench", action="store_true", help="measure what loading the data costs, and stop")
     p.add_argument("--out", help="folder for checkpoints and logs (out/a2v, out/vae)")
     p.add_argument("--log-every", type=number(int, 1), default=50, help="steps between reports")
     p.add_argument("--sample-every", type=number(int, 1), default=1000, help="steps between evaluations, each with strip and mp4")
