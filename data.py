@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -812,16 +813,17 @@ def prepare(folder, settings, items, vae, device, cast, hear=None, raw=False):
     per = max(32, math.ceil(len(items) / 500))
     shards = {k: items[a:a + per] for k, a in enumerate(range(0, len(items), per))}
     todo = [k for k in shards if not (folder / f"{k:05d}.json").is_file()]
-    if todo:
-        with workers() as pool, torch.no_grad(), cast(), tqdm(total=len(items), initial=len(items) - sum(len(shards[k]) for k in todo), desc=
-                                                              f"preparing {folder.name}", unit="clip", disable=None) as bar:
-            start = lambda k: pool.map_async(_prepared, [(item, settings["resolution"]) for item in shards[k]], 1)
-            coming = start(todo[0])
-            for k, after in zip(todo, todo[1:] + [None]):                     # decode the next shard while this one is encoded
-                done = coming.get()
-                coming = start(after) if after is not None else None
-                _write_shard(folder, k, shards[k], done, vae, device, hear, raw)
-                bar.update(len(shards[k]))
+    jobs = {k: [(item, settings["resolution"]) for item in shards[k]] for k in todo}
+    left = sum(map(len, jobs.values()))
+    with workers() if left > 64 else nullcontext() as pool, torch.no_grad(), cast(), tqdm(
+            total=len(items), initial=len(items) - left, desc=f"preparing {folder.parent.name}", unit="clip", disable=None) as bar:
+        start = lambda k: pool.map_async(_prepared, jobs[k], 1).get if pool else lambda: [*map(_prepared, jobs[k])]
+        coming = start(todo[0]) if todo else None
+        for k, after in zip(todo, todo[1:] + [None]):                         # the next shard is decoded while this one is encoded
+            done = coming()
+            coming = start(after) if after is not None else None
+            _write_shard(folder, k, shards[k], done, vae, device, hear, raw)
+            bar.update(len(shards[k]))
     _write(folder / "manifest.json", json.dumps(dict(settings, shards=len(shards)), sort_keys=True))
 
 

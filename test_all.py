@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -777,6 +778,286 @@ def test_agreement_with_a_recording_is_one_for_things_that_move_at_its_onsets(to
     assert set(result) == set(data.KINDS) and all(r["onsets"] == 2 and r["met"] == met and r["followed"] == followed for r in result.values())
 
 
+# ------------------------------------------------------------------------------------------------ data.py: real clips
+
+def ffmpeg(*arguments, stdin=None):
+    import imageio_ffmpeg
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True, input=stdin)
+
+
+def flash_clip(path, fps="24", rate=44100, channels=2, late=0., seconds=2.2, size=(64, 48), codec=("-c:a", "aac")):
+    """A clip with one flash, and a click at the very time of the first lit frame; its sound track begins `late` s late."""
+    f = eval(fps)                                                             # '30000/1001'
+    n, k = round(seconds * f), round(1.1 * f)
+    pictures = np.full((n, size[1], size[0], 3), 40, np.uint8)
+    pictures[:, :6] = (np.arange(n) % 7 * 20)[:, None, None, None]
+    pictures[k:k + round(.2 * f)] = 230
+    sound = np.random.default_rng(0).normal(0, .002, (round(seconds * rate), channels)).astype(np.float32)
+    sound[round(k / f * rate):][:rate // 100] += .8
+    wav = Path(path).with_suffix(".wav")
+    soundfile.write(wav, sound[round(late * rate):], rate)
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}", "-r", fps, "-i", "-", "-itsoffset", late, "-i", wav, "-c:v", "libx264",
+           "-pix_fmt", "yuv420p", "-g", 12, *codec, path, stdin=pictures.tobytes())
+    wav.unlink()
+    return path
+
+
+def flash_and_click(clip):
+    """When it flashes, and when it clicks, in seconds."""
+    video, wave = clip
+    assert len(wave) == round(len(video) / 24 * 16000)
+    return np.argmax(video.mean((1, 2, 3)) > 130) / 24, np.argmax(np.abs(wave) > .3) / 16000
+
+
+@pytest.mark.parametrize("fps", ["24000/1001", "24", "25", "30000/1001", "30", "60"])
+def test_picture_and_sound_stay_together_whatever_the_rates_and_offsets(tmp_path, fps):
+    """A flash and its click come back within half a frame of each other: any rate, channels, and start of the sound track."""
+    for rate in (16000, 44100, 48000):
+        for channels in (1, 2):
+            for late in (0., .12, .35):
+                flash, click = flash_and_click(data.read_clip(flash_clip(tmp_path / "a.mp4", fps, rate, channels, late), 32, 32))
+                assert abs(flash - click) <= .5 / 24, (rate, channels, late)
+                assert abs(flash - (1.1 - late)) < .12                        # the clip begins where both tracks have begun
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Clips of every odd kind: those in ok/ are sound, those in bad/ cannot be trusted."""
+    d = tmp_path_factory.mktemp("odd")
+    (d / "ok").mkdir(), (d / "bad").mkdir()
+    ok, bad, plain = d / "ok", d / "bad", flash_clip(d / "ok/plain.mp4")
+    for name in ("a.mkv", "a.mov"):
+        ffmpeg("-i", plain, "-c", "copy", ok / name)
+    ffmpeg("-i", plain, "-c:v", "libvpx", "-c:a", "libopus", ok / "a.webm")
+    ffmpeg("-i", plain, "-c:v", "mpeg4", "-c:a", "mp3", ok / "a.avi")
+    ffmpeg("-i", plain, "-ac", 1, "-c:a", "pcm_u8", "-c:v", "copy", ok / "eight-bit.mkv")
+    ffmpeg("-i", plain, "-vf", "scale=37:53", "-pix_fmt", "yuv444p", ok / "-odd.size.mp4")
+    ffmpeg("-display_rotation", 90, "-i", plain, "-c", "copy", ok / "rotated.mp4")
+    ffmpeg("-i", plain, "-vf", "select='not(eq(mod(n,3),1))'", "-fps_mode", "vfr", ok / "variable.mp4")
+    ffmpeg("-i", plain, "-movflags", "+faststart", "-c", "copy", d / "fast.mp4")
+    whole, fast, mkv = plain.read_bytes(), (d / "fast.mp4").read_bytes(), (ok / "a.mkv").read_bytes()
+    for i in range(1, 11):
+        for name, content in ((f"cut{i}.mp4", whole), (f"fast{i}.mp4", fast), (f"cut{i}.mkv", mkv)):
+            (bad / name).write_bytes(content[:len(content) * i // 11])
+    (bad / "empty.mp4").touch(), (bad / "text.mp4").write_text("no video at all")
+    ffmpeg("-i", plain, "-an", "-c", "copy", bad / "mute.mp4"), ffmpeg("-i", plain, "-vn", "-c", "copy", bad / "blind.mp4")
+    ffmpeg("-i", plain, "-frames:v", 1, bad / "one-frame.mp4"), ffmpeg("-i", plain, "-t", "0.05", bad / "short.mp4")
+    ffmpeg("-i", plain, "-vf", "fps=9", bad / "nine-fps.mp4"), ffmpeg("-i", plain, "-af", "volume=0", bad / "silent.mp4")
+    ffmpeg("-i", plain, "-vf", "select='eq(n,5)',loop=60:1", bad / "still.mp4")
+    return d
+
+
+def test_odd_but_sound_files_are_read_right(odd):
+    for path in sorted((odd / "ok").iterdir()):
+        video, wave = data.read_clip(path, 32, 48)
+        flash, click = flash_and_click((video, wave))
+        assert video.shape[1:] == (32, 48, 3) and abs(flash - click) <= .5 / 24, path.name
+
+
+def test_what_cannot_be_trusted_is_skipped_with_its_reason(odd):
+    """Truncated anywhere, no sound, no picture, one frame, 0.05 s, 9 fps, silent, still, text: never a crash, never a wrong clip."""
+    clips, _ = data.find_clips(str(odd / "bad"))
+    reasons = {c["name"]: data._prepared((c, 32)) for c in clips}
+    assert len(reasons) == 39 and all(isinstance(r, str) and r and "\n" not in r and c not in r for c, r in reasons.items()), reasons
+    for name, word in (("empty", "empty"), ("mute", "no sound"), ("blind", "no picture"), ("one-frame", "1 frame"), ("short", "0.08 s"), ("nine-fps", "9.0"),
+                       ("silent", "silence"), ("still", "static"), ("text", "damaged"), ("cut5", "damaged"), ("fast5", "damaged")):
+        assert word in reasons[f"{name}.mp4"]
+
+
+def tree(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def found(folder):
+    clips, words = data.find_clips(str(folder))
+    return {c["name"]: (c["split"], c["prompt"]) for c in clips}, words, clips
+
+
+def test_avsync15_is_read_as_downloaded(tmp_path):
+    a, b, c = "dog_barking/-3viw1EWLpo_000015_000025_3.5_7.0.mp4", "playing_violin__fiddle/a_b-c_d_e_f_000000_000010_0.0_10.0.mp4", "dog_barking/xxxxxxxxxxx_000001_000011_1.0_3.0.mp4"
+    tree(tmp_path / "AVSync15", *("videos/" + n for n in (a, b, c)))
+    (tmp_path / "AVSync15/train.txt").write_text(f"{a}\n{b}\ndog_barking/gone.mp4\n"), (tmp_path / "AVSync15/test.txt").write_text(c)
+    clips, words = data.find_clips("avsync15", tmp_path)                      # by its name, in any spelling
+    assert {x["name"]: (x["split"], x["prompt"], x["kind"]) for x in clips} == {
+        "videos/" + a: ("train", "dog barking", "dog_barking"), "videos/" + b: ("train", "playing violin fiddle", "playing_violin__fiddle"),
+        "videos/" + c: ("test", "dog barking", "dog_barking")}
+    assert "1 named there are missing, for instance dog_barking/gone.mp4" in words and "2 train, 1 test" in words
+    (tmp_path / "AVSync15/class_mapping.json").write_text('{"dog_barking": "a dog barks"}')
+    assert found(tmp_path / "AVSync15")[0]["videos/" + a][1] == "a dog barks"
+
+
+@pytest.mark.parametrize("suffix, listed", [("_denoised", ""), ("_denoised_thumb", ""), ("_mic", ""), ("_denoised_thumb", "_denoised_thumb.mp4")])
+def test_the_greatest_hits_are_read_in_both_sizes_and_asvas_variant(tmp_path, suffix, listed):
+    """Lists hold bare ids or file names; the sound may lie beside; events are read, 'None' rows left out."""
+    one, two, inner = "2015-02-16-16-49-06", "2015-10-03-14-50-14-87", tmp_path / "vis-data-256/vis-data-256"
+    tree(inner, *(f"{i}{s}" for i in (one, two) for s in (suffix + ".mp4", "_denoised.wav")))
+    (inner / f"{one}_times.txt").write_text("0.915 wood hit static\n1.5 None None None\n2.25 metal scratch deform\n\n")
+    (inner / "train.txt").write_text(one + listed + "\n"), (inner / "test.txt").write_text(two + listed)
+    by_name, _, clips = found(tmp_path)
+    assert [c["split"] for c in clips] == ["train", "test"] and {c["prompt"] for c in clips} == {"hitting with a stick"}
+    assert clips[0]["events"] == [(.915, "wood"), (2.25, "metal")] and clips[1]["events"] is None
+    assert clips[0]["sound"] == str(inner / f"{one}_denoised.wav")
+
+
+def test_the_better_of_two_versions_of_a_hit_is_taken(tmp_path):
+    tree(tmp_path, *(f"2015-02-16-16-49-06{s}.mp4" for s in ("_mic", "_denoised_thumb", "_denoised")))
+    (tmp_path / "train.txt").write_text("2015-02-16-16-49-06\n"), (tmp_path / "test.txt").write_text("")
+    assert list(found(tmp_path)[0]) == ["2015-02-16-16-49-06_denoised.mp4"]
+
+
+@pytest.mark.parametrize("stem", ["{}_000030", "{}_000030_000040", "{}_30000_40000", "{}_30"])
+def test_vggsounds_four_ways_to_name_a_clip_are_understood(tmp_path, stem):
+    tree(tmp_path, *("scratch/shared/video/" + stem.format(i) + ".mp4" for i in ("-a_b_c-d_e_", "0B4dYTMsgHA", "unlisted_id")))
+    (tmp_path / "vggsound.csv").write_text('-a_b_c-d_e_,30,"dog barking, bow-wow",train\n0B4dYTMsgHA,30,splashing,test\ngonegonegon,1,x,train\n')
+    by_name, words, _ = found(tmp_path)
+    assert sorted(by_name.values()) == [("test", "splashing"), ("train", "dog barking, bow-wow")] and "gonegonegon_1" in words
+
+
+def test_tables_with_a_header_are_read_too(tmp_path):
+    tree(tmp_path / "a", "0B4dYTMsgHA_000030.mp4"), tree(tmp_path / "b", "0B4dYTMsgHA_000030.mp4")
+    (tmp_path / "a/vgg-test.tsv").write_text("id\tlabel\n0B4dYTMsgHA_000030\tsplashing\n")
+    (tmp_path / "b/landscape.csv").write_text("ytid,start_time,class,set\n0B4dYTMsgHA,30,wind noise,test\n")
+    assert list(found(tmp_path / "a")[0].values()) == [("test", "splashing")] and list(found(tmp_path / "b")[0].values()) == [("test", "wind noise")]
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_landscapes_lines_are_relative_to_their_split(tmp_path, lists):
+    tree(tmp_path, "videos/train/fire_crackling/a.mp4", "videos/test/wind_noise/b.mp4")
+    if lists:
+        (tmp_path / "train.txt").write_text("fire_crackling/a.mp4\n"), (tmp_path / "test.txt").write_text("wind_noise/b.mp4\n")
+    assert found(tmp_path)[0] == {"videos/train/fire_crackling/a.mp4": ("train", "fire crackling"), "videos/test/wind_noise/b.mp4": ("test", "wind noise")}
+
+
+def test_any_tree_of_clips_gets_a_split_that_is_announced_and_stays(tmp_path):
+    tree(tmp_path, *(f"class_{i % 3}/clip.{i}.{'mp4 mkv webm mov avi'.split()[i % 5]}" for i in range(40)), "class_0/notes.txt", ".hidden.mp4")
+    first, words, clips = found(tmp_path)
+    assert len(first) == 40 and 1 <= sum(s == "test" for s, _ in first.values()) <= 12 and "invented" in words and {c["prompt"] for c in clips} == {"class 0", "class 1", "class 2"}
+    tree(tmp_path, "class_9/new.mp4")
+    assert {k: v for k, v in found(tmp_path)[0].items() if k in first} == first
+
+
+def test_data_that_is_not_there_is_one_clear_line(tmp_path):
+    for name, words in (("avsync15", ["1500 clips", "github.com", str(tmp_path / "avsync15")]), ("nonsense", ["neither", "vggsound"]), (str(tmp_path), ["no clips"])):
+        with pytest.raises(data.BadInput) as error:
+            data.find_clips(name, tmp_path)
+        assert all(w in str(error.value) for w in words)
+    tree(tmp_path, "a/videos/x.mp4")
+    (tmp_path / "a/train.txt").write_text("gone.mp4\n")
+    with pytest.raises(data.BadInput, match="none of the 1 clips"):
+        data.find_clips(str(tmp_path / "a"))
+
+
+def test_a_crop_is_coded_as_its_pixels_are(tmp_path, toy):
+    """Windows begin every half second, the last ends with the clip; latent 0 of each is its own first frame, coded alone."""
+    path, vae = flash_clip(tmp_path / "a.mp4", seconds=3.9), sample.load_vae(toy / "vae.pt")
+    clip = dict(path=str(path), name="a.mp4", split="train", prompt="p", kind="", sound=None)
+    data.prepare(tmp_path / "c", dict(resolution=32), [clip], vae, torch.device("cpu"), nullcontext)
+    cache, (video, wave) = data.open_cache(tmp_path / "c"), data.read_clip(path, 32, 32)
+    starts = [0, 12, 24, 36, len(video) - 49]
+    assert cache["clips"] == [[0, 1, 2, 3, 4]] and len(video) - 49 > 36
+    for i, s in enumerate(starts):
+        pixels = torch.tensor(video[s:s + 49]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        want = vae.encode(pixels)[0][0]
+        got = data.pick(cache, "latents", [i])[0, 0].float()
+        assert torch.allclose(got, want, atol=2e-2) and torch.allclose(want[:, :1], vae.encode(pixels[:, :, :1])[0][0], atol=1e-4)
+        sound = data.log_mel(wave[round(s / 24 * 16000):][:round(49 / 24 * 16000)])
+        assert np.allclose(data.pick(cache, "mels", [i])[0], sound, atol=2e-2)
+
+
+def test_evaluation_takes_three_evenly_spaced_windows(tmp_path):
+    path = flash_clip(tmp_path / "a.mp4", seconds=4.)
+    clip = dict(path=str(path), split="test", prompt="p", sound=None)
+    windows, frames = data.clip_windows(clip, 32), len(data.read_clip(path, 32, 32)[0])
+    assert [round(24 * w["start"]) for w in windows] == [0, round((frames - 49) / 2), frames - 49]
+    windows = data.clip_windows(dict(clip, path=str(flash_clip(tmp_path / "b.mp4", seconds=2.))), 32)        # AVSync15's shortest: 48 frames
+    assert [w["start"] for w in windows] == [0, 0, 0] and all(w["video"].shape == (49, 32, 32, 3) and len(w["audio"]) == 32667 for w in windows)
+
+
+def cache_bytes(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+def test_a_cache_that_was_killed_at_any_moment_ends_as_the_same_bytes(tmp_path, toy, monkeypatch):
+    vae, replace, count = sample.load_vae(toy / "vae.pt"), os.replace, [0]
+    fill = lambda name: data.prepare(tmp_path / name, dict(resolution=32), list(range(40)), vae, torch.device("cpu"), nullcontext)
+    fill("whole")
+    want, moments = cache_bytes(tmp_path / "whole"), [1, 2, 4, 5, 8, 10]
+
+    def dies(a, b):
+        count[0] += 1
+        if moments and count[0] == moments[0]:
+            moments.pop(0)
+            raise SystemExit
+        replace(a, b)
+    monkeypatch.setattr(os, "replace", dies)
+    while moments:
+        with pytest.raises(SystemExit):
+            fill("killed")
+    fill("killed")
+    assert cache_bytes(tmp_path / "killed") == want and not list((tmp_path / "killed").glob(".*"))
+
+
+def test_a_cache_made_otherwise_is_refused_and_a_damaged_shard_is_named(tmp_path, toy):
+    vae = sample.load_vae(toy / "vae.pt")
+    fill = lambda **other: data.prepare(tmp_path, dict(resolution=32, **other), [0, 1], vae, torch.device("cpu"), nullcontext)
+    fill(vae="a")
+    with pytest.raises(data.BadInput, match="vae a .now b.*remove that folder"):
+        fill(vae="b")
+    shard = tmp_path / "00000-mels.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(data.BadInput, match="00000-mels.npy: missing or damaged"):
+        data.open_cache(tmp_path)
+    (tmp_path / "00000.json").unlink()
+    fill(vae="a")
+    assert len(data.open_cache(tmp_path)["at"]) == 2
+
+
+def test_real_clips_are_looked_at_prepared_trained_on_and_sampled_from(tmp_path, toy, capsys):
+    """data.py --show, data.py, train.py --data FOLDER (the first two commands may be left out), sample.py with the result."""
+    clips, root = tmp_path / "my clips", tmp_path / "root"
+    for i in range(3):
+        (clips / "a class").mkdir(parents=True, exist_ok=True)
+        flash_clip(clips / f"a class/{i}.mp4", seconds=3.)
+    (clips / "a class/broken.mp4").write_text("x")
+    flags = ["--data", clips, "--data-root", root, "--resolution", 32, "--vae", toy / "vae.pt"]
+    assert cli(data, "--data", clips, "--show", tmp_path / "look.png") == 0 and iio.imread(tmp_path / "look.png").shape == (3 * (64 + 40 + 14), 12 * 64, 3)
+    assert cli(train, "--task", "a2v", *flags, "--steps", 2, "--batch-size", 2, "--eval-clips", 2, "--log-every", 1, "--warmup", 1, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "skipped 1: its picture is damaged" in said and "test windows" in said and (tmp_path / "run/best.pt").is_file()
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*.npy")}
+    assert cli(data, *flags) == 0 and {p: p.stat().st_mtime_ns for p in root.rglob("*.npy")} == before       # nothing is made twice
+    soundfile.write(tmp_path / "s.wav", np.zeros(16000), 16000)
+    assert cli(sample, "--audio", tmp_path / "s.wav", "--image", tmp_path / "look.png", "--ckpt", tmp_path / "run/best.pt", "--vae", toy / "vae.pt",
+               "--steps", 1, "--out", tmp_path) == 0 and (tmp_path / "s.mp4").is_file()
+
+
+def test_every_window_of_a_clip_is_drawn_in_time_and_no_two_processes_share_a_sample():
+    class Task:
+        args, device, vae = train.arguments().parse_args(["--batch-size", "4"]), "cpu", None
+        cache, windows = dict(clips=[[0, 1, 2], [3], [4, 5], [6]]), staticmethod(lambda cache, index, draws: index.tolist())
+    task = Task()
+    epochs = [train.A2V.batch(task, step, range(4)) for step in range(40)]
+    clip = {w: c for c, ws in enumerate(task.cache["clips"]) for w in ws}
+    assert all(sorted(clip[w] for w in e) == [0, 1, 2, 3] for e in epochs) and {w for e in epochs for w in e} == set(range(7))
+    assert all(train.A2V.batch(task, s, [0, 1]) + train.A2V.batch(task, s, [2, 3]) == e for s, e in enumerate(epochs))
+
+
+def test_hubert_features_are_fifty_a_second_and_centred(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    transformers.HubertModel(transformers.HubertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(tmp_path)
+    assert data.hubert(str(tmp_path), torch.device("cpu"))(np.random.default_rng(0).standard_normal(32000).astype(np.float32)).shape == (100, 16)
+
+
+def test_hubert_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(data.BadInput, match="pip install transformers"):
+        data.hubert("x", torch.device("cpu"))
+
+
 # ------------------------------------------------------------------------------------------------ train.py
 
 @pytest.fixture(scope="module")
@@ -893,8 +1174,8 @@ def test_checkpoints_are_plain_data_and_resuming_with_other_flags_is_refused(run
 def test_every_clip_is_seen_once_per_epoch(runs):
     class Task:
         args, device, vae = train.arguments().parse_args(["--batch-size", "5"]), "cpu", None
-        cache = dict(captions=[str(i) for i in range(12)], latents=np.arange(12), mels=np.arange(12))
-    seen = [int(i) for step in range(12) for i in train.A2V.batch(Task(), step, range(5))[0]]
+        cache, windows = dict(clips=[[i] for i in range(12)]), staticmethod(lambda cache, index, draws: index.tolist())
+    seen = [i for step in range(12) for i in train.A2V.batch(Task(), step, range(5))]
     assert all(sorted(seen[12 * e:12 * e + 12]) == list(range(12)) for e in range(5)) and seen[:12] != seen[12:24]
 
 
