@@ -1,4 +1,7 @@
-"""Data: a small world that makes sound, and media in and out.
+"""Data: a small world that makes sound, real clips as they were downloaded, and media in and out.
+
+    python data.py --data avsync15 --show look.png      # some clips as film strips over their sounds: look before you train
+    python data.py --data avsync15                      # prepare it (train.py does so by itself where that was not done)
 
 **The toybox.** Real clips that move with their sound are gigabytes, and nobody can say exactly when something in them
 happens. The toybox is a world that can: six things that sound, drawn and synthesised from a seed, nothing to download.
@@ -17,6 +20,12 @@ read any video of this world back: draw some sixty states, take the closest. Sce
 material) are drawn before and independently of events, and every clip starts at rest: the first frame never tells WHEN.
 Some clips are silent, some have sounds from off screen (a hum, a sweep, distant babble); in both nothing moves.
 
+**Real clips.** `--data` is a name (avsync15, greatesthits, vggsound, landscapes) or any folder of clips. `find_clips` reads
+the lists, tables and folder names that come with it; nothing is renamed or unpacked. `read_clip` decodes picture and sound
+on ONE clock: the tracks of a file may begin at different times, and a clip whose sound is 40 ms off teaches the wrong thing.
+What cannot be trusted is skipped, counted and named, never repaired in silence. `prepare` codes everything once (latents,
+log-mels), in shards that can be stopped at any moment, and the toybox goes the same way.
+
 **Media.** `read_audio`, `read_image`, `write_video`, `film_strip`, `log_mel`, and the two functions through which every
 checkpoint passes. Whatever is wrong with a file becomes a `BadInput` whose text says what was found, what was expected
 and what to do; `run_cli` prints it as one line and exits with code 2.
@@ -34,6 +43,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections import deque
 from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
@@ -590,12 +600,11 @@ def _describe(path, folder, split, label, texts):
 
 # ------------------------------------------------------------------------------------------------ real clips: decoding
 
-def _ffmpeg(path, arguments):
+def _ffmpeg(path, most, after):
     """Run the ffmpeg that imageio brings -> its output, and its log with a [level] on every line."""
     import imageio_ffmpeg
-    before, after = arguments
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", "-loglevel", "repeat+level+info", "-copyts", *before,
-               "-i", str(Path(path).resolve()), *after, "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", "-loglevel", "repeat+level+info", "-copyts",
+               "-t", str(most + 1), "-i", str(Path(path).resolve()), *after, "-"]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     return done.stdout, done.stderr.decode(errors="replace")
 
@@ -604,30 +613,31 @@ def _stamps(log, name):
     return [float(t) for t in re.findall(rf"Parsed_{name} .*pts_time:\s*(-?[\d.]+)", log)]
 
 
-def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, start=None, seconds=None):
+def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, most=600):
     """Both streams of a clip on ONE clock -> video uint8 (F, height, width, 3), waveform float32 (round(F / fps · rate),).
 
-    Each stream is decoded by one call of ffmpeg with the same start and length, and says at which time its first frame and
-    sample lie (tracks of a file often begin apart). The clip is the stretch that both cover, from a frame on. Centre
-    crop to the aspect, then an antialiased resize; mono; any rotation, pixel shape and rates. `sound`: a wav for a video
-    without one. Raises BadInput with the reason for whatever cannot be trusted: damaged, still, silent, 9 fps."""
+    Each stream is decoded by one call of ffmpeg, and says at which time its first frame and sample lie (tracks of a file
+    often begin apart). The clip is the stretch that both cover, from a frame on. Centre crop to the aspect, then an
+    antialiased resize; mono; any rotation, pixel shape and rates. `sound`: a wav for a video without one. Raises BadInput
+    with the reason for whatever cannot be trusted: damaged, still, silent, 9 fps; or longer than `most` seconds."""
     path = _existing(path, "video")
-    span = (["-ss", f"{start:.6f}"] if start else []) + (["-t", f"{seconds:.6f}"] if seconds else [])
     crop = f"crop=w='min(iw,ih*{width / height}/if(sar,sar,1))':h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1"
     picture = f"showinfo=checksum=0,fps={fps},format=rgb24,{crop},scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0"
-    raw, log = _ffmpeg(path, (span, ["-map", "0:V:0", "-vf", picture, "-f", "rawvideo", "-fps_mode", "passthrough"]))
+    raw, log = _ffmpeg(path, most, ["-map", "0:V:0", "-vf", picture, "-f", "rawvideo", "-fps_mode", "passthrough"])
     seen, shown = _stamps(log, "showinfo_0"), _stamps(log, "showinfo_6")
     _trust(path, log, "picture")
     video = np.frombuffer(raw, np.uint8)
     video = video[:len(shown) * height * width * 3].reshape(-1, height, width, 3)
     if len(video) < 2:
         raise BadInput(f"{path}: {len(video)} frames; at least 2 are needed")
+    if len(video) > most * fps:
+        raise BadInput(f"{path}: longer than {most / 60:g} minutes; cut it into clips")
     if len(seen) - 1 < .5 * fps * (seen[-1] - seen[0]):
         raise BadInput(f"{path}: {(len(seen) - 1) / (seen[-1] - seen[0]):.1f} frames per second; at least {fps / 2:g} are needed")
     tone = f"aresample={rate}:async=1,aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
-    raw, log = _ffmpeg(path, (span, ["-map", "0:a:0", "-af", tone, "-f", "f32le"]))
+    raw, log = _ffmpeg(path, most, ["-map", "0:a:0", "-af", tone, "-f", "f32le"])
     if sound and "matches no streams" in log:
-        raw, log = _ffmpeg(sound, (span, ["-map", "0:a:0", "-af", tone, "-f", "f32le"]))
+        raw, log = _ffmpeg(sound, most, ["-map", "0:a:0", "-af", tone, "-f", "f32le"])
         shown = [t - seen[0] for t in shown]                                  # a wav knows no time but its own: both begin at 0
     _trust(path, log, "sound")
     wave, heard = np.frombuffer(raw, np.float32), _stamps(log, "ashowinfo_2")
@@ -754,21 +764,24 @@ def load_weights(model, state, path):
 
 # ------------------------------------------------------------------------------------------------ windows: what is trained on
 
-def clip_windows(clip, size=64, frames=FRAMES, hop=.5):
+def clip_windows(clip, size=64, frames=FRAMES, hop=.5, lead=0.):
     """A real clip -> its windows, dicts of video, audio, caption, start (seconds). BadInput if the clip cannot be used.
 
     For training a window begins every `hop` seconds and the last one ends with the clip. These are the temporal crops, each
     with a first frame of its own: a causal VAE codes a crop otherwise than the same stretch within a clip. For evaluation
-    (split 'test') there are three, evenly spaced: 450 for AVSync15, 732 for The Greatest Hits."""
+    (split 'test') there are three, evenly spaced: 450 for AVSync15, 732 for The Greatest Hits. lead=0.5 is the protocol of
+    the CycleSync study (Syncphony C.2): the first begins at 0.5 s, each sound begins so much before its pictures (it can be
+    delayed and stays real), and clips too short for that are left out, which leaves AVSync15 with 438."""
     video, wave = read_clip(clip["path"], size, size, sound=clip["sound"])
-    spare, short = len(video) - frames, frames // 8
-    if spare < -short:
-        raise BadInput(f"{clip['path']}: {len(video) / FPS:.2f} s long; at least {(frames - short) / FPS:.2f} s are needed")
-    if spare < 0:                                                             # a little short: the last frame stays
-        video, spare = np.concatenate([video, np.repeat(video[-1:], -spare, 0)]), 0
-    starts = np.linspace(0, spare, 3).round() if clip["split"] == "test" else np.union1d(np.arange(0, spare, round(hop * FPS)), spare)
-    n, wave = round(frames / FPS * RATE), np.pad(wave, (0, round(frames / FPS * RATE)))
-    cut = lambda s: wave[round(s / FPS * RATE):][:n]                          # exactly n samples
+    first, short = round(lead * FPS), 1 if lead else frames // 8
+    spare = len(video) - frames
+    if spare < first - short:
+        raise BadInput(f"{clip['path']}: {len(video) / FPS:.2f} s long; at least {(first + frames - short) / FPS:.2f} s are needed")
+    if spare < first:                                                         # a little short: the last frame stays
+        video, spare = np.concatenate([video, np.repeat(video[-1:], first - spare, 0)]), first
+    starts = np.linspace(first, spare, 3).round() if clip["split"] == "test" else np.union1d(np.arange(first, spare, round(hop * FPS)), spare)
+    n, wave = round((lead + frames / FPS) * RATE), np.pad(wave, (0, round(frames / FPS * RATE)))
+    cut = lambda s: wave[round((s - first) / FPS * RATE):][:n]                # exactly n samples
     return [dict(video=video[s:s + frames], audio=cut(s), caption=clip["prompt"], start=s / FPS) for s in starts.astype(int)]
 
 
@@ -813,43 +826,60 @@ def prepare(folder, settings, items, vae, device, cast, hear=None, raw=False):
     per = max(32, math.ceil(len(items) / 500))
     shards = {k: items[a:a + per] for k, a in enumerate(range(0, len(items), per))}
     todo = [k for k in shards if not (folder / f"{k:05d}.json").is_file()]
-    jobs = {k: [(item, settings["resolution"]) for item in shards[k]] for k in todo}
-    left = sum(map(len, jobs.values()))
-    with workers() if left > 64 else nullcontext() as pool, torch.no_grad(), cast(), tqdm(
-            total=len(items), initial=len(items) - left, desc=f"preparing {folder.parent.name}", unit="clip", disable=None) as bar:
-        start = lambda k: pool.map_async(_prepared, jobs[k], 1).get if pool else lambda: [*map(_prepared, jobs[k])]
-        coming = start(todo[0]) if todo else None
-        for k, after in zip(todo, todo[1:] + [None]):                         # the next shard is decoded while this one is encoded
-            done = coming()
-            coming = start(after) if after is not None else None
-            _write_shard(folder, k, shards[k], done, vae, device, hear, raw)
-            bar.update(len(shards[k]))
+    jobs = [(item, settings["resolution"]) for k in todo for item in shards[k]]
+    with workers() if len(jobs) > 64 else nullcontext() as pool, torch.no_grad(), cast(), tqdm(
+            total=len(items), initial=len(items) - len(jobs), desc=f"preparing {folder.parent.name}", unit="clip", disable=None) as bar:
+        results = _ahead(pool, jobs, bar)
+        for k in todo:
+            _write_shard(folder, k, shards[k], results, vae, device, hear, raw)
     _write(folder / "manifest.json", json.dumps(dict(settings, shards=len(shards)), sort_keys=True))
+
+
+def _ahead(pool, jobs, bar, most=16):
+    """What `_prepared` makes of the jobs, in order; workers run at most so many jobs ahead (videos are large)."""
+    waiting = deque()
+    for job in jobs:
+        waiting.append(pool.apply_async(_prepared, (job,)).get if pool else lambda job=job: _prepared(job))
+        if len(waiting) > most * bool(pool):
+            yield waiting.popleft()()
+            bar.update()
+    for result in waiting:
+        yield result()
+        bar.update()
 
 
 def _name(item):
     return item if isinstance(item, int) else item["name"]
 
 
-def _write_shard(folder, k, items, done, vae, device, hear, raw):
-    windows = [w for ws in done if isinstance(ws, list) for w in ws]
-    latents = [np.zeros((0, 2), np.float16)]
-    for a in range(0, len(windows), 4):
-        video = torch.from_numpy(np.stack([w["video"] for w in windows[a:a + 4]])).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        latents.append(torch.stack(vae.encode(video), 1).cpu().to(torch.float16).numpy())         # (n, 2, C, L, h, w)
-    arrays = dict(latents=np.concatenate(latents[1:] or latents), mels=np.array([w["mel"] for w in windows], np.float16))
-    if hear:
-        arrays["features"] = np.array([hear(w["audio"]) for w in windows], np.float16)
-    if raw:
-        arrays.update(videos=np.array([w["video"] for w in windows], np.uint8), sounds=np.array([w["audio"] for w in windows], np.float16))
+def _write_shard(folder, k, items, results, vae, device, hear, raw):
+    rows, skipped, codes, batch = [], {}, [], []
+    arrays = dict(mels=[], **({"features": []} if hear else {}), **({"videos": [], "sounds": []} if raw else {}))
+
+    def encode():
+        video = torch.from_numpy(np.stack(batch)).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1         # (n, 3, F, H, W)
+        codes.append(torch.stack(vae.encode(video), 1).cpu().to(torch.float16).numpy())                       # (n, 2, C, L, h, w)
+        batch.clear()
+    for item, windows in zip(items, results):
+        if isinstance(windows, str):
+            skipped[_name(item)] = windows
+            continue
+        for w in windows:
+            made = dict(mels=w["mel"], videos=w["video"], sounds=w["audio"], features=hear(w["audio"]) if hear else None)
+            for name, rows_of in arrays.items():
+                rows_of.append(made[name] if name == "videos" else made[name].astype(np.float16))
+            rows.append([_name(item), w["caption"], w["start"]]), batch.append(w["video"])
+            if len(batch) == 4:
+                encode()
+    if batch:
+        encode()
+    arrays = {name: np.array(values) for name, values in arrays.items()} | dict(latents=np.concatenate(codes) if codes else np.zeros((0, 2)))
     sums = {}
     for key, array in arrays.items():
         part = temporary(folder / f"{k:05d}-{key}.npy")
         np.save(part, array)
         sums[key] = zlib.crc32(part.read_bytes())
         os.replace(part, folder / f"{k:05d}-{key}.npy")
-    rows = [[_name(item), w["caption"], w["start"]] for item, ws in zip(items, done) if isinstance(ws, list) for w in ws]
-    skipped = {_name(item): why for item, why in zip(items, done) if isinstance(why, str)}
     _write(folder / f"{k:05d}.json", json.dumps(dict(rows=rows, skipped=skipped, crc32=sums), sort_keys=True))
 
 
@@ -902,6 +932,7 @@ def hubert(name, device):
     except (OSError, ValueError) as why:
         raise BadInput(f"--hubert {name}: {str(why).splitlines()[0]}; give a folder or a name on the hub, such as facebook/hubert-large-ls960-ft") from None
 
+    @torch.no_grad()
     def features(wave):
         x = torch.from_numpy((wave - wave.mean()) / (wave.std() + 1e-7)).to(device)
         x = F.pad(x, (40, 40))                                                # a window of 400 every 320: centres at (i + 0.5) 20 ms

@@ -319,20 +319,20 @@ class ByteText(nn.Module):
 
 
 class MelEncoder(nn.Module):
-    """Log-mels at 100 Hz -> features at 50 Hz, in place of HuBERT. Dilated convolutions reach 0.65 s to either side:
-    a hammer must be lifted before it is heard, and the window of a latent alone sees 0.25 s ahead."""
+    """Log-mels at 100 Hz -> features at 50 Hz, in place of HuBERT. Dilated convolutions reach 1.3 s to either side: a ball
+    must start to roll 0.8 s before it is heard to hit, and the window of a latent alone sees 0.25 s ahead."""
 
     def __init__(self, A, mels=64):
         super().__init__()
         self.strided = nn.Conv1d(mels, A, 4, 2, padding=1)
-        self.norms = nn.ModuleList([nn.LayerNorm(A) for _ in range(6)])
-        self.layers = nn.ModuleList([nn.Conv1d(A, A, 3, padding=g, dilation=g) for g in (1, 2, 4, 8, 16)])
+        self.norms = nn.ModuleList([nn.LayerNorm(A) for _ in range(7)])
+        self.layers = nn.ModuleList([nn.Conv1d(A, A, 3, padding=g, dilation=g) for g in (1, 2, 4, 8, 16, 32)])
 
     def forward(self, mel):                                                   # (B, 2S, mels) -> (B, S, A)
         x = self.strided(mel.transpose(1, 2)).transpose(1, 2)
         for norm, layer in zip(self.norms, self.layers):
             x = x + layer(F.gelu(norm(x)).transpose(1, 2)).transpose(1, 2)
-        return self.norms[5](x)
+        return self.norms[-1](x)
 
 
 # ------------------------------------------------------------------------------------------------ the transformer

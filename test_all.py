@@ -745,9 +745,9 @@ def test_bad_input_is_one_line_on_stderr_exit_code_two_and_nothing_written(toy, 
         err = capsys.readouterr().err.strip()
         assert err.startswith("error: ") and "\n" not in err and "Traceback" not in err, (case, err)
     assert cli(sample, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt") == 2 and "--audio is missing" in capsys.readouterr().err
-    for module, argv in ((train, ["--task", "dance"]), (train, ["--data", "nowhere"]), (train, ["--size", "huge"]), (train, ["--lr", "inf"]), (train, ["--resolution", 50]), (train, ["--tune-decoder", "x.pt"]),
-                         (train, ["--batch-size", 5, "--accum", 2]), (cyclesync, ["--data", "nowhere"]), (cyclesync, ["--clips", 1])):
-        assert cli(module, *argv, *([] if module is cyclesync else ["--out", tmp_path / "out", "--data-root", tmp_path / "out"])) == 2, argv
+    for module, argv in ((train, ["--task", "dance"]), (train, ["--data", "nowhere"]), (train, ["--size", "huge"]), (train, ["--lr", "inf"]), (train, ["--resolution", 50]), (train, ["--tune-decoder", "x.pt"]), (train, ["--task", "vae", "--data", "avsync15"]), (data, ["--data", "nowhere"]),
+                         (train, ["--batch-size", 5, "--accum", 2]), (data, ["--size", "miniflux"]), (cyclesync, ["--data", "nowhere"]), (cyclesync, ["--clips", 1])):
+        assert cli(module, *argv, *([] if module is cyclesync else ["--data-root", tmp_path / "out"] if module is data else ["--out", tmp_path / "out", "--data-root", tmp_path / "out"])) == 2, argv
         err = capsys.readouterr().err.strip()
         assert err.startswith("error: ") and "\n" not in err, (argv, err)
     assert not (tmp_path / "out").exists()
@@ -864,6 +864,11 @@ def test_what_cannot_be_trusted_is_skipped_with_its_reason(odd):
         assert word in reasons[f"{name}.mp4"]
 
 
+def test_a_film_is_not_a_clip(odd):
+    with pytest.raises(data.BadInput, match="longer than 0.02 minutes; cut it"):
+        data.read_clip(odd / "ok/plain.mp4", 32, 32, most=1.2)
+
+
 def tree(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -976,6 +981,16 @@ def test_evaluation_takes_three_evenly_spaced_windows(tmp_path):
     assert [w["start"] for w in windows] == [0, 0, 0] and all(w["video"].shape == (49, 32, 32, 3) and len(w["audio"]) == 32667 for w in windows)
 
 
+def test_the_shift_study_starts_half_a_second_in_and_drops_what_is_shorter(tmp_path):
+    """Syncphony C.2: (150 - 4) x 3 = 438 clips of AVSync15; each sound reaches back so far that a delay needs no padding."""
+    clip = dict(path=str(flash_clip(tmp_path / "a.mp4", seconds=4.)), split="test", prompt="p", sound=None)
+    windows, plain = data.clip_windows(clip, 32, lead=.5), data.read_clip(clip["path"], 32, 32)
+    assert windows[0]["start"] == .5 and windows[-1]["start"] == (len(plain[0]) - 49) / 24
+    assert np.array_equal(windows[0]["audio"], plain[1][:round((.5 + 49 / 24) * 16000)]) and np.array_equal(windows[0]["video"], plain[0][12:61])
+    with pytest.raises(data.BadInput, match="2.50 s are needed"):
+        data.clip_windows(dict(clip, path=str(flash_clip(tmp_path / "b.mp4", seconds=2.4))), 32, lead=.5)
+
+
 def cache_bytes(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
 
@@ -1045,7 +1060,7 @@ def test_every_window_of_a_clip_is_drawn_in_time_and_no_two_processes_share_a_sa
     assert all(train.A2V.batch(task, s, [0, 1]) + train.A2V.batch(task, s, [2, 3]) == e for s, e in enumerate(epochs))
 
 
-def test_hubert_features_are_fifty_a_second_and_centred(tmp_path):
+def test_hubert_features_are_fifty_a_second(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     transformers.HubertModel(transformers.HubertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(tmp_path)

@@ -125,6 +125,8 @@ class VAE:
     def __init__(self, args, device, cast, world):
         if args.size != "tiny":
             raise BadInput(f"--size {args.size}: the VAE is trained from scratch as tiny only; the published one is loaded, never trained")
+        if args.data != "toybox":
+            raise BadInput(f"--data {args.data}: the VAE is trained on the toybox only; leave --data out")
         self.args, self.device = args, device
         self.config = autoencoders.VAEConfig(**autoencoders.SIZES[args.size])
         self.net = autoencoders.CausalVideoVAE(self.config)
