@@ -13,8 +13,29 @@ every time; nothing in it is trained.
                    taken on moving frames (|s| > 0.15) only: still frames are copies of the first and would flatter
     chance         the same videos against ANOTHER clip's events
 
+**CycleSync** (Syncphony section 4) needs no truth: a video-to-audio model f makes a sound from the silent video; the better
+that sound's onsets agree with those of the real one, the better the video was synchronised. With A and A' the two sets,
+
+    score = (#{a in A near some a' in A'} + #{a' near some a}) / (2 |A u A'|)                                eqs. 3, 4
+
+Where the paper contradicts itself or is silent, this file does the following, and a test says each in words:
+
+    tolerance   5 ms in appendix C.1, 0.05 s in C.2.1. 50 ms: an analysis frame is 23 ms, and the detector does not even
+                agree with itself to 5 ms (the same recording at two sample rates: 0-7 % of onsets, at 50 ms 97-100 %)
+    the union   never defined. `set` counts equal times once and is the literal reading: identical lists score 1, lists that
+                are one analysis frame apart score 0.5. `merged` counts a matched pair once and scores 1 for both. The paper's
+                magnitudes (22 for real clips) fit `set`; `merged` is what one can interpret. Both are printed
+    detector    librosa's at 22 050 Hz whatever the file's rate: at 16 kHz it reports every hit twice
+    silence     one side without an onset: 0. Both: nothing can be said, the clip is left out and counted
+
+Real clips score 22 of 100 with the model that the paper used: a score means something only beside that of the ground truth
+and that of shuffled sounds. **AV-Align** (TempoTokens) asks for peaks of optical flow at onsets; it exists in two versions
+that give different numbers (`av_align`), and depends on resolution and frame rate. `lag` is a plain cross-correlation.
+
     python cyclesync.py --ckpt weights/a2v-toybox.pt --data toybox --clips 96 --seed 0
     python cyclesync.py --audio claps.wav        # no truth for a recording: its onsets, as librosa hears them, stand in
+    python cyclesync.py clip.mp4                 # any video with its own sound: onsets, lag, AV-Align
+    python cyclesync.py --pairs true/ remade/    # CycleSync of sounds that any program made from videos
 
     F frames · n events · S states · video uint8 (F, H, W, 3) · times in seconds
 """
@@ -22,12 +43,13 @@ import json
 import math
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import FPS, KINDS, RATE, STATES, TIMING, Parser, number, read_audio, run_cli, toybox_clip, toybox_draw
+from data import FPS, KINDS, RATE, STATES, TIMING, BadInput, Parser, number, read_audio, read_clip, run_cli, toybox_clip, toybox_draw
 from sample import A2V_FILE, VAE_FILE, Deaf, animate, load_a2v, pick_device
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
@@ -116,6 +138,90 @@ def score_toybox(videos, clips):
     other = dict(zip(eventful, eventful[1:] + eventful[:1]))                  # each clip's sound goes to the next one
     shuffled = event_scores([truth[other[i]] for i in eventful], [read[i] for i in eventful])
     return scores, kinds, shuffled
+
+
+# ------------------------------------------------------------------------------------------------ CycleSync, AV-Align, lag
+
+def onsets(wave, rate):
+    """When librosa hears something begin in a waveform (samples,) -> times (n,), multiples of 512 / 22 050 s = 23 ms.
+
+    Always at 22 050 Hz: at 16 kHz the detector's local-maximum test spans no frame and every hit is reported twice."""
+    import librosa
+    wave = np.asarray(wave, np.float32)
+    wave = wave if rate == 22050 else librosa.resample(wave, orig_sr=rate, target_sr=22050)
+    return librosa.onset.onset_detect(y=wave, sr=22050, hop_length=512, units="time") if len(wave) >= 2048 else np.zeros(0)
+
+
+def cyclesync(heard, remade, tolerance=.05):
+    """Syncphony eqs. 3, 4: onsets (n,) of the true sound against onsets (m,) of the sound made from the video, in seconds
+    -> (score over the literal union, score over the merged union), both nan where neither side has an onset.
+
+    An onset counts if ANY onset of the other side lies within the tolerance; pairing is not one to one."""
+    heard, remade = np.asarray(heard, float), np.asarray(remade, float)
+    near = np.abs(heard[:, None] - remade[None]) <= tolerance + 1e-9          # (n, m)
+    matched, total = int(near.any(1).sum() + near.any(0).sum()), len(heard) + len(remade)
+    if total == 0:
+        return float("nan"), float("nan")
+    union = len(np.unique(np.concatenate([heard, remade]).round(6)))          # equal times count once
+    return matched / (2 * union), matched / (2 * (total - matched / 2))
+
+
+def video_cyclesync(frames, fps, wave, rate, f_v2a, tolerance=.05, trim_start=0.):
+    """CycleSync of a video uint8 (F, H, W, 3) with its sound (samples,). f_v2a(frames, fps) -> waveform, rate makes a sound
+    from the picture alone; onsets before `trim_start` seconds are left out (a sound cut from a longer one begins with one)."""
+    kept = [t[t >= trim_start] for t in (onsets(wave, rate), onsets(*f_v2a(frames, fps)))]
+    return cyclesync(*kept, tolerance)
+
+
+def av_align(audio_times, video_times, fps, once=True):
+    """AV-Align (TempoTokens): audio peaks in order, each takes the first unused video peak nearer than one frame -> |matched| /
+    |union|, nan without any peak. once=False is the rule before February 2025: peaks may be used again and scores pass 1."""
+    used, matched = set(), 0
+    for t in audio_times:
+        near = [j for j, v in enumerate(video_times) if abs(v - t) < 1 / fps and not (once and j in used)]
+        if near:
+            used.add(near[0])
+            matched += 1
+    union = len(audio_times) + len(video_times) - matched
+    return matched / union if union else float("nan")
+
+
+def flow_curve(frames):
+    """Mean optical flow (Farneback, pixels) between neighbouring frames of uint8 (F, H, W, 3) -> (F,), the first value twice."""
+    try:
+        import cv2
+    except ImportError:
+        raise BadInput("AV-Align's video half is OpenCV's optical flow, an extra: pip install opencv-python-headless") from None
+    grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]
+    flow = [np.hypot(*np.moveaxis(cv2.calcOpticalFlowFarneback(a, b, None, .5, 3, 15, 3, 5, 1.2, 0), -1, 0)).mean() for a, b in zip(grey, grey[1:])]
+    return np.array(flow[:1] + flow)
+
+
+def flow_peaks(curve, fps, least=.1):
+    """Strict local maxima of at least `least` pixels (least=0: the older rule) -> seconds."""
+    inner = np.arange(1, len(curve) - 1)
+    return inner[(curve[inner] > curve[inner - 1]) & (curve[inner] > curve[inner + 1]) & (curve[inner] >= least)] / fps
+
+
+def lag(frames, fps, wave, rate, most=.5):
+    """How much later things move than they sound, in seconds, for any video: the shift within ±`most` at which the change
+    between frames correlates best with librosa's onset strength -> (lag, confidence). The confidence is the height of that
+    peak over all other shifts in standard deviations: under about 3 there is no one answer (a steady rhythm has several)."""
+    import librosa
+    motion = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean((1, 2, 3))                   # between frames k and k + 1
+    wave = wave if rate == 22050 else librosa.resample(np.asarray(wave, np.float32), orig_sr=rate, target_sr=22050)
+    strength = librosa.onset.onset_strength(y=wave, sr=22050, hop_length=220)
+    t = np.arange(0, len(frames) / fps, .01)                                                      # both on one grid of 10 ms
+    m = np.interp(t, (np.arange(len(motion)) + 1) / fps, motion)                                  # a change is seen when frame k + 1 is
+    s = np.interp(t, np.arange(len(strength)) * 220 / 22050, strength)
+    if m.std() < 1e-6 or s.std() < 1e-6:
+        return float("nan"), 0.
+    m, s, reach = (m - m.mean()) / m.std(), (s - s.mean()) / s.std(), min(round(most / .01), len(t) // 2)
+    shifts = np.arange(-reach, reach + 1)
+    match = np.array([np.mean(m[max(0, k):len(t) + min(0, k)] * s[max(0, -k):len(t) - max(0, k)]) for k in shifts])
+    best = int(match.argmax())
+    rest = match[np.abs(shifts - shifts[best]) > 10]                                              # shifts further than 0.1 s away
+    return shifts[best] * .01, float((match[best] - rest.mean()) / (rest.std() + 1e-9))
 
 
 # ------------------------------------------------------------------------------------------------ videos to score
@@ -217,8 +323,63 @@ def evaluate_recording(args):
     print(json.dumps(result))
 
 
+def mean_and_interval(values, rounds=2000):
+    """Mean and its 95 % bootstrap interval over clips; nan values (no onset on either side) are left out and counted."""
+    values = np.asarray(values, float)
+    kept = values[np.isfinite(values)]
+    if len(kept) == 0:
+        return dict(mean=None, low=None, high=None, clips=0, undefined=len(values))
+    means = np.random.default_rng(0).choice(kept, (rounds, len(kept))).mean(1)
+    return dict(mean=kept.mean(), low=np.quantile(means, .025), high=np.quantile(means, .975), clips=len(kept), undefined=len(values) - len(kept))
+
+
+def score_pairs(args):
+    """Two folders of sound files with the same names: true sounds, and sounds that any program made from the videos."""
+    folders = [Path(f) for f in args.pairs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise BadInput(f"--pairs {folder}: no such folder; give two folders of sound files with the same names")
+    files = [{p.stem: p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")} for folder in folders]
+    names = [n for n in files[0] if n in files[1]]
+    if not names:
+        raise BadInput(f"--pairs {folders[0]} {folders[1]}: no file name occurs in both (the suffix may differ); there are {len(files[0])} and {len(files[1])} files")
+    heard = [[t[t >= args.trim_start] for t in (onsets(read_audio(f[n]), RATE) for f in files)] for n in tqdm(names, disable=None, leave=False)]
+    chance = [(a, heard[(i + 1) % len(heard)][1]) for i, (a, _) in enumerate(heard)]              # everybody's sound against his neighbour's
+    result = {}
+    print(f"{len(names)} pairs ({sum(len(set(f) - set(names)) for f in files)} files without a partner), tolerance {1000 * args.tolerance:g} ms; "
+          f"mean and its 95 % interval, literal union and merged union")
+    for row, pairs in (("cyclesync", heard), ("shuffled", chance)):
+        scores = np.array([cyclesync(a, b, args.tolerance) for a, b in pairs])
+        result[row] = {union: mean_and_interval(scores[:, i]) for i, union in enumerate(("set", "merged"))}
+        show = lambda r: "undefined" if r["mean"] is None else f"{r['mean']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
+        print(f"{row:12s}{show(result[row]['set']):>28s}{show(result[row]['merged']):>28s}   {result[row]['set']['undefined']} pairs without any onset left out")
+    print(json.dumps(result))
+
+
+def score_clip(args):
+    """One video with its own sound: where it sounds, how much later it moves, AV-Align."""
+    frames, wave = read_clip(args.clip, 256, 256)
+    if len(frames) < FPS // 2:
+        raise BadInput(f"{args.clip}: {len(frames) / FPS:.2f} s long; at least 0.5 s are needed")
+    heard, (late, sure) = onsets(wave, RATE), lag(frames, FPS, wave, RATE)
+    print(f"{args.clip}: {len(frames) / FPS:.2f} s, sound begins at {' '.join(f'{t:.2f}' for t in heard) or 'no time'}")
+    print(f"motion is {1000 * late:+.0f} ms after the sound, confidence {sure:.1f}" + (" (too little to mean anything)" if not sure > 3 else ""))
+    result = dict(onsets=heard.tolist(), lag_s=late, confidence=sure, av_align=None)
+    try:
+        curve = flow_curve(frames)
+        result["av_align"] = av_align(heard, flow_peaks(curve, FPS), FPS)
+        print(f"AV-Align {result['av_align']:.3f} (at {FPS} fps and 256 px: it depends on both), older rule {av_align(heard, flow_peaks(curve, FPS, 0.), FPS, once=False):.3f}")
+    except BadInput as why:
+        print(why)
+    print(json.dumps({k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in result.items()}))
+
+
 def arguments():
     p = Parser(__doc__)
+    p.add_argument("clip", nargs="?", help="score this one video with its own sound")
+    p.add_argument("--pairs", nargs=2, metavar=("REF", "HAT"), help="CycleSync of two folders of sounds: true ones, and ones made from the videos")
+    p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: how far apart two onsets may be, seconds")
+    p.add_argument("--trim-start", type=number(low=0), default=0., help="CycleSync: leave out onsets before so many seconds")
     p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
     p.add_argument("--data", default="toybox", choices=("toybox",), help="on which data")
@@ -232,7 +393,7 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    evaluate_recording(args) if args.audio else evaluate(args)
+    (score_clip if args.clip else score_pairs if args.pairs else evaluate_recording if args.audio else evaluate)(args)
 
 
 if __name__ == "__main__":

@@ -778,6 +778,114 @@ def test_agreement_with_a_recording_is_one_for_things_that_move_at_its_onsets(to
     assert set(result) == set(data.KINDS) and all(r["onsets"] == 2 and r["met"] == met and r["followed"] == followed for r in result.values())
 
 
+# ------------------------------------------------------------------------------------------------ cyclesync.py: CycleSync, AV-Align, lag
+
+@golden
+def test_onsets_and_cyclesync_are_those_of_the_stored_cases():
+    z = np.load(GOLDEN / "cyclesync.npz")
+    for case in {k.split("/")[0] for k in z.files if "/" in k}:
+        found = [cyclesync.onsets(z[f"{case}/{side}"], int(sr)) for side, sr in zip(("ref", "hat"), z[f"{case}/sr"])]
+        assert all(np.allclose(f, z[f"{case}/22050/onsets_{side}"], atol=1e-9) for f, side in zip(found, ("ref", "hat")))
+        for rate in ("native", "22050"):
+            for ms in (5, 50):
+                sets = [z[f"{case}/{rate}/onsets_{side}"] for side in ("ref", "hat")]
+                assert cyclesync.cyclesync(*sets, ms / 1000) == pytest.approx(tuple(z[f"{case}/{rate}/{ms}ms"][5:]), abs=1e-12, nan_ok=True)
+
+
+@golden
+def test_av_align_is_the_published_one():
+    z = np.load(GOLDEN / "av_align.npz")
+    for case in {k.split("/")[0] for k in z.files if "/" in k}:
+        fps, audio, video = float(z[f"{case}/fps"]), z[f"{case}/audio_peaks"], z[f"{case}/video_peaks"]
+        if f"{case}/audio" in z.files:
+            assert np.allclose(cyclesync.onsets(z[f"{case}/audio"], int(z[f"{case}/sr"])), audio, atol=1e-6)
+            assert np.allclose(cyclesync.flow_peaks(z[f"{case}/flow"], fps), video, atol=1e-12)
+        assert cyclesync.av_align(audio, video, fps) == pytest.approx(float(z[f"{case}/score"]), abs=1e-12, nan_ok=True)
+
+
+@golden
+def test_the_flow_is_that_of_the_published_av_align():
+    pytest.importorskip("cv2")
+    z = np.load(GOLDEN / "av_align.npz")
+    for case in ("sync_24fps_16k", "sync_6fps_16k", "static_video_24fps"):
+        assert np.allclose(cyclesync.flow_curve(np.ascontiguousarray(z[f"{case}/frames"][..., ::-1])), z[f"{case}/flow"], atol=1e-5)      # stored as BGR
+
+
+def test_what_the_paper_leaves_open_about_cyclesync_is_settled_like_this():
+    score, t = cyclesync.cyclesync, np.array([.5, 1., 1.5])
+    hop = 512 / 22050
+    assert score(t, t) == (1, 1) and score(t, t + .2) == (0, 0) and score(t, []) == (0, 0)
+    assert np.isnan(score([], [])).all()                                      # silence says nothing about timing
+    assert score(t, t + hop) == (.5, 1)                                       # the literal union is discontinuous, the merged one is not
+    assert score(t, t + hop, .005) == (0, 0)                                  # 5 ms is less than an analysis frame
+    assert score([.5, .52], [.51]) == pytest.approx((3 / 6, 3 / 3))           # existence, not pairing: one onset may satisfy two
+    a, b = np.array([.2, .9, 1.4]), np.array([.22, 1.1])
+    assert score(a, b) == score(b, a)
+
+
+def test_a_hit_is_reported_once_whatever_the_sample_rate():
+    """At 16 kHz librosa's detector on its own reports it twice."""
+    for rate in (16000, 22050, 44100, 48000):
+        wave = 1e-4 * np.random.default_rng(0).standard_normal(2 * rate)
+        for t in (.5, 1.2):
+            n = round(t * rate)
+            wave[n:n + rate // 5] += np.sin(np.arange(rate // 5) / rate * 2 * np.pi * 900) * np.exp(-np.arange(rate // 5) / rate / .03)
+        found = cyclesync.onsets(wave, rate)
+        assert len(found[found > .1]) == 2 and np.abs(found[found > .1] - [.5, 1.2]).max() < .05, rate
+    assert len(cyclesync.onsets(np.zeros(16000), 16000)) == len(cyclesync.onsets(np.zeros(100), 16000)) == 0
+
+
+def test_the_cyclesync_of_a_video_asks_the_model_for_a_sound_of_the_silent_frames():
+    clip = data.toybox_clip(cyclesync.HELD_OUT, 32)
+    asked = []
+    score = cyclesync.video_cyclesync(clip["video"], 24, clip["audio"], 16000, lambda frames, fps: asked.append((frames.shape, fps)) or (clip["audio"], 16000))
+    assert asked == [((49, 32, 32, 3), 24)] and score == (1, 1)
+
+
+def test_the_lag_of_a_video_is_how_much_later_it_moves_than_it_sounds():
+    """Planted lags come back within half a frame; where nothing moves or sounds there is none."""
+    frames, times = np.full((96, 16, 16, 3), 50, np.uint8), np.array([.5, 1.3, 1.7, 2.9])
+    for t in times:
+        for k in range(8):                                                    # a flash that fades
+            frames[round(24 * t) + k] = 50 + 170 * .6 ** k
+    for late in (-.25, 0., .125):
+        wave = 1e-4 * np.random.default_rng(0).standard_normal(64000).astype(np.float32)
+        for t in times - late:
+            wave[round(16000 * t):][:800] += np.random.default_rng(1).standard_normal(800) * np.exp(-np.arange(800) / 100)
+        found, sure = cyclesync.lag(frames, 24, wave, 16000)
+        assert abs(found - late) < .5 / 24 + .012 and sure > 3
+    assert np.isnan(cyclesync.lag(frames[:24] * 0, 24, wave, 16000)[0])
+
+
+def test_two_folders_of_sounds_are_scored_beside_chance(tmp_path, capsys):
+    for i in range(4):
+        wave = data.toybox_clip(i, video=False, kind="ball")["audio"]
+        for folder in ("true", "remade"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            soundfile.write(tmp_path / folder / f"{i}.wav", wave, 16000)
+    assert cli(cyclesync, "--pairs", tmp_path / "true", tmp_path / "remade") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["cyclesync"]["merged"]["mean"] == 1 > result["shuffled"]["merged"]["mean"]
+    assert cli(cyclesync, "--pairs", tmp_path / "true", tmp_path / "none") == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_one_video_is_scored_with_its_own_sound(odd, capsys):
+    assert cli(cyclesync, odd / "ok/plain.mp4") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert any(abs(t - 1.1) < .05 for t in result["onsets"]) and min(abs(result["lag_s"]), abs(result["lag_s"] - .2)) < .05   # on, or off
+    for name, word in (("mute.mp4", "no sound"), ("still.mp4", "static"), ("blind.mp4", "no picture"), ("short.mp4", "0.08 s")):
+        assert cli(cyclesync, odd / "bad" / name) == 2
+        err = capsys.readouterr().err.strip()
+        assert err.startswith("error: ") and word in err and "\n" not in err
+
+
+def test_the_interval_of_a_mean_covers_it_and_leaves_out_what_is_undefined():
+    values = np.random.default_rng(0).normal(.3, .1, 200)
+    r = cyclesync.mean_and_interval([*values, np.nan, np.nan])
+    assert r["low"] < r["mean"] == pytest.approx(values.mean()) and r["mean"] < r["high"] and r["high"] - r["low"] == pytest.approx(4 * .1 / 200 ** .5, rel=.2)
+    assert r["clips"] == 200 and r["undefined"] == 2 and cyclesync.mean_and_interval([np.nan])["mean"] is None
+
+
 # ------------------------------------------------------------------------------------------------ data.py: real clips
 
 def ffmpeg(*arguments, stdin=None):
