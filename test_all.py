@@ -998,6 +998,10 @@ def test_avsync15_is_read_as_downloaded(tmp_path):
         "videos/" + a: ("train", "dog barking", "dog_barking"), "videos/" + b: ("train", "playing violin fiddle", "playing_violin__fiddle"),
         "videos/" + c: ("test", "dog barking", "dog_barking")}
     assert "1 named there are missing, for instance dog_barking/gone.mp4" in words and "2 train, 1 test" in words
+    (tmp_path / "AVSync15/videos" / c).rename(tmp_path / "AVSync15" / Path(c).name)                # found by its name, dots and all
+    assert Path(c).name in found(tmp_path / "AVSync15")[0]
+    (tmp_path / "AVSync15/test.txt").write_text(Path(c).stem)
+    assert Path(c).name in found(tmp_path / "AVSync15")[0]
     (tmp_path / "AVSync15/class_mapping.json").write_text('{"dog_barking": "a dog barks"}')
     assert found(tmp_path / "AVSync15")[0]["videos/" + a][1] == "a dog barks"
 
@@ -1048,7 +1052,7 @@ def test_any_tree_of_clips_gets_a_split_that_is_announced_and_stays(tmp_path):
     tree(tmp_path, *(f"class_{i % 3}/clip.{i}.{'mp4 mkv webm mov avi'.split()[i % 5]}" for i in range(40)), "class_0/notes.txt", ".hidden.mp4")
     first, words, clips = found(tmp_path)
     assert len(first) == 40 and 1 <= sum(s == "test" for s, _ in first.values()) <= 12 and "invented" in words and {c["prompt"] for c in clips} == {"class 0", "class 1", "class 2"}
-    tree(tmp_path, "class_9/new.mp4")
+    tree(tmp_path, "a_new_one/first.mp4")
     assert {k: v for k, v in found(tmp_path)[0].items() if k in first} == first
 
 
@@ -1119,6 +1123,7 @@ def test_a_cache_that_was_killed_at_any_moment_ends_as_the_same_bytes(tmp_path, 
     while moments:
         with pytest.raises(SystemExit):
             fill("killed")
+    (tmp_path / "killed/.00001-mels.1234.npy").write_text("half")             # what a SIGKILL leaves behind
     fill("killed")
     assert cache_bytes(tmp_path / "killed") == want and not list((tmp_path / "killed").glob(".*"))
 
