@@ -943,7 +943,7 @@ def hubert(name, device):
 
 # ------------------------------------------------------------------------------------------------ the command: look and prepare
 
-def source(name, root="data", clips=2500):
+def source(name, root="data", clips=2000):
     """--data -> a label for its cache, its items by split, and a line on what was found."""
     if name == "toybox":
         return f"toybox-{clips}", dict(train=list(range(clips)), test=[]), f"toybox: {clips} clips, drawn from their seeds"
@@ -952,7 +952,7 @@ def source(name, root="data", clips=2500):
     return dataset_folder(name, root).resolve().name, splits, words
 
 
-def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2500, hear=None, say=print):
+def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000, hear=None, say=print):
     """The cache of a dataset's split, made first where it is absent or unfinished. `tag` names the VAE that codes it; `say`
     gets the report: what was found, what was skipped and why."""
     label, splits, words = source(name, root, clips)
@@ -972,7 +972,7 @@ def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2500,
     return cache
 
 
-def contact_sheet(name, root, path, size=64, rows=8, clips=2500):
+def contact_sheet(name, root, path, size=64, rows=8, clips=2000):
     """What one looks at before training: some clips as film strips over their sounds, event times marked where they are known."""
     from PIL import Image, ImageDraw
     _, splits, words = source(name, root, clips)
@@ -1005,7 +1005,7 @@ def arguments():
     p = Parser(__doc__)
     p.add_argument("--data", default="toybox", help=f"toybox, {', '.join(DATASETS)}, or a folder of clips")
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
-    p.add_argument("--clips", type=number(int, 1), default=2500, help="toybox: how many clips")
+    p.add_argument("--clips", type=number(int, 1), default=2000, help="toybox: how many clips")
     p.add_argument("--size", default="tiny", choices=("tiny", "small", "miniflux"), help="the network that the cache is for")
     p.add_argument("--resolution", type=number(int, 32, 512), default=64, help="side of the pictures in pixels, a multiple of 32")
     p.add_argument("--vae", help="the VAE that makes the latents; weights/vae-toybox.pt if not given")

@@ -80,7 +80,7 @@ def fingerprint(vae):
     digest = hashlib.sha256(json.dumps(asdict(vae.cfg), sort_keys=True).encode())
     for name, w in sorted(vae.state_dict().items()):
         if name.startswith(("encoder", "quant_conv")):
-            digest.update(w.half().cpu().numpy().tobytes())
+            digest.update((w.half() + 0.).cpu().numpy().tobytes())            # -0 and 0 are one number, but not one byte
     return digest.hexdigest()[:16]
 
 
