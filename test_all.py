@@ -1379,7 +1379,7 @@ def test_the_shipped_weights_move_things_on_their_sounds():
     clips = [data.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=data.KINDS[i % 6]) for i in range(24)]
     made = cyclesync.generate_toybox(net, vae, clips, cast, steps=10, asg=2., cfg=0.)
     scores, _, shuffled = cyclesync.score_toybox(made, clips)
-    assert scores["f1_50"] > .9 and scores["f1_50"] > 2 * shuffled["f1_50"] and scores["residual"] < .5 and scores["false_per_quiet_clip"] == 0
+    assert scores["f1_50"] > .9 and scores["f1_50"] > 2 * shuffled["f1_50"] and scores["residual"] < .2 and scores["false_per_quiet_clip"] == 0
     deaf = cyclesync.generate_toybox(sample.Deaf(net), vae, clips, cast, steps=4, asg=0., cfg=0.)
     assert cyclesync.score_toybox(deaf, clips)[0]["f1_50"] < .3
 

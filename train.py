@@ -450,7 +450,7 @@ def arguments():
     p.add_argument("--clips", type=number(int, 1), default=2000, help="a2v: toybox clips to render and cache")
     p.add_argument("--vae", default=str(VAE_FILE), help="a2v: the VAE that makes the latents")
     # how long, how fast
-    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1350, vae 6000)")
+    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, vae 6000)")
     p.add_argument("--batch-size", type=number(int, 1), default=16, help="clips per step, over all processes and --accum")
     p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
     p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v 0.005, vae 0.002)")
@@ -484,7 +484,7 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    args.steps = args.steps or {"a2v": 1350, "vae": 6000}[args.task]
+    args.steps = args.steps or {"a2v": 1550, "vae": 6000}[args.task]
     args.lr = {"a2v": 5e-3, "vae": 2e-3}[args.task] if args.lr is None else args.lr
     if args.tune_decoder and args.task != "vae":
         raise BadInput(f"--tune-decoder {args.tune_decoder}: only --task vae has a decoder; add --task vae or leave it out")
