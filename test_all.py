@@ -1060,6 +1060,12 @@ def test_any_tree_of_clips_gets_a_split_that_is_announced_and_stays(tmp_path):
     assert {k: v for k, v in found(tmp_path)[0].items() if k in first} == first
 
 
+def test_known_event_times_are_marked_where_they_are_heard():
+    strip = data.film_strip(np.zeros((48, 32, 32, 3), np.uint8), np.zeros(32000, np.float32), events=[.5, 1.5, 7.])
+    red = np.flatnonzero((strip[-20] == [220, 40, 40]).all(-1))
+    assert strip.shape == (72, 12 * 32, 3) and red.tolist() == [96, 288]      # a quarter and three quarters of two seconds
+
+
 def test_data_that_is_not_there_is_one_clear_line(tmp_path):
     for name, words in (("avsync15", ["1500 clips", "github.com", str(tmp_path / "avsync15")]), ("nonsense", ["neither", "vggsound"]), (str(tmp_path), ["no clips"])):
         with pytest.raises(data.BadInput) as error:
