@@ -13,6 +13,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -976,6 +977,15 @@ def test_what_cannot_be_trusted_is_skipped_with_its_reason(odd):
         assert word in reasons[f"{name}.mp4"]
 
 
+def test_channels_are_mixed_to_their_mean(odd, tmp_path):
+    waves = []
+    for name, pan in (("both", "c0=c0|c1=c0"), ("left", "c0=c0|c1=0*c0")):
+        ffmpeg("-i", odd / "ok/plain.mp4", "-c:v", "copy", "-af", f"pan=stereo|{pan}", "-c:a", "pcm_s16le", tmp_path / f"{name}.mkv")
+        waves.append(data.read_clip(tmp_path / f"{name}.mkv", 32, 32)[1])
+    whole = np.abs(waves[0]) < .9                                             # not cut off at 1
+    assert np.allclose(waves[0][whole] / 2, waves[1][whole], atol=2e-2) and np.corrcoef(waves[0], waves[1])[0, 1] > .99 and waves[0].max() > .5
+
+
 def test_a_film_is_not_a_clip(odd):
     with pytest.raises(data.BadInput, match="longer than 0.02 minutes; cut it"):
         data.read_clip(odd / "ok/plain.mp4", 32, 32, most=1.2)
@@ -1181,6 +1191,17 @@ def test_every_window_of_a_clip_is_drawn_in_time_and_no_two_processes_share_a_sa
     clip = {w: c for c, ws in enumerate(task.cache["clips"]) for w in ws}
     assert all(sorted(clip[w] for w in e) == [0, 1, 2, 3] for e in epochs) and {w for e in epochs for w in e} == set(range(7))
     assert all(train.A2V.batch(task, s, [0, 1]) + train.A2V.batch(task, s, [2, 3]) == e for s, e in enumerate(epochs))
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_training_samples_the_posterior_except_of_the_vae_whose_code_is_mostly_noise(reference):
+    class Task:
+        vae, device = SimpleNamespace(cfg=SimpleNamespace(reference=reference), normalise=lambda z: 2 * z), "cpu"
+    arrays = dict(latents=[np.stack([np.full((1, 4, 3, 8, 8), 5.), np.full((1, 4, 3, 8, 8), np.log(.04))], 1).astype(np.float16)], mels=[np.zeros((1, 9, 64))])
+    cache = dict(arrays=arrays, at=np.array([[0, 0]]), captions=["a"])
+    z, again = (train.A2V.windows(Task(), cache, np.array([0, 0]), [np.random.default_rng(i) for i in (1, 2)])[0] for _ in range(2))
+    assert z.mean() == pytest.approx(10, abs=.05) and z.std() == pytest.approx(0 if reference else .4, abs=.03)
+    assert torch.equal(z, again) and torch.equal(z[0], z[1]) == reference
 
 
 def test_hubert_features_are_fifty_a_second(tmp_path):
