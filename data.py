@@ -480,7 +480,7 @@ def dataset_folder(name, root="data"):
     """--data -> the folder: one that exists, or <root>/<name> in any spelling (AVSync15, avsync15, avsync_15)."""
     plain = lambda s: "".join(c for c in s.lower() if c.isalnum())
     if name in DATASETS:
-        found = [p for p in sorted(Path(root).glob("*")) if p.is_dir() and plain(p.name).startswith(plain(name)) and p.name != "cache"]
+        found = [p for p in sorted(Path(root).glob("*"), key=lambda p: (len(p.name), p)) if p.is_dir() and plain(p.name).startswith(plain(name))]
         if not found:
             raise BadInput(f"--data {name}: not found in {root}/. It is {DATASETS[name]}. Unpack it as {Path(root) / name}/ (any inner layout) or give --data-root")
         return found[0]
@@ -501,18 +501,22 @@ def find_clips(name, root="data"):
     lists = [p for p in sorted(folder.rglob("*.txt"), key=lambda p: (len(p.parts), p)) if p.stem in ("train", "test", "val")]
     tables = [p for p in sorted(folder.rglob("*.[ct]sv"))]
     chosen, missing, how = None, [], ""
-    if lists:
-        chosen, missing = _by_lists(lists, files)
-        how = "lists " + ", ".join(sorted({p.name for p in lists}))
-    elif tables:
-        chosen, missing = _by_tables(tables, files)
-        how = "table " + ", ".join(p.name for p in tables)
+    mapping = next(folder.rglob("class_mapping.json"), None)
+    try:
+        texts = json.loads(mapping.read_text()) if mapping else {}
+        if lists:
+            chosen, missing = _by_lists(lists, files)
+            how = "lists " + ", ".join(sorted({p.name for p in lists}))
+        elif tables:
+            chosen, missing = _by_tables(tables, files)
+            how = "table " + ", ".join(p.name for p in tables)
+    except ValueError as why:                                                 # not a number, not UTF-8, not JSON
+        raise BadInput(f"{folder}: its {', '.join(p.name for p in [*lists, *(tables if not lists else []), *([mapping] if mapping else [])])} "
+                       f"cannot be read ({str(why).splitlines()[0]}); download it again") from None
     if not chosen:
         if missing:
             raise BadInput(f"{folder}: none of the {len(missing)} clips that its {how} name is there (for instance {missing[0]}); check that the videos are unpacked in it")
         chosen, how = _by_folders(folder, files)
-    mapping = next(folder.rglob("class_mapping.json"), None)
-    texts = json.loads(mapping.read_text()) if mapping else {}
     clips = [_describe(path, folder, split, label, texts) for path, (split, label) in sorted(chosen.items())]
     count = {s: sum(c["split"] == s for c in clips) for s in ("train", "test", "val")}
     words = f"{folder}: {', '.join(f'{v} {k}' for k, v in count.items() if v)} clips of {len({c['kind'] for c in clips})} classes, by {how}"
@@ -583,7 +587,8 @@ def _by_folders(folder, files):
 
 
 def _describe(path, folder, split, label, texts):
-    hit = next((s for s in sorted(_GREATEST_HITS, key=len, reverse=True) if path.stem.endswith(s)), None)
+    hit = re.search(r"^\d{4}(?:-\d\d){5}.*?(_denoised_thumb|_denoised|_mic)$", path.stem)             # ids of The Greatest Hits are dates
+    hit = hit and hit[1]
     parent = path.parent.name if path.parent != folder and path.parent.name not in ("videos", "train", "test", "val") else ""
     clip = dict(path=str(path), name=path.relative_to(folder).as_posix(), split=split, kind=label or parent, sound=None, events=None)
     clip["prompt"] = label or texts.get(parent) or " ".join(parent.replace("_", " ").split())
@@ -787,10 +792,9 @@ def clip_windows(clip, size=64, frames=FRAMES, hop=.5, lead=0.):
 
 # ------------------------------------------------------------------------------------------------ caches
 
-def workers(most=None):
+def workers():
     """A pool of fresh processes, one per core, that leave Ctrl-C to their parent and compute on one thread each."""
-    count = max(1, min(most or 99, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
-    return get_context("spawn").Pool(count, _worker)
+    return get_context("spawn").Pool(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), _worker)
 
 
 def _worker():
@@ -815,17 +819,20 @@ def prepare(folder, settings, items, vae, device, cast, hear=None, raw=False):
     features (n, S, A), with `raw` also videos and sounds; a .json written last makes a shard complete. A shard depends on
     its items alone, so a run that was killed at any moment and started again leaves the same bytes as one that was not.
     settings: what the cache depends on; one made with others is refused."""
-    folder, settings = Path(folder), dict(settings, clips=len(items), named=zlib.crc32(json.dumps([_name(i) for i in items]).encode()))
+    folder, settings = Path(folder), dict(settings, clips=len(items), 
+                                              named=zlib.crc32(json.dumps([[_name(i), i if isinstance(i, int) else i["prompt"]] for i in items]).encode()))
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "settings.json").is_file():
         _same_settings(folder, settings)
     else:
         _write(folder / "settings.json", json.dumps(settings, sort_keys=True))
-    for leftover in folder.glob(".*"):                                        # of a run that was killed
-        leftover.unlink()
     per = max(32, math.ceil(len(items) / 500))
     shards = {k: items[a:a + per] for k, a in enumerate(range(0, len(items), per))}
     todo = [k for k in shards if not (folder / f"{k:05d}.json").is_file()]
+    if not todo and (folder / "manifest.json").is_file():
+        return                                                                # several processes may open a finished cache at once
+    for leftover in folder.glob(".*"):                                        # of a run that was killed
+        leftover.unlink()
     jobs = [(item, settings["resolution"]) for k in todo for item in shards[k]]
     with workers() if len(jobs) > 64 else nullcontext() as pool, torch.no_grad(), cast(), tqdm(
             total=len(items), initial=len(items) - len(jobs), desc=f"preparing {folder.parent.name}", unit="clip", disable=None) as bar:
@@ -926,7 +933,7 @@ def hubert(name, device):
     try:
         from transformers import HubertModel
     except ImportError:
-        raise BadInput("--audio hubert needs a package that is not required otherwise: pip install transformers") from None
+        raise BadInput("--hubert needs a package that is not required otherwise: pip install transformers") from None
     try:
         net = HubertModel.from_pretrained(name).to(device).eval()
     except (OSError, ValueError) as why:
@@ -956,8 +963,10 @@ def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000,
     """The cache of a dataset's split, made first where it is absent or unfinished. `tag` names the VAE that codes it; `say`
     gets the report: what was found, what was skipped and why."""
     label, splits, words = source(name, root, clips)
-    folder = Path(root) / "cache" / f"{label}-{size}px-{tag}" / split
-    settings = dict(data=label, split=split, resolution=size, vae=tag, fps=FPS, frames=FRAMES, features="hubert" if hear else "mel")
+    if not splits[split]:
+        raise BadInput(f"--data {name}: no clips for {'training' if split == 'train' else 'testing'} in it; give at least two clips, or lists that name some of both")
+    folder = Path(root) / "cache" / f"{label}-{size}px-{tag}{'-hubert' if hear else ''}" / split
+    settings = dict(data=label, split=split, resolution=size, vae=tag, fps=FPS, frames=FRAMES)
     prepare(folder, settings, splits[split], vae, device, cast, hear, raw=name != "toybox" and split == "test")
     cache = open_cache(folder)
     say(f"{words}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of {FRAMES} frames")

@@ -783,6 +783,18 @@ def test_agreement_with_a_recording_is_one_for_things_that_move_at_its_onsets(to
     assert set(result) == set(data.KINDS) and all(r["onsets"] == 2 and r["met"] == met and r["followed"] == followed for r in result.values())
 
 
+def test_the_ears_reach_farther_than_anything_has_to_move_ahead_of_its_sound():
+    """A ball starts to roll 0.78 s before it is heard; features look 1.3 s to either side."""
+    torch.manual_seed(0)
+    ears, mel = networks.MelEncoder(8).double(), torch.randn(1, 600, 64, dtype=torch.float64)
+    plain, at = ears(mel), 150                                                # feature 150 is at 3 s
+    for seconds, heard in ((1.2, True), (1.35, False)):
+        for sign in (-1, 1):
+            other = mel.clone()
+            other[:, round(100 * (3 + sign * seconds))] += 9
+            assert bool((ears(other)[0, at] != plain[0, at]).any()) == heard
+
+
 # ------------------------------------------------------------------------------------------------ cyclesync.py: CycleSync, AV-Align, lag
 
 @golden
@@ -1047,6 +1059,16 @@ def test_vggsounds_four_ways_to_name_a_clip_are_understood(tmp_path, stem):
     assert sorted(by_name.values()) == [("test", "splashing"), ("train", "dog barking, bow-wow")] and "gonegonegon_1" in words
 
 
+def test_a_microphone_in_a_name_is_no_hit_and_a_broken_table_is_named(tmp_path):
+    tree(tmp_path, "talks/my_mic.mp4")
+    assert found(tmp_path)[0]["talks/my_mic.mp4"][1] == "talks"
+    for name, content in (("vggsound.csv", b"0B4dYTMsgHA,soon,splashing,test\n"), ("train.txt", b"\xff\xfe\x00"), ("class_mapping.json", b"{")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(data.BadInput, match=f"{name}.*cannot be read"):
+            data.find_clips(str(tmp_path))
+        (tmp_path / name).unlink()
+
+
 def test_tables_with_a_header_are_read_too(tmp_path):
     tree(tmp_path / "a", "0B4dYTMsgHA_000030.mp4"), tree(tmp_path / "b", "0B4dYTMsgHA_000030.mp4")
     (tmp_path / "a/vgg-test.tsv").write_text("id\tlabel\n0B4dYTMsgHA_000030\tsplashing\n")
@@ -1148,6 +1170,17 @@ def test_a_cache_that_was_killed_at_any_moment_ends_as_the_same_bytes(tmp_path, 
     assert cache_bytes(tmp_path / "killed") == want and not list((tmp_path / "killed").glob(".*"))
 
 
+def test_a_finished_cache_is_only_read(tmp_path, toy):
+    """Of several processes that open it at once none may touch what another is writing."""
+    vae = sample.load_vae(toy / "vae.pt")
+    fill = lambda: data.prepare(tmp_path, dict(resolution=32), [0, 1], vae, torch.device("cpu"), nullcontext)
+    fill()
+    (tmp_path / ".somebody-elses.json").touch()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    fill()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+
+
 def test_a_cache_made_otherwise_is_refused_and_a_damaged_shard_is_named(tmp_path, toy):
     vae = sample.load_vae(toy / "vae.pt")
     fill = lambda **other: data.prepare(tmp_path, dict(resolution=32, **other), [0, 1], vae, torch.device("cpu"), nullcontext)
@@ -1171,6 +1204,9 @@ def test_real_clips_are_looked_at_prepared_trained_on_and_sampled_from(tmp_path,
         flash_clip(clips / f"a class/{i}.mp4", seconds=3.)
     (clips / "a class/broken.mp4").write_text("x")
     flags = ["--data", clips, "--data-root", root, "--resolution", 32, "--vae", toy / "vae.pt"]
+    flash_clip((tmp_path / "alone.mp4"), seconds=3.)
+    (tmp_path / "one").mkdir(), (tmp_path / "alone.mp4").rename(tmp_path / "one/alone.mp4")
+    assert cli(train, *flags[2:], "--data", tmp_path / "one", "--out", tmp_path / "no") == 2 and "at least two clips" in capsys.readouterr().err
     assert cli(data, "--data", clips, "--show", tmp_path / "look.png") == 0 and iio.imread(tmp_path / "look.png").shape == (3 * (64 + 40 + 14), 12 * 64, 3)
     assert cli(train, "--task", "a2v", *flags, "--steps", 2, "--batch-size", 2, "--eval-clips", 2, "--log-every", 1, "--warmup", 1, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out

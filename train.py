@@ -410,7 +410,7 @@ def resume(path, args, net, ema, optimisers):
 
 
 def bench(task, net, optimisers, compute, cast, args, rounds=30):
-    """What loading costs: medians of whole training steps, in turns with one batch kept in memory and with batches from the cache."""
+    """What loading costs: medians of forward, backward and update, in turns with one batch kept in memory and with batches from the cache."""
     kept, spans = task.batch(0, list(range(args.batch_size))), {"resident": [], "loading": []}
     for step in tqdm(range(-3, rounds), desc="training steps", disable=None, leave=False):        # three to warm up
         for name, times in spans.items():
