@@ -306,35 +306,39 @@ def _off_screen(n, rng):
     return (out / (np.abs(out).max() + 1e-6)).astype(np.float32)
 
 
-def toybox_sound(scene, events, durations, seconds, rng, off_screen=False):
-    """The waveform of a clip, float32 (seconds x 16 000,): events, then room, tilt, noise floor and gain."""
+def toybox_sound(scene, events, durations, seconds, seed, off_screen=False):
+    """The waveform of a clip, float32 (seconds x 16 000,): events, then room, tilt, noise floor and gain.
+
+    Every event and the room draw by themselves: other events with the same seed are recorded in the same room."""
     n, m = round(seconds * RATE), scene["material"]
     out = np.zeros(n, np.float32)
     if scene["kind"] == "bell":
         m = dict(m, ring=.15 + m["ring"], noise=.3 * m["noise"])
-    hit = _strike(m, rng)
-    for e, d in zip(events, durations):
+    hit = _strike(m, np.random.default_rng([seed, 1618]))
+    for k, (e, d) in enumerate(zip(events, durations)):
+        rng = np.random.default_rng([seed, 1618, 1 + k])
         sound = _voice(m, d, rng) if scene["kind"] == "mouth" else hit
         a = round(e * RATE)
         piece = sound[:max(0, n - a)]
         out[a:a + len(piece)] += piece * 10 ** rng.uniform(-.4, 0)            # up to 8 dB between two hits
+    room = np.random.default_rng([seed, 1414])
     if off_screen:
-        out += _off_screen(n, rng) * rng.uniform(.03, .5 if len(events) == 0 else .12)
+        out += _off_screen(n, room) * room.uniform(.03, .5 if len(events) == 0 else .12)
     padded = 1 << (n + RATE // 2).bit_length()                                # a power of two, longer than clip plus echo
     out = np.fft.rfft(out, padded)
     f = np.maximum(np.fft.rfftfreq(padded, 1 / RATE), 60)
-    out *= (f / 800) ** rng.uniform(-.7, .5)                                  # recordings are dull or bright
-    if rng.random() < .5:                                                     # a room: decaying noise, well below the sound
+    out *= (f / 800) ** room.uniform(-.7, .5)                                 # recordings are dull or bright
+    if room.random() < .5:                                                    # a room: decaying noise, well below the sound
         t = np.arange(int(RATE * .5)) / RATE
-        echo = rng.standard_normal(len(t)) * np.exp(-t / rng.uniform(.02, .14)) * 10 ** rng.uniform(-2.2, -1.3)
+        echo = room.standard_normal(len(t)) * np.exp(-t / room.uniform(.02, .14)) * 10 ** room.uniform(-2.2, -1.3)
         echo[0] = 1
         out *= np.fft.rfft(echo, padded)
     out = np.fft.irfft(out, padded)[:n]
-    floor = np.cumsum(rng.standard_normal(n)) * .02 if rng.random() < .3 else rng.standard_normal(n)
+    floor = np.cumsum(room.standard_normal(n)) * .02 if room.random() < .3 else room.standard_normal(n)
     floor -= floor.mean()
     loud = np.abs(out).max() if len(events) or off_screen else 1.
-    out = out / (loud + 1e-9) + floor / (floor.std() + 1e-9) * 10 ** rng.uniform(-4, -1.4)
-    return np.clip(out * 10 ** rng.uniform(-1.2, -.05), -1, 1).astype(np.float32)
+    out = out / (loud + 1e-9) + floor / (floor.std() + 1e-9) * 10 ** room.uniform(-4, -1.4)
+    return np.clip(out * 10 ** room.uniform(-1.2, -.05), -1, 1).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------ toybox: whole clips
@@ -364,15 +368,15 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True):
     """One clip of the toybox, a pure function of its arguments.
 
     -> dict: video uint8 (F, size, size, 3) (absent if `video` is false), audio float32 (F / 24 x 16 000,), caption str,
-    kind str, scene dict, state float (F,), events (n,) and durations (n,) in seconds. `size`: a multiple of 16."""
+    seed, kind str, scene dict, state float (F,), events (n,) and durations (n,) in seconds. `size`: a multiple of 16."""
     rng = np.random.default_rng([seed, 2718])
     scene = toybox_scene(rng, kind)
     seconds, mood = frames / FPS, rng.random()                                # 8 % silent, 10 % only off-screen sound
     events, durations = toybox_events(scene["kind"], seconds, rng) if mood > .18 else (np.zeros(0), np.zeros(0))
     off_screen = bool(.08 <= mood < .18 or rng.random() < .2 * (mood > .18))
     state = toybox_state(scene["kind"], events, durations, np.arange(frames) / FPS)
-    audio = toybox_sound(scene, events, durations, seconds, rng, off_screen)
-    clip = dict(kind=scene["kind"], scene=scene, state=state, events=events, durations=durations, audio=audio,
+    audio = toybox_sound(scene, events, durations, seconds, seed, off_screen)
+    clip = dict(seed=seed, kind=scene["kind"], scene=scene, state=state, events=events, durations=durations, audio=audio,
                 off_screen=off_screen, caption=toybox_caption(scene["kind"], len(events), off_screen, rng))
     return dict(clip, video=toybox_draw(scene, state, size)) if video else clip
 
