@@ -39,18 +39,30 @@ that give different numbers (`av_align`), and depends on resolution and frame ra
 
     F frames · n events · S states · video uint8 (F, H, W, 3) · times in seconds
 """
+import argparse
+import csv
 import json
 import math
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
 import time
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import FPS, KINDS, RATE, STATES, TIMING, BadInput, Parser, number, read_audio, read_clip, run_cli, toybox_clip, toybox_draw
-from sample import A2V_FILE, VAE_FILE, Deaf, animate, load_a2v, pick_device
+import data
+from data import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, BadInput, Parser, number, read_audio, read_clip, run_cli, temporary, toybox_clip,
+                  toybox_draw, toybox_sound, toybox_state, write_video)
+from sample import A2V_FILE, HERE, VAE_FILE, Deaf, animate, load_a2v, pick_device
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
 
@@ -69,15 +81,17 @@ def read_states(video, scene):
     return grid[best], error[np.arange(len(video)), best].clip(0) / spanned
 
 
-def read_events(kind, s, fps=FPS):
-    """State curve (F,) -> event times. Openings and flashes are risings through 0.5, all else are peaks."""
-    times = []
+def read_events(kind, s, sure=None, fps=FPS):
+    """State curve (F,) -> event times. Openings and flashes are risings through 0.5, all else are peaks.
+
+    sure (F,), booleans: which frames could be read. An event is left out unless every frame that tells of it could."""
+    found = []                                                                # (when, first and last frame that say so)
     if kind in ("mouth", "lamp"):
         up = False
         for f in range(1, len(s)):
             if not up and s[f] >= .5:
                 up = True                       # a lamp is lit at once; a mouth was at 0.5 somewhere between two frames
-                times.append(f if kind == "lamp" or s[f - 1] >= .5 else f - (s[f] - .5) / (s[f] - s[f - 1]))
+                found.append((f if kind == "lamp" or s[f - 1] >= .5 else f - (s[f] - .5) / (s[f] - s[f - 1]), f - 1, f))
             up = up and s[f] > .35
     else:
         height, f = np.abs(s) if kind == "bell" else s, 0
@@ -90,9 +104,30 @@ def read_events(kind, s, fps=FPS):
                 end += 1
             top = np.flatnonzero(height[f:end + 1] >= height[f:end + 1].max() - .02).mean() + f
             if end + 1 < len(s) or height[end] < height[f:end + 1].max():     # cut off by the end while still rising: none
-                times.append(top)
+                found.append((top, max(f - 1, 0), end + 1))
             f = end + 1
-    return np.array(times) / fps
+        found = [(_between_frames(kind, s, [t for t, *_ in found], i), a, b) for i, (_, a, b) in enumerate(found)]
+    return np.array([t for t, a, b in found if sure is None or sure[a:b + 1].all()]) / fps
+
+
+def _between_frames(kind, s, tops, i):
+    """The moment within a frame of tops[i] (all in frames) at which an event explains the states around it best: again
+    analysis by synthesis. A hammer falls fast and rises slowly, so its highest frame mostly comes after its strike."""
+    near = np.arange(max(0, round(tops[i]) - 3), min(len(s), round(tops[i]) + 4))
+    size = np.abs if kind == "bell" else np.asarray                           # a bell rings on either side
+    tries = tops[i] + np.arange(-10, 11) / 10
+    misfit = [np.square(size(toybox_state(kind, np.array([*tops[:i], t, *tops[i + 1:]]) / FPS, np.zeros(len(tops)), near / FPS)) - size(s[near])).sum()
+              for t in tries]
+    return tries[int(np.argmin(misfit))]
+
+
+def read_clip_events(video, clip):
+    """-> event times of a video of a clip's scene, the residuals of its moving frames, the share of frames that could be read.
+
+    Generated frames that can be recognised have residuals under 0.4, frames of something else over 1.3. At 1 a frame is as
+    far from every drawing as the mean of all drawings is: nothing is read from such a frame, right or wrong."""
+    s, residual = read_states(video, clip["scene"])
+    return read_events(clip["kind"], s, residual < 1), residual[np.abs(s) > .15], float((residual < 1).mean())
 
 
 def match_events(a, b, tolerance):
@@ -106,38 +141,64 @@ def match_events(a, b, tolerance):
     return len(paired), paired
 
 
+def ratio(over, under=None, rounds=1000):
+    """Sum of `over` by sum of `under` (figures per clip; 1 each if not given), and its 95 % interval over clips: the same of
+    as many clips drawn with replacement (bootstrap) -> (value, low, high). Clips without a value (nan) are left out."""
+    over = np.asarray(over, float)
+    under = np.ones(len(over)) if under is None else np.asarray(under, float)
+    over, under = over[np.isfinite(over)], under[np.isfinite(over)]
+    if under.sum() == 0:
+        return (float("nan"),) * 3
+    drawn = np.random.default_rng(0).integers(len(over), size=(rounds, len(over)))
+    tops, bottoms = over[drawn].sum(1), under[drawn].sum(1)
+    return float(over.sum() / under.sum()), *np.quantile(tops[bottoms > 0] / bottoms[bottoms > 0], (.025, .975)).tolist()
+
+
 def event_scores(truth, read, residuals=()):
-    """Lists of event times per clip -> precision, recall, F1 at 50 and 100 ms, mean |timing error| in ms, residual."""
-    total_t, total_r, out = sum(map(len, truth)), sum(map(len, read)), {}
+    """Lists of event times per clip -> precision, recall, F1 at 50 and 100 ms, mean |timing error| in ms, residual, and the
+    `interval` of each (see `ratio`)."""
+    n, m, out = np.array([len(t) for t in truth]), np.array([len(r) for r in read]), {}
     for ms in (50, 100):
         pairs = [match_events(t, r, ms / 1000) for t, r in zip(truth, read)]
-        hits, lags = sum(n for n, _ in pairs), [abs(l) for _, ls in pairs for l in ls]
-        precision, recall = hits / max(total_r, 1), hits / max(total_t, 1)
-        out.update({f"precision_{ms}": precision, f"recall_{ms}": recall, f"f1_{ms}": 2 * hits / max(total_t + total_r, 1)})
-    out["timing_ms"] = 1000 * float(np.mean(lags)) if lags else float("nan")
-    out["residual"] = float(np.mean(np.concatenate(residuals))) if len(residuals) and sum(map(len, residuals)) else float("nan")
-    return out
+        hits = np.array([h for h, _ in pairs])
+        out.update({f"precision_{ms}": ratio(hits, m), f"recall_{ms}": ratio(hits, n), f"f1_{ms}": ratio(2 * hits, n + m)})
+    out["timing_ms"] = ratio([1000 * np.abs(lags).sum() for _, lags in pairs], hits)
+    out["residual"] = ratio([np.sum(r) for r in residuals], [len(r) for r in residuals])
+    intervals = {k: v[1:] for k, v in out.items()}
+    out = {k: v[0] if np.isfinite(v[0]) or k in ("timing_ms", "residual") else 0. for k, v in out.items()}      # nothing to find: 0
+    return dict(out, interval=intervals)
+
+
+def lag_curve(truth, read):
+    """F1 at 50 ms with all read events moved by -0.15 .. 0.15 s -> [(shift, F1), ...]. A model that is late as a rule, and
+    not merely unsure, has its summit elsewhere than at 0."""
+    curve, total = [], sum(map(len, truth)) + sum(map(len, read))
+    for shift in np.arange(-15, 16) / 100:
+        hits = sum(match_events(t, np.asarray(r) + shift, .05)[0] for t, r in zip(truth, read))
+        curve.append((float(shift), 2 * hits / max(total, 1)))
+    return curve
+
+
+def others(clips):
+    """For every clip with events the next one with events: whose sound it is given to find out what chance does."""
+    eventful = [i for i, c in enumerate(clips) if len(c["events"])]
+    return dict(zip(eventful, eventful[1:] + eventful[:1]))
 
 
 def score_toybox(videos, clips):
-    """Videos uint8 (F, H, W, 3) against the clips they were made for -> scores over all, per kind, and of shuffled events."""
-    read, residuals = [], []
-    for video, clip in zip(videos, clips):
-        s, r = read_states(video, clip["scene"])
-        read.append(read_events(clip["kind"], s)), residuals.append(r[np.abs(s) > .15])
-    truth = [c["events"] for c in clips]
+    """Videos uint8 (F, H, W, 3) against the clips they were made for -> scores over all, per kind, of shuffled events; and
+    what was read of every video, as `read_clip_events` gives it."""
+    reads, truth = [read_clip_events(v, c) for v, c in zip(videos, clips)], [c["events"] for c in clips]
+    read, residuals, readable = (list(part) for part in zip(*reads))
     scores = event_scores(truth, read, residuals)
     quiet = [len(r) for r, t in zip(read, truth) if len(t) == 0]
-    scores["false_per_quiet_clip"] = float(np.mean(quiet)) if quiet else float("nan")
-    scores["clips"] = len(clips)
+    scores.update(false_per_quiet_clip=float(np.mean(quiet)) if quiet else float("nan"), readable=float(np.mean(readable)), clips=len(clips))
     kinds = {}
     for kind in KINDS:
         mine = [i for i, c in enumerate(clips) if c["kind"] == kind]
         kinds[kind] = event_scores([truth[i] for i in mine], [read[i] for i in mine], [residuals[i] for i in mine])
-    eventful = [i for i, t in enumerate(truth) if len(t)]
-    other = dict(zip(eventful, eventful[1:] + eventful[:1]))                  # each clip's sound goes to the next one
-    shuffled = event_scores([truth[other[i]] for i in eventful], [read[i] for i in eventful])
-    return scores, kinds, shuffled
+    other = others(clips)
+    return scores, kinds, event_scores([truth[j] for j in other.values()], [read[i] for i in other]), reads
 
 
 # ------------------------------------------------------------------------------------------------ CycleSync, AV-Align, lag
@@ -224,9 +285,94 @@ def lag(frames, fps, wave, rate, most=.5):
     return shifts[best] * .01, float((match[best] - rest.mean()) / (rest.std() + 1e-9))
 
 
+# ------------------------------------------------------------------------------------------------ models that make a sound for a video
+
+def oracle(clip):
+    """The best video-to-audio model there can be, for videos of a toybox clip's scene: `read_clip_events` tells when something
+    happens, and that is given the sound of this thing in this room. So of all that may differ from the true sound, only
+    the timing does. -> f_v2a(frames, fps) -> waveform (samples,), rate"""
+    def f_v2a(frames, fps):
+        lead, s = clip.get("lead", 0.), read_states(frames, clip["scene"])[0]
+        events = read_clip_events(frames, clip)[0]
+        shut = [np.flatnonzero(s[math.ceil(t * fps):] < .5) for t in events]                     # a mouth sounds until it closes
+        durations = [max(.05, (gap[0] + math.ceil(t * fps) - .5 if len(gap) else len(s)) / fps - t - .04) for t, gap in zip(events, shut)]
+        wave = toybox_sound(clip["scene"], events + lead, durations, lead + len(frames) / fps, clip["seed"], clip["off_screen"])
+        return wave[round(lead * RATE):], RATE
+    return f_v2a
+
+
+def outside(command, least=0.):
+    """Any program as f_v2a. In `command` {video} becomes the path of an mp4 without sound (H.264), {wav} the path at which the
+    program has to leave its sound. Models want a certain length (V-AURA 2.56 s): a video shorter than `least` seconds is
+    held at its last frame, and the sound is cut to the video's own length."""
+    if "{video}" not in command or "{wav}" not in command:
+        raise BadInput(f"--v2a-cmd {command!r}: must contain {{video}} and {{wav}}, where the program finds the video and leaves its sound")
+
+    def f_v2a(frames, fps):
+        held = np.repeat(frames[-1:], max(0, math.ceil(least * fps) - len(frames)), 0)
+        with tempfile.TemporaryDirectory() as folder:
+            video, wav = Path(folder) / "video.mp4", Path(folder) / "sound.wav"
+            write_video(video, np.concatenate([frames, held]), None, fps)
+            words = [w.replace("{video}", str(video)).replace("{wav}", str(wav)) for w in shlex.split(command)]
+            try:
+                done = subprocess.run(words, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+            except OSError as why:
+                raise BadInput(f"--v2a-cmd: {words[0]} cannot be run ({why.strerror})") from None
+            if done.returncode or not wav.is_file():
+                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                raise BadInput(f"--v2a-cmd: {words[0]} ended with code {done.returncode} and left {'a' if wav.is_file() else 'no'} sound ({last})")
+            return read_audio(wav, 22050)[:round(len(frames) / fps * 22050)], 22050
+    return f_v2a
+
+
+# ------------------------------------------------------------------------------------------------ Frechet distances
+
+def frechet(a, b):
+    """Distance of two clouds of features (n, d), (m, d), taken as Gaussians: |mean - mean|^2 + tr(A + B - 2 (A B)^1/2)."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    A, B = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T                      # A^1/2; A B has the eigenvalues of A^1/2 B A^1/2
+    cross = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
+    return max(0., float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2 * cross))
+
+
+def latent_features(vae, videos):
+    """Normalised latents but the first, averaged to 2x2 places -> (videos x latents, 4C). Only distances within one VAE compare."""
+    device, rows = next(vae.parameters()).device, []
+    for v in videos:
+        x = torch.tensor(v, device=device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            z = vae.normalise(vae.encode(x)[0])[0, :, 1:].transpose(0, 1)                         # (L - 1, C, h, w)
+        rows.append(F.adaptive_avg_pool2d(z, 2).flatten(1).cpu().numpy())
+    return np.concatenate(rows)
+
+
+def outside_features(what, path, videos, sounds):
+    """Features by the TorchScript files that everybody uses. 'fvd': i3d_torchscript.pt (StyleGAN-V's), 224x224 clips in [-1, 1]
+    -> a row per clip; 'fid': inception-2015-12-05.pt (StyleGAN's), uint8 frames -> a row per frame; 'fad': a VGGish that takes
+    a waveform (samples,) at 16 kHz and gives (n, 128). sounds: (waveform, rate) each."""
+    import librosa
+    try:
+        net, rows = torch.jit.load(path, map_location="cpu").eval(), []
+        with torch.no_grad():
+            for x in sounds if what == "fad" else videos:
+                if what == "fad":
+                    y = net(torch.from_numpy(x[0] if x[1] == RATE else librosa.resample(x[0], orig_sr=x[1], target_sr=RATE)))
+                elif what == "fid":
+                    y = net(torch.from_numpy(x).permute(0, 3, 1, 2), return_features=True)
+                else:
+                    x = F.interpolate(torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1, (224, 224), mode="bicubic", antialias=True)
+                    y = net(x.transpose(0, 1)[None], rescale=False, resize=False, return_features=True)
+                rows.append(y.reshape(-1, y.shape[-1]).float().numpy())
+    except (RuntimeError, ValueError, OSError) as why:
+        raise BadInput(f"--{what} {path}: not a TorchScript file that takes these inputs ({str(why).strip().splitlines()[-1]})") from None
+    return np.concatenate(rows)
+
+
 # ------------------------------------------------------------------------------------------------ videos to score
 
-def generate_toybox(model, vae, clips, cast=nullcontext, bar=None, seed=0, batch=48, **settings):
+def generate(model, vae, clips, cast=nullcontext, bar=None, seed=0, batch=48, **settings):
     """Generate a video for the first frame, sound and caption of every clip -> list of uint8 (F, H, W, 3)."""
     videos = []
     for i in range(0, len(clips), batch):
@@ -249,42 +395,315 @@ def reconstruct(vae, clips, cast=nullcontext):
     return videos
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ------------------------------------------------------------------------------------------------ what every table is made of
+
+def held_out_clips(args, size, lead=0.):
+    """The clips of the protocol: toybox clips that nobody trained on, or three windows of every test clip of a dataset.
+    Each sound begins `lead` seconds before its pictures (in the toybox with the noise of the room), so that it can be delayed
+    and stays a whole one."""
+    if args.data == "toybox":
+        clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + i, size) for i in range(args.clips)]
+        earlier = lambda c: toybox_sound(c["scene"], c["events"] + lead, c["durations"], lead + FRAMES / FPS, c["seed"], c["off_screen"])
+        return [dict(c, name=str(c["seed"]), audio=earlier(c), lead=lead) if lead else dict(c, name=str(c["seed"])) for c in clips]
+    found, words = data.find_clips(args.data, args.data_root)
+    tests, clips, unusable = [c for c in found if c["split"] == "test"], [], []
+    for i in np.random.default_rng(args.seed).permutation(len(tests)):
+        if len(clips) >= args.clips:
+            break
+        try:
+            clips += [dict(w, name=f"{tests[i]['name']}@{w['start']:.2f}", kind=tests[i]["kind"]) for w in data.clip_windows(tests[i], size, lead=lead)]
+        except BadInput as why:
+            unusable.append(str(why))
+    print(f"{words}; {len(clips)} windows are scored" + (f", {len(unusable)} clips cannot be used, for instance {unusable[0]}" if unusable else ""))
+    if len(clips) < 2:
+        raise BadInput(f"--data {args.data}: {len(clips)} usable windows in its test split; at least two are needed")
+    return clips[:args.clips]
+
+
+def remakers(args, clips):
+    """A video-to-audio model per clip, or None where there is none."""
+    if args.v2a_cmd:
+        return [outside(args.v2a_cmd, args.v2a_seconds)] * len(clips)
+    return [oracle(c) for c in clips] if args.data == "toybox" else [None] * len(clips)
+
+
+def watch(video, f_v2a, trim=0.):
+    """What a silent video tells of its sound: the sound that f_v2a makes of it and its onsets; the peaks of its optical flow."""
+    made = (None, None) if f_v2a is None else f_v2a(video, FPS)
+    return dict(sound=made, onsets=None if f_v2a is None else after(onsets(*made), trim),
+                peaks=flow_peaks(flow_curve(video), FPS) if find_spec("cv2") else None)
+
+
+def after(times, start):
+    return times[times >= start]
+
+
+def agreement(heard, seen, tolerance):
+    """Onsets (n,) of a sound and what `watch` saw in a video -> CycleSync, both unions, and AV-Align; nan where not to be had."""
+    union = (float("nan"),) * 2 if seen["onsets"] is None else cyclesync(heard, seen["onsets"], tolerance)
+    return dict(cyclesync_set=union[0], cyclesync_merged=union[1],
+                av_align=float("nan") if seen["peaks"] is None else av_align(heard, seen["peaks"], FPS))
+
+
+OUTSIDE = ("fvd", "fid", "fad")                                               # measured by networks that the user hands in
+
+
+def means(records):
+    """Records of clips -> mean of every figure, and `interval`."""
+    figures = {k: ratio([r[k] for r in records]) for k in ("cyclesync_set", "cyclesync_merged", "av_align")}
+    return {k: v[0] for k, v in figures.items()} | dict(interval={k: v[1:] for k, v in figures.items()})
+
+
+def plain(v):
+    """For JSON: rounded, nan as null."""
+    if isinstance(v, dict):
+        return {k: plain(x) for k, x in v.items()}
+    if isinstance(v, (list, tuple)):
+        return [plain(x) for x in v]
+    return v if not isinstance(v, float) else round(v, 4) if np.isfinite(v) else None
+
+
+def write_csv(path, rows):
+    part = temporary(path)
+    with open(part, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part, path)
+
+
+def write_picture(path, picture):
+    part = temporary(path)
+    iio.imwrite(part, picture)
+    os.replace(part, path)
+
+
+
+# ------------------------------------------------------------------------------------------------ the table of a checkpoint
+
+COLUMNS = [   # title, key, width, format (none: with its interval); the first nine need to know the truth, as only the toybox does
+    ("F1 50 ms", "f1_50", 20, ""), ("prec.", "precision_50", 7, ".3f"), ("recall", "recall_50", 7, ".3f"), ("F1 100", "f1_100", 7, ".3f"),
+    ("timing", "timing_ms", 7, ".0f"), ("lag, ms", "lag_ms", 8, ".0f"), ("residual", "residual", 9, ".3f"), ("worst kind", "worst", 13, "s"),
+    ("false/quiet", "false_per_quiet_clip", 12, ".2f"), ("CycleSync set", "cyclesync_set", 21, ""), ("merged", "cyclesync_merged", 21, ""),
+    ("AV-Align", "av_align", 21, ""), ("Frechet", "frechet_latent", 9, ".3g"), ("FVD", "fvd", 9, ".4g"), ("FID", "fid", 9, ".4g"), ("FAD", "fad", 9, ".4g")]
+
+
+def line(words, row, columns):
+    """A line of a table; row=None: its head. Figures that a row has not got are left blank."""
+    cells = []
+    for title, key, width, form in columns:
+        value = title if row is None else row.get(key, float("nan"))
+        known = row is None or isinstance(value, str) or np.isfinite(value)
+        if row is not None and known:
+            value = format(value, form or ".3f") + ("" if form else " [%.2f, %.2f]" % tuple(row["interval"][key]))
+        cells.append(f"{value if known else '':>{width}s}")
+    return f"{words:26s}" + "".join(cells)
+
 
 def evaluate(args):
+    """Generated, true and reconstructed videos of the held-out clips, without audio layers, with other sounds: one table."""
     device, cast, words = pick_device(args.device)
     model, vae, ckpt = load_a2v(args.ckpt, args.vae, device)
-    clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + i, ckpt["size"]) for i in range(args.clips)]
-    n, default = sum(len(c["events"]) for c in clips), ckpt["guidance"]
-    print(f"{words}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of {len(clips[0]['video'])} frames at {ckpt['size']} px, {n} events, "
-          f"{sum(len(c['events']) == 0 for c in clips)} clips without any; {args.steps} steps")
-    rows = [("ground_truth", "ground truth", None), ("vae", "VAE reconstruction", None), ("off_sync", "off-sync (no audio layers)", 0.)]
-    weights = sorted({0., 1., 2., 4., float(default["asg"])})
-    rows += [(f"asg_{w:g}", f"generated, w_a = {w:g}" + (", w_t = %g: the default" % default["cfg"] if w == default["asg"] else ""), w) for w in weights]
-    print(f"{'':38s}{'F1 50':>7s}{'prec.':>7s}{'recall':>7s}{'F1 100':>8s}{'timing':>9s}{'residual':>10s}{'worst kind':>16s}{'false/quiet':>12s}")
-    result, total = {}, math.ceil((len(clips[0]["video"]) - 1) / vae.stride_t) * args.steps * math.ceil(len(clips) / 48)
+    clips, default, toybox = held_out_clips(args, ckpt["size"]), ckpt["guidance"], args.data == "toybox"
+    print(f"{words}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of {len(clips[0]['video'])} frames at {ckpt['size']} px"
+          + (f", {sum(len(c['events']) for c in clips)} events, {sum(len(c['events']) == 0 for c in clips)} clips without any" if toybox else "")
+          + f"; {args.steps} steps")
+    rows = [("ground_truth", "ground truth", None), ("vae", "VAE reconstruction", None), ("off_sync", "off-sync", 0.)]
+    rows += [(f"asg_{w:g}", f"generated, w_a = {w:g}" + ("*" if w == default["asg"] else ""), w) for w in sorted({0., 1., 2., 4., float(default["asg"])})]
+    judge, result, records = Judge(clips, vae, args), {}, []
+    have = {"cyclesync_set": judge.models[0], "cyclesync_merged": judge.models[0], "av_align": find_spec("cv2"), **{k: getattr(args, k) for k in OUTSIDE}}
+    columns = [c for c in COLUMNS[0 if toybox else 9:] if have.get(c[1], True)]
+    print(line("", None, columns))
+    total = math.ceil((len(clips[0]["video"]) - 1) / vae.stride_t) * args.steps * math.ceil(len(clips) / 48)
     for key, words, w in rows:
         start = time.perf_counter()
-        if key == "ground_truth":
-            videos = [c["video"] for c in clips]
-        elif key == "vae":
-            videos = reconstruct(vae, clips, cast)
+        if w is None:
+            videos = [c["video"] for c in clips] if key == "ground_truth" else reconstruct(vae, clips, cast)
         else:
             with tqdm(total=total, desc=words, disable=None, leave=False) as bar:
-                videos = generate_toybox(Deaf(model) if key == "off_sync" else model, vae, clips, cast, bar, args.seed, steps=args.steps, asg=w,
-                                         cfg=default["cfg"] if w == default["asg"] else 0.)
-        scores, kinds, shuffled = score_toybox(videos, clips)
-        seen = {k: v["residual"] for k, v in kinds.items() if np.isfinite(v["residual"])}
-        worst = max(seen, key=seen.get, default="-")
-        result[key] = dict(scores, kinds={k: dict(f1_50=v["f1_50"], residual=v["residual"]) for k, v in kinds.items()}, worst_residual=seen.get(worst))
-        print(f"{words:38s}{scores['f1_50']:7.3f}{scores['precision_50']:7.3f}{scores['recall_50']:7.3f}{scores['f1_100']:8.3f}{scores['timing_ms']:6.0f} ms"
-              f"{scores['residual']:10.3f}{worst + ' %.2f' % seen.get(worst, np.nan):>16s}{scores['false_per_quiet_clip']:12.2f}   {time.perf_counter() - start:.0f} s", flush=True)
+                videos = generate(Deaf(model) if key == "off_sync" else model, vae, clips, cast, bar, args.seed, steps=args.steps, asg=w,
+                                  cfg=default["cfg"] if w == default["asg"] else 0.)
+        result[key], shuffled = judge.row(key, videos, records)
         if key == f"asg_{default['asg']:g}":
-            result["generated"], result["shuffled"] = result[key], dict(shuffled, clips=len(clips))
-    print(f"{'shuffled audio (chance)':38s}{result['shuffled']['f1_50']:7.3f}{result['shuffled']['precision_50']:7.3f}{result['shuffled']['recall_50']:7.3f}{result['shuffled']['f1_100']:8.3f}")
-    clean = lambda v: {k: clean(x) for k, x in v.items()} if isinstance(v, dict) else (None if isinstance(v, float) and not np.isfinite(v) else round(v, 4) if isinstance(v, float) else v)
-    print(json.dumps(clean(result)))
+            result["generated"], result["shuffled"] = result[key], shuffled
+            write_picture(Path(args.out) / "strips.png", judge.strips(videos))
+        print(line(words, result[key], columns) + f"  {time.perf_counter() - start:.0f} s")
+    print(line("shuffled sounds (chance)", result["shuffled"], columns))
+    print(f"* the checkpoint's own guidance (w_t = {default['cfg']:g}). In brackets: 95 % intervals over clips. Frechet: distance of latents. CycleSync by "
+          + (args.v2a_cmd or ("the oracle" if toybox else "no model: give one by --v2a-cmd"))
+          + ("" if find_spec("cv2") else ". AV-Align needs OpenCV: pip install opencv-python-headless"))
+    write_csv(Path(args.out) / "clips.csv", records)
+    print(f"every clip: {Path(args.out) / 'clips.csv'}; strips: {Path(args.out) / 'strips.png'}")
+    print(json.dumps(plain(result)))
 
+
+class Judge:
+    """Scores rows of videos, all of the same clips; what only depends on the clips is computed once."""
+
+    def __init__(self, clips, vae, args):
+        self.clips, self.vae, self.args, self.models = clips, vae, args, remakers(args, clips)
+        if args.fad and not self.models[0]:
+            raise BadInput(f"--fad {args.fad}: measures sounds made from the videos; give a model that makes them, --v2a-cmd")
+        self.heard = [after(onsets(c["audio"], RATE), args.trim_start) for c in clips]
+        self.shuffle = [(i + len(clips) // 2) % len(clips) for i in range(len(clips))]           # windows of one clip are neighbours
+        self.truth = self.features([c["video"] for c in clips], [(c["audio"], RATE) for c in clips])
+
+    def features(self, videos, sounds):
+        paths = {what: getattr(self.args, what) for what in OUTSIDE}
+        return dict(frechet_latent=latent_features(self.vae, videos)) | {
+            what: outside_features(what, path, videos, sounds) for what, path in paths.items() if path}
+
+    def row(self, key, videos, records):
+        """-> the scores of this row and of the same videos with shuffled sounds; a record per clip is added to `records`."""
+        clips, a = self.clips, self.args
+        seen = [watch(v, m, a.trim_start) for v, m in zip(videos, self.models)]
+        mine = [agreement(h, s, a.tolerance) for h, s in zip(self.heard, seen)]
+        result, shuffled = means(mine), means([agreement(self.heard[j], s, a.tolerance) for j, s in zip(self.shuffle, seen)])
+        result.update({k: frechet(v, self.truth[k]) for k, v in self.features(videos, [s["sound"] for s in seen]).items()})
+        read = [dict() for _ in clips]
+        if a.data == "toybox":
+            scores, kinds, chance, reads = score_toybox(videos, clips)
+            looks = {k: v["residual"] for k, v in kinds.items() if np.isfinite(v["residual"])}
+            worst, curve = max(looks, key=looks.get, default=None), lag_curve([c["events"] for c in clips], [r[0] for r in reads])
+            late = -1000 * np.median([t for t, f1 in curve if f1 == max(f1 for _, f1 in curve)])            # of what moves it back
+            result.update(scores, interval=result["interval"] | scores["interval"], lag_ms=float(late), lag_curve=curve, worst_residual=looks.get(worst),
+                          worst=f"{worst} {looks[worst]:.2f}" if looks else "", kinds={k: dict(f1_50=v["f1_50"], residual=v["residual"]) for k, v in kinds.items()})
+            shuffled.update(chance, interval=shuffled["interval"] | chance["interval"], clips=len(clips))
+            for i, (c, (events, residual, readable)) in enumerate(zip(clips, reads)):
+                hits, lags = match_events(c["events"], events, .05)
+                read[i] = dict(events=len(c["events"]), read=len(events), matched_50=hits, timing_ms=1000 * np.mean(np.abs(lags)) if hits else None,
+                               residual=float(residual.mean()) if len(residual) else None, readable=readable)
+        records += [plain(dict(row=key, clip=c["name"], kind=c["kind"], **r, **m)) for c, r, m in zip(clips, read, mine)]
+        return result, shuffled
+
+    def strips(self, videos):
+        """The truth above, ours below, of six clips; marked is what happens: read events, or onsets and what was made of the video."""
+        clips, toybox = self.clips, self.args.data == "toybox"
+        chosen = [next((i for i, c in enumerate(clips) if c["kind"] == k and len(c["events"])), None) for k in KINDS] if toybox else range(0, len(clips), max(1, len(clips) // 6))
+        strips = []
+        for i in [i for i in chosen if i is not None][:6]:
+            marks = read_clip_events(videos[i], clips[i])[0] if toybox else watch(videos[i], self.models[i])["onsets"]
+            strips += [data.film_strip(clips[i]["video"], clips[i]["audio"], events=clips[i]["events"] if toybox else self.heard[i]),
+                       data.film_strip(videos[i], clips[i]["audio"], events=() if marks is None else marks)]
+        return np.concatenate(strips)
+
+
+# ------------------------------------------------------------------------------------------------ the shift study
+
+def draw_curves(path, x, curves, xlabel, ylabel):
+    """A plain line plot, png. curves: name -> values at x."""
+    from PIL import Image, ImageDraw                                          # comes with imageio
+    W, H, left, low, right, top = 760, 420, 60, 370, 560, 20
+    colours = ["#1b6ca8", "#d1495b", "#3a7d44", "#8d6a9f", "#c77d1a", "#555555"]
+    canvas = Image.new("RGB", (W, H), "white")
+    pen, most = ImageDraw.Draw(canvas), max(1.05 * max(np.nanmax(v) for v in curves.values()), 1e-9)
+    px = lambda v: left + (v - x[0]) / (x[-1] - x[0]) * (right - left)
+    py = lambda v: low - max(v, 0) / most * (low - top)
+    for tick in x:
+        pen.line([(px(tick), low), (px(tick), low + 5)], "black"), pen.text((px(tick) - 9, low + 8), f"{tick:.1f}", "black")
+    for tick in np.arange(0, most, .2 if most < 2 else .5):
+        pen.line([(left, py(tick)), (right, py(tick))], "#dddddd"), pen.text((left - 28, py(tick) - 6), f"{tick:.1f}", "black")
+    pen.line([(left, top), (left, low), (right, low)], "black")
+    pen.text((left + 150, low + 26), xlabel, "black"), pen.text((left + 6, top - 14), ylabel, "black")
+    for i, (name, values) in enumerate(curves.items()):
+        points = [(px(a), py(v)) for a, v in zip(x, values) if np.isfinite(v)]
+        pen.line(points, colours[i % 6], 3), pen.text((right + 12, top + 18 * i), name, colours[i % 6])
+    write_picture(path, np.asarray(canvas))
+
+
+def shift_study(args):
+    """Syncphony figure 7, tables 5 and 6: true videos whose sound comes 0.0-0.5 s late, by every metric. The sound is not moved
+    within the clip, which would leave a gap: what precedes the clip is known, and is heard instead."""
+    lead, delays = .5, np.arange(6) / 10
+    clips = held_out_clips(args, args.resolution, lead)
+    models, n, toybox = remakers(args, clips), round(len(clips[0]["video"]) / FPS * RATE), args.data == "toybox"
+    seen = [watch(c["video"], m, args.trim_start) for c, m in zip(tqdm(clips, desc="videos", disable=None, leave=False), models)]
+    read = [read_clip_events(c["video"], c)[0] for c in clips] if toybox else None
+    result, records = {}, []
+    for d in [*delays, None]:                                                 # None: everybody with somebody else's sound
+        sounds = [c["audio"][round((lead - (d or 0.)) * RATE):][:n] for c in clips]
+        events = [c["events"] + (d or 0.) for c in clips] if toybox else None
+        if d is None:
+            sounds, events = (v[len(v) // 2:] + v[:len(v) // 2] if v else v for v in (sounds, events))
+        heard = [after(onsets(s, RATE), args.trim_start) for s in sounds]
+        mine = [agreement(h, s, args.tolerance) for h, s in zip(heard, seen)]
+        late, sure = np.array([lag(c["video"], FPS, s, RATE) for c, s in zip(clips, sounds)]).T
+        row = dict(means(mine), lag_ms=1000 * float(np.nanmedian(late[sure > 3])) if (sure > 3).any() else float("nan"))
+        if toybox:
+            scores = event_scores([e[e < n / RATE] for e in events], read)
+            row = row | {k: scores[k] for k in ("f1_50", "f1_100", "timing_ms")} | dict(interval=row["interval"] | scores["interval"])
+        key = "shuffled" if d is None else f"{d:.1f}"
+        result[key] = row
+        records += [plain(dict(delay=key, clip=c["name"], kind=c["kind"], **m, lag_s=float(l), lag_confidence=float(s))) for c, m, l, s in zip(clips, mine, late, sure)]
+    names = {"f1_50": "F1 at 50 ms", "cyclesync_set": "CycleSync, set", "cyclesync_merged": "CycleSync, merged", "av_align": "AV-Align"}
+    curves = {k: [result[f"{d:.1f}"][k] for d in delays] for k in names if np.isfinite(result["0.0"].get(k, np.nan))}
+    print(f"{len(clips)} true clips; CycleSync by {args.v2a_cmd or ('the oracle' if toybox else 'no model: give one by --v2a-cmd')}; mean, 95 % interval, change from delay 0")
+    print(f"{'sound is late by':26s}" + "".join(f"{names[k]:>30s}" for k in curves) + f"{'median lag':>14s}")
+    for key, row in result.items():
+        cells = [f"{row[k]:.3f} [%.2f, %.2f]{100 * (row[k] / curves[k][0] - 1):+7.1f} %%" % tuple(row["interval"][k]) for k in curves]
+        print(f"{key + ' s' if key != 'shuffled' else 'somebody else`s sound':26s}" + "".join(f"{c:>30s}" for c in cells) + f"{row['lag_ms']:11.0f} ms")
+    draw_curves(Path(args.out) / "shift.png", delays, {names[k]: np.array(v) / v[0] for k, v in curves.items()}, "delay of the sound, seconds", "score / score at 0")
+    write_csv(Path(args.out) / "shift.csv", records)
+    print(f"{Path(args.out) / 'shift.png'}, {Path(args.out) / 'shift.csv'}")
+    print(json.dumps(plain(result)))
+
+
+# ------------------------------------------------------------------------------------------------ the ablations
+
+RUNS = {"full": [], "no motion-aware loss": ["--lambda-motion", "0"], "no Audio RoPE": ["--no-audio-rope"]}       # flags of train.py
+ABLATION = [   # the row, the run it is sampled from, w_a (None: off-sync), the paper's CycleSync on AVSync15 (tables 3, 4, 11)
+    ("without motion-aware loss", "no motion-aware loss", 0., "15.18 ± 1.48"), ("without Audio RoPE", "no Audio RoPE", 0., "14.41 ± 1.40"),
+    ("off-sync (audio skipped)", "full", None, "12.34 ± 1.14"), ("full model", "full", 0., "15.31 ± 1.49"), ("with ASG, w_a = 1", "full", 1., "15.94 ± 1.56"),
+    ("with ASG, w_a = 2", "full", 2., "16.48 ± 1.28"), ("with ASG, w_a = 4", "full", 4., "16.26 ± 1.40")]
+
+
+def ablate(args):
+    """Train every variant with every seed, score it, print mean and standard deviation over seeds. What is done is kept: the
+    same command goes on where it was stopped, within a training too."""
+    if args.data != "toybox":
+        raise BadInput(f"--ablate with --data {args.data}: the ablations are scored by the toybox's truth; leave --data out")
+    seeds, steps, clips, n = (1, 400, 800, 48) if args.quick else (3, 1000, 2000, args.clips)
+    root, scores = Path(args.out) / f"ablation-{steps}", {}
+    for seed in range(seeds):
+        for run, flags in RUNS.items():
+            folder = root / f"{run.replace(' ', '-')}-{seed}"
+            if not (folder / f"scores-{n}.json").is_file():
+                print(f"{run}, seed {seed}: {folder}", flush=True)
+                command = [sys.executable, str(HERE / "train.py"), "--task", "a2v", "--seed", seed, "--steps", steps, "--clips", clips, "--sample-every", steps,
+                           "--eval-clips", 24, "--device", args.device, "--data-root", args.data_root, "--vae", args.vae, "--out", folder, *flags]
+                code = subprocess.run([str(c) for c in command]).returncode
+                if code == 130:
+                    raise KeyboardInterrupt
+                if code:
+                    raise BadInput(f"the training above ended with code {code}; the same command tries again")
+                write_scores(folder, run, argparse.Namespace(**dict(vars(args), clips=n, seed=seed)))
+            for row, values in json.loads((folder / f"scores-{n}.json").read_text()).items():
+                scores.setdefault(row, []).append(values)
+    print(f"{steps} steps on {clips} clips, {n} held-out clips, {seeds} training seed{'s' * (seeds > 1)}: mean ± standard deviation over seeds")
+    shown = {"f1_50": "F1 at 50 ms", "f1_100": "F1 at 100 ms", "cyclesync_set": "CycleSync set", "cyclesync_merged": "merged", "residual": "residual", "frechet_latent": "Frechet"}
+    print(f"{'':28s}" + "".join(f"{w:>17s}" for w in shown.values()) + f"{'paper: CycleSync':>19s}")
+    for row, _, _, paper in ABLATION:
+        spread = lambda k: (np.mean([s[k] for s in scores[row]]), np.std([s[k] for s in scores[row]], ddof=1) if seeds > 1 else float("nan"))
+        print(f"{row:28s}" + "".join(f"{'%.3f ± %.3f' % spread(k):>17s}" for k in shown) + f"{paper:>19s}")
+    print(json.dumps(plain({row: {k: [s[k] for s in v] for k in shown} for row, v in scores.items()})))
+
+
+def write_scores(folder, run, args):
+    """Sample and score the rows of one trained variant; every training seed meets other clips."""
+    device, cast, _ = pick_device(args.device)
+    model, vae, ckpt = load_a2v(folder / "best.pt", args.vae, device)
+    clips, scores = held_out_clips(args, ckpt["size"]), {}
+    judge = Judge(clips, vae, args)
+    for row, source, w, _ in tqdm(ABLATION, desc=f"scoring {run}", disable=None, leave=False):
+        if source == run:
+            videos = generate(Deaf(model) if w is None else model, vae, clips, cast, steps=args.steps, asg=w or 0., cfg=0., seed=args.seed)
+            scores[row] = plain(judge.row(row, videos, [])[0])
+    part = temporary(folder / f"scores-{args.clips}.json")
+    part.write_text(json.dumps(scores))
+    os.replace(part, folder / f"scores-{args.clips}.json")
+
+
+# ------------------------------------------------------------------------------------------------ recordings, folders, files
 
 def clear_onsets(wave):
     """Where a listener would tap: librosa's onsets of at least 0.3 of the strongest one. (samples,) at 16 kHz -> seconds."""
@@ -310,8 +729,8 @@ def evaluate_recording(args):
             sound = np.pad(wave, (round(shift * RATE), 0))[:len(wave)]
             clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + 500 + i, ckpt["size"], kind=kind) for i in range(each)]
             clips = [dict(c, audio=sound, caption="", video=np.broadcast_to(c["video"][0], (frames, *c["video"].shape[1:]))) for c in clips]
-            videos = generate_toybox(model, vae, clips, cast, seed=args.seed, steps=args.steps, asg=ckpt["guidance"]["asg"])
-            read.append([read_events(kind, read_states(v, c["scene"])[0]) for v, c in zip(videos, clips)])
+            videos = generate(model, vae, clips, cast, seed=args.seed, steps=args.steps, asg=ckpt["guidance"]["asg"])
+            read.append([read_clip_events(v, c)[0] for v, c in zip(videos, clips)])
         possible = heard[(heard >= TIMING[kind][0]) & (heard < frames / FPS - .1)]                    # nothing falls in 0.1 s
         met = [np.abs(events[:, None] - possible[None]).min(0, initial=9.) <= .1 for events in read[0] if len(possible)]
         kept = [before[before + delay < frames / FPS - .1] + delay for before in read[0]]             # what should be seen later
@@ -321,16 +740,6 @@ def evaluate_recording(args):
         show = lambda x: "-" if x is None else f"{x:.2f}"
         print(f"{kind:10s}{len(possible):8d}{show(result[kind]['met']):>30s}{result[kind]['events']:18.1f}{show(result[kind]['followed']):>30s}", flush=True)
     print(json.dumps(result))
-
-
-def mean_and_interval(values, rounds=2000):
-    """Mean and its 95 % bootstrap interval over clips; nan values (no onset on either side) are left out and counted."""
-    values = np.asarray(values, float)
-    kept = values[np.isfinite(values)]
-    if len(kept) == 0:
-        return dict(mean=None, low=None, high=None, clips=0, undefined=len(values))
-    means = np.random.default_rng(0).choice(kept, (rounds, len(kept))).mean(1)
-    return dict(mean=kept.mean(), low=np.quantile(means, .025), high=np.quantile(means, .975), clips=len(kept), undefined=len(values) - len(kept))
 
 
 def score_pairs(args):
@@ -350,10 +759,11 @@ def score_pairs(args):
           f"mean and its 95 % interval, literal union and merged union")
     for row, pairs in (("cyclesync", heard), ("shuffled", chance)):
         scores = np.array([cyclesync(a, b, args.tolerance) for a, b in pairs])
-        result[row] = {union: mean_and_interval(scores[:, i]) for i, union in enumerate(("set", "merged"))}
-        show = lambda r: "undefined" if r["mean"] is None else f"{r['mean']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
+        result[row] = {union: dict(zip(("mean", "low", "high"), ratio(scores[:, i])), undefined=int(np.isnan(scores[:, i]).sum()))
+                       for i, union in enumerate(("set", "merged"))}
+        show = lambda r: f"{r['mean']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
         print(f"{row:12s}{show(result[row]['set']):>28s}{show(result[row]['merged']):>28s}   {result[row]['set']['undefined']} pairs without any onset left out")
-    print(json.dumps(result))
+    print(json.dumps(plain(result)))
 
 
 def score_clip(args):
@@ -371,29 +781,40 @@ def score_clip(args):
         print(f"AV-Align {result['av_align']:.3f} (at {FPS} fps and 256 px: it depends on both), older rule {av_align(heard, flow_peaks(curve, FPS, 0.), FPS, once=False):.3f}")
     except BadInput as why:
         print(why)
-    print(json.dumps({k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in result.items()}))
+    print(json.dumps(plain(result)))
 
 
 def arguments():
     p = Parser(__doc__)
     p.add_argument("clip", nargs="?", help="score this one video with its own sound")
     p.add_argument("--pairs", nargs=2, metavar=("REF", "HAT"), help="CycleSync of two folders of sounds: true ones, and ones made from the videos")
+    p.add_argument("--shift-study", action="store_true", help="what every metric says of true clips whose sound is up to 0.5 s late (Syncphony figure 7)")
+    p.add_argument("--resolution", type=number(int, 32, 512), default=64, help="--shift-study: side of the pictures in pixels")
+    p.add_argument("--ablate", choices=("syncphony",), help="train and score the rows of the paper's ablation tables: an hour or two on 2 cores")
+    p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings; a first impression in under 20 minutes")
+    p.add_argument("--v2a-cmd", help="CycleSync: a program that makes a sound for a video, with {video} and {wav} in it")
+    p.add_argument("--v2a-seconds", type=number(low=0), default=0., help="CycleSync: the least length of a video that this program takes")
+    for what, file in (("fvd", "i3d_torchscript.pt"), ("fid", "inception-2015-12-05.pt"), ("fad", "a VGGish over waveforms")):
+        p.add_argument(f"--{what}", metavar="FILE", help=f"also print {what.upper()}, with features by this TorchScript file ({file})")
     p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: how far apart two onsets may be, seconds")
     p.add_argument("--trim-start", type=number(low=0), default=0., help="CycleSync: leave out onsets before so many seconds")
     p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
-    p.add_argument("--data", default="toybox", choices=("toybox",), help="on which data")
+    p.add_argument("--data", default="toybox", help=f"on which data: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
+    p.add_argument("--data-root", default="data", help="where datasets and caches lie")
     p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips (with --audio: pictures, a sixth of them of every kind)")
     p.add_argument("--audio", help="a recording to move toybox pictures by, in place of the toybox's own sounds")
     p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
     p.add_argument("--seed", type=number(int, 0), default=0, help="chooses the held-out clips and the noise")
+    p.add_argument("--out", default="out/cyclesync", help="folder for tables of every clip, pictures and ablation runs")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     return p
 
 
 def main():
     args = arguments().parse_args()
-    (score_clip if args.clip else score_pairs if args.pairs else evaluate_recording if args.audio else evaluate)(args)
+    (score_clip if args.clip else score_pairs if args.pairs else evaluate_recording if args.audio else shift_study if args.shift_study
+     else ablate if args.ablate else evaluate)(args)
 
 
 if __name__ == "__main__":

@@ -687,7 +687,8 @@ def temporary(path):
 def write_video(path, frames, wave, fps=FPS, rate=RATE):
     """H.264 + AAC. `frames`: uint8 (F, H, W, 3), or an iterator of such pieces (a long roll-out never sits in memory).
 
-    The sound is cut or padded with silence to the length of the pictures. H and W must be even: that is H.264's."""
+    The sound is cut or padded with silence to the length of the pictures; wave=None: no sound. H and W must be even: that is
+    H.264's."""
     import imageio_ffmpeg
     import soundfile
     pieces = iter([frames] if isinstance(frames, np.ndarray) else frames)
@@ -705,6 +706,9 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
             count += len(piece)
             piece = next(pieces, None)
         writer.close()
+        if wave is None:
+            os.replace(silent, path)
+            return count
         n = round(count / fps * rate)
         soundfile.write(sound, np.pad(wave[:n], (0, max(0, n - len(wave)))), rate)
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(silent), "-i", str(sound), "-c:v", "copy",

@@ -483,7 +483,7 @@ def test_hammers_announce_their_strike_mouths_stay_open_and_lamps_outlive_their_
 
 def test_the_reader_finds_every_event_of_real_renders():
     clips = [data.toybox_clip(cyclesync.HELD_OUT + i, 32) for i in range(60)]
-    scores, kinds, shuffled = cyclesync.score_toybox([c["video"] for c in clips], clips)
+    scores, kinds, shuffled, _ = cyclesync.score_toybox([c["video"] for c in clips], clips)
     assert scores["f1_50"] == 1 and scores["residual"] < .01 and scores["false_per_quiet_clip"] == 0
     assert shuffled["f1_50"] < .3 and scores["timing_ms"] < 21
 
@@ -493,6 +493,44 @@ def test_the_readers_residual_tells_a_smear_from_a_strike():
     blurred = torch.nn.functional.avg_pool2d(torch.from_numpy(clip["video"]).permute(0, 3, 1, 2).float(), 9, 1, 4).permute(0, 2, 3, 1)
     s, residual = cyclesync.read_states(blurred.numpy().astype(np.uint8), clip["scene"])
     assert residual.mean() > .2 and cyclesync.read_states(clip["video"], clip["scene"])[1].max() < .02
+
+
+def test_the_reader_is_right_to_half_a_frame():
+    for i in range(60):
+        clip = data.toybox_clip(cyclesync.HELD_OUT + 300 + i, 64)
+        read = cyclesync.read_clip_events(clip["video"], clip)[0]
+        assert len(read) == len(clip["events"]) and np.abs(read - clip["events"]).max(initial=0) < .5 / 24 + .005, clip["kind"]
+
+
+def corrupted(video, clip, how, rng):
+    """Frames that no toybox scene explains: blurred, noisy, of other colours, or another thing in the same place and colours."""
+    x = torch.from_numpy(video).permute(0, 3, 1, 2).float()
+    if how == "blur":
+        x = torch.nn.functional.avg_pool2d(x, 15, 1, 7, count_include_pad=False)
+    elif how == "noise":
+        x = x + torch.from_numpy(rng.normal(0, 60, x.shape)).float()
+    elif how == "colour":
+        x = x + torch.from_numpy(rng.choice([-1, 1], (1, 3, 1, 1)) * rng.uniform(40, 90, (1, 3, 1, 1))).float()
+    else:
+        kind = data.KINDS[(data.KINDS.index(clip["kind"]) + rng.integers(1, 6)) % 6]
+        scene = dict(data.toybox_scene(rng, kind), **{k: clip["scene"][k] for k in ("back", "colours", "x", "y", "scale", "flip")})
+        return data.toybox_draw(scene, rng.uniform(*data.STATES[kind], len(video)), video.shape[1])
+    return x.clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
+
+
+def test_the_reader_abstains_where_frames_cannot_be_read_rather_than_invent_events():
+    """100 clips, half of whose frames are spoilt: one half of the clip, or frames here and there."""
+    rng, invented, clean, found = np.random.default_rng(0), 0, 0, 0
+    for i in range(100):
+        clip = data.toybox_clip(cyclesync.HELD_OUT + 600 + i, 64)
+        spoilt, at = corrupted(clip["video"], clip, ("blur", "noise", "colour", "object")[i % 4], rng), np.zeros(49, bool)
+        at[rng.permutation(49)[:24] if i % 8 < 4 else slice(25, 49)] = True
+        read, _, readable = cyclesync.read_clip_events(np.where(at[:, None, None, None], spoilt, clip["video"]), clip)
+        invented += len(read) - cyclesync.match_events(clip["events"], read, .1)[0]
+        if i % 8 >= 4:
+            early = clip["events"][clip["events"] < .8]
+            clean, found = clean + len(early), found + cyclesync.match_events(early, read, .05)[0]
+    assert invented <= 2 and clean > 20 and found >= .95 * clean
 
 
 def test_events_are_paired_one_to_one_closest_first():
@@ -773,7 +811,7 @@ def test_agreement_with_a_recording_is_one_for_things_that_move_at_its_onsets(to
     def drawn(model, vae, clips, *a, **k):
         states = [data.toybox_state(c["kind"], cyclesync.clear_onsets(c["audio"]), np.full(9, .2), np.arange(len(c["video"])) / 24) for c in clips]
         return [data.toybox_draw(c["scene"], move * s, 32) for c, s in zip(clips, states)]
-    monkeypatch.setattr(cyclesync, "generate_toybox", drawn)
+    monkeypatch.setattr(cyclesync, "generate", drawn)
     wave = np.zeros(48000, np.float32)
     for t in (1., 2.):
         wave[int(16000 * t):int(16000 * t) + 1600] = np.random.default_rng(0).standard_normal(1600) * np.exp(-np.arange(1600) / 300) / 4
@@ -896,11 +934,130 @@ def test_one_video_is_scored_with_its_own_sound(odd, capsys):
         assert err.startswith("error: ") and word in err and "\n" not in err
 
 
-def test_the_interval_of_a_mean_covers_it_and_leaves_out_what_is_undefined():
+def test_the_interval_of_a_ratio_covers_it_and_leaves_out_what_is_undefined():
     values = np.random.default_rng(0).normal(.3, .1, 200)
-    r = cyclesync.mean_and_interval([*values, np.nan, np.nan])
-    assert r["low"] < r["mean"] == pytest.approx(values.mean()) and r["mean"] < r["high"] and r["high"] - r["low"] == pytest.approx(4 * .1 / 200 ** .5, rel=.2)
-    assert r["clips"] == 200 and r["undefined"] == 2 and cyclesync.mean_and_interval([np.nan])["mean"] is None
+    mean, low, high = cyclesync.ratio([*values, np.nan, np.nan])
+    assert mean == pytest.approx(values.mean()) and low < mean < high and high - low == pytest.approx(4 * .1 / 200 ** .5, rel=.2)
+    assert np.isnan(cyclesync.ratio([np.nan])).all() and cyclesync.ratio([1, 2, 0], [2, 2, 0])[0] == .75
+    s = cyclesync.event_scores([np.array([1.])] * 20, [np.array([1.])] * 15 + [np.zeros(0)] * 5)
+    assert s["interval"]["recall_50"][0] < s["recall_50"] == .75 < s["interval"]["recall_50"][1] and s["interval"]["precision_50"] == (1, 1)
+
+
+# ------------------------------------------------------------------------------------------------ cyclesync.py: video-to-audio, Frechet, tables
+
+def test_the_true_video_scores_95_with_the_oracle_and_less_than_half_when_its_sound_is_late(tmp_path, capsys):
+    assert cli(cyclesync, "--shift-study", "--clips", 40, "--resolution", 32, "--out", tmp_path) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    score = {d: r["cyclesync_merged"] for d, r in result.items()}
+    assert score["0.0"] >= .95 and all(score[d] < score["0.0"] / 2 for d in ("0.1", "0.2", "0.3", "0.4", "0.5", "shuffled"))
+    assert result["0.0"]["f1_50"] > .95 and result["0.2"]["f1_50"] < .2
+    assert abs(result["0.3"]["lag_ms"] - result["0.0"]["lag_ms"] + 300) < 42                      # the sound 0.3 s later: it moves 0.3 s earlier
+    assert iio.imread(tmp_path / "shift.png").std() > 5 and len((tmp_path / "shift.csv").read_text().splitlines()) == 1 + 7 * 40
+
+
+def test_a_mouth_sounds_as_long_for_the_oracle_as_it_did():
+    for seed in range(20):
+        clip = data.toybox_clip(seed, 32, kind="mouth")
+        (made, _), loud = cyclesync.oracle(clip)(clip["video"], 24), lambda w: np.abs(w).max() * .02
+        if len(clip["events"]) == 1 and not clip["off_screen"] and np.abs(clip["audio"][:4000]).max() < loud(clip["audio"]):
+            spans = [np.flatnonzero(np.abs(w) > loud(w))[[0, -1]] / 16000 for w in (clip["audio"], made)]
+            assert np.abs(spans[0] - spans[1]).max() < .06
+
+
+def test_another_program_gets_a_silent_video_long_enough_and_its_sound_is_cut(tmp_path, capsys):
+    clip, tool = data.toybox_clip(5, 32, kind="ball"), tmp_path / "tool.py"
+    soundfile.write(tmp_path / "long.wav", np.tile(clip["audio"], 2), 16000)
+    tool.write_text("import shutil, sys, imageio.v3 as iio\n"
+                    f"assert len(iio.imread(sys.argv[1], plugin='FFMPEG')) == 62, 'short'\nshutil.copy(r'{tmp_path / 'long.wav'}', sys.argv[2])\n")
+    run = f"{sys.executable} {tool} {{video}} {{wav}}"
+    wave, rate = cyclesync.outside(run, 2.56)(clip["video"], 24)
+    assert rate == 22050 and len(wave) == round(49 / 24 * 22050)
+    assert cyclesync.video_cyclesync(clip["video"], 24, clip["audio"], 16000, lambda *_: (wave, rate))[1] > .6
+    for command, word in ((run, "short"), ("no-such-program {video} {wav}", "cannot be run"), ("echo {video}", "{wav}"), ("true {video} {wav}", "no sound")):
+        with pytest.raises(data.BadInput, match=word):
+            cyclesync.outside(command)(clip["video"], 24)
+
+
+def test_the_frechet_distance_is_that_of_two_gaussians():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((200_000, 3))
+    b = a @ np.diag([1., 2., 3.]) + [1., 0., 0.]                              # |mean|^2 + sum (sigma_a - sigma_b)^2
+    assert cyclesync.frechet(a, b) == pytest.approx(1 + 1 + 4, rel=.02) and cyclesync.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert cyclesync.frechet(a[:, ::-1], b) == pytest.approx(cyclesync.frechet(b, a[:, ::-1]))
+
+
+class Extractor(torch.nn.Module):
+    """Stands in for the networks of FVD, FID and FAD: same calls, features of its own."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False):
+        if x.dim() == 5:                                                      # FVD: (1, 3, F, 224, 224) in [-1, 1]
+            assert not rescale and not resize and return_features and x.shape[1] == 3 and x.shape[3] == 224 and x.min() >= -1.2
+            return x.mean((2, 3, 4))
+        if x.dim() == 4:
+            assert x.dtype == torch.uint8 and x.shape[1] == 3 and return_features
+            return x.float().mean((2, 3))
+        return x[:16000].reshape(2, -1)[:, :4].abs()
+
+
+def test_fvd_fid_and_fad_by_files_of_the_user(toy, tmp_path, capsys):
+    torch.jit.script(Extractor()).save(tmp_path / "net.pt")
+    flags = ["--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--clips", 4, "--steps", 2, "--out", tmp_path / "out"]
+    assert cli(cyclesync, *flags, "--fvd", tmp_path / "net.pt", "--fid", tmp_path / "net.pt", "--fad", tmp_path / "net.pt") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for what, least in (("fvd", 1e-3), ("fid", 1e-3), ("frechet_latent", 1e-3), ("fad", .1)):          # the oracle's sounds are not the true ones
+        assert result["ground_truth"][what] < least
+    assert result["generated"]["fid"] > 0 and result["generated"]["frechet_latent"] > .01
+    for bad in (tmp_path / "none.pt", toy / "x.wav", toy / "vae.pt"):
+        assert cli(cyclesync, *flags, "--fvd", bad) == 2
+        err = capsys.readouterr().err.strip()
+        assert err.startswith("error: --fvd") and "\n" not in err
+
+
+def test_one_table_holds_the_rows_of_the_protocol_for_toybox_and_for_real_clips(toy, tmp_path, capsys):
+    """Generated, true, reconstructed, off-sync and shuffled; every clip in a CSV; strips; the last line is JSON."""
+    for i in range(4):
+        clip = data.toybox_clip(i, 32, 72, kind="lamp")
+        (tmp_path / "clips/test/lamp").mkdir(parents=True, exist_ok=True)
+        data.write_video(tmp_path / f"clips/test/lamp/{i}.mp4", clip["video"], clip["audio"])
+    tool = tmp_path / "tool.py"
+    tool.write_text("import sys, numpy, soundfile\nsoundfile.write(sys.argv[2], numpy.random.default_rng(0).standard_normal(40000) / 9, 16000)\n")
+    for more in ([], ["--data", tmp_path / "clips", "--v2a-cmd", f"{sys.executable} {tool} {{video}} {{wav}}"]):
+        assert cli(cyclesync, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--clips", 6, "--steps", 2, "--out", tmp_path / "out", *more) == 0
+        out = capsys.readouterr().out
+        result, table = json.loads(out.splitlines()[-1]), (tmp_path / "out/clips.csv").read_text().splitlines()
+        assert {"generated", "ground_truth", "vae", "off_sync", "shuffled", "asg_0", "asg_1", "asg_2", "asg_4"} <= set(result)
+        assert len(table) == 1 + 7 * 6 and iio.imread(tmp_path / "out/strips.png").shape[1] == 12 * 32
+        assert all(np.isfinite(result[row]["cyclesync_merged"]) for row in result) and ("F1 50 ms" in out) == (not more)
+        if not more:
+            assert {"f1_50", "f1_100", "precision_50", "recall_50", "timing_ms", "residual", "clips"} <= set(result["generated"]) and result["ground_truth"]["f1_50"] == 1
+    assert cli(cyclesync, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--data", toy) == 2 and "no clips" in capsys.readouterr().err
+
+
+def test_the_lag_curve_has_its_summit_where_a_late_reader_would_be_right():
+    truth = [np.array([.5, 1.2]), np.array([.9])]
+    curve = dict((round(t, 2), f1) for t, f1 in cyclesync.lag_curve(truth, [t + .08 for t in truth]))
+    assert curve[-.08] == 1 and curve[0] == 0 and curve[-.03] == 1 and curve[.05] == 0
+
+
+def test_an_ablation_goes_on_where_it_was_stopped(toy, tmp_path, monkeypatch, capsys):
+    """Rows that are done are kept; a run that was interrupted leaves the command to be repeated."""
+    ran = []
+
+    def train_stub(command):
+        out = Path(command[command.index("--out") + 1])
+        ran.append((out.name, command[-1]))
+        if len(ran) == 2:
+            return subprocess.CompletedProcess(command, 130)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "best.pt").write_bytes((toy / "a2v.pt").read_bytes())
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(cyclesync.subprocess, "run", train_stub)
+    flags = ["--ablate", "syncphony", "--quick", "--vae", toy / "vae.pt", "--steps", 1, "--out", tmp_path]
+    assert cli(cyclesync, *flags) == 130 and len(ran) == 2
+    assert cli(cyclesync, *flags) == 0 and [r[0] for r in ran] == ["full-0", "no-motion-aware-loss-0", "no-motion-aware-loss-0", "no-Audio-RoPE-0"]
+    assert ran[2][1] == "0" and ran[3][1] == "--no-audio-rope"                # --lambda-motion 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(rows) == {row for row, *_ in cyclesync.ABLATION} and all(len(r["f1_50"]) == 1 for r in rows.values())
 
 
 # ------------------------------------------------------------------------------------------------ data.py: real clips
@@ -1440,10 +1597,10 @@ def test_the_shipped_weights_move_things_on_their_sounds():
     net, vae, ckpt = sample.load_a2v()
     _, cast, _ = sample.pick_device("cpu")
     clips = [data.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=data.KINDS[i % 6]) for i in range(24)]
-    made = cyclesync.generate_toybox(net, vae, clips, cast, steps=10, asg=2., cfg=0.)
-    scores, _, shuffled = cyclesync.score_toybox(made, clips)
+    made = cyclesync.generate(net, vae, clips, cast, steps=10, asg=2., cfg=0.)
+    scores, _, shuffled, _ = cyclesync.score_toybox(made, clips)
     assert scores["f1_50"] > .9 and scores["f1_50"] > 2 * shuffled["f1_50"] and scores["residual"] < .2 and scores["false_per_quiet_clip"] == 0
-    deaf = cyclesync.generate_toybox(sample.Deaf(net), vae, clips, cast, steps=4, asg=0., cfg=0.)
+    deaf = cyclesync.generate(sample.Deaf(net), vae, clips, cast, steps=4, asg=0., cfg=0.)
     assert cyclesync.score_toybox(deaf, clips)[0]["f1_50"] < .3
 
 
@@ -1462,5 +1619,5 @@ def test_moving_the_sound_moves_the_motion():
     _, cast, _ = sample.pick_device("cpu")
     clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 500 + i, ckpt["size"], kind="lamp") for i in range(40)) if 1 <= len(c["events"]) and c["events"][-1] < 1.6][:6]
     later = [dict(c, audio=np.pad(c["audio"], (4000, 0))[:len(c["audio"])], events=c["events"] + .25) for c in clips]
-    scores = cyclesync.score_toybox(cyclesync.generate_toybox(net, vae, later, cast, steps=10, asg=1., cfg=0.), later)[0]
+    scores = cyclesync.score_toybox(cyclesync.generate(net, vae, later, cast, steps=10, asg=1., cfg=0.), later)[0]
     assert scores["f1_50"] > .85

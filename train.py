@@ -39,7 +39,7 @@ from tqdm import tqdm
 import data
 import model as networks
 import vae as autoencoders
-from cyclesync import HELD_OUT, generate_toybox, reconstruct, score_toybox
+from cyclesync import HELD_OUT, generate, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
 from losses import BUCKETS, a2v_loss
 from sample import VAE_FILE, fingerprint, load_vae, pick_device
@@ -55,7 +55,7 @@ class A2V:
     def __init__(self, args, device, cast, world):
         self.args, self.device, self.toybox = args, device, args.data == "toybox"
         self.vae = load_vae(args.vae, device)
-        self.config = networks.MMDiTConfig(**networks.SIZES[args.size])
+        self.config = networks.MMDiTConfig(**networks.SIZES[args.size] | dict(audio_rope=not args.no_audio_rope))
         if self.config.text != "bytes" or self.config.latent != self.vae.cfg.latent:
             raise BadInput(f"--size {args.size}: needs another VAE ({self.config.latent} channels) and text states; train tiny or small on the toybox")
         self.net = networks.MMDiT(self.config)
@@ -103,7 +103,7 @@ class A2V:
         """-> lines to print, a score to compare checkpoints by, videos. The toybox is read (w_a = 0 and, at the end, the guidance
         that the checkpoint will recommend); elsewhere it is the loss on the windows of the test split, noise always the same."""
         if self.toybox:
-            make = lambda steps, asg: generate_toybox(net, self.vae, clips, cast, steps=steps, asg=asg, cfg=0.)
+            make = lambda steps, asg: generate(net, self.vae, clips, cast, steps=steps, asg=asg, cfg=0.)
             videos = make(12, 0.)
             lines, score = toybox_line("w_a = 0", videos, clips)
             if last and self.args.asg:
@@ -113,7 +113,7 @@ class A2V:
             losses = [a2v_loss(net, *self.windows(self.test, self.chosen[a:a + 16]), seeded(a), self.args.lambda_motion, 0., 0., self.args.sigma,
                                self.args.shift)[0].item() for a in range(0, len(self.chosen), 16)]
         loss = float(np.mean(losses))
-        return [f"loss on {len(self.chosen)} test windows {loss:.4f}"], -loss, generate_toybox(net, self.vae, clips[:8], cast, steps=12, asg=0., cfg=0.)
+        return [f"loss on {len(self.chosen)} test windows {loss:.4f}"], -loss, generate(net, self.vae, clips[:8], cast, steps=12, asg=0., cfg=0.)
 
     def extra(self):
         return dict(size=self.args.resolution, vae=fingerprint(self.vae), guidance=dict(asg=self.args.asg, cfg=self.args.cfg))
@@ -462,6 +462,7 @@ def arguments():
     p.add_argument("--lambda-motion", type=number(low=0), default=1., help="motion-aware loss, Syncphony eq. 1; 0 = plain")
     p.add_argument("--skip-audio", type=number(low=0, high=1), default=.1, help="share of steps with the audio layers left out")
     p.add_argument("--drop-text", type=number(low=0, high=1), default=.1, help="share of captions replaced by the null text")
+    p.add_argument("--no-audio-rope", action="store_true", help="an ablation: audio without positions, Syncphony table 11")
     p.add_argument("--sigma", default="uniform", choices=("uniform", "logit-normal"), help="how noise levels are drawn")
     p.add_argument("--shift", type=number(low=.01), default=4., help="shift of the noise levels towards noise; 1 = none")
     p.add_argument("--asg", type=number(low=0), default=1., help="w_a that the checkpoint will recommend to sample.py")
