@@ -2,8 +2,8 @@
 
 **The reader.** In the toybox everything that moves is drawn from one number per frame. So a video of that world, generated
 ones too, can be read back by analysis by synthesis: draw the scene in 61 states, take for every frame the closest, and the
-state curve gives the events (a ball's lowest points, the moment a mouth opens, ...). On real renders the reader is right
-every time; nothing in it is trained.
+state curve gives the events (a ball's lowest points, the moment a mouth opens, ...), to half a frame. Nothing in it is
+trained. Where a frame is as far from every drawing as their mean is, the reader abstains and no event is taken from it.
 
     F1 at 50 ms    read events and true events are paired one to one, in order of closeness, within 50 ms;
                    precision = paired / read, recall = paired / true, F1 their harmonic mean over all clips
@@ -11,7 +11,7 @@ every time; nothing in it is trained.
                    the best match. The residual is the squared error to that best match over the variance that the moving
                    part's states span: 0 = a perfect drawing, 1 = as wrong as a picture averaged over all states. It is
                    taken on moving frames (|s| > 0.15) only: still frames are copies of the first and would flatter
-    chance         the same videos against ANOTHER clip's events
+    chance         the same videos against ANOTHER clip's events: computed, not assumed
 
 **CycleSync** (Syncphony section 4) needs no truth: a video-to-audio model f makes a sound from the silent video; the better
 that sound's onsets agree with those of the real one, the better the video was synchronised. With A and A' the two sets,
@@ -27,12 +27,18 @@ Where the paper contradicts itself or is silent, this file does the following, a
                 magnitudes (22 for real clips) fit `set`; `merged` is what one can interpret. Both are printed
     detector    librosa's at 22 050 Hz whatever the file's rate: at 16 kHz it reports every hit twice
     silence     one side without an onset: 0. Both: nothing can be said, the clip is left out and counted
+    +-          never said of what. Here brackets are 95 % intervals over clips, by drawing clips anew (bootstrap)
 
-Real clips score 22 of 100 with the model that the paper used: a score means something only beside that of the ground truth
-and that of shuffled sounds. **AV-Align** (TempoTokens) asks for peaks of optical flow at onsets; it exists in two versions
-that give different numbers (`av_align`), and depends on resolution and frame rate. `lag` is a plain cross-correlation.
+Real clips score 22 of 100 with the model that the paper used (V-AURA): a score means something only beside that of the ground
+truth and that of shuffled sounds, made with the SAME f. In the toybox f is an `oracle`; elsewhere it is any program that you
+have (`--v2a-cmd`). **AV-Align** (TempoTokens) asks for peaks of optical flow at onsets; it exists in two versions that give
+different numbers (`av_align`), and depends on resolution and frame rate. `lag` is a plain cross-correlation. **Frechet
+distances** compare clouds of features; which features makes all the difference: our VAE's latents, or the files behind
+FVD, FID and FAD if you have them.
 
     python cyclesync.py --ckpt weights/a2v-toybox.pt --data toybox --clips 96 --seed 0
+    python cyclesync.py --shift-study            # true clips, the sound up to 0.5 s late: what does each metric notice?
+    python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's ablation tables
     python cyclesync.py --audio claps.wav        # no truth for a recording: its onsets, as librosa hears them, stand in
     python cyclesync.py clip.mp4                 # any video with its own sound: onsets, lag, AV-Align
     python cyclesync.py --pairs true/ remade/    # CycleSync of sounds that any program made from videos

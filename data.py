@@ -775,6 +775,81 @@ def load_weights(model, state, path):
     return model
 
 
+# ------------------------------------------------------------------------------------------------ published weights
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+
+
+def read_safetensors(path):
+    """A .safetensors file -> name: tensor, all of them views of the mapped file: nothing is read before it is used.
+
+    The format is 8 bytes, the length n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets}}; the numbers."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        try:
+            header = json.loads(f.read(n)) if 8 + n <= size else {}
+        except ValueError:
+            header = {}
+    header.pop("__metadata__", None)
+    if not header or 8 + n + max(t["data_offsets"][1] for t in header.values()) > size:
+        raise BadInput(f"{path}: not a whole .safetensors file ({size} bytes); it was cut short or is something else: download it again")
+    raw, state = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8), {}
+    for name, t in header.items():
+        a, b = (8 + n + offset for offset in t["data_offsets"])
+        piece = raw[a:b]
+        piece = piece if a % 8 == 0 else piece.clone()                        # views of wider types must be aligned
+        state[name] = piece.view(_DTYPES[t["dtype"]]).view(t["shape"])
+    return state
+
+
+def read_published(folder, name="diffusion_pytorch_model"):
+    """A folder as model hubs hold them: config.json beside one .safetensors, several with an index, or a .bin
+    -> config, state dict. Prefixes of training checkpoints (dit., vae.) are dropped, and what is no weight of the model."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: no config.json in it; give the folder that holds config.json and {name}.safetensors")
+    index, whole, old = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors", folder / f"{name}.bin"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    except (ValueError, KeyError) as why:
+        raise BadInput(f"{folder}: config.json or the index of its shards cannot be read ({why}); download it again") from None
+    files = [folder / s for s in shards] or [p for p in (whole, old) if p.is_file()][:1]
+    gone = [p.name for p in files if not p.is_file()] if files else [whole.name]
+    if gone:
+        raise BadInput(f"{folder}: {', '.join(gone)} is missing; download the folder again")
+    state = {}
+    for path in files:
+        if path.suffix == ".bin":
+            try:
+                state.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            except Exception as why:                                          # torch raises half a dozen kinds here
+                raise BadInput(f"{path}: cannot be loaded safely ({type(why).__name__}); it is damaged or no file of weights") from None
+        else:
+            state.update(read_safetensors(path))
+    if any("lora" in k.lower() for k in state):
+        raise BadInput(f"{folder}: a LoRA file, which holds changes to a model; give the folder of the model itself")
+    return config, {k.removeprefix("dit.").removeprefix("vae."): v for k, v in state.items() if not k.startswith("loss.")}
+
+
+def adopt(model, state, where, device="cpu", dtype=None, fresh=()):
+    """Put published weights into a model made on the meta device, in `dtype` (None: their own). Parameters whose name holds one
+    of `fresh` may be missing. Every name or shape that does not fit is named, in one line."""
+    wanted, here = model.state_dict(), {}
+    missing = [k for k in wanted if k not in state and not any(f in k for f in fresh)]
+    unexpected = [k for k in state if k not in wanted]
+    odd = [f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in wanted.items() if k in state and state[k].shape != v.shape]
+    if missing or unexpected or odd:
+        parts = [f"{len(names)} {word}: {', '.join(names)}" for word, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", odd)) if names]
+        raise BadInput(f"{where}: its weights are not those of this model. {'; '.join(parts)}")
+    for k in wanted:
+        if k in state:
+            here[k] = state[k].to(device, dtype)
+    model.load_state_dict(here, strict=False, assign=True)
+    return model
+
+
 # ------------------------------------------------------------------------------------------------ windows: what is trained on
 
 def clip_windows(clip, size=64, frames=FRAMES, hop=.5, lead=0.):

@@ -37,6 +37,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import BadInput, adopt, read_published
+
 
 @dataclass
 class MMDiTConfig:
@@ -337,6 +339,18 @@ class MelEncoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ the transformer
 
+def initialise(module):
+    """Xavier for every linear layer, but zero for the ones that would be heard at once: adaLN (so that every block starts as
+    the identity) and the output of the audio layers. -> module"""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+    for m in module.modules():
+        if isinstance(m, (Modulation, AudioCrossAttention)):
+            nn.init.zeros_((m.linear if isinstance(m, Modulation) else m.to_out).weight)
+    return module
+
+
 class MMDiT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -351,13 +365,32 @@ class MMDiT(nn.Module):
             self.text = ByteText(cfg.text_dim, cfg.pooled_dim)
         if cfg.audio == "mel" and cfg.audio_dim:
             self.ears = MelEncoder(cfg.audio_dim)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
-        silent = [m.audio.to_out for m in self.single_transformer_blocks if m.audio]
-        adaln = [m.linear for m in self.modules() if isinstance(m, Modulation)]
-        for m in adaln + silent + [self.proj_out]:                            # every block starts as the identity, and the
-            nn.init.zeros_(m.weight)                                          # audio layers start unheard
+        initialise(self)
+        nn.init.zeros_(self.proj_out.weight)
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=None, **changes):
+        """Pyramid Flow's published weights (rain1011/pyramid-flow-miniflux, diffusion_transformer_384p). The file is mapped, not
+        read; with dtype=None it is used where it lies. `changes`: fields of the configuration that the file does not know, such
+        as audio_dim=1024: these layers are new, and unheard, so the result IS the published model until they are trained."""
+        config, state = read_published(folder)
+        if not any(k.startswith("single_transformer_blocks") for k in state):
+            raise BadInput(f"{folder}: no single-stream blocks in it; the older SD3-based Pyramid Flow is another network: give a miniFLUX folder")
+        try:
+            cfg = MMDiTConfig(n_double=config["num_layers"], n_single=config["num_single_layers"], heads=config["num_attention_heads"],
+                              head_dim=config["attention_head_dim"], axes=tuple(config["axes_dims_rope"]), latent=config["in_channels"] // 4,
+                              text_dim=config["joint_attention_dim"], pooled_dim=config["pooled_projection_dim"], **changes)
+        except KeyError as why:
+            raise BadInput(f"{folder}/config.json: no {why}; expected the configuration of a PyramidFluxTransformer") from None
+        with torch.device("meta"):
+            net = cls(cfg)
+        adopt(net, state, folder, device, dtype, fresh=(".audio.", "ears."))
+        if cfg.audio_dim:
+            for block in net.single_transformer_blocks:
+                block.audio = initialise(AudioCrossAttention(cfg)).to(device, dtype)
+            if cfg.audio == "mel":
+                net.ears = MelEncoder(cfg.audio_dim).to(device, dtype)
+        return net
 
     def blocks(self, x, y, p):
         """Tokens x (B, N, D), text y (B, T, D) or None -> x after all blocks."""
@@ -366,6 +399,7 @@ class MMDiT(nn.Module):
         if p.off_sync:                          # up to here full and off-sync are the same: computed once, then repeated
             again = lambda t: torch.cat([t, t[:p.off_sync]])
             x, y, p.c = again(x), None if y is None else again(y), again(p.c)
+            p.mask = again(p.mask) if p.mask is not None and p.mask.dim() == 4 else p.mask
         for i, block in enumerate(self.single_transformer_blocks, len(self.transformer_blocks)):
             x, y = block(x, y, p, i)
         return x
@@ -409,11 +443,12 @@ class MMDiT(nn.Module):
         distance = (self.audio_times(S).to(l.device)[None] - l[:, None]).abs()
         return (distance < self.cfg.window) | (distance == distance.min(1, keepdim=True).values)
 
-    def forward(self, clips, timestep, text, text_mask, pooled, audio=None):
+    def forward(self, clips, timestep, text, text_mask, pooled, audio=None, off_sync=0):
         """Pyramid Flow's call: velocity of the last, noisy clip, given clean clips before it, oldest and coarsest first.
 
         clips: list of (B, C, L, h, w); timestep (B,) in 0..1000; text (B, T, text_dim) with mask (B, T); pooled
-        (B, pooled_dim); audio (B, S, A) features of the whole clip or None = audio layers skipped. -> like clips[-1]"""
+        (B, pooled_dim); audio (B, S, A) features of the whole clip or None = audio layers skipped. -> like clips[-1], and
+        behind them the first `off_sync` rows once more, unheard."""
         x, y, T = self.tokens(*clips), self.context_embedder(text), text.shape[1]                   # (B, N, D), (B, T, D)
         starts = [sum(z.shape[2] for z in clips[:i]) for i in range(len(clips))]
         fine, width = self.grid(clips[-1])
@@ -421,7 +456,7 @@ class MMDiT(nn.Module):
         ids = torch.cat([torch.zeros(T, 3), ids]).to(x.device)                # text stands at (0, 0, 0)
         real = F.pad(text_mask.bool(), (0, x.shape[1]), value=True)           # padding sees padding, real sees real ...
         mask = (real[:, None] == real[:, :, None]) & (ids[:, None, 0] >= ids[None, :, 0])        # ... and nobody the future
-        p = Pass(self.time_text_embed(timestep[:, None], pooled), self.rotary(ids), mask=mask[:, None])
+        p = Pass(self.time_text_embed(timestep[:, None], pooled), self.rotary(ids), mask=mask[:, None], off_sync=off_sync)
         if audio is not None:
             p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids[T:]), self.window(ids[T:, 0], audio.shape[1])
         n = clips[-1].shape[2] * fine * width

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data import (FPS, RATE, BadInput, Parser, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
                   run_cli, temporary, write_video)
-from losses import guide
+from losses import block_noise, double, guide, history, levels, noise_levels, sampling_grid, stages
 from model import MMDiT, MMDiTConfig, text_bytes
 from vae import CausalVideoVAE, VAEConfig
 
@@ -122,6 +122,44 @@ def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0
                 bar.update()
         model.extend(context, x.repeat(1 + null, 1, 1, 1, 1))
         yield x
+
+
+def rollout_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=None, jump=block_noise, bar=None):
+    """Generate latents as Pyramid Flow does: each from coarse to fine, within sight of ever coarser earlier ones. Yields them.
+
+    call(clips, timestep (R·B,), S) -> velocity (B, C, 1, h, w) with guidance scale S in it, see `guided`; clips have B rows.
+    z0: the first latent (B, C, 1, h, w), normalised, or None: then it is made too, with (steps, scale) of its own, `first`.
+    noise (B, C, >= latents to make, h, w): N(0, 1) at full resolution; its coarse levels begin the coarse pieces.
+    jump(shape) -> the noise that repairs a doubling (`losses.block_noise`)."""
+    pieces, done = stages(len(steps)), [] if z0 is None else [z0]
+    for u in range(len(done), latents):
+        n_steps, S = first if first and u == 0 else (steps, 1 + cfg)
+        before = levels(torch.cat(done, 2), len(steps)) if done else None     # all earlier latents, coarsest first
+        x = noise_levels(noise[:, :, u - (z0 is not None):][:, :, :1], len(steps))[0]
+        for s, (piece, n) in enumerate(zip(pieces, n_steps)):
+            if s:                                                             # to the next resolution, and its noise level
+                x = double(x)
+                x = piece["alpha"] * x + piece["beta"] * jump(x.shape).to(x)
+            context = history(before, u, s) if done else []
+            times, sigmas = sampling_grid(piece, n)
+            for t, a, b in zip(times.tolist(), sigmas.tolist(), sigmas[1:].tolist()):
+                x = x + (b - a) * call([*context, x], t, S).to(x)             # Euler; v = start - end of this piece
+                if bar is not None:
+                    bar.update()
+        done.append(x)
+        yield x
+
+
+def guided(model, text, mask, pooled, audio=None, asg=0.):
+    """The published network as `rollout_pyramid` calls it. text (2B, T, D), mask (2B, T), pooled (2B, P): for B clips their
+    prompts, then as many times the negative prompt. audio (B, S, A) or None; asg: w_a. All branches run in one batch."""
+    B, audio = len(text) // 2, None if audio is None else audio.repeat(2, 1, 1)
+
+    def call(clips, t, S):
+        rows = [c.repeat(2, 1, 1, 1, 1) for c in clips]
+        v = model(rows, torch.full((2 * B,), t, device=text.device), text, mask, pooled, audio, B if asg > 0 else 0)
+        return guide(v[:B], (1 + asg, v[-B:]), (S, v[B:2 * B]))               # Syncphony eq. 6
+    return call
 
 
 def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar=None, **settings):

@@ -323,6 +323,190 @@ def test_attention_on_a_cpu_equals_the_fused_kernel():
     assert torch.allclose(networks.attend(q, k, v, mask), fused)
 
 
+# ------------------------------------------------------------------------------------------------ the published backbone
+
+def write_safetensors(path, state):
+    """The other side of `data.read_safetensors`, as simple as the format is."""
+    header, at, names = {}, 0, {torch.float32: "F32", torch.bfloat16: "BF16"}
+    for k, v in state.items():
+        header[k] = dict(dtype=names[v.dtype], shape=list(v.shape), data_offsets=[at, at := at + v.nbytes])
+    text = json.dumps(dict(header, __metadata__={"format": "pt"})).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for v in state.values():
+            f.write(v.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def published_folder(folder, net):
+    """A network of the published kind as its makers would have saved it."""
+    c = net.cfg
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(
+        _class_name="PyramidFluxTransformer", num_layers=c.n_double, num_single_layers=c.n_single, num_attention_heads=c.heads, attention_head_dim=c.head_dim,
+        axes_dims_rope=c.axes, in_channels=4 * c.latent, joint_attention_dim=c.text_dim, pooled_projection_dim=c.pooled_dim, patch_size=1)))
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", net.state_dict())
+    return folder
+
+
+def little_flux(**changes):
+    torch.manual_seed(0)
+    return shaken(MMDiT(MMDiTConfig(**dict(n_double=1, n_single=2, heads=2, latent=4, text_dim=12, pooled_dim=8) | changes))).float()
+
+
+def flux_inputs(B=2, sizes=((2, 2), (1, 4), (1, 8)), A=None):
+    """Two coarse clips of history and the noisy one, text, and audio if `A` channels are asked for."""
+    g = torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, generator=g)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])[:B]
+    return [r(B, 4, L, h, h) for L, h in sizes], torch.full((B,), 612.), r(B, 4, 12), mask, r(B, 8), None if A is None else r(B, 70, A)
+
+
+def test_published_folders_load_in_every_layout_they_come_in(tmp_path):
+    """One safetensors file, shards with an index, a .bin, training checkpoints with prefixes; cast on load."""
+    net, x = little_flux(), flux_inputs()
+    folder, state = published_folder(tmp_path / "a", net), net.state_dict()
+    want, half = net(*x), len(state) // 2
+    parts = {"one.safetensors": dict(list(state.items())[:half]), "two.safetensors": dict(list(state.items())[half:])}
+    for name in ("b", "c", "d"):
+        published_folder(tmp_path / name, net)
+    for name in ("b", "c"):
+        (tmp_path / name / "diffusion_pytorch_model.safetensors").unlink()
+    for name, part in parts.items():
+        write_safetensors(tmp_path / "b" / name, part)
+    (tmp_path / "b/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(dict(weight_map={k: n for n, part in parts.items() for k in part})))
+    torch.save(state, tmp_path / "c/diffusion_pytorch_model.bin")
+    write_safetensors(tmp_path / "d/diffusion_pytorch_model.safetensors", {"dit." + k: v for k, v in state.items()})
+    for name in "abcd":
+        assert torch.equal(MMDiT.from_pretrained(tmp_path / name)(*x), want)
+    assert {p.dtype for p in MMDiT.from_pretrained(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    vae = vae_of(PUBLISHED_KIND).float()
+    config = dict(encoder_block_out_channels=[8, 8, 16, 16], encoder_out_channels=4, encoder_norm_num_groups=4, encoder_layers_per_block=[2] * 4, decoder_layers_per_block=[3] * 4)
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/config.json").write_text(json.dumps(config))
+    old = {"vae." + k.replace("attentions.0.to_q", "attentions.0.query").replace("attentions.0.to_out.0", "attentions.0.proj_attn"): v for k, v in vae.state_dict().items()}
+    torch.save(dict(old, **{"loss.discriminator.weight": torch.zeros(3)}), tmp_path / "v/diffusion_pytorch_model.bin")
+    video = torch.rand(1, 3, 9, 16, 16)
+    assert torch.equal(CausalVideoVAE.from_pretrained(tmp_path / "v").encode(video)[0], vae.encode(video)[0])
+
+
+def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
+    net = little_flux()
+    state, file = net.state_dict(), "diffusion_pytorch_model.safetensors"
+    folder = published_folder(tmp_path / "a", net)
+
+    def refused(word, change=None, text=None):
+        if change is not None:
+            write_safetensors(folder / file, change)
+        if text is not None:
+            (folder / "config.json").write_text(text)
+        with pytest.raises(data.BadInput, match=word) as caught:
+            MMDiT.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+    several = {("x_embedder.odd" if k == "x_embedder.bias" else k): v[:1] if k == "proj_out.bias" else v for k, v in state.items()}
+    message = refused("not those of this model", several)
+    assert all(w in message for w in ("1 missing: x_embedder.bias", "1 unexpected: x_embedder.odd", "proj_out.bias (1,), not (16,)"))
+    refused("SD3", {k: v for k, v in state.items() if "single" not in k})
+    refused("LoRA", {"single_transformer_blocks.0.lora_A.weight": torch.zeros(2, 2)})
+    write_safetensors(folder / file, state)
+    whole = (folder / file).read_bytes()
+    for cut in (0, 5, 100, len(whole) - 4):
+        (folder / file).write_bytes(whole[:cut])
+        refused("not a whole")
+    (folder / file).write_bytes(whole)
+    refused("no 'num_layers'", text="{}")
+    refused("cannot be read", text="{")
+    (folder / file).unlink()
+    refused("missing", text="{}")
+    with pytest.raises(data.BadInput, match="no config.json"):
+        MMDiT.from_pretrained(tmp_path / "nowhere")
+
+
+def test_new_audio_layers_leave_the_published_model_as_it_was(tmp_path):
+    folder, x = published_folder(tmp_path / "a", little_flux()), flux_inputs(A=6)
+    net = MMDiT.from_pretrained(folder, audio_dim=6)
+    want = MMDiT.from_pretrained(folder)(*x[:-1])
+    assert torch.equal(net(*x), want) and torch.equal(net(*x[:-1]), want)
+    for block in net.single_transformer_blocks:
+        torch.nn.init.normal_(block.audio.to_out.weight)
+    assert not torch.allclose(net(*x), want) and torch.equal(net(*x[:-1]), want)
+    both = net(*x, off_sync=2)                                                # guidance: full rows, then the same unheard
+    assert torch.allclose(both[:2], net(*x), atol=1e-5) and torch.allclose(both[2:], want, atol=1e-5)
+
+
+@golden
+def test_the_published_key_lists_are_ours():
+    for net, name in ((MMDiT, "transformer"), (CausalVideoVAE, "vae")):
+        with torch.device("meta"):
+            state = net(MMDiTConfig() if net is MMDiT else VAEConfig()).state_dict()
+        lines = [line.split("\t") for line in (GOLDEN.parent / f"facts/pyramid_flow_{name}_keys.txt").read_text().splitlines() if "\t" in line]
+        assert {k: str(tuple(v.shape)) for k, v in state.items()} == {k: v.strip() for k, v in lines}
+
+
+# ------------------------------------------------------------------------------------------------ losses.py: the staged path
+
+@golden
+def test_stages_and_grids_are_those_of_pyramid_flows_scheduler():
+    g = np.load(GOLDEN / "scheduler.npz")
+    for name, shift in (("", 1.), ("shift3/", 3.)):
+        pieces = losses.stages(3, shift)
+        for key, there in (("start", f"{name or 'stage/'}start_sigma"), ("end", f"{name or 'stage/'}end_sigma")):
+            assert np.allclose([p[key] for p in pieces], g[there], atol=1e-6)
+        for n in (10, 20, 30) if not name else (20,):
+            for s, piece in enumerate(pieces):
+                times, sigmas = losses.sampling_grid(piece, n)
+                assert np.allclose(times, g[f"{name}infer/{n}/timesteps/{s}"], atol=1e-4)
+                assert name or np.allclose(sigmas, g[f"infer/{n}/sigmas/{s}"], atol=1e-9)
+    assert np.allclose([p["alpha"] for p in losses.stages()], g["renoise/alpha"], atol=1e-7)
+    assert np.allclose([p["beta"] for p in losses.stages()], g["renoise/beta"], atol=1e-7)
+
+
+def test_the_jump_between_stages_gives_white_noise_of_the_next_ones_level():
+    """alpha up(x) + beta b: the 2x2 copies of the noise in x and the anti-correlated b add up to independent noise."""
+    g = torch.Generator().manual_seed(0)
+    b = losses.block_noise((1, 1, 1, 600, 600), g)
+    blocks = b.unflatten(3, (-1, 2)).unflatten(5, (-1, 2)).permute(0, 1, 2, 3, 5, 4, 6).reshape(-1, 4)
+    assert blocks.sum(1).abs().max() < 1e-5 and torch.allclose(blocks.T.cov(), torch.full((4, 4), -1 / 3) + torch.eye(4) * 4 / 3, atol=.02)
+    pieces = losses.stages()
+    for last, piece in zip(pieces, pieces[1:]):
+        noise = losses.double(torch.randn(1, 1, 1, 300, 300, generator=g)) * last["end"]
+        x = (piece["alpha"] * noise + piece["beta"] * b).unflatten(3, (-1, 2)).unflatten(5, (-1, 2)).permute(0, 1, 2, 3, 5, 4, 6).reshape(-1, 4)
+        assert torch.allclose(x.T.cov(), torch.eye(4) * piece["start"] ** 2, atol=.01)
+        assert piece["alpha"] * (1 - last["end"]) == pytest.approx(1 - piece["start"], abs=1e-6)  # and the signal's share is right
+
+
+def test_a_latent_sees_the_last_one_sharp_and_earlier_ones_ever_coarser():
+    z = losses.levels(torch.arange(6.).view(1, 1, 6, 1, 1).expand(1, 1, 6, 8, 8))
+    seen = lambda u, s: [(c[0, 0, :, 0, 0].tolist(), c.shape[-1]) for c in losses.history(z, u, s)]
+    assert seen(5, 2) == [([0, 1, 2], 2), ([3], 4), ([4], 8)] and seen(5, 1) == [([0, 1, 2, 3], 2), ([4], 4)]
+    assert seen(5, 0) == [([0, 1, 2, 3], 2), ([4], 2)] and seen(1, 2) == [([0], 8)] and seen(0, 2) == [] and seen(2, 2) == [([0], 4), ([1], 8)]
+
+
+@golden
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_the_roll_out_is_pyramid_flows_call_for_call(kind):
+    """Against the original loops with an analytic stand-in for the network."""
+    g = np.load(GOLDEN / "sampler_toy.npz")
+    array, calls = lambda k: torch.tensor(g[f"{kind}/{k}"]), []
+
+    def stand_in(clips, t, text, mask, pooled, audio=None, off_sync=0):
+        calls.append(([list(c.shape) for c in clips], t[0].item()))
+        add = .2 * t / 1000 + .5 * pooled.mean(1) + .25 * (text * mask[..., None]).sum((1, 2)) / mask.sum(1) / text.shape[2]
+        return .3 * clips[-1] + add.view(-1, 1, 1, 1, 1) + sum(.1 * (j + 1) * h.mean((2, 3, 4), keepdim=True) for j, h in enumerate(clips[:-1]))
+    call = sample.guided(stand_in, *(array(f"in/{k}").flip(0) for k in ("text", "text_mask", "pooled")))               # ours: prompt first
+    jumps = iter([array(k.removeprefix(f"{kind}/")) for k in sorted(g.files) if k.startswith(f"{kind}/in/block_noise")])
+    jump, noise = lambda shape: next(jumps), array("in/init_noise_fullres")
+    if kind == "t2v":
+        made = list(sample.rollout_pyramid(call, None, 5, noise, (2, 3, 2), 4., ((3, 4, 3), 7.), jump))
+    else:
+        z0 = CausalVideoVAE(VAEConfig(**PUBLISHED_KIND)).normalise(array("in/raw_image_latent"))
+        made = [z0, *sample.rollout_pyramid(call, z0, 4, noise, (3, 2, 3), 3., jump=jump)]
+    assert (torch.cat(made, 2) - array("out/latent")).abs().max() < 1e-5
+    theirs = json.loads(str(g[f"{kind}/out/calls_json"]))
+    assert [c[0] for c in calls] == [c[0] for c in theirs] and max(abs(a[1] - b[1][0]) for a, b in zip(calls, theirs)) < 1e-4
+
+
 # ------------------------------------------------------------------------------------------------ vae.py
 
 PUBLISHED_KIND = dict(widths=(8, 8, 16, 16), groups=4, latent=4)              # the published layers, narrow
