@@ -184,3 +184,37 @@ def stage_ends(z_levels, eps_levels, piece, s):
     start = eps if s == 0 else piece["start"] * eps + (1 - piece["start"]) * double(z_levels[s - 1])
     end = z if piece["end"] == 0 else piece["end"] * eps + (1 - piece["end"]) * z
     return start, end
+
+
+def pyramid_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1, corrupt=1 / 3, columns=(0, 1, 1, 2)):
+    """Syncphony's objective in Pyramid Flow's own layout: of every clip ONE latent, at one stage -> loss, report of the stages.
+
+    z (B, C, L, h, w) normalised latents, letters (B, T), mel (B, 2S, 64), g: a CPU generator. Clip r of the batch trains stage
+    columns[r mod 4]. Coarse stages are cheap, so where the fine stage stands late in a clip and sees a long history, they
+    stand early, and the other way round: u fine, L - u coarse. The history is noised by c <= `corrupt`, untold.
+    Eq. 1 speaks of the difference of neighbouring latents: here of the clean ones at the resolution of the stage."""
+    B, _, L = z.shape[:3]
+    to, n = lambda t: t.to(z.device), max(columns) + 1
+    u_fine = int(torch.randint(1, L, (), generator=g))
+    letters = letters * to((torch.rand(B, 1, generator=g) >= drop_text).long())
+    deaf = torch.rand((), generator=g).item() < skip_audio
+    (text, pooled), audio = model.text(letters), None if deaf else model.ears(mel)
+    losses, report = [], torch.full((n,), float("nan"), device=z.device)
+    for s, piece in enumerate(stages(n)):
+        rows = torch.tensor([r for r in range(B) if columns[r % len(columns)] == s], dtype=torch.long)
+        if len(rows) == 0:
+            continue
+        u, z_levels = u_fine if s == n - 1 else L - u_fine, levels(z[rows], n)
+        now = [zk[:, :, u:u + 1] for zk in z_levels]
+        eps = noise_levels(to(torch.randn(now[-1].shape, generator=g)), n)
+        c = to(corrupt * torch.rand(len(rows), 1, generator=g))
+        before = [add_noise(h, to(torch.randn(h.shape, generator=g)), c.expand(-1, h.shape[2])) for h in history(z_levels, u, s)]
+        i = to(torch.randint(1000, (len(rows), 1), generator=g))
+        (start, end), sigma, (hi, lo) = stage_ends(now, eps, piece, s), 1 - i / 1000, piece["times"]
+        ones = text.new_ones(len(rows), text.shape[1])
+        v_hat = model([*before, add_noise(end, start, sigma)], (hi + (lo - hi) * i / 1000)[:, 0], text[rows], ones, pooled[rows], None if deaf else audio[rows])
+        weight = motion_weight(z_levels[s][:, :, u - 1:u + 1], lam, skip=2 if u == 1 else 1)[:, :, 1:]
+        loss, _ = flow_loss(v_hat, start - end, sigma, weight)
+        report[s] = (v_hat.detach().float() - (start - end)).square().mean()
+        losses.append(loss * len(rows))
+    return sum(losses) / B, report

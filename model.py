@@ -443,12 +443,12 @@ class MMDiT(nn.Module):
         distance = (self.audio_times(S).to(l.device)[None] - l[:, None]).abs()
         return (distance < self.cfg.window) | (distance == distance.min(1, keepdim=True).values)
 
-    def forward(self, clips, timestep, text, text_mask, pooled, audio=None, off_sync=0):
+    def forward(self, clips, timestep, text, text_mask, pooled, audio=None, off_sync=0, gone=0):
         """Pyramid Flow's call: velocity of the last, noisy clip, given clean clips before it, oldest and coarsest first.
 
         clips: list of (B, C, L, h, w); timestep (B,) in 0..1000; text (B, T, text_dim) with mask (B, T); pooled
         (B, pooled_dim); audio (B, S, A) features of the whole clip or None = audio layers skipped. -> like clips[-1], and
-        behind them the first `off_sync` rows once more, unheard."""
+        behind them the first `off_sync` rows once more, unheard. gone: so many latents were before the first of `clips`."""
         x, y, T = self.tokens(*clips), self.context_embedder(text), text.shape[1]                   # (B, N, D), (B, T, D)
         starts = [sum(z.shape[2] for z in clips[:i]) for i in range(len(clips))]
         fine, width = self.grid(clips[-1])
@@ -458,7 +458,8 @@ class MMDiT(nn.Module):
         mask = (real[:, None] == real[:, :, None]) & (ids[:, None, 0] >= ids[None, :, 0])        # ... and nobody the future
         p = Pass(self.time_text_embed(timestep[:, None], pooled), self.rotary(ids), mask=mask[:, None], off_sync=off_sync)
         if audio is not None:
-            p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids[T:]), self.window(ids[T:, 0], audio.shape[1])
+            at = ids[T:] + torch.tensor([gone, 0, 0], device=x.device)        # the sound runs on, whatever was forgotten
+            p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(at), self.window(at[:, 0], audio.shape[1])
         n = clips[-1].shape[2] * fine * width
         return self.head(self.blocks(x, y, p)[:, -n:], clips[-1].shape[2:], p.c)
 

@@ -96,21 +96,31 @@ class Deaf:
     def begin(self, first, text, pooled, audio, off_sync=0):
         return self.model.begin(first, text, pooled)
 
+    def __call__(self, clips, timestep, text, mask, pooled, audio, off_sync=0, gone=0):
+        return self.model(clips, timestep, text, mask, pooled)
+
 
 def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0,), bar=None):
     """Generate latents 1.. one after another, yielding each as (B, C, 1, h, w), normalised.
 
     z0 (B, C, 1, h, w): the picture's latent; mel (B, 2S, 64): the whole sound; letters (B, T). asg, cfg: w_a, w_t >= 0.
     Clip i draws its noise from seeds[i] alone, so it does not depend on the batch around it."""
-    B = len(z0)
+    B, noise = len(z0), [torch.Generator().manual_seed(int(s)) for s in seeds]
     text, pooled = model.text(letters)
     audio = model.ears(mel)                                                   # (B, S, A)
     null = cfg > 0 and bool((letters != 0).any())
     if null:                                                                  # rows: full, null text (, off-sync)
         text_null, pooled_null = model.text(torch.zeros_like(letters))
-        text, pooled, audio, z0 = torch.cat([text, text_null]), torch.cat([pooled, pooled_null]), audio.repeat(2, 1, 1), z0.repeat(2, 1, 1, 1, 1)
+        text, pooled = torch.cat([text, text_null]), torch.cat([pooled, pooled_null])
+    if model.cfg.context_clock == "shared":                                   # Pyramid Flow's way; `steps` in all three stages
+        each, draw = lambda f: torch.stack([f(g) for g in noise]), (z0.shape[1], latents - 1, *z0.shape[3:])
+        yield from rollout_pyramid(guided(model, text, torch.ones_like(text[..., 0]), pooled, audio, asg), z0, latents,
+                                   each(lambda g: torch.randn(draw, generator=g)).to(z0), [len(p) for p in np.array_split(range(steps), 3)], cfg,
+                                   jump=lambda shape: each(lambda g: block_noise(shape[1:], g)), keep=model.cfg.context, bar=bar)
+        return
+    if null:
+        audio, z0 = audio.repeat(2, 1, 1), z0.repeat(2, 1, 1, 1, 1)
     context = model.begin(z0, text, pooled, audio, off_sync=B if asg > 0 else 0)
-    noise = [torch.Generator().manual_seed(int(s)) for s in seeds]
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for _ in range(1, latents):
         x = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in noise]).to(z0)              # fp32 all the way
@@ -124,18 +134,20 @@ def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0
         yield x
 
 
-def rollout_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=None, jump=block_noise, bar=None):
+def rollout_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=None, jump=block_noise, keep=30, bar=None):
     """Generate latents as Pyramid Flow does: each from coarse to fine, within sight of ever coarser earlier ones. Yields them.
 
-    call(clips, timestep (R·B,), S) -> velocity (B, C, 1, h, w) with guidance scale S in it, see `guided`; clips have B rows.
+    call(clips, t, S, gone) -> velocity (B, C, 1, h, w), guided with text scale S, see `guided`; clips have B rows.
     z0: the first latent (B, C, 1, h, w), normalised, or None: then it is made too, with (steps, scale) of its own, `first`.
     noise (B, C, >= latents to make, h, w): N(0, 1) at full resolution; its coarse levels begin the coarse pieces.
-    jump(shape) -> the noise that repairs a doubling (`losses.block_noise`)."""
+    jump(shape) -> the noise that repairs a doubling (`losses.block_noise`). Beyond `keep` latents the second oldest is
+    forgotten, so memory stays bounded."""
     pieces, done = stages(len(steps)), [] if z0 is None else [z0]
-    for u in range(len(done), latents):
+    for number in range(len(done), latents):
+        u = len(done)
         n_steps, S = first if first and u == 0 else (steps, 1 + cfg)
         before = levels(torch.cat(done, 2), len(steps)) if done else None     # all earlier latents, coarsest first
-        x = noise_levels(noise[:, :, u - (z0 is not None):][:, :, :1], len(steps))[0]
+        x = noise_levels(noise[:, :, number - (z0 is not None):][:, :, :1], len(steps))[0]
         for s, (piece, n) in enumerate(zip(pieces, n_steps)):
             if s:                                                             # to the next resolution, and its noise level
                 x = double(x)
@@ -143,22 +155,24 @@ def rollout_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=
             context = history(before, u, s) if done else []
             times, sigmas = sampling_grid(piece, n)
             for t, a, b in zip(times.tolist(), sigmas.tolist(), sigmas[1:].tolist()):
-                x = x + (b - a) * call([*context, x], t, S).to(x)             # Euler; v = start - end of this piece
+                x = x + (b - a) * call([*context, x], t, S, number - u).to(x) # Euler; v = start - end of this piece
                 if bar is not None:
                     bar.update()
-        done.append(x)
+        done = done[:1] + done[1:][-(keep - 1):] + [x]
         yield x
 
 
 def guided(model, text, mask, pooled, audio=None, asg=0.):
-    """The published network as `rollout_pyramid` calls it. text (2B, T, D), mask (2B, T), pooled (2B, P): for B clips their
-    prompts, then as many times the negative prompt. audio (B, S, A) or None; asg: w_a. All branches run in one batch."""
-    B, audio = len(text) // 2, None if audio is None else audio.repeat(2, 1, 1)
-
-    def call(clips, t, S):
-        rows = [c.repeat(2, 1, 1, 1, 1) for c in clips]
-        v = model(rows, torch.full((2 * B,), t, device=text.device), text, mask, pooled, audio, B if asg > 0 else 0)
-        return guide(v[:B], (1 + asg, v[-B:]), (S, v[B:2 * B]))               # Syncphony eq. 6
+    """A network of the published kind as `rollout_pyramid` calls it. text (R·B, T, D), mask (R·B, T), pooled (R·B, P): for B
+    clips their prompts and, where there is text guidance (R = 2), as many times the negative prompt. audio (B, S, A) or
+    None; asg: w_a. All branches run in one batch."""
+    def call(clips, t, S, gone=0):
+        B = len(clips[-1])
+        R = len(text) // B
+        heard = None if audio is None else audio.repeat(R, 1, 1)
+        v = model([c.repeat(R, 1, 1, 1, 1) for c in clips], torch.full((R * B,), t, device=text.device), text, mask, pooled, heard,
+                  B if asg > 0 and audio is not None else 0, gone)
+        return guide(v[:B], (1 + asg if audio is not None else 1, v[-B:]), (S if R > 1 else 1, v[B:2 * B]))                # Syncphony eq. 6
     return call
 
 

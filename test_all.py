@@ -490,7 +490,7 @@ def test_the_roll_out_is_pyramid_flows_call_for_call(kind):
     g = np.load(GOLDEN / "sampler_toy.npz")
     array, calls = lambda k: torch.tensor(g[f"{kind}/{k}"]), []
 
-    def stand_in(clips, t, text, mask, pooled, audio=None, off_sync=0):
+    def stand_in(clips, t, text, mask, pooled, audio=None, off_sync=0, gone=0):
         calls.append(([list(c.shape) for c in clips], t[0].item()))
         add = .2 * t / 1000 + .5 * pooled.mean(1) + .25 * (text * mask[..., None]).sum((1, 2)) / mask.sum(1) / text.shape[2]
         return .3 * clips[-1] + add.view(-1, 1, 1, 1, 1) + sum(.1 * (j + 1) * h.mean((2, 3, 4), keepdim=True) for j, h in enumerate(clips[:-1]))
@@ -505,6 +505,58 @@ def test_the_roll_out_is_pyramid_flows_call_for_call(kind):
     assert (torch.cat(made, 2) - array("out/latent")).abs().max() < 1e-5
     theirs = json.loads(str(g[f"{kind}/out/calls_json"]))
     assert [c[0] for c in calls] == [c[0] for c in theirs] and max(abs(a[1] - b[1][0]) for a, b in zip(calls, theirs)) < 1e-4
+
+
+def test_a_roll_out_that_forgets_its_oldest_latents_hears_the_sound_where_it_is():
+    """With k latents gone the rest stands at k, k+1, ... of the sound: the same as with k-1 gone and a sound one latent shorter."""
+    net, x = little_flux(alpha=8., audio_dim=6).double(), [t if i in (1, 3) else [c.double() for c in t] if isinstance(t, list) else t.double()
+                                                            for i, t in enumerate(flux_inputs(A=6))]
+    assert torch.allclose(net(*x, gone=3), net(*x[:-1], x[-1][:, 8:], gone=2)) and not torch.allclose(net(*x, gone=3), net(*x), atol=1e-3)
+    seen = []
+
+    def call(clips, t, S, gone):
+        seen.append((sum(c.shape[2] for c in clips), gone))
+        return torch.zeros_like(clips[-1])
+    made = list(sample.rollout_pyramid(call, torch.zeros(1, 2, 1, 8, 8), 12, torch.randn(1, 2, 11, 8, 8), (1, 1, 1), keep=4))
+    assert len(made) == 11 and max(n for n, _ in seen) == 5 and seen[-1] == (5, 7)                # latent 11: the first, and 8 to 10
+
+
+def test_a_stage_begins_where_the_jump_from_the_last_one_leads():
+    """With the very noise of a jump, alpha up(end) + beta b has the stage's start point's signal, and noise of its level."""
+    g = torch.Generator().manual_seed(0)
+    z = losses.levels(torch.randn(1, 4, 1, 256, 256, generator=g))
+    eps = losses.noise_levels(torch.randn(1, 4, 1, 256, 256, generator=g))
+    pieces = losses.stages()
+    assert [e.std().item() for e in eps] == pytest.approx([1, 1, 1], abs=.02)
+    for s in (1, 2):
+        _, end = losses.stage_ends(z, eps, pieces[s - 1], s - 1)
+        start, _ = losses.stage_ends(z, eps, pieces[s], s)
+        jumped = pieces[s]["alpha"] * losses.double(end) + pieces[s]["beta"] * losses.block_noise(start.shape, g)
+        signal = (1 - pieces[s]["start"]) * losses.double(z[s - 1])
+        for x in (start, jumped):
+            assert (x - signal).std().item() == pytest.approx(pieces[s]["start"], rel=.02) and ((x - signal) * signal).mean().abs() < .01
+    assert torch.equal(losses.stage_ends(z, eps, pieces[2], 2)[1], z[2]) and torch.equal(losses.stage_ends(z, eps, pieces[0], 0)[0], eps[0])
+
+
+def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch():
+    """Stages 1 : 2 : 1 of four clips; late fine latents with early coarse ones; the history is longer where the latent is later."""
+    torch.manual_seed(0)
+    seen = []
+
+    class Net:
+        text = staticmethod(lambda letters: (torch.zeros(len(letters), 2, 3), torch.zeros(len(letters), 3)))
+        ears = staticmethod(lambda mel: mel)
+
+        def __call__(self, clips, t, text, mask, pooled, audio):
+            seen.append((clips[-1].shape[-1], len(t), sum(c.shape[2] for c in clips) - 1, t.min().item(), t.max().item()))
+            return torch.zeros_like(clips[-1])
+    z, letters, mel = torch.randn(8, 2, 13, 8, 8), torch.ones(8, 4, dtype=torch.long), torch.zeros(8, 4, 3)
+    for i in range(20):
+        loss, report = losses.pyramid_loss(Net(), z, letters, mel, torch.Generator().manual_seed(i), skip_audio=0.)
+        assert loss > 0 and report.isfinite().all()
+    assert {(side, n) for side, n, *_ in seen} == {(2, 2), (4, 4), (8, 2)}
+    for coarse, middle, fine in zip(seen[::3], seen[1::3], seen[2::3]):
+        assert coarse[2] == middle[2] == 13 - fine[2] and coarse[3] > 744 >= middle[4] and middle[3] > 386 >= fine[4] and fine[3] > 1
 
 
 # ------------------------------------------------------------------------------------------------ vae.py
@@ -1607,6 +1659,16 @@ def runs(toy, tmp_path_factory):
                  "--data-root", d / "data"]
     assert run("whole", "--save-every", 2) == 0
     return d, run
+
+
+def test_the_pyramid_layout_trains_and_its_checkpoint_says_how_to_sample(runs, toy, tmp_path, capsys):
+    d, run = runs
+    assert run("pyramid", "--layout", "pyramid", "--resolution", 64, "--clips", 4, "--eval-clips", 2, "--sample-every", 4) == 0
+    assert "stage 2" in capsys.readouterr().out
+    assert cli(sample, "--audio", toy / "x.wav", "--image", toy / "f.png", "--ckpt", d / "pyramid/best.pt", "--vae", toy / "vae.pt", "--steps", 6,
+               "--asg", 1, "--prompt", "a ball", "--out", tmp_path) == 0
+    assert len(iio.imread(tmp_path / "x.mp4", plugin="FFMPEG")) == 49
+    assert run("odd", "--layout", "pyramid") == 2 and "multiple of 64" in capsys.readouterr().err
 
 
 def same_weights(a, b):

@@ -41,7 +41,7 @@ import model as networks
 import vae as autoencoders
 from cyclesync import HELD_OUT, generate, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
-from losses import BUCKETS, a2v_loss
+from losses import BUCKETS, a2v_loss, pyramid_loss
 from sample import VAE_FILE, fingerprint, load_vae, pick_device
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
@@ -55,7 +55,8 @@ class A2V:
     def __init__(self, args, device, cast, world):
         self.args, self.device, self.toybox = args, device, args.data == "toybox"
         self.vae = load_vae(args.vae, device)
-        self.config = networks.MMDiTConfig(**networks.SIZES[args.size] | dict(audio_rope=not args.no_audio_rope))
+        pyramid = dict(context_clock="shared", precondition=False, patch=1) if args.layout == "pyramid" else {}
+        self.config = networks.MMDiTConfig(**networks.SIZES[args.size] | dict(audio_rope=not args.no_audio_rope) | pyramid)
         if self.config.text != "bytes" or self.config.latent != self.vae.cfg.latent:
             raise BadInput(f"--size {args.size}: needs another VAE ({self.config.latent} channels) and text states; train tiny or small on the toybox")
         self.net = networks.MMDiT(self.config)
@@ -87,9 +88,18 @@ class A2V:
         text = networks.text_bytes([cache["captions"][i] for i in index])
         return self.vae.normalise(z.to(self.device)), text.to(self.device), data.pick(cache, "mels", index).float().to(self.device)
 
-    def loss(self, net, batch, g):
+    def loss(self, net, batch, g, seen=False):
+        """seen: of evaluation, where nothing is left out."""
         a = self.args
-        return a2v_loss(net, *batch, g, a.lambda_motion, a.skip_audio, a.drop_text, a.sigma, a.shift)
+        skip, drop = (0., 0.) if seen else (a.skip_audio, a.drop_text)
+        if a.layout == "pyramid":
+            return pyramid_loss(net, *batch, g, a.lambda_motion, skip, drop)
+        return a2v_loss(net, *batch, g, a.lambda_motion, skip, drop, a.sigma, a.shift)
+
+    def words(self, report):
+        if self.args.layout == "pyramid":
+            return "  ".join(f"stage {s} {v:.3f}" for s, v in enumerate(report))
+        return "  ".join(f"s<{(b + 1) / BUCKETS:.2f} {v:.3f}" for b, v in enumerate(report))
 
     def held_out(self, n):
         """Clips to be looked at: the toybox's own, or windows of the test split, evenly chosen."""
@@ -110,8 +120,7 @@ class A2V:
                 lines += toybox_line(f"w_a = {self.args.asg:g}", make(30, self.args.asg), clips)[0]
             return lines, score, videos
         with torch.no_grad(), cast():
-            losses = [a2v_loss(net, *self.windows(self.test, self.chosen[a:a + 16]), seeded(a), self.args.lambda_motion, 0., 0., self.args.sigma,
-                               self.args.shift)[0].item() for a in range(0, len(self.chosen), 16)]
+            losses = [self.loss(net, self.windows(self.test, self.chosen[a:a + 16]), seeded(a), seen=True)[0].item() for a in range(0, len(self.chosen), 16)]
         loss = float(np.mean(losses))
         return [f"loss on {len(self.chosen)} test windows {loss:.4f}"], -loss, generate(net, self.vae, clips[:8], cast, steps=12, asg=0., cfg=0.)
 
@@ -151,6 +160,9 @@ class VAE:
         noise = torch.randn(B, net.cfg.latent, (F - 1) // net.stride_t + 1, grid, grid, generator=g).to(self.device)
         loss, error, rate = autoencoders.vae_loss(net, *batch, noise, self.args.kl)
         return loss, torch.stack([error, rate])
+
+    def words(self, report):
+        return f"|error| {report[0]:.4f}  {report[1]:.0f} nats per latent"
 
     def held_out(self, n):
         return toybox_held_out(self.args, n)
@@ -338,8 +350,7 @@ def train(args):
             took = time.perf_counter() - clock
             seconds, mean = seconds + took, torch.stack(reports).nanmean(0).tolist()
             per_step = took / (len(reports) / args.accum)
-            names = "  ".join(f"s<{(b + 1) / BUCKETS:.2f} {v:.3f}" for b, v in enumerate(mean[1:])) if args.task == "a2v" else f"|error| {mean[1]:.4f}  {mean[2]:.0f} nats per latent"
-            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {names}  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * per_step:.0f} ms  "
+            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {task.words(mean[1:])}  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * per_step:.0f} ms  "
                        f"{flops / per_step / 1e9:.0f} GFLOP/s = {100 * flops / per_step / peak:.0f} % {peak_words}  {seconds:.0f} s")
             log_row(out / "log.csv", step=step, seconds=round(seconds, 1), loss=mean[0], **{f"bucket_{b}": v for b, v in enumerate(mean[1:])},
                     lr=lr, ms=1000 * per_step)
@@ -463,6 +474,7 @@ def arguments():
     p.add_argument("--skip-audio", type=number(low=0, high=1), default=.1, help="share of steps with the audio layers left out")
     p.add_argument("--drop-text", type=number(low=0, high=1), default=.1, help="share of captions replaced by the null text")
     p.add_argument("--no-audio-rope", action="store_true", help="an ablation: audio without positions, Syncphony table 11")
+    p.add_argument("--layout", default="parallel", choices=("parallel", "pyramid"), help="every latent in one pass, or Pyramid Flow's: one latent, three resolutions")
     p.add_argument("--sigma", default="uniform", choices=("uniform", "logit-normal"), help="how noise levels are drawn")
     p.add_argument("--shift", type=number(low=.01), default=4., help="shift of the noise levels towards noise; 1 = none")
     p.add_argument("--asg", type=number(low=0), default=1., help="w_a that the checkpoint will recommend to sample.py")
@@ -491,6 +503,8 @@ def main():
         raise BadInput(f"--tune-decoder {args.tune_decoder}: only --task vae has a decoder; add --task vae or leave it out")
     if args.resolution % 32:
         raise BadInput(f"--resolution {args.resolution}: must be a multiple of 32 (16x16 pixels a latent, 2x2 latents a token)")
+    if args.layout == "pyramid" and args.resolution % 64:
+        raise BadInput(f"--resolution {args.resolution}: --layout pyramid halves the latents twice; it must be a multiple of 64")
     train(args)
 
 
