@@ -140,8 +140,8 @@ def rollout_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=
     call(clips, t, S, gone) -> velocity (B, C, 1, h, w), guided with text scale S, see `guided`; clips have B rows.
     z0: the first latent (B, C, 1, h, w), normalised, or None: then it is made too, with (steps, scale) of its own, `first`.
     noise (B, C, >= latents to make, h, w): N(0, 1) at full resolution; its coarse levels begin the coarse pieces.
-    jump(shape) -> the noise that repairs a doubling (`losses.block_noise`). Beyond `keep` latents the second oldest is
-    forgotten, so memory stays bounded."""
+    jump(shape) -> the noise that repairs a doubling (`losses.block_noise`). The first latent and the last
+    `keep` are looked back on, so memory stays bounded."""
     pieces, done = stages(len(steps)), [] if z0 is None else [z0]
     for number in range(len(done), latents):
         u = len(done)

@@ -518,7 +518,7 @@ def test_a_roll_out_that_forgets_its_oldest_latents_hears_the_sound_where_it_is(
         seen.append((sum(c.shape[2] for c in clips), gone))
         return torch.zeros_like(clips[-1])
     made = list(sample.rollout_pyramid(call, torch.zeros(1, 2, 1, 8, 8), 12, torch.randn(1, 2, 11, 8, 8), (1, 1, 1), keep=4))
-    assert len(made) == 11 and max(n for n, _ in seen) == 5 and seen[-1] == (5, 7)                # latent 11: the first, and 8 to 10
+    assert len(made) == 11 and max(n for n, _ in seen) == 6 and seen[-1] == (6, 6)                # latent 11: the first, and 7 to 10
 
 
 def test_a_stage_begins_where_the_jump_from_the_last_one_leads():
