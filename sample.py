@@ -198,6 +198,33 @@ def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar
             yield (video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
+def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings):
+    """Leave out one block after the other (Syncphony figures 10, 11): what breaks shows what a block is for. The paper saw
+    the looks break without early blocks and the motion change without late ones, and so put the audio into the late ones.
+    Writes one strip per block, the whole model's first, and prints how far each video is from the whole model's."""
+    K, d = model.cfg.heads, model.cfg.head_dim
+
+    def nothing(x, y, p, block):
+        if p.keep is not None:                                                # an empty entry: the cache counts blocks
+            p.keep.append((x.new_zeros(len(x), K, 0, d),) * 2)
+        return x, y
+    blocks, strips, whole = [*model.transformer_blocks, *model.single_transformer_blocks], [], None
+    for i, block in [(None, None), *enumerate(blocks)]:
+        if block is not None:
+            block.forward = nothing
+        video = np.concatenate(list(animate(model, vae, picture[None], [wave], [prompt], frames, cast, **settings)), 1)[0]
+        if block is not None:
+            del block.forward
+        whole = video if whole is None else whole
+        strips.append(film_strip(video, wave))
+        kind = "double" if i is not None and i < len(model.transformer_blocks) else "single"
+        print("whole model" if i is None else f"without block {i:2d} ({kind}-stream): mean |difference| {np.abs(video.astype(float) - whole).mean():6.2f} of 255")
+    part = temporary(path)
+    iio.imwrite(part, np.concatenate(strips))
+    part.replace(path)
+    print(f"{path}: the whole model, then one strip for every block left out")
+
+
 def bench(model, vae, cast):
     """What guidance, audio layers and the cache cost: ratios of whole roll-outs of one 2 s clip, medians of five."""
     side, seconds = 2 * model.cfg.patch * vae.stride, 49 / FPS
@@ -254,6 +281,7 @@ def arguments():
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     p.add_argument("--compile", action="store_true", help="torch.compile every block: slower to start, faster per step")
     p.add_argument("--out", default="out/", help="a folder, or the name of the .mp4")
+    p.add_argument("--skip-probe", action="store_true", help="leave out every block in turn: one strip each (Syncphony figures 10, 11)")
     p.add_argument("--bench", action="store_true", help="measure what guidance, audio layers and cache cost, and stop")
     return p
 
@@ -262,7 +290,7 @@ def main():
     args = arguments().parse_args()
     device, cast, words = pick_device(args.device)
     model, vae, ckpt = load_a2v(args.ckpt, args.vae, device)
-    if args.compile:
+    if args.compile and not args.skip_probe:
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.compile(dynamic=True)
     if args.bench:
@@ -282,6 +310,9 @@ def main():
     print(f"{frames} frames at {FPS} fps, {ckpt['size']}x{ckpt['size']}, {args.steps} steps per latent, w_a = {asg:g}, "
           + (f"w_t = {cfg:g}" if args.prompt else "no prompt: no text guidance"))
     out = Path(args.out)
+    if args.skip_probe:
+        return skip_probe(model, vae, picture, wave, args.prompt, frames, cast, (out.parent if out.suffix == ".mp4" else out) / "skip-probe.png",
+                          seeds=[args.seed], **settings)
     for i in range(args.n):
         name = out if out.suffix == ".mp4" and args.n == 1 else (out.with_suffix("") if out.suffix == ".mp4" else out / Path(args.audio).stem)
         name = name if name.suffix == ".mp4" else Path(f"{name}{f'-{i}' if args.n > 1 else ''}.mp4")

@@ -1661,6 +1661,17 @@ def runs(toy, tmp_path_factory):
     return d, run
 
 
+def test_the_skip_probe_shows_one_strip_for_every_block(toy, tmp_path, capsys):
+    """Block for block left out, by both ways of rolling out; afterwards the model is whole again."""
+    model, vae, ckpt = sample.load_a2v(toy / "a2v.pt", toy / "vae.pt")
+    assert cli(sample, "--audio", toy / "x.wav", "--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--steps", 3, "--skip-probe",
+               "--seconds", .6, "--out", tmp_path) == 0
+    n = model.cfg.n_double + model.cfg.n_single
+    assert iio.imread(tmp_path / "skip-probe.png").shape[0] == (n + 1) * (32 + 40)
+    differences = [float(line.split("difference|")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "difference|" in line]
+    assert len(differences) == n and min(differences) > 0
+
+
 def test_the_pyramid_layout_trains_and_its_checkpoint_says_how_to_sample(runs, toy, tmp_path, capsys):
     d, run = runs
     assert run("pyramid", "--layout", "pyramid", "--resolution", 64, "--clips", 4, "--eval-clips", 2, "--sample-every", 4) == 0
