@@ -79,11 +79,11 @@ def guide(v_pos, *terms):
     return v
 
 
-def a2v_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1, how="uniform", shift=4., corrupt=.2):
+def a2v_loss(model, z, words, sound, g, lam=1., skip_audio=.1, how="uniform", shift=4., corrupt=.2):
     """Syncphony's training objective in the parallel layout -> loss, report of four noise buckets.
 
-    z (B, C, L, h, w) normalised latents, letters (B, T) and mel (B, 2S, 64) of the same clips, g: a CPU generator from
-    which everything random is drawn. The context is lightly noised, and the network is not told: in a roll-out it will
+    z (B, C, L, h, w) normalised latents, words and sound of the same clips as `MMDiT.read` and `MMDiT.listen` take them, g: a
+    CPU generator from which everything random is drawn. The context is lightly noised, and the network is not told: in a roll-out it will
     stand on its own small errors. Audio is never dropped (silence is information), but for a few batches the audio LAYERS
     are skipped: guidance will run that path, and without a pretrained backbone it would be one the network never took."""
     B, C, L, h, w = z.shape
@@ -92,11 +92,10 @@ def a2v_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1, how
     eps = to(torch.randn(B, C, L - 1, h, w, generator=g))
     history = to(corrupt * torch.rand(B, 1, generator=g)).expand(B, L)
     clean = add_noise(z, to(torch.randn(B, C, L, h, w, generator=g)), history)
-    letters = letters * to((torch.rand(B, 1, generator=g) >= drop_text).long())            # '' is the null text
     deaf = torch.rand((), generator=g).item() < skip_audio
     target = z[:, :, 1:]
-    text, pooled = model.text(letters)
-    v_hat = model.parallel(clean, add_noise(target, eps, sigma), sigma, text, pooled, None if deaf else model.ears(mel))
+    text, _, pooled = model.read(words)
+    v_hat = model.parallel(clean, add_noise(target, eps, sigma), sigma, text, pooled, None if deaf else model.listen(sound))
     weight = motion_weight(z, lam, skip=2)[:, :, 1:]
     return flow_loss(v_hat, velocity(target, eps), sigma, weight)
 
@@ -186,22 +185,21 @@ def stage_ends(z_levels, eps_levels, piece, s):
     return start, end
 
 
-def pyramid_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1, corrupt=1 / 3, columns=(0, 1, 1, 2)):
+def pyramid_loss(model, z, words, sound, numbers, g, lam=1., skip_audio=.1, corrupt=1 / 3, columns=(0, 1, 1, 2)):
     """Syncphony's objective in Pyramid Flow's own layout: of every clip ONE latent, at one stage -> loss, report of the stages.
 
-    z (B, C, L, h, w) normalised latents, letters (B, T), mel (B, 2S, 64), g: a CPU generator. Clip r of the batch trains stage
-    columns[r mod 4]. Coarse stages are cheap, so where the fine stage stands late in a clip and sees a long history, they
+    z (B, C, L, h, w) normalised latents, words, sound and g as in `a2v_loss`. Clip number r of the whole batch, of which these
+    are the `numbers`, trains stage columns[r mod 4]. Coarse stages are cheap, so where the fine stage stands late in a clip and sees a long history, they
     stand early, and the other way round: u fine, L - u coarse. The history is noised by c <= `corrupt`, untold.
     Eq. 1 speaks of the difference of neighbouring latents: here of the clean ones at the resolution of the stage."""
     B, _, L = z.shape[:3]
     to, n = lambda t: t.to(z.device), max(columns) + 1
     u_fine = int(torch.randint(1, L, (), generator=g))
-    letters = letters * to((torch.rand(B, 1, generator=g) >= drop_text).long())
     deaf = torch.rand((), generator=g).item() < skip_audio
-    (text, pooled), audio = model.text(letters), None if deaf else model.ears(mel)
+    (text, mask, pooled), audio = model.read(words), None if deaf else model.listen(sound)
     losses, report = [], torch.full((n,), float("nan"), device=z.device)
     for s, piece in enumerate(stages(n)):
-        rows = torch.tensor([r for r in range(B) if columns[r % len(columns)] == s], dtype=torch.long)
+        rows = torch.tensor([i for i, r in enumerate(numbers) if columns[r % len(columns)] == s], dtype=torch.long)
         if len(rows) == 0:
             continue
         u, z_levels = u_fine if s == n - 1 else L - u_fine, levels(z[rows], n)
@@ -211,8 +209,8 @@ def pyramid_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1,
         before = [add_noise(h, to(torch.randn(h.shape, generator=g)), c.expand(-1, h.shape[2])) for h in history(z_levels, u, s)]
         i = to(torch.randint(1000, (len(rows), 1), generator=g))
         (start, end), sigma, (hi, lo) = stage_ends(now, eps, piece, s), 1 - i / 1000, piece["times"]
-        ones = text.new_ones(len(rows), text.shape[1])
-        v_hat = model([*before, add_noise(end, start, sigma)], (hi + (lo - hi) * i / 1000)[:, 0], text[rows], ones, pooled[rows], None if deaf else audio[rows])
+        v_hat = model([*before, add_noise(end, start, sigma)], (hi + (lo - hi) * i / 1000)[:, 0], text[rows], mask[rows], pooled[rows],
+                      None if deaf else audio[rows])
         weight = motion_weight(z_levels[s][:, :, u - 1:u + 1], lam, skip=2 if u == 1 else 1)[:, :, 1:]
         loss, _ = flow_loss(v_hat, start - end, sigma, weight)
         report[s] = (v_hat.detach().float() - (start - end)).square().mean()

@@ -392,6 +392,18 @@ class MMDiT(nn.Module):
                 net.ears = MelEncoder(cfg.audio_dim).to(device, dtype)
         return net
 
+    def read(self, words):
+        """Text -> states (B, T, text_dim), mask (B, T), pooled (B, pooled_dim): letters (B, 96) by the encoder that is trained
+        along, or, of a network that was trained with others, these three themselves (data.prompt_states)."""
+        if self.cfg.text != "bytes":
+            return words
+        states, pooled = self.text(words)
+        return states, torch.ones_like(states[..., 0]), pooled
+
+    def listen(self, sound):
+        """Log-mels (B, 2S, 64), or features that were made elsewhere -> features (B, S, A) at 50 Hz."""
+        return self.ears(sound) if self.cfg.audio == "mel" else sound
+
     def blocks(self, x, y, p):
         """Tokens x (B, N, D), text y (B, T, D) or None -> x after all blocks."""
         for i, block in enumerate(self.transformer_blocks):
