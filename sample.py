@@ -90,6 +90,17 @@ def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
     return model.to(device).eval(), vae, ckpt
 
 
+def equip(model, args, captions, device):
+    """Give a model on Pyramid Flow the ears and the reader that it was trained with: `model.hubert`, `model.prompts`."""
+    if model.cfg.text == "bytes":
+        return
+    if not args.hubert:
+        raise BadInput(f"{args.ckpt}: hears by HuBERT; give --hubert facebook/hubert-large-ls960-ft")
+    captions = sorted(set(captions))
+    states = data.prompt_states(args.pretrained, [*(c + GOOD if c else "" for c in captions), NEGATIVE], device)
+    model.hubert, model.prompts = data.hubert(args.hubert, device), dict(zip([*captions, NEGATIVE], zip(*(torch.from_numpy(a).float() for a in states))))
+
+
 def fingerprint(vae):
     """A few letters that tell one VAE's latents from another's: they depend on the encoder alone, decoders may be tuned."""
     digest = hashlib.sha256(json.dumps(asdict(vae.cfg), sort_keys=True).encode())
@@ -324,11 +335,7 @@ def main():
     args = arguments().parse_args()
     device, cast, words = pick_device(args.device)
     model, vae, ckpt = load_a2v(args.ckpt, args.vae, device, args.pretrained)
-    if model.cfg.text != "bytes":
-        if not args.hubert:
-            raise BadInput(f"{args.ckpt}: hears by HuBERT; give --hubert facebook/hubert-large-ls960-ft")
-        states = data.prompt_states(args.pretrained, [args.prompt + GOOD if args.prompt else "", NEGATIVE], device)
-        model.hubert, model.prompts = data.hubert(args.hubert, device), dict(zip((args.prompt, NEGATIVE), zip(*(torch.from_numpy(a).float() for a in states))))
+    equip(model, args, [args.prompt], device)
     if args.compile and not args.skip_probe:
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.compile(dynamic=True)
