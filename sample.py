@@ -6,6 +6,7 @@ Latent 0 is the given picture. Every later latent starts as noise and takes `ste
 
 looking back on the finished latents (kept as keys and values, exactly; see model.py) and into the sound around it. When it
 is done it joins the context and the next one starts: a minute of sound makes a minute of video in constant memory.
+A model of Pyramid Flow's layout goes its three stages instead, from coarse to fine (`rollout_pyramid`); its checkpoint says so.
 
 v is guided (Syncphony eq. 6). Three evaluations of the same weights share one batch:
 

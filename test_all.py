@@ -528,7 +528,7 @@ def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch():
             return torch.zeros_like(clips[-1])
     z, letters, mel = torch.randn(8, 2, 13, 8, 8), torch.ones(8, 4, dtype=torch.long), torch.zeros(8, 4, 3)
     for i in range(20):
-        loss, report = losses.pyramid_loss(Net(), z, letters, mel, range(8), torch.Generator().manual_seed(i), skip_audio=0.)
+        loss, report = losses.pyramid_loss(Net(), z, letters, mel, range(8), torch.Generator().manual_seed(i))
         assert loss > 0 and report.isfinite().all()
     assert {(side, n) for side, n, *_ in seen} == {(2, 2), (4, 4), (8, 2)}
     for coarse, middle, fine in zip(seen[::3], seen[1::3], seen[2::3]):
@@ -1686,6 +1686,26 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(p
     assert cli(train, *flags[:2], "--data", "toybox") == 2 and "--hubert" in capsys.readouterr().err
 
 
+def test_two_processes_that_share_the_weights_train_as_one_does_and_go_on(pyramid_flow, tmp_path):
+    """FSDP: the same weights as one process with --accum 2, to rounding; and a resumed run is where an uninterrupted one is."""
+    folder, clips = pyramid_flow
+    flags = ["--pretrained", folder, "--hubert", "any", "--data", clips, "--data-root", tmp_path / "data", "--resolution", 64, "--batch-size", 8, "--eval-clips", 1,
+             "--sample-every", 2, "--lr", .01, "--optimizer", "adamw", "--device", "cpu", "--log-every", 1]
+    assert cli(train, *flags, "--steps", 2, "--accum", 2, "--out", tmp_path / "one") == 0
+
+    def shared(out, steps):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py", *flags, "--fsdp", "--steps", steps, "--out", out]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE)
+        assert done.returncode == 0, done.stderr[-1500:]
+    shared(tmp_path / "two", 2), shared(tmp_path / "again", 1), shared(tmp_path / "again", 2)
+    one, two, again = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("one", "two", "again"))
+    start = MMDiT.from_pretrained(folder / "diffusion_transformer_384p").state_dict()
+    distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in a if k in b).sqrt()
+    assert set(one["model"]) == set(two["model"]) and distance(one["model"], two["model"]) < .2 * distance(one["model"], start)
+    assert distance(two["model"], again["model"]) < 1e-4 and distance(two["ema"], again["ema"]) < 1e-4
+    assert set(torch.load(tmp_path / "two/best.pt", weights_only=True)["ema"]) == set(two["model"])
+
+
 def test_tiles_are_blended_without_a_seam_and_stream(monkeypatch):
     vae, z = vae_of(PUBLISHED_KIND).float(), torch.randn(1, 4, 3, 10, 14)
     caches = {}
@@ -1718,7 +1738,8 @@ def test_text_is_dropped_for_a_tenth_of_the_samples_and_audio_never(runs):
     args = train.arguments().parse_args([str(f) for f in run.flags])
     args.batch_size = 512
     task = train.A2V(args, torch.device("cpu"), nullcontext, 1)
-    _, words, sound, numbers = task.batch(0, range(512))
+    _, words, sound, numbers, deaf = task.batch(0, range(512))
+    assert abs(np.mean([task.batch(i, [0])[-1] for i in range(400)]) - .1) < .05                  # the layers, in a tenth of the steps
     assert abs((words == 0).all(1).float().mean() - .1) < .05 and list(numbers) == list(range(512))
     index = np.arange(24)
     _, words, again = task.windows(task.cache, index)
@@ -1788,7 +1809,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs):
     d, run = runs
     flags = [*run.flags, "--out", d / "killed", "--save-every", 2]
     code = ("import os, train; f = train.update_ema\n"
-            "train.update_ema = lambda ema, net, step, decay: (f(ema, net, step, decay), os.kill(os.getpid(), 9) if step == 3 else None)\n"
+            "train.update_ema = lambda ema, net, step, *a: (f(ema, net, step, *a), os.kill(os.getpid(), 9) if step == 3 else None)\n"
             "train.main()")
     done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == -9, done.stderr[-800:]
@@ -1853,7 +1874,7 @@ def test_the_network_overfits_one_batch():
     z, mel = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 60, 64)
     optimiser, history = torch.optim.AdamW(net.parameters(), 3e-3), []
     for _ in range(150):
-        loss, _ = losses.a2v_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), skip_audio=0, corrupt=0)
+        loss, _ = losses.a2v_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), corrupt=0)
         optimiser.zero_grad(), loss.backward(), optimiser.step()
         history.append(loss.item())
     assert history[-1] < history[0] / 5
@@ -1878,7 +1899,7 @@ def test_the_counted_flops_are_those_of_the_matrix_products():
     from torch.utils.flop_counter import FlopCounterMode
     net = MMDiT(MMDiTConfig(**networks.SIZES["tiny"]))
     with FlopCounterMode(display=False) as counter:
-        losses.a2v_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), torch.Generator().manual_seed(0), skip_audio=0)[0].backward()
+        losses.a2v_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), torch.Generator().manual_seed(0))[0].backward()
     per_token = sum(p.numel() for n, p in net.named_parameters() if p.dim() == 2 and re.search(r"attn|proj|ff|audio\.to_(q|out)", n) and "context" not in n and "add_" not in n)
     assert .85 < counter.get_total_flops() / (6 * per_token * 112) < 1.35
 

@@ -13,8 +13,11 @@ power cut) and takes the very steps it would have taken, and 2 processes or --ac
 **What is kept.** `last.pt`: everything, written whole or not at all. `best.pt`: the averaged (EMA) weights alone, in half
 precision, from the best evaluation; this is what sample.py plays and what weights/ holds. `log.csv`: one line a report.
 
-Between processes gradients are averaged by hand, five lines: DistributedDataParallel would insist that every weight takes
+Between processes gradients are averaged by hand, ten lines: DistributedDataParallel would insist that every weight takes
 part in every step, and when the audio layers are skipped some do not.
+
+**On top of Pyramid Flow** (--pretrained) the same loop trains Syncphony's audio layers and the blocks they sit in; README.md,
+"Reproduce Syncphony", has the commands.
 """
 import csv
 import json
@@ -27,12 +30,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -56,7 +61,8 @@ class A2V:
     def __init__(self, args, device, cast, world):
         self.args, self.device, self.toybox, rank = args, device, args.data == "toybox", int(os.environ.get("RANK", 0))
         self.vae = load_vae(Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae, device)
-        hear = data.hubert(args.hubert, device) if args.hubert else None
+        ears = cache(lambda: data.hubert(args.hubert, device))                # made when first needed: a finished cache needs none
+        hear = (lambda wave: ears()(wave)) if args.hubert else None
         cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast,
                                                     args.clips, hear, say=print if rank == 0 else lambda _: None)
         if rank > 0:
@@ -64,8 +70,8 @@ class A2V:
         self.cache, self.test = cached("train"), None if self.toybox else cached("test")
         if args.pretrained:
             self.prompts = {}
-            for cache in (self.cache, self.test):
-                self.prompts.update(data.cached_prompts(cache["folder"], cache["captions"], args.pretrained, device))
+            for prepared in (self.cache, self.test):
+                self.prompts.update(data.cached_prompts(prepared["folder"], prepared["captions"], args.pretrained, device))
         if rank == 0 and world > 1:
             dist.barrier()
         self.net = self.published(args, cast) if args.pretrained else self.fresh(args)
@@ -102,7 +108,8 @@ class A2V:
         orders = {e: np.random.default_rng([self.args.seed, int(e)]).permutation(n) for e in np.unique(spots // n)}
         draws = [np.random.default_rng([self.args.seed, 1, int(s)]) for s in spots]
         index = np.array([r.choice(clips[orders[s // n][s % n]]) for s, r in zip(spots, draws)])
-        return *self.windows(self.cache, index, draws), rows
+        deaf = np.random.default_rng([self.args.seed, 2, step]).random() < self.args.skip_audio      # in all processes alike
+        return *self.windows(self.cache, index, draws), rows, deaf
 
     def windows(self, cache, index, draws=None):
         """Windows of a cache -> normalised latents (B, C, L, h, w), text, mels. The tiny VAE's price for information leaves most
@@ -120,13 +127,11 @@ class A2V:
         sound = data.pick(cache, "features" if self.args.pretrained else "mels", index).float().to(self.device)
         return self.vae.normalise(z.to(self.device)), words, sound
 
-    def loss(self, net, batch, g, seen=False):
-        """seen: of evaluation, where nothing is left out."""
-        a, (*clips, numbers) = self.args, batch
-        skip = 0. if seen else a.skip_audio
+    def loss(self, net, batch, g):
+        a, (z, words, sound, numbers, deaf) = self.args, batch
         if a.layout == "pyramid":
-            return pyramid_loss(net, *clips, numbers, g, a.lambda_motion, skip)
-        return a2v_loss(net, *clips, g, a.lambda_motion, skip, a.sigma, a.shift)
+            return pyramid_loss(net, z, words, sound, numbers, g, deaf, a.lambda_motion)
+        return a2v_loss(net, z, words, sound, g, deaf, a.lambda_motion, a.sigma, a.shift)
 
     def tell(self, report):
         if self.args.layout == "pyramid":
@@ -153,7 +158,7 @@ class A2V:
             return lines, score, videos
         with torch.no_grad(), cast():
             some = [self.chosen[a:a + 16] for a in range(0, len(self.chosen), 16)]
-            losses = [self.loss(net, (*self.windows(self.test, i), range(len(i))), seeded(k), seen=True)[0].item() for k, i in enumerate(some)]
+            losses = [self.loss(net, (*self.windows(self.test, i), range(len(i)), False), seeded(k))[0].item() for k, i in enumerate(some)]
         loss = float(np.mean(losses))
         shown = [] if self.args.pretrained else generate(net, self.vae, clips[:8], cast, steps=12, asg=0., cfg=0.)             # hours, at that size
         return [f"loss on {len(self.chosen)} test windows {loss:.4f}"], -loss, shown
@@ -260,7 +265,43 @@ def update_ema(ema, net, step, decay, every=1):
     Large networks keep it in the CPU's memory and update it once in a while, by as much as in so many steps."""
     if step % every == 0:
         d, theirs = min(decay, (1 + step) / (10 + step)) ** every, dict(net.named_parameters())
-        torch._foreach_lerp_(list(ema.values()), [theirs[k].detach().to(v.device) for k, v in ema.items()], 1 - d)
+        torch._foreach_lerp_(list(ema.values()), [own(theirs[k].detach()).to(v.device) for k, v in ema.items()], 1 - d)
+
+
+def shard(net):
+    """FSDP2: of every weight, gradient and optimiser state a process keeps its share, and borrows the weights of a block from the
+    others while that block runs."""
+    from torch.distributed.fsdp import fully_shard
+    for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+        fully_shard(block)
+    fully_shard(net)
+
+
+def own(p):
+    """What this process holds of a tensor: its share of a sharded one, else all of it."""
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def swap(net, ema):
+    """The network's weights and their averages change places; once more, and they are back."""
+    for k, p in net.named_parameters():
+        if k in ema:
+            mine = own(p.detach())
+            kept = mine.to(ema[k].device, copy=True)
+            mine.copy_(ema[k]), ema[k].copy_(kept)
+
+
+def whole(net, keys):
+    """name -> the whole of those weights, in the CPU's memory. Of a sharded network every process has to take part."""
+    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in net.state_dict().items() if k in keys}
+
+
+def states_of(net, optimisers, sharded):
+    """The optimisers' states, whole."""
+    if not sharded:
+        return [o.state_dict() for o in optimisers]
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    return [get_optimizer_state_dict(net, o, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) for o in optimisers]
 
 
 def sum_gradients(params, most=2 ** 25):
@@ -323,6 +364,8 @@ def report_start(task, args, micro, words, flops):
         print(f"tokens      {clean} clean + {noisy} noisy + {T} text {'a clip' if args.layout == 'parallel' else 'at the last stage'} ({L} latents of {C}x{h}x{w}), "
               f"{task.cache['arrays']['mels'][0].shape[1] // 2} audio steps")
         plan = memory_plan(task.net, args, micro, clean + noisy + T)
+        if args.fsdp:
+            plan = {k: v if k == "activations" else v / dist.get_world_size() for k, v in plan.items()}
         print("memory      " + " + ".join(f"{k} {v / 2 ** 30:.2f}" for k, v in plan.items() if v) + f" = {sum(plan.values()) / 2 ** 30:.1f} GiB a process, estimated")
     print(f"compute     {flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips; {args.steps} steps = {args.steps * args.batch_size} clips")
 
@@ -372,14 +415,16 @@ def train(args):
     torch.manual_seed(args.seed)
     task = TASKS[args.task](args, device, cast, world)
     net = task.net.to(device)
-    ema = {k: p.detach().to("cpu" if args.pretrained else device, copy=True) for k, p in net.named_parameters() if p.requires_grad}
+    if args.fsdp:
+        shard(net)
+    ema = {k: own(p.detach()).to("cpu" if args.pretrained else device, copy=True) for k, p in net.named_parameters() if p.requires_grad}
     optimisers = make_optimisers(net, args)
     step, best, seconds = 0, -1e9, 0.
     if (out / "last.pt").is_file():
         step, best, seconds = resume(out / "last.pt", args, net, ema, optimisers)
         if rank == 0:
             print(f"resuming    {out / 'last.pt'} at step {step} (remove it, or give another --out, to start anew)")
-    flops = count_flops(task, args, cast, seeded(args.seed, 0)) if rank == 0 else 0
+    flops = count_flops(task, args, cast, seeded(args.seed, 0)) if rank == 0 or args.fsdp else 0
     if rank == 0:
         report_start(task, args, micro, words, flops)
     peak, peak_words = peak_flops(device) if rank == 0 else (1, "")
@@ -392,14 +437,21 @@ def train(args):
             block.compile()
     if args.bench:
         return bench(task, net, optimisers, compute, cast, args)
-    clips = task.held_out(args.eval_clips) if rank == 0 and args.eval_clips else []
+    taking_part = rank == 0 or args.fsdp                                      # what is sharded, all must look at and save together
+    clips = task.held_out(args.eval_clips) if taking_part and args.eval_clips else []
 
     stop = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(1))
-    save = lambda: data.save_checkpoint(out / "last.pt", task=args.task, config=asdict(net.cfg), ema=dict(ema), step=step,
-                                        model={k: v for k, v in net.state_dict().items() if k in ema or not args.pretrained},
-                                        optimisers=[o.state_dict() for o in optimisers], best=best, seconds=seconds, args=vars(args), **task.extra())
+
+    def save():
+        model, states = whole(net, ema if args.pretrained else net.state_dict()), states_of(net, optimisers, args.fsdp)
+        swap(net, ema)
+        averages = whole(net, ema)
+        swap(net, ema)
+        if rank == 0:
+            data.save_checkpoint(out / "last.pt", task=args.task, config=asdict(net.cfg), model=model, ema=averages, step=step, optimisers=states,
+                                 best=best, seconds=seconds, args=vars(args), **task.extra())
     bar = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, unit="step")
     reports, clock = [], time.perf_counter()
     while step < args.steps:
@@ -409,13 +461,16 @@ def train(args):
         for i in range(args.accum):
             part = rank * args.accum + i                                      # which micro-batch of the step this is
             batch = task.batch(step, list(range(part * micro, (part + 1) * micro)))
+            if args.fsdp:
+                net.set_requires_gradient_sync(i == args.accum - 1)
             with cast():
                 loss, buckets = compute(net, batch, seeded(args.seed, step, part))
-            (loss / (args.accum * world)).backward()
+            (loss / (args.accum * (1 if args.fsdp else world))).backward()    # FSDP averages by itself
             reports.append(torch.cat([loss.detach()[None], buckets]))
-        if world > 1:
+        if world > 1 and not args.fsdp:
             sum_gradients([p for p in net.parameters() if p.requires_grad])
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        norm = norm.full_tensor() if args.fsdp else norm
         if not torch.isfinite(norm):
             raise BadInput(f"the loss is {loss.item()} at step {step} (gradient norm {norm.item()}); last.pt keeps the last good state: lower --lr")
         for optimiser in optimisers:
@@ -435,13 +490,15 @@ def train(args):
             if seconds == took or step == args.steps:                         # at the first report and the last
                 tqdm.write(f"  the most memory held so far: {peak_memory(device) / 2 ** 30:.2f} GiB" + (" of the process" if device.type == "cpu" else " of the GPU"))
             reports, clock = [], time.perf_counter()
-        if rank == 0 and args.eval_clips and (step % args.sample_every == 0 or step == args.steps):
-            score = look(task, net, ema, clips, out, step, cast, args)
+        if taking_part and args.eval_clips and (step % args.sample_every == 0 or step == args.steps):
+            swap(net, ema)                                                    # the averaged weights are looked at, and kept
+            score = look(task, net, clips, out, step, cast, args, rank)
             if score >= best:
                 best = score
-                save_best(out / "best.pt", task, net, ema, step, seconds, args)
+                save_best(out / "best.pt", task, net, ema, step, seconds, args, rank)
+            swap(net, ema)
             clock = time.perf_counter()                                       # the clock rests while evaluating and saving
-        if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
+        if taking_part and (step % args.save_every == 0 or step == args.steps or stop):
             save()
             clock = time.perf_counter()
         if stop:
@@ -455,13 +512,12 @@ def train(args):
         dist.destroy_process_group()
 
 
-def look(task, net, ema, clips, out, step, cast, args):
-    """Evaluate the averaged weights on held-out clips; leave a strip and an mp4; -> a score to compare checkpoints by."""
-    weights = {k: p.detach().clone() for k, p in net.named_parameters() if k in ema}
-    net.load_state_dict(ema, strict=False)
+def look(task, net, clips, out, step, cast, args, rank):
+    """Evaluate on held-out clips; leave a strip and an mp4; -> a score to compare checkpoints by."""
     net.eval()
     lines, score, videos = task.evaluate(net, clips, cast, step == args.steps)
-    for line in lines:
+    net.train()
+    for line in lines if rank == 0 else []:
         tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {line}")
     if len(videos):
         strips = np.concatenate([np.concatenate([data.film_strip(c["video"], c["audio"])[:data.sides(args.resolution)[0]], data.film_strip(v, c["audio"])])
@@ -469,22 +525,17 @@ def look(task, net, ema, clips, out, step, cast, args):
         out.mkdir(parents=True, exist_ok=True)
         iio.imwrite(out / f"{step:06d}.png", strips)
         data.write_video(out / f"{step:06d}.mp4", videos[0], clips[0]["audio"])
-    net.load_state_dict(weights, strict=False)
-    net.train()
     return score
 
 
-def save_best(path, task, net, ema, step, seconds, args):
-    if args.task == "vae":
-        weights = {k: p.detach().clone() for k, p in net.named_parameters() if k in ema}
-        net.load_state_dict(ema, strict=False)
-        if not args.tune_decoder:
-            kurtosis = constants_of(net, task, args)
-            tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis:.1f} (3 = Gaussian)")
-        net.load_state_dict(weights, strict=False)
-    whole = ema if args.pretrained else {**net.state_dict(), **ema}           # what stays as published is not stored again
-    data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in whole.items()}, step=step, seconds=seconds,
-                         args=vars(args), **task.extra())
+def save_best(path, task, net, ema, step, seconds, args, rank):
+    if args.task == "vae" and not args.tune_decoder:
+        kurtosis = constants_of(net, task, args)
+        tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis:.1f} (3 = Gaussian)")
+    weights = whole(net, ema if args.pretrained else net.state_dict())        # what stays as published is not stored again
+    if rank == 0:
+        data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in weights.items()}, step=step, seconds=seconds,
+                             args=vars(args), **task.extra())
 
 
 def resume(path, args, net, ema, optimisers):
@@ -494,6 +545,15 @@ def resume(path, args, net, ema, optimisers):
     for flag in ("seed", "batch_size", "lr", "data", "clips", "resolution", "tune_decoder"):              # --steps may change: longer or shorter
         if ckpt["args"].get(flag) != getattr(args, flag):
             raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'].get(flag)}, now it is {getattr(args, flag)}; repeat that or give another --out")
+    if args.fsdp:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(net, ckpt["ema"], options=options)
+        swap(net, ema)
+        set_model_state_dict(net, ckpt["model"], options=options)
+        for optimiser, state in zip(optimisers, ckpt["optimisers"]):
+            set_optimizer_state_dict(net, optimiser, state, options=options)
+        return ckpt["step"], ckpt["best"], ckpt["seconds"]
     data.load_weights(net, {**net.state_dict(), **ckpt["model"]} if args.pretrained else ckpt["model"], path)
     for k, v in ckpt["ema"].items():
         ema[k].copy_(v)
@@ -572,6 +632,7 @@ def arguments():
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     p.add_argument("--compile", action="store_true", help="torch.compile: half a minute to start, then faster")
     p.add_argument("--checkpointing", action="store_true", help="a2v: recompute activations in the backward pass, for memory")
+    p.add_argument("--fsdp", action="store_true", help="--pretrained, several processes: share one copy of weights and states among them (with --optimizer adamw)")
     p.add_argument("--bench", action="store_true", help="measure what loading the data costs, and stop")
     p.add_argument("--out", help="folder for checkpoints and logs (out/a2v, out/vae)")
     p.add_argument("--log-every", type=number(int, 1), default=50, help="steps between reports")
@@ -596,6 +657,8 @@ def main():
             raise BadInput(f"--pretrained {args.pretrained}: trains --task a2v on real clips with HuBERT features; give --data and --hubert facebook/hubert-large-ls960-ft")
     elif args.size == "miniflux" or args.hubert:
         raise BadInput("--size miniflux and --hubert go with Pyramid Flow's weights; give their folder by --pretrained, or train tiny or small")
+    if args.fsdp and (not args.pretrained or args.optimizer != "adamw" or "RANK" not in os.environ):
+        raise BadInput("--fsdp: shares a model on Pyramid Flow among the processes of torchrun; give --pretrained and --optimizer adamw, and start it by torchrun")
     height, width = data.sides(args.resolution)
     if args.data == "toybox" and height != width:
         raise BadInput(f"--resolution {height}x{width}: the toybox is square; give one side")
