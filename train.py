@@ -271,7 +271,9 @@ def update_ema(ema, net, step, decay, every=1):
 def shard(net):
     """FSDP2: of every weight, gradient and optimiser state a process keeps its share, and borrows the weights of a block from the
     others while that block runs."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    for block in net.single_transformer_blocks:
+        register_fsdp_forward_method(fully_shard(block.audio), "keys_values")                     # called from outside its block
     for block in (*net.transformer_blocks, *net.single_transformer_blocks):
         fully_shard(block)
     fully_shard(net)
