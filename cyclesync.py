@@ -530,15 +530,14 @@ def evaluate(args):
             videos = [c["video"] for c in clips] if key == "ground_truth" else reconstruct(vae, clips, cast)
         else:
             with tqdm(total=total, desc=words, disable=None, leave=False) as bar:
-                videos = generate(Deaf(model) if key == "off_sync" else model, vae, clips, cast, bar, args.seed, steps=args.steps, asg=w,
-                                  cfg=default["cfg"] if w == default["asg"] else 0.)
+                videos = generate(Deaf(model) if key == "off_sync" else model, vae, clips, cast, bar, args.seed, steps=args.steps, asg=w, cfg=default["cfg"])
         result[key], shuffled = judge.row(key, videos, records)
         if key == f"asg_{default['asg']:g}":
             result["generated"], result["shuffled"] = result[key], shuffled
             write_picture(Path(args.out) / "strips.png", judge.strips(videos))
         print(line(words, result[key], columns) + f"  {time.perf_counter() - start:.0f} s")
     print(line("shuffled sounds (chance)", result["shuffled"], columns))
-    print(f"* the checkpoint's own guidance (w_t = {default['cfg']:g}). In brackets: 95 % intervals over clips. Frechet: distance of latents. CycleSync by "
+    print(f"* the checkpoint's own guidance; w_t = {default['cfg']:g} in all rows. In brackets: 95 % intervals over clips. Frechet: distance of latents. CycleSync by "
           + (args.v2a_cmd or ("the oracle" if toybox else "no model: give one by --v2a-cmd"))
           + ("" if find_spec("cv2") else ". AV-Align needs OpenCV: pip install opencv-python-headless"))
     write_csv(Path(args.out) / "clips.csv", records)
