@@ -246,11 +246,7 @@ def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings
     the looks break without early blocks and the motion change without late ones, and so put the audio into the late ones.
     Writes one strip per block, the whole model's first, and prints how far each video is from the whole model's."""
     K, d = model.cfg.heads, model.cfg.head_dim
-
-    def nothing(x, y, p, block):
-        if p.keep is not None:                                                # an empty entry: the cache counts blocks
-            p.keep.append((x.new_zeros(len(x), K, 0, d),) * 2)
-        return x, y
+    nothing = lambda x, y, *_: (x, y, (x.new_zeros(len(x), K, 0, d),) * 2)    # and no keys and values to look back on
     blocks, strips, whole = [*model.transformer_blocks, *model.single_transformer_blocks], [], None
     for i, block in [(None, None), *enumerate(blocks)]:
         if block is not None:

@@ -517,7 +517,8 @@ def train(args):
 def look(task, net, clips, out, step, cast, args, rank):
     """Evaluate on held-out clips; leave a strip and an mp4; -> a score to compare checkpoints by."""
     net.eval()
-    lines, score, videos = task.evaluate(net, clips, cast, step == args.steps)
+    with torch.compiler.set_stance("force_eager"):                            # other shapes than training's: not worth compiling for
+        lines, score, videos = task.evaluate(net, clips, cast, step == args.steps)
     net.train()
     for line in lines if rank == 0 else []:
         tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {line}")
