@@ -68,7 +68,7 @@ from tqdm import tqdm
 import data
 from data import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, BadInput, Parser, number, read_audio, read_clip, run_cli, temporary, toybox_clip,
                   toybox_draw, toybox_sound, toybox_state, write_video)
-from sample import A2V_FILE, HERE, VAE_FILE, Deaf, animate, load_a2v, pick_device
+from sample import A2V_FILE, HERE, VAE_FILE, Deaf, animate, equip, load_a2v, pick_device
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
 
@@ -349,7 +349,8 @@ def latent_features(vae, videos):
     for v in videos:
         x = torch.tensor(v, device=device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.no_grad():
-            z = vae.normalise(vae.encode(x)[0])[0, :, 1:].transpose(0, 1)                         # (L - 1, C, h, w)
+            z = vae.encode(x) if x.shape[3] <= 256 else vae.encode_chunks(x)
+            z = vae.normalise(z[0])[0, :, 1:].transpose(0, 1)                 # (L - 1, C, h, w)
         rows.append(F.adaptive_avg_pool2d(z, 2).flatten(1).cpu().numpy())
     return np.concatenate(rows)
 
@@ -395,7 +396,8 @@ def reconstruct(vae, clips, cast=nullcontext):
     for c in clips:
         x = torch.from_numpy(c["video"]).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.no_grad(), cast():
-            y = vae.decode(vae.encode(x)[0], x[:, :, :1]).float()
+            z, cache = (vae.encode(x) if x.shape[3] <= 256 else vae.encode_chunks(x))[0], {}
+            y = torch.cat([vae.decode(part, x[:, :, :1], cache) for part in z.split(1, 2)], 2).float()             # latent for latent
         y = (y[0].clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
         videos.append(np.concatenate([c["video"][:1], y[1:]]))
     return videos
@@ -509,9 +511,10 @@ def line(words, row, columns):
 def evaluate(args):
     """Generated, true and reconstructed videos of the held-out clips, without audio layers, with other sounds: one table."""
     device, cast, words = pick_device(args.device)
-    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device)
+    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device, args.pretrained)
     clips, default, toybox = held_out_clips(args, ckpt["size"]), ckpt["guidance"], args.data == "toybox"
-    print(f"{words}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of {len(clips[0]['video'])} frames at {ckpt['size']} px"
+    equip(model, args, [c["caption"] for c in clips], device)
+    print(f"{words}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of {len(clips[0]['video'])} frames at {'x'.join(map(str, data.sides(ckpt['size'])))} px"
           + (f", {sum(len(c['events']) for c in clips)} events, {sum(len(c['events']) == 0 for c in clips)} clips without any" if toybox else "")
           + f"; {args.steps} steps")
     rows = [("ground_truth", "ground truth", None), ("vae", "VAE reconstruction", None), ("off_sync", "off-sync", 0.)]
@@ -527,15 +530,14 @@ def evaluate(args):
             videos = [c["video"] for c in clips] if key == "ground_truth" else reconstruct(vae, clips, cast)
         else:
             with tqdm(total=total, desc=words, disable=None, leave=False) as bar:
-                videos = generate(Deaf(model) if key == "off_sync" else model, vae, clips, cast, bar, args.seed, steps=args.steps, asg=w,
-                                  cfg=default["cfg"] if w == default["asg"] else 0.)
+                videos = generate(Deaf(model) if key == "off_sync" else model, vae, clips, cast, bar, args.seed, steps=args.steps, asg=w, cfg=default["cfg"])
         result[key], shuffled = judge.row(key, videos, records)
         if key == f"asg_{default['asg']:g}":
             result["generated"], result["shuffled"] = result[key], shuffled
             write_picture(Path(args.out) / "strips.png", judge.strips(videos))
         print(line(words, result[key], columns) + f"  {time.perf_counter() - start:.0f} s")
     print(line("shuffled sounds (chance)", result["shuffled"], columns))
-    print(f"* the checkpoint's own guidance (w_t = {default['cfg']:g}). In brackets: 95 % intervals over clips. Frechet: distance of latents. CycleSync by "
+    print(f"* the checkpoint's own guidance; w_t = {default['cfg']:g} in all rows. In brackets: 95 % intervals over clips. Frechet: distance of latents. CycleSync by "
           + (args.v2a_cmd or ("the oracle" if toybox else "no model: give one by --v2a-cmd"))
           + ("" if find_spec("cv2") else ". AV-Align needs OpenCV: pip install opencv-python-headless"))
     write_csv(Path(args.out) / "clips.csv", records)
@@ -795,7 +797,7 @@ def arguments():
     p.add_argument("clip", nargs="?", help="score this one video with its own sound")
     p.add_argument("--pairs", nargs=2, metavar=("REF", "HAT"), help="CycleSync of two folders of sounds: true ones, and ones made from the videos")
     p.add_argument("--shift-study", action="store_true", help="what every metric says of true clips whose sound is up to 0.5 s late (Syncphony figure 7)")
-    p.add_argument("--resolution", type=number(int, 32, 512), default=64, help="--shift-study: side of the pictures in pixels")
+    p.add_argument("--resolution", type=data.picture_size, default=64, help="--shift-study: side of the pictures in pixels, or height x width")
     p.add_argument("--ablate", choices=("syncphony",), help="train and score the rows of the paper's ablation tables: an hour or two on 2 cores")
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings; a first impression in under 20 minutes")
     p.add_argument("--v2a-cmd", help="CycleSync: a program that makes a sound for a video, with {video} and {wav} in it")
@@ -806,6 +808,8 @@ def arguments():
     p.add_argument("--trim-start", type=number(low=0), default=0., help="CycleSync: leave out onsets before so many seconds")
     p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
+    p.add_argument("--pretrained", help="of a checkpoint on Pyramid Flow: that folder")
+    p.add_argument("--hubert", help="of such a checkpoint: its HuBERT, a folder or a name on the hub")
     p.add_argument("--data", default="toybox", help=f"on which data: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
     p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips (with --audio: pictures, a sixth of them of every kind)")

@@ -90,6 +90,22 @@ def number(kind=float, low=None, high=None):
     return read
 
 
+def picture_size(text):
+    """For `type=` of --resolution: '64' -> 64, a square; '384x640' -> (384, 640), height and width. Multiples of 32."""
+    try:
+        sides_ = [int(t) for t in text.split("x")]
+    except ValueError:
+        sides_ = []
+    if len(sides_) not in (1, 2) or any(v % 32 or not 32 <= v <= 2048 for v in sides_):
+        raise argparse.ArgumentTypeError(f"expected a side, such as 64, or height x width, such as 384x640, in multiples of 32, got {text!r}")
+    return sides_[0] if len(set(sides_)) == 1 else tuple(sides_)
+
+
+def sides(size):
+    """64 or (384, 640) -> (height, width)"""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def run_cli(main):
     """Run a program's `main`: bad input ends in one line on stderr and exit code 2, never in a traceback."""
     sys.stdout.reconfigure(line_buffering=True)                               # a log file grows while the run goes on
@@ -435,13 +451,13 @@ def read_audio(path, rate=RATE):
 
 
 def read_image(path, size=64):
-    """Any picture -> uint8 (size, size, 3): centre crop to a square, antialiased resize. Alpha lies on white."""
+    """Any picture -> uint8 (H, W, 3) of a `size` (see `sides`): centre crop to its aspect, antialiased resize. Alpha lies on white."""
     from PIL import Image                                                     # comes with imageio
     path = _existing(path, "image")
     Image.MAX_IMAGE_PIXELS = None                                             # large pictures are welcome
     try:
         picture = Image.open(path)
-        picture.draft("RGB", (2 * size, 2 * size))                            # a large jpeg is decoded small
+        picture.draft("RGB", (2 * max(sides(size)),) * 2)                     # a large jpeg is decoded small
         picture.load()
         if picture.mode.startswith("I") or picture.mode == "F":               # 16 bits or more a value: by its own range
             values = np.asarray(picture, np.float64)
@@ -451,10 +467,10 @@ def read_image(path, size=64):
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
         raise BadInput(f"{path}: not a picture that can be read ({str(why).splitlines()[0]}); expected png, jpg, webp or bmp") from why
-    w, h = picture.size
-    side = min(w, h)
-    box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.LANCZOS, box=box))
+    (w, h), (height, width) = picture.size, sides(size)
+    cw, ch = min(w, h * width / height), min(h, w * height / width)           # the largest piece of that aspect
+    box = ((w - cw) / 2, (h - ch) / 2, (w + cw) / 2, (h + ch) / 2)
+    return np.asarray(picture.convert("RGB").resize((width, height), Image.LANCZOS, box=box))
 
 
 def log_mel(wave):
@@ -860,7 +876,7 @@ def clip_windows(clip, size=64, frames=FRAMES, hop=.5, lead=0.):
     (split 'test') there are three, evenly spaced: 450 for AVSync15, 732 for The Greatest Hits. lead=0.5 is the protocol of
     the CycleSync study (Syncphony C.2): the first begins at 0.5 s, each sound begins so much before its pictures (it can be
     delayed and stays real), and clips too short for that are left out, which leaves AVSync15 with 438."""
-    video, wave = read_clip(clip["path"], size, size, sound=clip["sound"])
+    video, wave = read_clip(clip["path"], *sides(size), sound=clip["sound"])
     first, short = round(lead * FPS), 1 if lead else frames // 8
     spare = len(video) - frames
     if spare < first - short:
@@ -948,7 +964,8 @@ def _write_shard(folder, k, items, results, vae, device, hear, raw):
 
     def encode():
         video = torch.from_numpy(np.stack(batch)).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1         # (n, 3, F, H, W)
-        codes.append(torch.stack(vae.encode(video), 1).cpu().to(torch.float16).numpy())                       # (n, 2, C, L, h, w)
+        code = vae.encode(video) if video.shape[3] <= 256 else vae.encode_chunks(video)
+        codes.append(torch.stack(code, 1).cpu().to(torch.float16).numpy())                                    # (n, 2, C, L, h, w)
         batch.clear()
     for item, windows in zip(items, results):
         if isinstance(windows, str):
@@ -959,7 +976,7 @@ def _write_shard(folder, k, items, results, vae, device, hear, raw):
             for name, rows_of in arrays.items():
                 rows_of.append(made[name] if name == "videos" else made[name].astype(np.float16))
             rows.append([_name(item), w["caption"], w["start"]]), batch.append(w["video"])
-            if len(batch) == 4:
+            if len(batch) == (4 if w["video"].shape[1] <= 256 else 1):
                 encode()
     if batch:
         encode()
@@ -1003,7 +1020,7 @@ def open_cache(folder):
             clips.setdefault(clip, []).append(len(at))
             at.append((k, row)), captions.append(caption)
         skipped.update(shard["skipped"])
-    return dict(arrays=arrays, at=np.array(at).reshape(-1, 2), captions=captions, clips=list(clips.values()), skipped=skipped)
+    return dict(folder=folder, arrays=arrays, at=np.array(at).reshape(-1, 2), captions=captions, clips=list(clips.values()), skipped=skipped)
 
 
 def pick(cache, name, index):
@@ -1011,16 +1028,21 @@ def pick(cache, name, index):
     return torch.from_numpy(np.stack([cache["arrays"][name][k][row] for k, row in cache["at"][index]]))
 
 
+def _optional(flag, build, name):
+    """Build something that needs transformers, which is not required otherwise, from a folder or a name on the hub."""
+    try:
+        import transformers
+    except ImportError:
+        raise BadInput(f"{flag} needs a package that is not required otherwise: pip install transformers") from None
+    try:
+        return build(transformers)
+    except (OSError, ValueError) as why:
+        raise BadInput(f"{flag} {name}: {str(why).splitlines()[0]}") from None
+
+
 def hubert(name, device):
     """-> a function from a waveform (samples,) at 16 kHz to HuBERT's last states (samples / 320, 1024): 50 Hz, as DenseAV has it."""
-    try:
-        from transformers import HubertModel
-    except ImportError:
-        raise BadInput("--hubert needs a package that is not required otherwise: pip install transformers") from None
-    try:
-        net = HubertModel.from_pretrained(name).to(device).eval()
-    except (OSError, ValueError) as why:
-        raise BadInput(f"--hubert {name}: {str(why).splitlines()[0]}; give a folder or a name on the hub, such as facebook/hubert-large-ls960-ft") from None
+    net = _optional("--hubert", lambda t: t.HubertModel.from_pretrained(name), name).to(device).eval()
 
     @torch.no_grad()
     def features(wave):
@@ -1029,6 +1051,43 @@ def hubert(name, device):
         with torch.autocast(device.type, enabled=False):
             return net(x[None]).last_hidden_state[0].cpu().numpy()
     return features
+
+
+NEGATIVE = ("cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, extra limbs, extra digits, "
+            "misplaced objects, mutated anatomy, monochrome, horror")             # what Pyramid Flow is steered away from
+
+
+def prompt_states(folder, captions, device):
+    """What Pyramid Flow reads of captions: T5-XXL's states of 128 tokens and CLIP-L's pooled vector, by the encoders that lie in
+    its folder -> states (n, 128, 4096) float16, mask (n, 128), pooled (n, 768). 11 GB on disk, needed once: then cached."""
+    def build(t):
+        parts = dict(clip=(t.CLIPTokenizer, t.CLIPTextModel, ""), t5=(t.T5TokenizerFast, t.T5EncoderModel, "_2"))
+        return {k: (tok.from_pretrained(folder, subfolder=f"tokenizer{n}"), net.from_pretrained(folder, subfolder=f"text_encoder{n}", torch_dtype=torch.bfloat16))
+                for k, (tok, net, n) in parts.items()}
+    made, rows = _optional("--pretrained", build, folder), []
+    with torch.no_grad():
+        for caption in captions:
+            short, long = (tok([caption], padding="max_length", max_length=n, truncation=True, return_tensors="pt") for (tok, _), n in zip(made.values(), (77, 128)))
+            pooled = made["clip"][1].to(device)(short.input_ids.to(device)).pooler_output[0]
+            states = made["t5"][1].to(device)(long.input_ids.to(device), attention_mask=long.attention_mask.to(device)).last_hidden_state[0]
+            rows.append([t.float().cpu().numpy() for t in (states, long.attention_mask[0], pooled)])
+    states, mask, pooled = (np.stack(column) for column in zip(*rows))
+    return states.astype(np.float16), mask, pooled
+
+
+def cached_prompts(folder, captions, pretrained, device):
+    """The same, kept in a cache's folder: captions are few. -> dict: caption -> (states, mask, pooled) tensors; '' is the null text."""
+    path, wanted = Path(folder) / "prompts.npz", sorted({"", NEGATIVE, *captions})
+    if path.is_file():
+        with np.load(path) as z:
+            found = {name: z[name] for name in z.files}
+        if set(wanted) <= set(found["captions"].tolist()):
+            return {c: tuple(torch.from_numpy(found[k][i]).float() for k in ("states", "mask", "pooled")) for i, c in enumerate(found["captions"].tolist())}
+    states, mask, pooled = prompt_states(pretrained, wanted, device)
+    part = temporary(path)
+    np.savez(part, captions=np.array(wanted), states=states, mask=mask, pooled=pooled)
+    os.replace(part, path)
+    return cached_prompts(folder, captions, pretrained, device)
 
 
 # ------------------------------------------------------------------------------------------------ the command: look and prepare
@@ -1048,8 +1107,9 @@ def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000,
     label, splits, words = source(name, root, clips)
     if not splits[split]:
         raise BadInput(f"--data {name}: no clips for {'training' if split == 'train' else 'testing'} in it; give at least two clips, or lists that name some of both")
-    folder = Path(root) / "cache" / f"{label}-{size}px-{tag}{'-hubert' if hear else ''}" / split
-    settings = dict(data=label, split=split, resolution=size, vae=tag, fps=FPS, frames=FRAMES)
+    shown = "x".join(map(str, sides(size))) if not isinstance(size, int) else size
+    folder = Path(root) / "cache" / f"{label}-{shown}px-{tag}{'-hubert' if hear else ''}" / split
+    settings = dict(data=label, split=split, resolution=size if isinstance(size, int) else list(size), vae=tag, fps=FPS, frames=FRAMES)
     prepare(folder, settings, splits[split], vae, device, cast, hear, raw=name != "toybox" and split == "test")
     cache = open_cache(folder)
     say(f"{words}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of {FRAMES} frames")
@@ -1073,7 +1133,7 @@ def contact_sheet(name, root, path, size=64, rows=8, clips=2000):
         if len(strips) == rows:
             break
         try:
-            clip = toybox_clip(item, size) if isinstance(item, int) else dict(zip(("video", "audio"), read_clip(item["path"], size, size, sound=item["sound"])))
+            clip = toybox_clip(item, size) if isinstance(item, int) else dict(zip(("video", "audio"), read_clip(item["path"], *sides(size), sound=item["sound"])))
         except BadInput as why:
             print(f"skipped  {why}")
             continue
@@ -1099,9 +1159,10 @@ def arguments():
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
     p.add_argument("--clips", type=number(int, 1), default=2000, help="toybox: how many clips")
     p.add_argument("--size", default="tiny", choices=("tiny", "small", "miniflux"), help="the network that the cache is for")
-    p.add_argument("--resolution", type=number(int, 32, 512), default=64, help="side of the pictures in pixels, a multiple of 32")
+    p.add_argument("--resolution", type=picture_size, default=64, help="side of the pictures in pixels, or height x width: 384x640")
     p.add_argument("--vae", help="the VAE that makes the latents; weights/vae-toybox.pt if not given")
     p.add_argument("--hubert", help="also keep HuBERT features: a folder or a name on the hub, such as facebook/hubert-large-ls960-ft")
+    p.add_argument("--pretrained", help="Pyramid Flow's folder: latents by its VAE, and captions by its text encoders")
     p.add_argument("--show", help="only draw a contact sheet into this .png")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to encode")
     return p
@@ -1112,12 +1173,15 @@ def main():
     args = arguments().parse_args()
     if args.show:
         return contact_sheet(args.data, args.data_root, args.show, args.resolution, clips=args.clips)
-    if args.size == "miniflux":
-        raise BadInput("--size miniflux: its latents are made by Pyramid Flow's VAE, which this version cannot load yet; prepare tiny or small")
+    if args.size == "miniflux" and not args.pretrained:
+        raise BadInput("--size miniflux: its latents are made by Pyramid Flow's VAE; give the downloaded folder by --pretrained")
     device, cast, _ = pick_device(args.device)
-    vae, hear = load_vae(args.vae or VAE_FILE, device), hubert(args.hubert, device) if args.hubert else None
+    vae = load_vae(args.vae or (Path(args.pretrained) / "causal_video_vae" if args.pretrained else VAE_FILE), device)
+    hear = hubert(args.hubert, device) if args.hubert else None
     for split in ("train", "test") if args.data != "toybox" else ("train",):
-        load_or_prepare(args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), device, cast, args.clips, hear)
+        cache = load_or_prepare(args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), device, cast, args.clips, hear)
+        if args.pretrained:
+            cached_prompts(cache["folder"], cache["captions"], args.pretrained, device)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,20 @@ own the loss; |m| is clipped at 1.5 standard deviations.
 
     v = v_pos + sum_k (S_k - 1) (v_pos - v_neg_k)          Syncphony eq. 6: S = 1 + w_a (audio), S = 1 + w_t (text)
 
+**The staged path** (Pyramid Flow). At high noise nothing fine can be seen, so why compute it at full resolution? The way is cut
+into three pieces, the first at a quarter of the side, the next at a half. Each is a straight line of its own, between a noisier
+start and a less noisy end with the SAME noise in both, so v = start - end, and sigma runs from 1 to 0 within the piece:
+
+    start = S eps + (1 - S) up(z coarser)        end = E eps + (1 - E) z        x = sigma start + (1 - sigma) end
+
+Where one piece ends the picture is doubled, which copies its noise into 2x2 blocks; a noise that is negatively correlated in
+a block (`block_noise`) makes it white again, at the price of a step back up in noise level: S of a piece is above the E before.
+
     B batch · C channels · L latents · h w latent grid · sigma (B, L), one noise level per latent
 """
 import torch
 
+GAMMA = 1 / 3                                                                 # correlation of the repairing noise in a block: -gamma
 BUCKETS = 4                                                                   # the loss is reported for four noise levels
 
 
@@ -79,24 +89,22 @@ def guide(v_pos, *terms):
     return v
 
 
-def a2v_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1, how="uniform", shift=4., corrupt=.2):
+def a2v_loss(model, z, words, sound, g, deaf=False, lam=1., how="uniform", shift=4., corrupt=.2):
     """Syncphony's training objective in the parallel layout -> loss, report of four noise buckets.
 
-    z (B, C, L, h, w) normalised latents, letters (B, T) and mel (B, 2S, 64) of the same clips, g: a CPU generator from
-    which everything random is drawn. The context is lightly noised, and the network is not told: in a roll-out it will
-    stand on its own small errors. Audio is never dropped (silence is information), but for a few batches the audio LAYERS
-    are skipped: guidance will run that path, and without a pretrained backbone it would be one the network never took."""
+    z (B, C, L, h, w) normalised latents, words and sound of the same clips as `MMDiT.read` and `MMDiT.listen` take them, g: a
+    CPU generator from which everything random is drawn. The context is lightly noised, and the network is not told: in a roll-out it will
+    stand on its own small errors. Audio is never dropped (silence is information), but in a few steps the audio LAYERS are
+    skipped (`deaf`): guidance will run that path, and without a pretrained backbone it would be one the network never took."""
     B, C, L, h, w = z.shape
     to = lambda t: t.to(z.device)
     sigma = to(draw_sigma(torch.rand(B, L - 1, generator=g), how, shift))     # every latent has a noise level of its own
     eps = to(torch.randn(B, C, L - 1, h, w, generator=g))
     history = to(corrupt * torch.rand(B, 1, generator=g)).expand(B, L)
     clean = add_noise(z, to(torch.randn(B, C, L, h, w, generator=g)), history)
-    letters = letters * to((torch.rand(B, 1, generator=g) >= drop_text).long())            # '' is the null text
-    deaf = torch.rand((), generator=g).item() < skip_audio
     target = z[:, :, 1:]
-    text, pooled = model.text(letters)
-    v_hat = model.parallel(clean, add_noise(target, eps, sigma), sigma, text, pooled, None if deaf else model.ears(mel))
+    text, _, pooled = model.read(words)
+    v_hat = model.parallel(clean, add_noise(target, eps, sigma), sigma, text, pooled, None if deaf else model.listen(sound))
     weight = motion_weight(z, lam, skip=2)[:, :, 1:]
     return flow_loss(v_hat, velocity(target, eps), sigma, weight)
 
@@ -104,12 +112,10 @@ def a2v_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1, how
 # ------------------------------------------------------------------------------------------------ the staged path of Pyramid Flow
 
 def stages(n=3, shift=1.):
-    """The n pieces into which the way from noise (1) to latent (0) is cut; piece s runs at resolution 2^(s-n+1) of the full.
+    """The n pieces into which the way from noise (1) to latent (0) is cut; piece s runs at 2^(s-n+1) of the full side.
 
-    -> dicts: `start`, `end` noise levels of the piece, `times` (from, to): what the network is told, of 1000 .. 1, and the
-    jump that begins it: x <- alpha up(x) + beta b. The pieces end at the grid's values at 1/3 and 2/3; but doubling an image
-    by copying pixels makes their noise equal in 2x2 blocks, and only b, which is anti-correlated in a block, repairs that.
-    Adding it takes the noise level back up: `start` is higher than the last `end`."""
+    -> dicts: noise levels `start` and `end`; `times` (from, to), what the network is told, of 1000 .. 1; `alpha`, `beta` of
+    the jump that begins it, x <- alpha up(x) + beta b. `shift` as in `shift_sigma`, on the grid of 1000 that is cut at thirds."""
     grid = [shift_sigma((1000 - i) / 1000, shift) for i in range(1000)]
     cuts = [grid[int(1000 * s / n)] for s in range(n)] + [0.]
     pieces = []
@@ -122,9 +128,6 @@ def stages(n=3, shift=1.):
         first, gone = gone, gone + (q["start"] - q["end"]) / length
         q["times"] = (1000 * grid[int(1000 * first)], 1000 * grid[min(int(1000 * gone), 999)])
     return pieces
-
-
-GAMMA = 1 / 3                                                                 # correlation of b within a block is -gamma
 
 
 def sampling_grid(piece, n):
@@ -186,22 +189,20 @@ def stage_ends(z_levels, eps_levels, piece, s):
     return start, end
 
 
-def pyramid_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1, corrupt=1 / 3, columns=(0, 1, 1, 2)):
+def pyramid_loss(model, z, words, sound, numbers, g, deaf=False, lam=1., corrupt=1 / 3, columns=(0, 1, 1, 2)):
     """Syncphony's objective in Pyramid Flow's own layout: of every clip ONE latent, at one stage -> loss, report of the stages.
 
-    z (B, C, L, h, w) normalised latents, letters (B, T), mel (B, 2S, 64), g: a CPU generator. Clip r of the batch trains stage
-    columns[r mod 4]. Coarse stages are cheap, so where the fine stage stands late in a clip and sees a long history, they
+    z (B, C, L, h, w) normalised latents, words, sound, g and deaf as in `a2v_loss`. Clip number r of the whole batch, of which these
+    are the `numbers`, trains stage columns[r mod 4]. Coarse stages are cheap, so where the fine stage stands late in a clip and sees a long history, they
     stand early, and the other way round: u fine, L - u coarse. The history is noised by c <= `corrupt`, untold.
     Eq. 1 speaks of the difference of neighbouring latents: here of the clean ones at the resolution of the stage."""
     B, _, L = z.shape[:3]
     to, n = lambda t: t.to(z.device), max(columns) + 1
     u_fine = int(torch.randint(1, L, (), generator=g))
-    letters = letters * to((torch.rand(B, 1, generator=g) >= drop_text).long())
-    deaf = torch.rand((), generator=g).item() < skip_audio
-    (text, pooled), audio = model.text(letters), None if deaf else model.ears(mel)
+    (text, mask, pooled), audio = model.read(words), None if deaf else model.listen(sound)
     losses, report = [], torch.full((n,), float("nan"), device=z.device)
     for s, piece in enumerate(stages(n)):
-        rows = torch.tensor([r for r in range(B) if columns[r % len(columns)] == s], dtype=torch.long)
+        rows = torch.tensor([i for i, r in enumerate(numbers) if columns[r % len(columns)] == s], dtype=torch.long)
         if len(rows) == 0:
             continue
         u, z_levels = u_fine if s == n - 1 else L - u_fine, levels(z[rows], n)
@@ -211,8 +212,8 @@ def pyramid_loss(model, z, letters, mel, g, lam=1., skip_audio=.1, drop_text=.1,
         before = [add_noise(h, to(torch.randn(h.shape, generator=g)), c.expand(-1, h.shape[2])) for h in history(z_levels, u, s)]
         i = to(torch.randint(1000, (len(rows), 1), generator=g))
         (start, end), sigma, (hi, lo) = stage_ends(now, eps, piece, s), 1 - i / 1000, piece["times"]
-        ones = text.new_ones(len(rows), text.shape[1])
-        v_hat = model([*before, add_noise(end, start, sigma)], (hi + (lo - hi) * i / 1000)[:, 0], text[rows], ones, pooled[rows], None if deaf else audio[rows])
+        v_hat = model([*before, add_noise(end, start, sigma)], (hi + (lo - hi) * i / 1000)[:, 0], text[rows], mask[rows], pooled[rows],
+                      None if deaf else audio[rows])
         weight = motion_weight(z_levels[s][:, :, u - 1:u + 1], lam, skip=2 if u == 1 else 1)[:, :, 1:]
         loss, _ = flow_loss(v_hat, start - end, sigma, weight)
         report[s] = (v_hat.detach().float() - (start - end)).square().mean()

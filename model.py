@@ -106,7 +106,7 @@ def rotary(ids, axes, time_scale=1.):
 
 def rotate(x, table):                                                         # (u, v) -> (u cos - v sin, v cos + u sin)
     cos, sin = table                                                          # x (B, K, N, d), table (N, d)
-    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+    return torch.addcmul(x * cos, x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
 
 
 def heads(x, K):                                                              # (B, N, D) -> (B, K, N, d)
@@ -170,11 +170,8 @@ class Pass:
     table: tuple                              # rotation of [text; video] tokens
     rows: torch.Tensor = None                 # (T+N,) which of the G vectors a token uses; None: there is only one
     mask: torch.Tensor = None                 # (T+N, keys) or (B, 1, T+N, keys) booleans; None: everybody sees everybody
-    audio: list = None                        # per single block: keys and values of the audio; None: audio layers are skipped
     audio_table: tuple = None                 # rotation of the video tokens as audio queries
     audio_mask: torch.Tensor = None           # (N, S) windows
-    cache: list = None                        # per block: keys and values of the clean context, read
-    keep: list = None                         # the keys and values of this pass, written
     off_sync: int = 0                         # so many rows are repeated after the double blocks, and hear nothing
 
 
@@ -191,8 +188,9 @@ class JointAttention(nn.Module):
             self.norm_added_q, self.norm_added_k = RMSNorm(d), RMSNorm(d)
             self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(D, D)]), nn.Linear(D, D)
 
-    def forward(self, x, y, p, block):
-        """x (B, N, D) video (or everything, in single blocks), y (B, T, D) text or None -> output (B, T+N, D)."""
+    def forward(self, x, y, p, past=None):
+        """x (B, N, D) video (or everything, in single blocks), y (B, T, D) text or None; past: keys and values of a clean context
+        -> output (B, T+N, D), keys and values of this pass."""
         K = self.K
         q, k, v = self.norm_q(heads(self.to_q(x), K)), self.norm_k(heads(self.to_k(x), K)), heads(self.to_v(x), K)
         if y is not None:                                                     # text first, then video
@@ -200,11 +198,10 @@ class JointAttention(nn.Module):
             k = torch.cat([self.norm_added_k(heads(self.add_k_proj(y), K)), k], 2)
             v = torch.cat([heads(self.add_v_proj(y), K), v], 2)
         q, k = rotate(q, p.table), rotate(k, p.table).to(v.dtype)
-        if p.keep is not None:
-            p.keep.append((k, v))
-        if p.cache is not None:                                               # the clean context, rotated long ago
-            k, v = torch.cat([p.cache[block][0], k], 2), torch.cat([p.cache[block][1], v], 2)
-        return attend(q, k, v, p.mask)
+        made = k, v
+        if past is not None:                                                  # the clean context, rotated long ago
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return attend(q, k, v, p.mask), made
 
 
 class AudioCrossAttention(nn.Module):
@@ -230,7 +227,7 @@ class AudioCrossAttention(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Text and video have weights of their own and meet in attention. y is None when the text sits in the cache."""
+    """Text and video have weights of their own and meet in attention. y is None when the text sits in the past."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -239,20 +236,20 @@ class DoubleBlock(nn.Module):
         self.attn = JointAttention(cfg, text=True)
         self.ff, self.ff_context = MLP(D), MLP(D)
 
-    def forward(self, x, y, p, block):
+    def forward(self, x, y, p, past=None, heard=None):
         T = 0 if y is None else y.shape[1]
         shift, scale, gate, shift2, scale2, gate2 = self.norm1(p.c, None if p.rows is None else p.rows[T:])
         ny = None
         if T:
             t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = self.norm1_context(p.c[:, :1])
             ny = modulate(y, t_shift, t_scale)
-        o = self.attn(modulate(x, shift, scale), ny, p, block)                # (B, T+N, D)
+        o, made = self.attn(modulate(x, shift, scale), ny, p, past)           # (B, T+N, D)
         x = x + gate * self.attn.to_out[0](o[:, T:])
         x = x + gate2 * self.ff(modulate(x, shift2, scale2))
         if T:
             y = y + t_gate * self.attn.to_add_out(o[:, :T])
             y = y + t_gate2 * self.ff_context(modulate(y, t_shift2, t_scale2))
-        return x, y
+        return x, y, made
 
 
 class SingleBlock(nn.Module):
@@ -265,18 +262,18 @@ class SingleBlock(nn.Module):
         self.norm, self.attn = Modulation(D, 3), JointAttention(cfg, text=False)
         self.proj_mlp, self.proj_out = nn.Linear(D, 4 * D), nn.Linear(5 * D, D)
 
-    def forward(self, x, y, p, block):
+    def forward(self, x, y, p, past=None, heard=None):
+        """heard: keys and values of the audio, for the first rows of x at least; None: the audio layer is skipped."""
         T = 0 if y is None else y.shape[1]
-        if p.audio is not None:
-            kv = p.audio[block]
-            hear = self.audio(x[:len(kv[0])], p.audio_table, kv, p.audio_mask)
+        if heard is not None:
+            hear = self.audio(x[:len(heard[0])], p.audio_table, heard, p.audio_mask)
             x = hear if len(hear) == len(x) else torch.cat([hear, x[len(hear):]])      # off-sync rows pass by
         z = x if y is None else torch.cat([y, x], 1)                          # (B, T+N, D)
         shift, scale, gate = self.norm(p.c, p.rows)
         n = modulate(z, shift, scale)
-        o = torch.cat([self.attn(n, None, p, block), F.gelu(self.proj_mlp(n), approximate="tanh")], 2)
-        z = z + gate * self.proj_out(o)                                       # [attention D, MLP 4D] -> D
-        return z[:, T:], (z[:, :T] if T else None)
+        o, made = self.attn(n, None, p, past)
+        z = z + gate * self.proj_out(torch.cat([o, F.gelu(self.proj_mlp(n), approximate="tanh")], 2))     # [attention D, MLP 4D] -> D
+        return z[:, T:], (z[:, :T] if T else None), made
 
 
 # ------------------------------------------------------------------------------------------------ conditions
@@ -392,17 +389,36 @@ class MMDiT(nn.Module):
                 net.ears = MelEncoder(cfg.audio_dim).to(device, dtype)
         return net
 
-    def blocks(self, x, y, p):
-        """Tokens x (B, N, D), text y (B, T, D) or None -> x after all blocks."""
-        for i, block in enumerate(self.transformer_blocks):
-            x, y = block(x, y, p, i)
+    def read(self, words):
+        """Text -> states (B, T, text_dim), mask (B, T), pooled (B, pooled_dim): letters (B, 96) by the encoder that is trained
+        along, or, of a network that was trained with others, these three themselves (data.prompt_states)."""
+        if self.cfg.text != "bytes":
+            return words
+        states, pooled = self.text(words)
+        return states, torch.ones_like(states[..., 0]), pooled
+
+    def listen(self, sound):
+        """Log-mels (B, 2S, 64), or features that were made elsewhere -> features (B, S, A) at 50 Hz."""
+        return self.ears(sound) if self.cfg.audio == "mel" else sound
+
+    def blocks(self, x, y, p, past=None, heard=None):
+        """Tokens x (B, N, D), text y (B, T, D) or None -> x after all blocks; the keys and values of every block.
+
+        past: per block, keys and values of the clean context. heard: per single block, those of the audio; None: audio layers
+        are skipped. Blocks are given their own, not the lists: to torch.compile they are all the same function."""
+        n, made = len(self.transformer_blocks), []
+        past, heard = past or [None] * (n + len(self.single_transformer_blocks)), heard or [None] * len(self.single_transformer_blocks)
+        for block, before in zip(self.transformer_blocks, past):
+            x, y, kv = block(x, y, p, before)
+            made.append(kv)
         if p.off_sync:                          # up to here full and off-sync are the same: computed once, then repeated
             again = lambda t: torch.cat([t, t[:p.off_sync]])
             x, y, p.c = again(x), None if y is None else again(y), again(p.c)
             p.mask = again(p.mask) if p.mask is not None and p.mask.dim() == 4 else p.mask
-        for i, block in enumerate(self.single_transformer_blocks, len(self.transformer_blocks)):
-            x, y = block(x, y, p, i)
-        return x
+        for block, before, sound in zip(self.single_transformer_blocks, past[n:], heard):
+            x, y, kv = block(x, y, p, before, sound)
+            made.append(kv)
+        return x, made
 
     def tokens(self, *clips):                   # latents, in the order given -> (B, N, D)
         return self.x_embedder(torch.cat([patchify(z, self.cfg.patch) for z in clips], 1))
@@ -435,8 +451,7 @@ class MMDiT(nn.Module):
         """Audio features a (B, S, A), the first of which is step `start` -> keys and values for every single block."""
         t = self.audio_times(start + a.shape[1])[start:]
         table = self.rotary(F.pad(t[:, None], (0, 2)).to(a.device)) if self.cfg.audio_rope else self.rotary(a.new_zeros(a.shape[1], 3))
-        n = len(self.transformer_blocks)
-        return [None] * n + [b.audio.keys_values(a, table) for b in self.single_transformer_blocks]
+        return [b.audio.keys_values(a, table) for b in self.single_transformer_blocks]
 
     def window(self, l, S):
         """Which audio steps latents l (N,) see -> (N, S): |t_i - l| < Delta + 0.5, and always the nearest.     eq. 7"""
@@ -456,12 +471,13 @@ class MMDiT(nn.Module):
         ids = torch.cat([torch.zeros(T, 3), ids]).to(x.device)                # text stands at (0, 0, 0)
         real = F.pad(text_mask.bool(), (0, x.shape[1]), value=True)           # padding sees padding, real sees real ...
         mask = (real[:, None] == real[:, :, None]) & (ids[:, None, 0] >= ids[None, :, 0])        # ... and nobody the future
-        p = Pass(self.time_text_embed(timestep[:, None], pooled), self.rotary(ids), mask=mask[:, None], off_sync=off_sync)
+        p, heard = Pass(self.time_text_embed(timestep[:, None], pooled), self.rotary(ids), mask=mask[:, None], off_sync=off_sync), None
         if audio is not None:
             at = ids[T:] + torch.tensor([gone, 0, 0], device=x.device)        # the sound runs on, whatever was forgotten
-            p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(at), self.window(at[:, 0], audio.shape[1])
+            heard, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(at), self.window(at[:, 0], audio.shape[1])
         n = clips[-1].shape[2] * fine * width
-        return self.head(self.blocks(x, y, p)[:, -n:], clips[-1].shape[2:], p.c)
+        x, _ = self.blocks(x, y, p, heard=heard)
+        return self.head(x[:, -n:], clips[-1].shape[2:], p.c)
 
     # ---- the same network for a model whose context keeps its own clock
 
@@ -481,10 +497,11 @@ class MMDiT(nn.Module):
         rows = torch.arange(M).repeat_interleave(n) + 1                       # each noisy latent has its own sigma
         rows = F.pad(rows, (T + L * n, 0)).to(x.device)                       # text and clean latents: row 0, sigma = 0
         c = self.time_text_embed(1000 * F.pad(sigma, (1, 0)), pooled)         # (B, 1+M, D)
-        p = Pass(c, self.rotary(torch.cat([ids.new_zeros(T, 3), ids])), rows, mask)
+        p, heard = Pass(c, self.rotary(torch.cat([ids.new_zeros(T, 3), ids])), rows, mask), None
         if audio is not None:
-            p.audio, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids), self.window(ids[:, 0], audio.shape[1])
-        out = self.head(self.blocks(x, y, p)[:, L * n:], noisy.shape[2:], c, rows[T + L * n:])
+            heard, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids), self.window(ids[:, 0], audio.shape[1])
+        x, _ = self.blocks(x, y, p, heard=heard)
+        out = self.head(x[:, L * n:], noisy.shape[2:], c, rows[T + L * n:])
         return self.velocity(out, noisy, sigma[:, None, :, None, None])
 
     def begin(self, first, text, pooled, audio=None, off_sync=0):
@@ -497,8 +514,8 @@ class MMDiT(nn.Module):
         return context
 
     def _pass(self, context, z, sigma):
-        """The Pass of latent l = context['l']. What does not depend on the step is made once per latent: its rotation, and
-        the keys and values of the audio in its window (of no other steps, so no mask is needed)."""
+        """The Pass of latent l = context['l'], and what it hears. What does not depend on the step is made once per latent: its
+        rotation, and the keys and values of the audio in its window (of no other steps, so no mask is needed)."""
         l, a = context["l"], context["audio"]
         if context["at"][0] != l:
             ids, kv = grid_ids([l], *self.grid(z)).to(z.device), None
@@ -508,18 +525,17 @@ class MMDiT(nn.Module):
             context["at"] = (l, self.rotary(ids), kv)
         _, table, kv = context["at"]
         c = self.time_text_embed(torch.full((len(z), 1), 1000. * sigma, device=z.device), context["pooled"])
-        return Pass(c, table, cache=context["cache"], off_sync=context["off_sync"], audio=kv, audio_table=table)
+        return Pass(c, table, off_sync=context["off_sync"], audio_table=table), kv
 
     def extend(self, context, z, y=None):
         """Append the finished latent z (R, C, 1, h, w) to the context, and with the first one the text y."""
-        p, n = self._pass(context, z, 0.), math.prod(self.grid(z))            # clean: sigma = 0; n tokens per latent
-        p.keep = []
+        (p, heard), n = self._pass(context, z, 0.), math.prod(self.grid(z))   # clean: sigma = 0; n tokens per latent
         if y is not None:                       # [text; latent 0]: text has no position, and both see each other
             p.table = tuple(torch.cat([t0, t]) for t0, t in zip(self.rotary(torch.zeros(y.shape[1], 3, device=z.device)), p.table))
-            context["all"] = p.cache = None
-        self.blocks(self.tokens(z), y, p)
+            context["all"] = None
+        _, made = self.blocks(self.tokens(z), y, p, context["cache"], heard)
         old, sink, W = context["all"], context["T"] + n, self.cfg.context * n
-        grown = p.keep if old is None else [tuple(torch.cat(kv, 2) for kv in zip(a, b)) for a, b in zip(old, p.keep)]
+        grown = made if old is None else [tuple(torch.cat(kv, 2) for kv in zip(a, b)) for a, b in zip(old, made)]
         # bounded memory: the text and latent 0 stay for ever, of the rest the last `context` latents
         context["all"] = [tuple(torch.cat([t[:, :, :sink], t[:, :, sink:][:, :, -W:]], 2) for t in kv) for kv in grown]
         context["l"] += 1
@@ -531,7 +547,7 @@ class MMDiT(nn.Module):
 
     def denoise(self, context, x, sigma):
         """Velocity of the noisy latent x (R, C, 1, h, w) at sigma (a number) -> (R + off_sync, C, 1, h, w)."""
-        p = self._pass(context, x, sigma)
-        out = self.blocks(self.tokens(x), None, p)                            # may change p.c: off-sync rows join
+        p, heard = self._pass(context, x, sigma)
+        out, _ = self.blocks(self.tokens(x), None, p, context["cache"], heard)         # may change p.c: off-sync rows join
         out = self.head(out, x.shape[2:], p.c)
         return self.velocity(out, torch.cat([x, x[:len(out) - len(x)]]), sigma)

@@ -6,6 +6,7 @@ Latent 0 is the given picture. Every later latent starts as noise and takes `ste
 
 looking back on the finished latents (kept as keys and values, exactly; see model.py) and into the sound around it. When it
 is done it joins the context and the next one starts: a minute of sound makes a minute of video in constant memory.
+A model of Pyramid Flow's layout goes its three stages instead, from coarse to fine (`rollout_pyramid`); its checkpoint says so.
 
 v is guided (Syncphony eq. 6). Three evaluations of the same weights share one batch:
 
@@ -38,13 +39,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (FPS, RATE, BadInput, Parser, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
+import data
+from data import (FPS, NEGATIVE, RATE, BadInput, Parser, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
                   run_cli, temporary, write_video)
 from losses import block_noise, double, guide, history, levels, noise_levels, sampling_grid, stages
 from model import MMDiT, MMDiTConfig, text_bytes
 from vae import CausalVideoVAE, VAEConfig
 
 HERE = Path(__file__).parent
+GOOD = ", hyper quality, Ultra HD, 8K"                                        # Pyramid Flow adds this to every prompt
 VAE_FILE, A2V_FILE = HERE / "weights/vae-toybox.pt", HERE / "weights/a2v-toybox.pt"
 
 
@@ -62,17 +65,41 @@ def pick_device(name="auto"):
 
 
 def load_vae(path=VAE_FILE, device="cpu"):
+    """A checkpoint of ours, or the folder of Pyramid Flow's VAE."""
+    if Path(path).is_dir():
+        return CausalVideoVAE.from_pretrained(path, device)
     ckpt = load_checkpoint(path, "vae", "the toybox VAE ships as weights/vae-toybox.pt, or train one: python train.py --task vae")
     return load_weights(CausalVideoVAE(VAEConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval()
 
 
-def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu"):
-    """-> the model with its averaged (EMA) weights, the VAE it was trained with, the checkpoint."""
+def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
+    """-> the model with its averaged (EMA) weights, the VAE it was trained with, the checkpoint. What was trained on top of Pyramid
+    Flow is the trained part alone: `pretrained`, the folder of all of it, holds the rest."""
     ckpt = load_checkpoint(path, "a2v", "the toybox model ships as weights/a2v-toybox.pt, or train one: python train.py --task a2v")
-    model, vae = load_weights(MMDiT(MMDiTConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval(), load_vae(vae_path, device)
+    config = MMDiTConfig(**ckpt["config"])
+    if config.text == "bytes":
+        model = load_weights(MMDiT(config), ckpt["ema"], path)
+    elif not pretrained:
+        raise BadInput(f"{path}: trained on top of Pyramid Flow; give its downloaded folder by --pretrained, and --hubert facebook/hubert-large-ls960-ft")
+    else:
+        model = MMDiT.from_pretrained(Path(pretrained) / "diffusion_transformer_384p", audio_dim=config.audio_dim, audio_rope=config.audio_rope)
+        load_weights(model, {**model.state_dict(), **ckpt["ema"]}, path)
+        vae_path = Path(pretrained) / "causal_video_vae"
+    vae = load_vae(vae_path, device)
     if ckpt["vae"] != fingerprint(vae):
-        raise BadInput(f"{vae_path}: not the VAE that {path} was trained with; give that one by --vae")
-    return model, vae, ckpt
+        raise BadInput(f"{vae_path}: not the VAE that {path} was trained with; give that one by --{'pretrained' if pretrained else 'vae'}")
+    return model.to(device).eval(), vae, ckpt
+
+
+def equip(model, args, captions, device):
+    """Give a model on Pyramid Flow the ears and the reader that it was trained with: `model.hubert`, `model.prompts`."""
+    if model.cfg.text == "bytes":
+        return
+    if not args.hubert:
+        raise BadInput(f"{args.ckpt}: hears by HuBERT; give --hubert facebook/hubert-large-ls960-ft")
+    captions = sorted(set(captions))
+    states = data.prompt_states(args.pretrained, [*(c + GOOD if c else "" for c in captions), NEGATIVE], device)
+    model.hubert, model.prompts = data.hubert(args.hubert, device), dict(zip([*captions, NEGATIVE], zip(*(torch.from_numpy(a).float() for a in states))))
 
 
 def fingerprint(vae):
@@ -100,21 +127,20 @@ class Deaf:
         return self.model(clips, timestep, text, mask, pooled)
 
 
-def rollout(model, z0, latents, mel, letters, steps=30, asg=2., cfg=0., seeds=(0,), bar=None):
+def rollout(model, z0, latents, sound, words, nothing=None, steps=30, asg=2., cfg=0., seeds=(0,), bar=None):
     """Generate latents 1.. one after another, yielding each as (B, C, 1, h, w), normalised.
 
-    z0 (B, C, 1, h, w): the picture's latent; mel (B, 2S, 64): the whole sound; letters (B, T). asg, cfg: w_a, w_t >= 0.
-    Clip i draws its noise from seeds[i] alone, so it does not depend on the batch around it."""
+    z0 (B, C, 1, h, w): the picture's latent; sound: the whole of it, words, and nothing to say, as `MMDiT.listen` and
+    `MMDiT.read` take them (nothing=None: no text guidance). asg, cfg: w_a, w_t >= 0. Clip i draws its noise from seeds[i]
+    alone, so it does not depend on the batch around it."""
     B, noise = len(z0), [torch.Generator().manual_seed(int(s)) for s in seeds]
-    text, pooled = model.text(letters)
-    audio = model.ears(mel)                                                   # (B, S, A)
-    null = cfg > 0 and bool((letters != 0).any())
+    (text, mask, pooled), audio = model.read(words), model.listen(sound)      # (B, T, ·), (B, T), (B, ·); (B, S, A)
+    null = cfg > 0 and nothing is not None
     if null:                                                                  # rows: full, null text (, off-sync)
-        text_null, pooled_null = model.text(torch.zeros_like(letters))
-        text, pooled = torch.cat([text, text_null]), torch.cat([pooled, pooled_null])
+        text, mask, pooled = (torch.cat(pair) for pair in zip((text, mask, pooled), model.read(nothing)))
     if model.cfg.context_clock == "shared":                                   # Pyramid Flow's way; `steps` in all three stages
         each, draw = lambda f: torch.stack([f(g) for g in noise]), (z0.shape[1], latents - 1, *z0.shape[3:])
-        yield from rollout_pyramid(guided(model, text, torch.ones_like(text[..., 0]), pooled, audio, asg), z0, latents,
+        yield from rollout_pyramid(guided(model, text, mask, pooled, audio, asg), z0, latents,
                                    each(lambda g: torch.randn(draw, generator=g)).to(z0), [len(p) for p in np.array_split(range(steps), 3)], cfg,
                                    jump=lambda shape: each(lambda g: block_noise(shape[1:], g)), keep=model.cfg.context, bar=bar)
         return
@@ -176,24 +202,41 @@ def guided(model, text, mask, pooled, audio=None, asg=0.):
     return call
 
 
-def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar=None, **settings):
+def conditions(model, waves, captions, samples):
+    """Waveforms and captions as the model takes them -> sound, words, and the words of text guidance (None: nobody said anything).
+    All sounds are cut, or padded with silence, to `samples`."""
+    device, waves = next(model.parameters()).device, [np.pad(w[:samples], (0, max(0, samples - len(w)))) for w in waves]
+    said = any(captions)
+    if model.cfg.audio == "mel":
+        sound = torch.from_numpy(np.stack([log_mel(w) for w in waves]))
+        sound = sound[:, :sound.shape[1] // 2 * 2].to(device)                 # (B, 2S, 64)
+    else:
+        sound = torch.from_numpy(np.stack([model.hubert(w) for w in waves])).to(device)             # (B, S, A)
+    if model.cfg.text == "bytes":
+        words = text_bytes(captions).to(device)
+        return sound, words, torch.zeros_like(words) if said else None
+    look_up = lambda keys: tuple(torch.stack(column).to(device) for column in zip(*(model.prompts[k] for k in keys)))
+    return sound, look_up(captions), look_up([NEGATIVE] * len(captions))
+
+
+def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar=None, tiles=False, **settings):
     """Pictures uint8 (B, H, W, 3) and waveforms (samples,) -> yields video uint8 (B, f, H, W, 3), `frames` in all.
 
-    Frame 0 is the picture itself. `settings` go to `rollout`; sounds are padded with silence to the video's length."""
+    Frame 0 is the picture itself. `settings` go to `rollout`; sounds are padded with silence to the video's length. tiles:
+    decode large pictures in pieces (`CausalVideoVAE.decode_tiles`)."""
     device = next(model.parameters()).device
     t, left = vae.stride_t, frames
     latents = math.ceil((frames - 1) / t) + 1
-    n = math.ceil(((latents - 1) * t + 1) / FPS * RATE) + RATE // 50
-    mel = torch.from_numpy(np.stack([log_mel(np.pad(w[:n], (0, max(0, n - len(w))))) for w in waves]))
-    mel = mel[:, :mel.shape[1] // 2 * 2].to(device)
+    sound, words, nothing = conditions(model, waves, captions, math.ceil(((latents - 1) * t + 1) / FPS * RATE) + RATE // 50)
     first = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1      # (B, 3, 1, H, W)
     with torch.no_grad(), cast():
         z0, cache = vae.normalise(vae.encode(first)[0].float()), {}
-        vae.decode(vae.denormalise(z0), first, cache)
+        decode = (lambda z: vae.decode_tiles(z, cache)) if tiles else lambda z: vae.decode(z, first, cache)
+        decode(vae.denormalise(z0))
         yield np.stack(pictures)[:, None]
         left -= 1
-        for z in rollout(model, z0, latents, mel, text_bytes(captions).to(device), bar=bar, **settings):
-            video = vae.decode(vae.denormalise(z, start=False), first, cache)[:, :, :left].float()    # (B, 3, t, H, W)
+        for z in rollout(model, z0, latents, sound, words, nothing, bar=bar, **settings):
+            video = decode(vae.denormalise(z, start=False))[:, :, :left].float()                  # (B, 3, t, H, W)
             left -= video.shape[2]
             yield (video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
@@ -203,11 +246,7 @@ def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings
     the looks break without early blocks and the motion change without late ones, and so put the audio into the late ones.
     Writes one strip per block, the whole model's first, and prints how far each video is from the whole model's."""
     K, d = model.cfg.heads, model.cfg.head_dim
-
-    def nothing(x, y, p, block):
-        if p.keep is not None:                                                # an empty entry: the cache counts blocks
-            p.keep.append((x.new_zeros(len(x), K, 0, d),) * 2)
-        return x, y
+    nothing = lambda x, y, *_: (x, y, (x.new_zeros(len(x), K, 0, d),) * 2)    # and no keys and values to look back on
     blocks, strips, whole = [*model.transformer_blocks, *model.single_transformer_blocks], [], None
     for i, block in [(None, None), *enumerate(blocks)]:
         if block is not None:
@@ -278,6 +317,9 @@ def arguments():
     p.add_argument("--n", type=number(int, 1, 256), default=1, help="so many versions")
     p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
+    p.add_argument("--pretrained", help="of a model on Pyramid Flow: that folder, with its VAE and text encoders")
+    p.add_argument("--hubert", help="of such a model: the HuBERT whose features it hears, a folder or a name on the hub")
+    p.add_argument("--tiles", action="store_true", help="of such a model: decode in tiles of 256 pixels, for memory")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     p.add_argument("--compile", action="store_true", help="torch.compile every block: slower to start, faster per step")
     p.add_argument("--out", default="out/", help="a folder, or the name of the .mp4")
@@ -289,7 +331,8 @@ def arguments():
 def main():
     args = arguments().parse_args()
     device, cast, words = pick_device(args.device)
-    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device)
+    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device, args.pretrained)
+    equip(model, args, [args.prompt], device)
     if args.compile and not args.skip_probe:
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.compile(dynamic=True)
@@ -305,9 +348,9 @@ def main():
     frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
     asg = ckpt["guidance"]["asg"] if args.asg is None else args.asg
     cfg = ckpt["guidance"]["cfg"] if args.cfg is None else args.cfg
-    settings = dict(steps=args.steps, asg=asg, cfg=cfg)
+    settings = dict(steps=args.steps, asg=asg, cfg=cfg, tiles=args.tiles)
     print(f"{words}\n{Path(args.ckpt).name}: step {ckpt['step']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
-    print(f"{frames} frames at {FPS} fps, {ckpt['size']}x{ckpt['size']}, {args.steps} steps per latent, w_a = {asg:g}, "
+    print(f"{frames} frames at {FPS} fps, {'x'.join(map(str, data.sides(ckpt['size'])))}, {args.steps} steps per latent, w_a = {asg:g}, "
           + (f"w_t = {cfg:g}" if args.prompt else "no prompt: no text guidance"))
     out = Path(args.out)
     if args.skip_probe:

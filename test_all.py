@@ -112,30 +112,6 @@ def test_noise_levels_logit_normal_favours_the_middle():
     assert abs(middle(losses.draw_sigma(u)) - .4) < .02 and middle(losses.draw_sigma(u, "logit-normal")) > .55
 
 
-def test_text_is_dropped_for_a_tenth_of_the_samples_and_audio_never():
-    """Silence is information: audio layers are skipped now and then, but audio itself is never replaced."""
-    seen = []
-
-    class Spy:
-        cfg = MMDiTConfig()
-
-        def text(self, letters):
-            seen.extend((letters == 0).all(1).tolist())
-            return letters, letters
-
-        def ears(self, mel):
-            assert torch.equal(mel, MEL)
-            return mel
-
-        def parallel(self, clean, noisy, sigma, *rest):
-            return noisy
-
-    MEL = torch.randn(64, 20, 64)
-    for i in range(40):
-        losses.a2v_loss(Spy(), torch.randn(64, 2, 3, 2, 2), torch.ones(64, 8).long(), MEL, torch.Generator().manual_seed(i))
-    assert abs(np.mean(seen) - .1) < .02
-
-
 # ------------------------------------------------------------------------------------------------ model.py
 
 def test_the_preconditioned_network_is_asked_for_what_the_noisy_latent_does_not_tell():
@@ -544,15 +520,15 @@ def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch():
     seen = []
 
     class Net:
-        text = staticmethod(lambda letters: (torch.zeros(len(letters), 2, 3), torch.zeros(len(letters), 3)))
-        ears = staticmethod(lambda mel: mel)
+        read = staticmethod(lambda words: (torch.zeros(len(words), 2, 3), torch.ones(len(words), 2), torch.zeros(len(words), 3)))
+        listen = staticmethod(lambda sound: sound)
 
         def __call__(self, clips, t, text, mask, pooled, audio):
             seen.append((clips[-1].shape[-1], len(t), sum(c.shape[2] for c in clips) - 1, t.min().item(), t.max().item()))
             return torch.zeros_like(clips[-1])
     z, letters, mel = torch.randn(8, 2, 13, 8, 8), torch.ones(8, 4, dtype=torch.long), torch.zeros(8, 4, 3)
     for i in range(20):
-        loss, report = losses.pyramid_loss(Net(), z, letters, mel, torch.Generator().manual_seed(i), skip_audio=0.)
+        loss, report = losses.pyramid_loss(Net(), z, letters, mel, range(8), torch.Generator().manual_seed(i))
         assert loss > 0 and report.isfinite().all()
     assert {(side, n) for side, n, *_ in seen} == {(2, 2), (4, 4), (8, 2)}
     for coarse, middle, fine in zip(seen[::3], seen[1::3], seen[2::3]):
@@ -909,11 +885,13 @@ class Straight:
     def __init__(self, target):
         self.target, self.calls = target, 0
 
-    def text(self, letters):
-        return letters, letters
+    cfg = MMDiTConfig(**networks.SIZES["tiny"])
 
-    def ears(self, mel):
-        return mel
+    def read(self, words):
+        return words, words, words
+
+    def listen(self, sound):
+        return sound
 
     def begin(self, z, *_, off_sync=0):
         return dict(l=1)
@@ -945,7 +923,7 @@ def test_one_step_evaluates_all_branches_in_one_call_and_early_blocks_once_for_f
     for (asg, cfg), expected in {(0, 0): (2, 2, 2), (2, 0): (2, 4, 2), (0, 4): (4, 4, 4), (2, 4): (4, 6, 4)}.items():
         rows.clear()
         with torch.no_grad():
-            list(sample.rollout(net, z, 2, mel, text_bytes(["a", "b"]), steps=3, asg=asg, cfg=cfg, seeds=(0, 1)))
+            list(sample.rollout(net, z, 2, mel, text_bytes(["a", "b"]), text_bytes(["", ""]), steps=3, asg=asg, cfg=cfg, seeds=(0, 1)))
         assert [set(rows[k]) for k in ("double", "single", "audio")] == [{e} for e in expected]
         assert len(rows["double"]) == 1 + 3 + 1                               # begin, three steps, extend
 
@@ -955,7 +933,7 @@ def test_sampling_equals_the_equation_evaluated_without_cache_or_batching():
     net = shaken(small())
     z, mel, letters = torch.randn(1, 4, 1, 4, 4).double(), torch.randn(1, 80, 64).double(), text_bytes(["a ball"])
     with torch.no_grad():
-        made = list(sample.rollout(net, z, 4, mel, letters, steps=3, asg=2., cfg=4., seeds=(5,)))
+        made = list(sample.rollout(net, z, 4, mel, letters, 0 * letters, steps=3, asg=2., cfg=4., seeds=(5,)))
         g, a, text, null = torch.Generator().manual_seed(5), net.ears(mel), net.text(letters), net.text(0 * letters)
         clean = z
         for l in range(1, 4):
@@ -979,7 +957,7 @@ def test_the_null_branch_hears_and_the_off_sync_branch_reads():
 def test_weight_zero_is_the_plain_model_and_weights_change_the_video():
     net = shaken(small()).float()
     z, mel, letters = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 60, 64), text_bytes(["a"])
-    run = lambda **w: torch.cat(list(sample.rollout(net, z, 3, mel, letters, steps=3, **w)), 2)
+    run = lambda **w: torch.cat(list(sample.rollout(net, z, 3, mel, letters, 0 * letters, steps=3, **w)), 2)
     with torch.no_grad():
         plain = run(asg=0., cfg=0.)
         assert (run(asg=2., cfg=0.) - plain).abs().max() > 1e-3 and (run(asg=0., cfg=4.) - plain).abs().max() > 1e-4
@@ -1661,6 +1639,88 @@ def runs(toy, tmp_path_factory):
     return d, run
 
 
+@pytest.fixture
+def pyramid_flow(tmp_path, monkeypatch):
+    """A download of Pyramid Flow, but little, with stand-ins for T5, CLIP and HuBERT; and three clips of 64 px."""
+    folder = tmp_path / "pyramid-flow"
+    published_folder(folder / "diffusion_transformer_384p", little_flux())
+    (folder / "causal_video_vae").mkdir()
+    (folder / "causal_video_vae/config.json").write_text(json.dumps(dict(
+        encoder_block_out_channels=[8, 8, 16, 16], encoder_out_channels=4, encoder_norm_num_groups=4, encoder_layers_per_block=[1] * 4, decoder_layers_per_block=[1] * 4)))
+    write_safetensors(folder / "causal_video_vae/diffusion_pytorch_model.safetensors", vae_of(PUBLISHED_KIND | dict(layers=(1, 1))).float().state_dict())
+
+    def states(folder, captions, device):
+        rows = [np.random.default_rng(len(c)).standard_normal((128 * 12 + 8)) for c in captions]
+        return (np.stack([r[:-8].reshape(128, 12) for r in rows]).astype(np.float16), np.repeat((np.arange(128) < 5)[None], len(rows), 0).astype(np.float32),
+                np.stack([r[-8:] for r in rows]).astype(np.float32))
+    monkeypatch.setattr(data, "prompt_states", states)
+    monkeypatch.setattr(data, "hubert", lambda name, device: lambda wave: np.repeat(np.abs(wave[:len(wave) // 320 * 320]).reshape(-1, 320).mean(1)[:, None], 6, 1).astype(np.float32))
+    for i, split in enumerate(("train", "train", "test")):
+        (tmp_path / f"clips/{split}/lamp").mkdir(parents=True, exist_ok=True)
+        clip = data.toybox_clip(i, 64, kind="lamp")
+        data.write_video(tmp_path / f"clips/{split}/lamp/{i}.mp4", clip["video"], clip["audio"])
+    return folder, tmp_path / "clips"
+
+
+def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(pyramid_flow, tmp_path, capsys):
+    """From the published folder to a training step, a checkpoint and a video; what is frozen stays bit for bit, and without its audio
+    layers the double blocks' part of the model is the backbone still."""
+    folder, clips = pyramid_flow
+    flags = ["--pretrained", folder, "--hubert", "any", "--data", clips, "--data-root", tmp_path / "data", "--resolution", 64, "--steps", 2, "--batch-size", 4,
+             "--eval-clips", 3, "--sample-every", 2, "--log-every", 1, "--lr", .01, "--checkpointing", "--out", tmp_path / "run"]
+    assert cli(train, *flags) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("memory      weights", "most memory held", "stage 2", "test windows"))
+    ckpt, published = torch.load(tmp_path / "run/best.pt", weights_only=True), MMDiT.from_pretrained(folder / "diffusion_transformer_384p").state_dict()
+    model = sample.load_a2v(tmp_path / "run/best.pt", pretrained=folder)[0].state_dict()
+    moved = {k for k in published if not torch.equal(published[k], model[k])}
+    assert moved and all(k.startswith("single_transformer_blocks") for k in moved) and len(moved) > 15
+    assert ckpt["guidance"] == dict(asg=2., cfg=4.) and any(".audio." in k for k in ckpt["ema"])
+    clip = data.toybox_clip(5, 64)
+    iio.imwrite(tmp_path / "f.png", clip["video"][0]), soundfile.write(tmp_path / "x.wav", clip["audio"], 16000)
+    assert cli(sample, "--ckpt", tmp_path / "run/best.pt", "--pretrained", folder, "--hubert", "any", "--audio", tmp_path / "x.wav", "--image", tmp_path / "f.png", "--prompt", "lamp",
+               "--steps", 6, "--out", tmp_path) == 0
+    assert iio.imread(tmp_path / "x.mp4", plugin="FFMPEG").shape == (49, 64, 64, 3)
+    assert cli(sample, "--ckpt", tmp_path / "run/best.pt", "--audio", tmp_path / "x.wav", "--image", tmp_path / "f.png") == 2
+    assert "--pretrained" in capsys.readouterr().err
+    assert cli(train, *flags[:2], "--data", "toybox") == 2 and "--hubert" in capsys.readouterr().err
+
+
+def test_two_processes_that_share_the_weights_train_as_one_does_and_go_on(pyramid_flow, tmp_path):
+    """FSDP: the same weights as one process with --accum 2, to rounding; and a resumed run is where an uninterrupted one is."""
+    folder, clips = pyramid_flow
+    flags = ["--pretrained", folder, "--hubert", "any", "--data", clips, "--data-root", tmp_path / "data", "--resolution", 64, "--batch-size", 8, "--eval-clips", 1,
+             "--sample-every", 2, "--lr", .01, "--optimizer", "adamw", "--device", "cpu", "--log-every", 1]
+    assert cli(train, *flags, "--steps", 2, "--accum", 2, "--out", tmp_path / "one") == 0
+
+    def shared(out, steps):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py", *flags, "--fsdp", "--steps", steps, "--out", out]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE)
+        assert done.returncode == 0, done.stderr[-1500:]
+    shared(tmp_path / "two", 2), shared(tmp_path / "again", 1), shared(tmp_path / "again", 2)
+    one, two, again = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("one", "two", "again"))
+    start = MMDiT.from_pretrained(folder / "diffusion_transformer_384p").state_dict()
+    distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in a if k in b).sqrt()
+    assert set(one["model"]) == set(two["model"]) and distance(one["model"], two["model"]) < .2 * distance(one["model"], start)
+    assert distance(two["model"], again["model"]) < 1e-4 and distance(two["ema"], again["ema"]) < 1e-4
+    assert set(torch.load(tmp_path / "two/best.pt", weights_only=True)["ema"]) == set(two["model"])
+
+
+def test_tiles_are_blended_without_a_seam_and_stream(monkeypatch):
+    vae, z = vae_of(PUBLISHED_KIND).float(), torch.randn(1, 4, 3, 10, 14)
+    caches = {}
+    with torch.no_grad():
+        whole, one = vae.decode(z), vae.decode_tiles(z, {}, 8, 4)
+        two = torch.cat([vae.decode_tiles(z[:, :, :2], caches, 8, 4), vae.decode_tiles(z[:, :, 2:], caches, 8, 4)], 2)
+        assert one.shape == whole.shape and torch.allclose(one, two, atol=1e-5)
+        assert torch.allclose(vae.decode_tiles(z, {}, 32, 8), whole, atol=1e-5)                   # one tile is the whole
+        video = torch.rand(1, 3, 33, 32, 32)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(vae.encode_chunks(video, 16), vae.encode(video)))
+    enlarge = lambda z, cache=None: z[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2)    # of a decoder that looks at no neighbours
+    monkeypatch.setattr(vae, "decode", enlarge)
+    assert torch.allclose(vae.decode_tiles(z, {}, 8, 4), enlarge(z), atol=1e-5)
+
+
 def test_the_skip_probe_shows_one_strip_for_every_block(toy, tmp_path, capsys):
     """Block for block left out, by both ways of rolling out; afterwards the model is whole again."""
     model, vae, ckpt = sample.load_a2v(toy / "a2v.pt", toy / "vae.pt")
@@ -1670,6 +1730,20 @@ def test_the_skip_probe_shows_one_strip_for_every_block(toy, tmp_path, capsys):
     assert iio.imread(tmp_path / "skip-probe.png").shape[0] == (n + 1) * (32 + 40)
     differences = [float(line.split("difference|")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "difference|" in line]
     assert len(differences) == n and min(differences) > 0
+
+
+def test_text_is_dropped_for_a_tenth_of_the_samples_and_audio_never(runs):
+    """Silence is information: audio layers are skipped now and then, but audio itself is never replaced. Evaluation drops nothing."""
+    d, run = runs
+    args = train.arguments().parse_args([str(f) for f in run.flags])
+    args.batch_size = 512
+    task = train.A2V(args, torch.device("cpu"), nullcontext, 1)
+    _, words, sound, numbers, deaf = task.batch(0, range(512))
+    assert abs(np.mean([task.batch(i, [0])[-1] for i in range(400)]) - .1) < .05                  # the layers, in a tenth of the steps
+    assert abs((words == 0).all(1).float().mean() - .1) < .05 and list(numbers) == list(range(512))
+    index = np.arange(24)
+    _, words, again = task.windows(task.cache, index)
+    assert not (words == 0).all(1).any() and {r.numpy().tobytes() for r in sound} == {r.numpy().tobytes() for r in again}
 
 
 def test_the_pyramid_layout_trains_and_its_checkpoint_says_how_to_sample(runs, toy, tmp_path, capsys):
@@ -1735,7 +1809,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs):
     d, run = runs
     flags = [*run.flags, "--out", d / "killed", "--save-every", 2]
     code = ("import os, train; f = train.update_ema\n"
-            "train.update_ema = lambda ema, net, step, decay: (f(ema, net, step, decay), os.kill(os.getpid(), 9) if step == 3 else None)\n"
+            "train.update_ema = lambda ema, net, step, *a: (f(ema, net, step, *a), os.kill(os.getpid(), 9) if step == 3 else None)\n"
             "train.main()")
     done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == -9, done.stderr[-800:]
@@ -1800,7 +1874,7 @@ def test_the_network_overfits_one_batch():
     z, mel = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 60, 64)
     optimiser, history = torch.optim.AdamW(net.parameters(), 3e-3), []
     for _ in range(150):
-        loss, _ = losses.a2v_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), skip_audio=0, corrupt=0)
+        loss, _ = losses.a2v_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), corrupt=0)
         optimiser.zero_grad(), loss.backward(), optimiser.step()
         history.append(loss.item())
     assert history[-1] < history[0] / 5
@@ -1825,7 +1899,7 @@ def test_the_counted_flops_are_those_of_the_matrix_products():
     from torch.utils.flop_counter import FlopCounterMode
     net = MMDiT(MMDiTConfig(**networks.SIZES["tiny"]))
     with FlopCounterMode(display=False) as counter:
-        losses.a2v_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), torch.Generator().manual_seed(0), skip_audio=0)[0].backward()
+        losses.a2v_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), torch.Generator().manual_seed(0))[0].backward()
     per_token = sum(p.numel() for n, p in net.named_parameters() if p.dim() == 2 and re.search(r"attn|proj|ff|audio\.to_(q|out)", n) and "context" not in n and "add_" not in n)
     assert .85 < counter.get_total_flops() / (6 * per_token * 112) < 1.35
 

@@ -13,8 +13,11 @@ power cut) and takes the very steps it would have taken, and 2 processes or --ac
 **What is kept.** `last.pt`: everything, written whole or not at all. `best.pt`: the averaged (EMA) weights alone, in half
 precision, from the best evaluation; this is what sample.py plays and what weights/ holds. `log.csv`: one line a report.
 
-Between processes gradients are averaged by hand, five lines: DistributedDataParallel would insist that every weight takes
+Between processes gradients are averaged by hand, ten lines: DistributedDataParallel would insist that every weight takes
 part in every step, and when the audio layers are skipped some do not.
+
+**On top of Pyramid Flow** (--pretrained) the same loop trains Syncphony's audio layers and the blocks they sit in; README.md,
+"Reproduce Syncphony", has the commands.
 """
 import csv
 import json
@@ -24,14 +27,17 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -50,24 +56,49 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 
 # ------------------------------------------------------------------------------------------------ tasks
 
 class A2V:
-    """Syncphony: cached latents, log-mels and captions -> velocity loss in the parallel layout."""
+    """Syncphony: cached latents, sounds and captions -> velocity loss, in the parallel layout or in Pyramid Flow's."""
 
     def __init__(self, args, device, cast, world):
-        self.args, self.device, self.toybox = args, device, args.data == "toybox"
-        self.vae = load_vae(args.vae, device)
-        pyramid = dict(context_clock="shared", precondition=False, patch=1) if args.layout == "pyramid" else {}
-        self.config = networks.MMDiTConfig(**networks.SIZES[args.size] | dict(audio_rope=not args.no_audio_rope) | pyramid)
-        if self.config.text != "bytes" or self.config.latent != self.vae.cfg.latent:
-            raise BadInput(f"--size {args.size}: needs another VAE ({self.config.latent} channels) and text states; train tiny or small on the toybox")
-        self.net = networks.MMDiT(self.config)
-        rank = int(os.environ.get("RANK", 0))
+        self.args, self.device, self.toybox, rank = args, device, args.data == "toybox", int(os.environ.get("RANK", 0))
+        self.vae = load_vae(Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae, device)
+        ears = cache(lambda: data.hubert(args.hubert, device))                # made when first needed: a finished cache needs none
+        hear = (lambda wave: ears()(wave)) if args.hubert else None
         cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast,
-                                                    args.clips, say=print if rank == 0 else lambda _: None)
+                                                    args.clips, hear, say=print if rank == 0 else lambda _: None)
         if rank > 0:
             dist.barrier()                                                    # of several processes the first one prepares
         self.cache, self.test = cached("train"), None if self.toybox else cached("test")
+        if args.pretrained:
+            self.prompts = {}
+            for prepared in (self.cache, self.test):
+                self.prompts.update(data.cached_prompts(prepared["folder"], prepared["captions"], args.pretrained, device))
         if rank == 0 and world > 1:
             dist.barrier()
+        self.net = self.published(args, cast) if args.pretrained else self.fresh(args)
+        self.config = self.net.cfg
+
+    def fresh(self, args):
+        """A network of our own, from scratch, on the toybox VAE's latents."""
+        pyramid = dict(context_clock="shared", precondition=False, patch=1) if args.layout == "pyramid" else {}
+        config = networks.MMDiTConfig(**networks.SIZES[args.size] | dict(audio_rope=not args.no_audio_rope) | pyramid)
+        if config.latent != self.vae.cfg.latent:
+            raise BadInput(f"--vae {args.vae}: makes latents of {self.vae.cfg.latent} channels, --size {args.size} takes {config.latent}")
+        return networks.MMDiT(config)
+
+    def published(self, args, cast):
+        """Syncphony: Pyramid Flow's network and new audio layers. Blocks 0-7 and everything outside the blocks stay as they are
+        published (and, where bfloat16 is native, lie in memory as that); blocks 8-23 and the audio layers are trained."""
+        width = self.cache["arrays"]["features"][0].shape[-1]
+        net = networks.MMDiT.from_pretrained(Path(args.pretrained) / "diffusion_transformer_384p", audio_dim=width, audio_rope=not args.no_audio_rope)
+        native = not isinstance(cast(), nullcontext)
+        for name, p in net.named_parameters():
+            p.requires_grad_(name.startswith("single_transformer_blocks"))
+            if native and not p.requires_grad and p.dim() > 1:
+                p.data = p.data.bfloat16()
+            elif p.requires_grad:
+                p.data = p.data.float()                                       # master weights, and no longer the mapped file
+        self.vae.to("cpu")
+        return net
 
     def batch(self, step, rows):
         """Samples number `rows` of step `step`: every clip once per epoch, in an order drawn from (seed, epoch); which of its
@@ -77,7 +108,8 @@ class A2V:
         orders = {e: np.random.default_rng([self.args.seed, int(e)]).permutation(n) for e in np.unique(spots // n)}
         draws = [np.random.default_rng([self.args.seed, 1, int(s)]) for s in spots]
         index = np.array([r.choice(clips[orders[s // n][s % n]]) for s, r in zip(spots, draws)])
-        return self.windows(self.cache, index, draws)
+        deaf = np.random.default_rng([self.args.seed, 2, step]).random() < self.args.skip_audio      # in all processes alike
+        return *self.windows(self.cache, index, draws), rows, deaf
 
     def windows(self, cache, index, draws=None):
         """Windows of a cache -> normalised latents (B, C, L, h, w), text, mels. The tiny VAE's price for information leaves most
@@ -85,18 +117,23 @@ class A2V:
         z, logvar = data.pick(cache, "latents", index).float().unbind(1)
         if draws and not self.vae.cfg.reference:
             z = z + (logvar / 2).exp() * torch.from_numpy(np.stack([r.standard_normal(z.shape[1:], np.float32) for r in draws]))
-        text = networks.text_bytes([cache["captions"][i] for i in index])
-        return self.vae.normalise(z.to(self.device)), text.to(self.device), data.pick(cache, "mels", index).float().to(self.device)
+        captions = [cache["captions"][i] for i in index]
+        if draws:                                                             # '' is the null text
+            captions = ["" if r.random() < self.args.drop_text else c for c, r in zip(captions, draws)]
+        if self.args.pretrained:
+            words = tuple(torch.stack(column).to(self.device) for column in zip(*(self.prompts[c] for c in captions)))
+        else:
+            words = networks.text_bytes(captions).to(self.device)
+        sound = data.pick(cache, "features" if self.args.pretrained else "mels", index).float().to(self.device)
+        return self.vae.normalise(z.to(self.device)), words, sound
 
-    def loss(self, net, batch, g, seen=False):
-        """seen: of evaluation, where nothing is left out."""
-        a = self.args
-        skip, drop = (0., 0.) if seen else (a.skip_audio, a.drop_text)
+    def loss(self, net, batch, g):
+        a, (z, words, sound, numbers, deaf) = self.args, batch
         if a.layout == "pyramid":
-            return pyramid_loss(net, *batch, g, a.lambda_motion, skip, drop)
-        return a2v_loss(net, *batch, g, a.lambda_motion, skip, drop, a.sigma, a.shift)
+            return pyramid_loss(net, z, words, sound, numbers, g, deaf, a.lambda_motion)
+        return a2v_loss(net, z, words, sound, g, deaf, a.lambda_motion, a.sigma, a.shift)
 
-    def words(self, report):
+    def tell(self, report):
         if self.args.layout == "pyramid":
             return "  ".join(f"stage {s} {v:.3f}" for s, v in enumerate(report))
         return "  ".join(f"s<{(b + 1) / BUCKETS:.2f} {v:.3f}" for b, v in enumerate(report))
@@ -120,9 +157,11 @@ class A2V:
                 lines += toybox_line(f"w_a = {self.args.asg:g}", make(30, self.args.asg), clips)[0]
             return lines, score, videos
         with torch.no_grad(), cast():
-            losses = [self.loss(net, self.windows(self.test, self.chosen[a:a + 16]), seeded(a), seen=True)[0].item() for a in range(0, len(self.chosen), 16)]
+            some = [self.chosen[a:a + 16] for a in range(0, len(self.chosen), 16)]
+            losses = [self.loss(net, (*self.windows(self.test, i), range(len(i)), False), seeded(k))[0].item() for k, i in enumerate(some)]
         loss = float(np.mean(losses))
-        return [f"loss on {len(self.chosen)} test windows {loss:.4f}"], -loss, generate(net, self.vae, clips[:8], cast, steps=12, asg=0., cfg=0.)
+        shown = [] if self.args.pretrained else generate(net, self.vae, clips[:8], cast, steps=12, asg=0., cfg=0.)             # hours, at that size
+        return [f"loss on {len(self.chosen)} test windows {loss:.4f}"], -loss, shown
 
     def extra(self):
         return dict(size=self.args.resolution, vae=fingerprint(self.vae), guidance=dict(asg=self.args.asg, cfg=self.args.cfg))
@@ -161,7 +200,7 @@ class VAE:
         loss, error, rate = autoencoders.vae_loss(net, *batch, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
-    def words(self, report):
+    def tell(self, report):
         return f"|error| {report[0]:.4f}  {report[1]:.0f} nats per latent"
 
     def held_out(self, n):
@@ -195,12 +234,15 @@ TASKS = {"a2v": A2V, "vae": VAE}
 def make_optimisers(net, args):
     """Muon for the matrices and kernels inside the blocks (its steps are orthogonalised, so no direction of a matrix is left
     behind), AdamW for everything else. Muon's step is scaled to the size of AdamW's: one --lr serves both. It wants
-    matrices: a kernel (C_out, C_in, ...) is one with C_out rows, in the same memory."""
+    matrices: a kernel (C_out, C_in, ...) is one with C_out rows, in the same memory. It keeps one number per weight where AdamW
+    keeps two, which is a third of what stands between 2 billion parameters and a 24 GB card."""
     inside = {p: torch.nn.Parameter(p.data.flatten(1)) for name, p in net.named_parameters()
-              if p.dim() > 1 and "block" in name and "norm" not in name and p.requires_grad}
+              if p.dim() > 1 and "block" in name and "norm" not in name and p.requires_grad and args.optimizer == "muon"}
     rest = [p for p in net.parameters() if p not in inside and p.requires_grad]
     groups = [dict(params=[p for p in rest if p.dim() > 1], weight_decay=args.weight_decay), dict(params=[p for p in rest if p.dim() < 2])]
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(.9, .98), weight_decay=0., fused=next(net.parameters()).device.type != "mps")
+    if not inside:
+        return [adamw]
     muon = torch.optim.Muon(inside.values(), lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
 
     def flatten_gradients(*_):
@@ -218,11 +260,85 @@ def learning_rate(step, args):
     return args.lr * (.02 + .98 * .5 * (1 + math.cos(math.pi * min(1, done))))
 
 
-def update_ema(ema, net, step, decay):
-    """ema <- d ema + (1 - d) weights, with a d that starts small: an average over about the last tenth of the run so far."""
-    d = min(decay, (1 + step) / (10 + step))
-    theirs = dict(net.named_parameters())
-    torch._foreach_lerp_(list(ema.values()), [theirs[k].detach() for k in ema], 1 - d)
+def update_ema(ema, net, step, decay, every=1):
+    """ema <- d ema + (1 - d) weights, with a d that starts small: an average over about the last tenth of the run so far.
+    Large networks keep it in the CPU's memory and update it once in a while, by as much as in so many steps."""
+    if step % every == 0:
+        d, theirs = min(decay, (1 + step) / (10 + step)) ** every, dict(net.named_parameters())
+        torch._foreach_lerp_(list(ema.values()), [own(theirs[k].detach()).to(v.device) for k, v in ema.items()], 1 - d)
+
+
+def shard(net):
+    """FSDP2: of every weight, gradient and optimiser state a process keeps its share, and borrows the weights of a block from the
+    others while that block runs."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    for block in net.single_transformer_blocks:
+        register_fsdp_forward_method(fully_shard(block.audio), "keys_values")                     # called from outside its block
+    for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+        fully_shard(block)
+    fully_shard(net)
+
+
+def own(p):
+    """What this process holds of a tensor: its share of a sharded one, else all of it."""
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def swap(net, ema):
+    """The network's weights and their averages change places; once more, and they are back."""
+    for k, p in net.named_parameters():
+        if k in ema:
+            mine = own(p.detach())
+            kept = mine.to(ema[k].device, copy=True)
+            mine.copy_(ema[k]), ema[k].copy_(kept)
+
+
+def whole(net, keys):
+    """name -> the whole of those weights, in the CPU's memory. Of a sharded network every process has to take part."""
+    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in net.state_dict().items() if k in keys}
+
+
+def states_of(net, optimisers, sharded):
+    """The optimisers' states, whole."""
+    if not sharded:
+        return [o.state_dict() for o in optimisers]
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    return [get_optimizer_state_dict(net, o, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) for o in optimisers]
+
+
+def sum_gradients(params, most=2 ** 25):
+    """Over all processes, in buckets of about `most` numbers; absent gradients count as zero."""
+    buckets, filled = [[]], 0
+    for p in params:
+        if filled + p.numel() > most and buckets[-1]:
+            buckets, filled = [*buckets, []], 0
+        buckets[-1].append(p)
+        filled += p.numel()
+    for bucket in buckets:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+        dist.all_reduce(flat)
+        for p, piece in zip(bucket, flat.split([p.numel() for p in bucket])):
+            p.grad = piece.view_as(p)
+
+
+def memory_plan(net, args, micro, tokens):
+    """What a training step keeps, in bytes, by part. Activations: with --checkpointing the input of every block, and inside one
+    block at a time what its backward pass wants, about 40 numbers per token and channel; without, the latter for all."""
+    parts, D = list(net.parameters()), net.cfg.heads * net.cfg.head_dim
+    moving = [p for p in parts if p.requires_grad]
+    adam = sum(p.numel() for p in moving if args.optimizer == "adamw" or p.dim() < 2)
+    blocks, row = net.cfg.n_double + net.cfg.n_single, micro * tokens * D * 2
+    return dict(weights=sum(p.numel() * p.element_size() for p in parts), gradients=sum(4 * p.numel() for p in moving),
+                optimiser=4 * (sum(p.numel() for p in moving) + adam), average=0 if args.pretrained else sum(4 * p.numel() for p in moving),
+                activations=row * (blocks + 40 if args.checkpointing else blocks * 40))
+
+
+def peak_memory(device):
+    """The most that this process has held so far: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource                                                           # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def constants_of(net, task, args):
@@ -235,26 +351,35 @@ def constants_of(net, task, args):
     return ((z[:, :, 1:] - z[:, :, 1:].mean()) / z[:, :, 1:].std()).pow(4).mean().item()
 
 
-def report_start(task, args, words, flops):
+def report_start(task, args, micro, words, flops):
     parts = {name: sum(p.numel() for p in child.parameters()) for name, child in task.net.named_children()}
     total = sum(p.numel() for p in task.net.parameters())
     print(f"device      {words}\nparameters  {total / 1e6:.2f} M: " + ", ".join(f"{k} {v / 1e6:.2f}" for k, v in parts.items() if v > 4000))
     if args.task == "a2v":
         audio = sum(p.numel() for b in task.net.single_transformer_blocks if b.audio for p in b.audio.parameters())
         C, L, h, w = task.cache["arrays"]["latents"][0].shape[2:]
-        n = h * w // task.config.patch ** 2
-        print(f"            of which audio cross-attention {audio / 1e6:.2f}")
-        print(f"tokens      {L * n} clean + {(L - 1) * n} noisy + 12 text per clip ({L} latents of {C}x{h}x{w}), {task.cache['arrays']['mels'][0].shape[1] // 2} audio steps")
+        n, T = h * w // task.config.patch ** 2, 128 if args.pretrained else 12
+        clean = L * n if args.layout == "parallel" else n + (L > 2) * n // 4 + max(0, L - 3) * n // 16      # the longest history
+        noisy = (L - 1) * n if args.layout == "parallel" else n
+        trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
+        print(f"            of which audio cross-attention {audio / 1e6:.2f}; trained {trained / 1e6:.2f}")
+        print(f"tokens      {clean} clean + {noisy} noisy + {T} text {'a clip' if args.layout == 'parallel' else 'at the last stage'} ({L} latents of {C}x{h}x{w}), "
+              f"{task.cache['arrays']['mels'][0].shape[1] // 2} audio steps")
+        plan = memory_plan(task.net, args, micro, clean + noisy + T)
+        if args.fsdp:
+            plan = {k: v if k == "activations" else v / dist.get_world_size() for k, v in plan.items()}
+        print("memory      " + " + ".join(f"{k} {v / 2 ** 30:.2f}" for k, v in plan.items() if v) + f" = {sum(plan.values()) / 2 ** 30:.1f} GiB a process, estimated")
     print(f"compute     {flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips; {args.steps} steps = {args.steps * args.batch_size} clips")
 
 
-def count_flops(task, args, g):
-    """FLOPs (2 per multiply-add) of one training step, counted on two clips. Attention counts only as plain matmuls."""
+def count_flops(task, args, cast, g):
+    """FLOPs (2 per multiply-add) of one training step, counted on a few clips. Attention counts only as plain matmuls."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        task.loss(task.net, task.batch(0, [0, 1]), g)[0].backward()
+    rows = [0, 1, 2, 3] if args.layout == "pyramid" else [0, 1]               # four: every stage
+    with cast(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        task.loss(task.net, task.batch(0, rows), g)[0].backward()
     task.net.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / 2 * args.batch_size
+    return counter.get_total_flops() / len(rows) * args.batch_size
 
 
 def peak_flops(device):
@@ -292,16 +417,18 @@ def train(args):
     torch.manual_seed(args.seed)
     task = TASKS[args.task](args, device, cast, world)
     net = task.net.to(device)
-    ema = {k: p.detach().clone() for k, p in net.named_parameters()}
+    if args.fsdp:
+        shard(net)
+    ema = {k: own(p.detach()).to("cpu" if args.pretrained else device, copy=True) for k, p in net.named_parameters() if p.requires_grad}
     optimisers = make_optimisers(net, args)
     step, best, seconds = 0, -1e9, 0.
     if (out / "last.pt").is_file():
         step, best, seconds = resume(out / "last.pt", args, net, ema, optimisers)
         if rank == 0:
             print(f"resuming    {out / 'last.pt'} at step {step} (remove it, or give another --out, to start anew)")
-    flops = count_flops(task, args, seeded(args.seed, 0)) if rank == 0 else 0
+    flops = count_flops(task, args, cast, seeded(args.seed, 0)) if rank == 0 or args.fsdp else 0
     if rank == 0:
-        report_start(task, args, words, flops)
+        report_start(task, args, micro, words, flops)
     peak, peak_words = peak_flops(device) if rank == 0 else (1, "")
     if args.checkpointing:
         for block in (*net.transformer_blocks, *net.single_transformer_blocks):
@@ -312,13 +439,21 @@ def train(args):
             block.compile()
     if args.bench:
         return bench(task, net, optimisers, compute, cast, args)
-    clips = task.held_out(args.eval_clips) if rank == 0 and args.eval_clips else []
+    taking_part = rank == 0 or args.fsdp                                      # what is sharded, all must look at and save together
+    clips = task.held_out(args.eval_clips) if taking_part and args.eval_clips else []
 
     stop = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(1))
-    save = lambda: data.save_checkpoint(out / "last.pt", task=args.task, config=asdict(net.cfg), model=net.state_dict(), ema=dict(ema), step=step,
-                                        optimisers=[o.state_dict() for o in optimisers], best=best, seconds=seconds, args=vars(args), **task.extra())
+
+    def save():
+        model, states = whole(net, ema if args.pretrained else net.state_dict()), states_of(net, optimisers, args.fsdp)
+        swap(net, ema)
+        averages = whole(net, ema)
+        swap(net, ema)
+        if rank == 0:
+            data.save_checkpoint(out / "last.pt", task=args.task, config=asdict(net.cfg), model=model, ema=averages, step=step, optimisers=states,
+                                 best=best, seconds=seconds, args=vars(args), **task.extra())
     bar = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, unit="step")
     reports, clock = [], time.perf_counter()
     while step < args.steps:
@@ -328,40 +463,44 @@ def train(args):
         for i in range(args.accum):
             part = rank * args.accum + i                                      # which micro-batch of the step this is
             batch = task.batch(step, list(range(part * micro, (part + 1) * micro)))
+            if args.fsdp:
+                net.set_requires_gradient_sync(i == args.accum - 1)
             with cast():
                 loss, buckets = compute(net, batch, seeded(args.seed, step, part))
-            (loss / (args.accum * world)).backward()
+            (loss / (args.accum * (1 if args.fsdp else world))).backward()    # FSDP averages by itself
             reports.append(torch.cat([loss.detach()[None], buckets]))
-        if world > 1:                                                         # average gradients; absent ones are zero
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in net.parameters()])
-            dist.all_reduce(flat)
-            for p, piece in zip(net.parameters(), flat.split([p.numel() for p in net.parameters()])):
-                p.grad = piece.view_as(p)
+        if world > 1 and not args.fsdp:
+            sum_gradients([p for p in net.parameters() if p.requires_grad])
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        norm = norm.full_tensor() if args.fsdp else norm
         if not torch.isfinite(norm):
             raise BadInput(f"the loss is {loss.item()} at step {step} (gradient norm {norm.item()}); last.pt keeps the last good state: lower --lr")
         for optimiser in optimisers:
             optimiser.step()
         net.zero_grad(set_to_none=True)
-        update_ema(ema, net, step, args.ema)
+        update_ema(ema, net, step, args.ema, args.ema_every)
         step += 1
         bar.update()
         if rank == 0 and (step % args.log_every == 0 or step == args.steps):
             took = time.perf_counter() - clock
             seconds, mean = seconds + took, torch.stack(reports).nanmean(0).tolist()
             per_step = took / (len(reports) / args.accum)
-            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {task.words(mean[1:])}  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * per_step:.0f} ms  "
+            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {task.tell(mean[1:])}  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * per_step:.0f} ms  "
                        f"{flops / per_step / 1e9:.0f} GFLOP/s = {100 * flops / per_step / peak:.0f} % {peak_words}  {seconds:.0f} s")
             log_row(out / "log.csv", step=step, seconds=round(seconds, 1), loss=mean[0], **{f"bucket_{b}": v for b, v in enumerate(mean[1:])},
                     lr=lr, ms=1000 * per_step)
+            if seconds == took or step == args.steps:                         # at the first report and the last
+                tqdm.write(f"  the most memory held so far: {peak_memory(device) / 2 ** 30:.2f} GiB" + (" of the process" if device.type == "cpu" else " of the GPU"))
             reports, clock = [], time.perf_counter()
-        if rank == 0 and args.eval_clips and (step % args.sample_every == 0 or step == args.steps):
-            score = look(task, net, ema, clips, out, step, cast, args)
+        if taking_part and args.eval_clips and (step % args.sample_every == 0 or step == args.steps):
+            swap(net, ema)                                                    # the averaged weights are looked at, and kept
+            score = look(task, net, clips, out, step, cast, args, rank)
             if score >= best:
                 best = score
-                save_best(out / "best.pt", task, net, ema, step, seconds, args)
+                save_best(out / "best.pt", task, net, ema, step, seconds, args, rank)
+            swap(net, ema)
             clock = time.perf_counter()                                       # the clock rests while evaluating and saving
-        if rank == 0 and (step % args.save_every == 0 or step == args.steps or stop):
+        if taking_part and (step % args.save_every == 0 or step == args.steps or stop):
             save()
             clock = time.perf_counter()
         if stop:
@@ -375,34 +514,31 @@ def train(args):
         dist.destroy_process_group()
 
 
-def look(task, net, ema, clips, out, step, cast, args):
-    """Evaluate the averaged weights on held-out clips; leave a strip and an mp4; -> a score to compare checkpoints by."""
-    weights = {k: p.detach().clone() for k, p in net.named_parameters()}
-    net.load_state_dict(ema, strict=False)
+def look(task, net, clips, out, step, cast, args, rank):
+    """Evaluate on held-out clips; leave a strip and an mp4; -> a score to compare checkpoints by."""
     net.eval()
-    lines, score, videos = task.evaluate(net, clips, cast, step == args.steps)
-    for line in lines:
-        tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {line}")
-    strips = np.concatenate([np.concatenate([data.film_strip(c["video"], c["audio"])[:args.resolution], data.film_strip(v, c["audio"])])
-                             for v, c in list(zip(videos, clips))[:8]])       # above: the truth, below: ours
-    out.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(out / f"{step:06d}.png", strips)
-    data.write_video(out / f"{step:06d}.mp4", videos[0], clips[0]["audio"])
-    net.load_state_dict(weights, strict=False)
+    with torch.compiler.set_stance("force_eager"):                            # other shapes than training's: not worth compiling for
+        lines, score, videos = task.evaluate(net, clips, cast, step == args.steps)
     net.train()
+    for line in lines if rank == 0 else []:
+        tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {line}")
+    if len(videos):
+        strips = np.concatenate([np.concatenate([data.film_strip(c["video"], c["audio"])[:data.sides(args.resolution)[0]], data.film_strip(v, c["audio"])])
+                                 for v, c in list(zip(videos, clips))[:8]])   # above: the truth, below: ours
+        out.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(out / f"{step:06d}.png", strips)
+        data.write_video(out / f"{step:06d}.mp4", videos[0], clips[0]["audio"])
     return score
 
 
-def save_best(path, task, net, ema, step, seconds, args):
-    if args.task == "vae":
-        weights = {k: p.detach().clone() for k, p in net.named_parameters()}
-        net.load_state_dict(ema, strict=False)
-        if not args.tune_decoder:
-            kurtosis = constants_of(net, task, args)
-            tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis:.1f} (3 = Gaussian)")
-        net.load_state_dict(weights, strict=False)
-    data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in ema.items()}, step=step, seconds=seconds,
-                         args=vars(args), **task.extra())
+def save_best(path, task, net, ema, step, seconds, args, rank):
+    if args.task == "vae" and not args.tune_decoder:
+        kurtosis = constants_of(net, task, args)
+        tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis:.1f} (3 = Gaussian)")
+    weights = whole(net, ema if args.pretrained else net.state_dict())        # what stays as published is not stored again
+    if rank == 0:
+        data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in weights.items()}, step=step, seconds=seconds,
+                             args=vars(args), **task.extra())
 
 
 def resume(path, args, net, ema, optimisers):
@@ -412,7 +548,16 @@ def resume(path, args, net, ema, optimisers):
     for flag in ("seed", "batch_size", "lr", "data", "clips", "resolution", "tune_decoder"):              # --steps may change: longer or shorter
         if ckpt["args"].get(flag) != getattr(args, flag):
             raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'].get(flag)}, now it is {getattr(args, flag)}; repeat that or give another --out")
-    data.load_weights(net, ckpt["model"], path)
+    if args.fsdp:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(net, ckpt["ema"], options=options)
+        swap(net, ema)
+        set_model_state_dict(net, ckpt["model"], options=options)
+        for optimiser, state in zip(optimisers, ckpt["optimisers"]):
+            set_optimizer_state_dict(net, optimiser, state, options=options)
+        return ckpt["step"], ckpt["best"], ckpt["seconds"]
+    data.load_weights(net, {**net.state_dict(), **ckpt["model"]} if args.pretrained else ckpt["model"], path)
     for k, v in ckpt["ema"].items():
         ema[k].copy_(v)
     for optimiser, state in zip(optimisers, ckpt["optimisers"]):
@@ -457,18 +602,22 @@ def arguments():
     p.add_argument("--data", default="toybox", help=f"a2v: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
     p.add_argument("--size", default="tiny", choices=[*networks.SIZES], help="size of the network")
-    p.add_argument("--resolution", type=number(int, 32, 512), default=64, help="side of the pictures in pixels, a multiple of 32")
+    p.add_argument("--resolution", type=data.picture_size, default=64, help="side of the pictures in pixels, or height x width: 384x640")
     p.add_argument("--clips", type=number(int, 1), default=2000, help="a2v: toybox clips to render and cache")
     p.add_argument("--vae", default=str(VAE_FILE), help="a2v: the VAE that makes the latents")
+    p.add_argument("--pretrained", help="a2v: start from Pyramid Flow, downloaded to this folder (its VAE and text encoders too), as Syncphony did")
+    p.add_argument("--hubert", help="a2v, with --pretrained: features by this HuBERT, a folder or a name on the hub")
     # how long, how fast
-    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, vae 6000)")
-    p.add_argument("--batch-size", type=number(int, 1), default=16, help="clips per step, over all processes and --accum")
+    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, --pretrained 33000, vae 6000)")
+    p.add_argument("--batch-size", type=number(int, 1), help="clips per step, over all processes and --accum (16; --pretrained 32)")
     p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
-    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v 0.005, vae 0.002)")
+    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v 0.005, --pretrained 0.00005, vae 0.002)")
     p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=number(low=0), default=.01, help="AdamW's, on matrices only")
     p.add_argument("--clip", type=number(low=0), default=1., help="largest gradient norm")
-    p.add_argument("--ema", type=number(low=0, high=1), default=.998, help="decay of the averaged weights")
+    p.add_argument("--ema", type=number(low=0, high=1), help="decay of the averaged weights (.998; --pretrained .9999)")
+    p.add_argument("--ema-every", type=number(int, 1), help="steps between updates of the averaged weights (1; with --pretrained 20)")
+    p.add_argument("--optimizer", default="muon", choices=("muon", "adamw"), help="Muon for matrices and AdamW for the rest, or AdamW for all")
     # the a2v objective
     p.add_argument("--lambda-motion", type=number(low=0), default=1., help="motion-aware loss, Syncphony eq. 1; 0 = plain")
     p.add_argument("--skip-audio", type=number(low=0, high=1), default=.1, help="share of steps with the audio layers left out")
@@ -477,8 +626,8 @@ def arguments():
     p.add_argument("--layout", default="parallel", choices=("parallel", "pyramid"), help="every latent in one pass, or Pyramid Flow's: one latent, three resolutions")
     p.add_argument("--sigma", default="uniform", choices=("uniform", "logit-normal"), help="how noise levels are drawn")
     p.add_argument("--shift", type=number(low=.01), default=4., help="shift of the noise levels towards noise; 1 = none")
-    p.add_argument("--asg", type=number(low=0), default=1., help="w_a that the checkpoint will recommend to sample.py")
-    p.add_argument("--cfg", type=number(low=0), default=0., help="w_t that the checkpoint will recommend to sample.py")
+    p.add_argument("--asg", type=number(low=0), help="w_a that the checkpoint will recommend to sample.py (1; --pretrained 2)")
+    p.add_argument("--cfg", type=number(low=0), help="w_t that the checkpoint will recommend to sample.py (0; --pretrained 4)")
     p.add_argument("--kl", type=number(low=0), default=2e-2, help="vae: weight of the KL term, the price of information in the latents")
     p.add_argument("--tune-decoder", help="vae: train only the decoder of this checkpoint; its latents, and models of them, stay valid")
     # where and how
@@ -486,6 +635,7 @@ def arguments():
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
     p.add_argument("--compile", action="store_true", help="torch.compile: half a minute to start, then faster")
     p.add_argument("--checkpointing", action="store_true", help="a2v: recompute activations in the backward pass, for memory")
+    p.add_argument("--fsdp", action="store_true", help="--pretrained, several processes: share one copy of weights and states among them (with --optimizer adamw)")
     p.add_argument("--bench", action="store_true", help="measure what loading the data costs, and stop")
     p.add_argument("--out", help="folder for checkpoints and logs (out/a2v, out/vae)")
     p.add_argument("--log-every", type=number(int, 1), default=50, help="steps between reports")
@@ -497,14 +647,26 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    args.steps = args.steps or {"a2v": 1550, "vae": 6000}[args.task]
-    args.lr = {"a2v": 5e-3, "vae": 2e-3}[args.task] if args.lr is None else args.lr
+    of = lambda a2v, published, vae: vae if args.task == "vae" else published if args.pretrained else a2v
+    for flag, values in (("steps", (1550, 33000, 6000)), ("lr", (5e-3, 5e-5, 2e-3)), ("batch_size", (16, 32, 16)), ("ema", (.998, .9999, .998)),
+                         ("ema_every", (1, 20, 1)), ("asg", (1., 2., 1.)), ("cfg", (0., 4., 0.))):
+        if getattr(args, flag) is None:
+            setattr(args, flag, of(*values))
     if args.tune_decoder and args.task != "vae":
         raise BadInput(f"--tune-decoder {args.tune_decoder}: only --task vae has a decoder; add --task vae or leave it out")
-    if args.resolution % 32:
-        raise BadInput(f"--resolution {args.resolution}: must be a multiple of 32 (16x16 pixels a latent, 2x2 latents a token)")
-    if args.layout == "pyramid" and args.resolution % 64:
-        raise BadInput(f"--resolution {args.resolution}: --layout pyramid halves the latents twice; it must be a multiple of 64")
+    if args.pretrained:
+        args.layout, args.size = "pyramid", "miniflux"                        # what it was made with
+        if not args.hubert or args.data == "toybox" or args.task != "a2v":
+            raise BadInput(f"--pretrained {args.pretrained}: trains --task a2v on real clips with HuBERT features; give --data and --hubert facebook/hubert-large-ls960-ft")
+    elif args.size == "miniflux" or args.hubert:
+        raise BadInput("--size miniflux and --hubert go with Pyramid Flow's weights; give their folder by --pretrained, or train tiny or small")
+    if args.fsdp and (not args.pretrained or args.optimizer != "adamw" or "RANK" not in os.environ):
+        raise BadInput("--fsdp: shares a model on Pyramid Flow among the processes of torchrun; give --pretrained and --optimizer adamw, and start it by torchrun")
+    height, width = data.sides(args.resolution)
+    if args.data == "toybox" and height != width:
+        raise BadInput(f"--resolution {height}x{width}: the toybox is square; give one side")
+    if args.layout == "pyramid" and (height % 64 or width % 64):
+        raise BadInput(f"--resolution {height}x{width}: --layout pyramid halves the latents twice; sides must be multiples of 64")
     train(args)
 
 

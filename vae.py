@@ -325,6 +325,27 @@ class CausalVideoVAE(nn.Module):
         x = self.decoder(self.post_quant_conv(z), cache, start, seen)
         return self.paint(x, _later(first, x.shape[2], start)) if self.cfg.reference else self.unpatchify(x)
 
+    def encode_chunks(self, video, frames=16):
+        """`encode` of a long video, `frames` (a multiple of t) at a time: the same latents in bounded memory."""
+        cache, first, pieces = {}, video[:, :, :1], [video[:, :, :frames + 1], *video[:, :, frames + 1:].split(frames, 2)]
+        return tuple(torch.cat(part, 2) for part in zip(*(self.encode(p, first, cache) for p in pieces)))
+
+    def decode_tiles(self, z, caches, tile=32, overlap=8):
+        """`decode` of a large picture (no reference), tile for tile with a linear cross-fade, as Pyramid Flow's own pipeline does:
+        GroupNorm and attention see a tile instead of the frame, so it is close to `decode`, not equal to it. caches: a dict,
+        empty for the first chunk; it keeps every tile's own cache, so that a video can be decoded latent for latent."""
+        h, w, p = *z.shape[3:], self.stride
+        spots = lambda n: sorted({*range(0, max(n - tile, 0), tile - overlap), max(n - tile, 0)})
+        ramp = ((torch.arange(tile * p, device=z.device) + .5) / (overlap * p)).clamp(max=1)
+        fade, total, weights = torch.minimum(ramp, ramp.flip(0)), 0, 0
+        for y in spots(h):
+            for x in spots(w):
+                piece = self.decode(z[:, :, :, y:y + tile, x:x + tile], cache=caches.setdefault((y, x), {}))
+                weight = fade[:piece.shape[3], None] * fade[None, :piece.shape[4]]                # (tile p, tile p)
+                place = (x * p, w * p - x * p - piece.shape[4], y * p, h * p - y * p - piece.shape[3])
+                total, weights = total + F.pad(piece * weight, place), weights + F.pad(weight, place)
+        return total / weights
+
     def normalise(self, z, start=True):
         """Latents to about unit variance, latent 0 (if `start`) by constants of its own. `denormalise` is the inverse."""
         c = self.cfg
