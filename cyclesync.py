@@ -670,7 +670,7 @@ def ablate(args):
     same command goes on where it was stopped, within a training too."""
     if args.data != "toybox":
         raise BadInput(f"--ablate with --data {args.data}: the ablations are scored by the toybox's truth; leave --data out")
-    seeds, steps, clips, n = (1, 400, 800, 48) if args.quick else (3, 1000, 2000, args.clips)
+    seeds, steps, clips, n = (1, 400, 800, 48) if args.quick else (3, 800, 1500, args.clips)
     root, scores = Path(args.out) / f"ablation-{steps}", {}
     for seed in range(seeds):
         for run, flags in RUNS.items():
