@@ -376,7 +376,7 @@ def count_flops(task, args, cast, g):
     """FLOPs (2 per multiply-add) of one training step, counted on a few clips. Attention counts only as plain matmuls."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     rows = [0, 1, 2, 3] if args.layout == "pyramid" else [0, 1]               # four: every stage
-    with cast(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with cast() if args.pretrained else nullcontext(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # bf16 beside fp32
         task.loss(task.net, task.batch(0, rows), g)[0].backward()
     task.net.zero_grad(set_to_none=True)
     return counter.get_total_flops() / len(rows) * args.batch_size
@@ -567,6 +567,7 @@ def resume(path, args, net, ema, optimisers):
 
 def bench(task, net, optimisers, compute, cast, args, rounds=30):
     """What loading costs: medians of forward, backward and update, in turns with one batch kept in memory and with batches from the cache."""
+    args.skip_audio = 0.                                                      # or some steps would be cheaper than others
     kept, spans = task.batch(0, list(range(args.batch_size))), {"resident": [], "loading": []}
     for step in tqdm(range(-3, rounds), desc="training steps", disable=None, leave=False):        # three to warm up
         for name, times in spans.items():
