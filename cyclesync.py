@@ -394,7 +394,7 @@ def reconstruct(vae, clips, cast=nullcontext):
     """What the VAE alone makes of the clips: the ceiling of everything that is generated with it."""
     device, videos = next(vae.parameters()).device, []
     for c in clips:
-        x = torch.from_numpy(c["video"]).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        x = torch.tensor(c["video"], device=device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.no_grad(), cast():
             z, cache = (vae.encode(x) if x.shape[3] <= 256 else vae.encode_chunks(x))[0], {}
             y = torch.cat([vae.decode(part, x[:, :, :1], cache) for part in z.split(1, 2)], 2).float()             # latent for latent

@@ -307,7 +307,7 @@ def states_of(net, optimisers, sharded):
 
 
 def sum_gradients(params, most=2 ** 25):
-    """Over all processes, in buckets of about `most` numbers; absent gradients count as zero."""
+    """Over all processes, in buckets of about `most` numbers. What is skipped in a step is skipped in all of them."""
     buckets, filled = [[]], 0
     for p in params:
         if filled + p.numel() > most and buckets[-1]:
@@ -315,7 +315,7 @@ def sum_gradients(params, most=2 ** 25):
         buckets[-1].append(p)
         filled += p.numel()
     for bucket in buckets:
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+        flat = torch.cat([p.grad.flatten() for p in bucket])
         dist.all_reduce(flat)
         for p, piece in zip(bucket, flat.split([p.numel() for p in bucket])):
             p.grad = piece.view_as(p)
@@ -470,7 +470,7 @@ def train(args):
             (loss / (args.accum * (1 if args.fsdp else world))).backward()    # FSDP averages by itself
             reports.append(torch.cat([loss.detach()[None], buckets]))
         if world > 1 and not args.fsdp:
-            sum_gradients([p for p in net.parameters() if p.requires_grad])
+            sum_gradients([p for p in net.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         norm = norm.full_tensor() if args.fsdp else norm
         if not torch.isfinite(norm):
