@@ -1702,7 +1702,8 @@ def test_two_processes_that_share_the_weights_train_as_one_does_and_go_on(pyrami
     shared(tmp_path / "two", 1), shared(tmp_path / "two", 2)
     one, two = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("one", "two"))
     start = MMDiT.from_pretrained(folder / "diffusion_transformer_384p").state_dict()
-    distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in a if k in b).sqrt()
+    felt = [k for k in one["model"] if ".audio." not in k or "to_out" in k]   # behind an output of zero there is nothing but rounding
+    distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in felt if k in b).sqrt()
     assert set(one["model"]) == set(two["model"]) and distance(one["model"], two["model"]) < .2 * distance(one["model"], start)
     assert distance(one["ema"], two["ema"]) < .2 * distance(one["ema"], start) and two["step"] == 2
     assert set(torch.load(tmp_path / "two/best.pt", weights_only=True)["ema"]) == set(two["model"])
@@ -1853,6 +1854,7 @@ def test_checkpoints_are_plain_data_and_resuming_with_other_flags_is_refused(run
     d, run = runs
     ckpt = torch.load(d / "whole/last.pt", weights_only=True)
     assert ckpt["task"] == "a2v" and ckpt["step"] == 4 and ckpt["size"] == 32 and not list((d / "whole").glob(".*"))
+    assert any(not torch.equal(ckpt["ema"][k], ckpt["model"][k]) for k in ckpt["ema"])            # weights, and their averages
     assert run("whole", "--lr", 1e-3) == 2 and "--lr" in capsys.readouterr().err
 
 
@@ -1860,7 +1862,7 @@ def test_every_clip_is_seen_once_per_epoch(runs):
     class Task:
         args, device, vae = train.arguments().parse_args(["--batch-size", "5"]), "cpu", None
         cache, windows = dict(clips=[[i] for i in range(12)]), staticmethod(lambda cache, index, draws: index.tolist())
-    seen = [i for step in range(12) for i in train.A2V.batch(Task(), step, range(5))]
+    seen = [i for step in range(12) for i in train.A2V.batch(Task(), step, range(5))[:-2]]
     assert all(sorted(seen[12 * e:12 * e + 12]) == list(range(12)) for e in range(5)) and seen[:12] != seen[12:24]
 
 

@@ -295,7 +295,7 @@ def swap(net, ema):
 
 def whole(net, keys):
     """name -> the whole of those weights, in the CPU's memory. Of a sharded network every process has to take part."""
-    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).cpu() for k, v in net.state_dict().items() if k in keys}
+    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).to("cpu", copy=True) for k, v in net.state_dict().items() if k in keys}
 
 
 def states_of(net, optimisers, sharded):
