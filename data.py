@@ -798,7 +798,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def read_safetensors(path):
-    """A .safetensors file -> name: tensor, all of them views of the mapped file: nothing is read before it is used.
+    """A .safetensors file -> name: tensor, each a mapped stretch of the file: nothing is read before it is used, and what is
+    dropped gives its memory back.
 
     The format is 8 bytes, the length n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets}}; the numbers."""
     size = path.stat().st_size
@@ -811,10 +812,10 @@ def read_safetensors(path):
     header.pop("__metadata__", None)
     if not header or 8 + n + max(t["data_offsets"][1] for t in header.values()) > size:
         raise BadInput(f"{path}: not a whole .safetensors file ({size} bytes); it was cut short or is something else: download it again")
-    raw, state = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8), {}
+    state = {}
     for name, t in header.items():
         a, b = (8 + n + offset for offset in t["data_offsets"])
-        piece = raw[a:b]
+        piece = torch.from_numpy(np.memmap(path, np.uint8, "c", a, b - a))    # "c": changes stay in memory
         piece = piece if a % 8 == 0 else piece.clone()                        # views of wider types must be aligned
         state[name] = piece.view(_DTYPES[t["dtype"]]).view(t["shape"])
     return state
@@ -860,9 +861,8 @@ def adopt(model, state, where, device="cpu", dtype=None, fresh=()):
     if missing or unexpected or odd:
         parts = [f"{len(names)} {word}: {', '.join(names)}" for word, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", odd)) if names]
         raise BadInput(f"{where}: its weights are not those of this model. {'; '.join(parts)}")
-    for k in wanted:
-        if k in state:
-            here[k] = state[k].to(device, dtype)
+    for k in [k for k in wanted if k in state]:
+        here[k] = state.pop(k).to(device, dtype)
     model.load_state_dict(here, strict=False, assign=True)
     return model
 
