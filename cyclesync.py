@@ -298,8 +298,8 @@ def oracle(clip):
     happens, and that is given the sound of this thing in this room. So of all that may differ from the true sound, only
     the timing does. -> f_v2a(frames, fps) -> waveform (samples,), rate"""
     def f_v2a(frames, fps):
-        lead, s = clip.get("lead", 0.), read_states(frames, clip["scene"])[0]
-        events = read_clip_events(frames, clip)[0]
+        lead, (s, residual) = clip.get("lead", 0.), read_states(frames, clip["scene"])
+        events = read_events(clip["kind"], s, residual < 1)
         shut = [np.flatnonzero(s[math.ceil(t * fps):] < .5) for t in events]                     # a mouth sounds until it closes
         durations = [max(.05, (gap[0] + math.ceil(t * fps) - .5 if len(gap) else len(s)) / fps - t - .04) for t, gap in zip(events, shut)]
         wave = toybox_sound(clip["scene"], events + lead, durations, lead + len(frames) / fps, clip["seed"], clip["off_screen"])
@@ -410,6 +410,7 @@ def held_out_clips(args, size, lead=0.):
     Each sound begins `lead` seconds before its pictures (in the toybox with the noise of the room), so that it can be delayed
     and stays a whole one."""
     if args.data == "toybox":
+        data.only_square(size)
         clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + i, size) for i in range(args.clips)]
         earlier = lambda c: toybox_sound(c["scene"], c["events"] + lead, c["durations"], lead + FRAMES / FPS, c["seed"], c["off_screen"])
         return [dict(c, name=str(c["seed"]), audio=earlier(c), lead=lead) if lead else dict(c, name=str(c["seed"])) for c in clips]

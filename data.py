@@ -106,6 +106,11 @@ def sides(size):
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def only_square(size):
+    if not isinstance(size, int):
+        raise BadInput(f"--resolution {size[0]}x{size[1]}: the toybox is square; give one side")
+
+
 def run_cli(main):
     """Run a program's `main`: bad input ends in one line on stderr and exit code 2, never in a traceback."""
     sys.stdout.reconfigure(line_buffering=True)                               # a log file grows while the run goes on
@@ -1105,6 +1110,8 @@ def source(name, root="data", clips=2000):
 def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000, hear=None, say=print):
     """The cache of a dataset's split, made first where it is absent or unfinished. `tag` names the VAE that codes it; `say`
     gets the report: what was found, what was skipped and why."""
+    if name == "toybox":
+        only_square(size)
     label, splits, words = source(name, root, clips)
     if not splits[split]:
         raise BadInput(f"--data {name}: no clips for {'training' if split == 'train' else 'testing'} in it; give at least two clips, or lists that name some of both")

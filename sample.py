@@ -336,6 +336,8 @@ def main():
     if args.compile and not args.skip_probe:
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.compile(dynamic=True)
+    if args.bench and model.cfg.context_clock == "shared":
+        raise BadInput(f"--bench: measures models of the parallel layout; {args.ckpt} is of Pyramid Flow's, which keeps no context")
     if args.bench:
         return bench(model, vae, cast)
     for flag in ("audio", "image"):

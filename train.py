@@ -481,6 +481,10 @@ def train(args):
         update_ema(ema, net, step, args.ema, args.ema_every)
         step += 1
         bar.update()
+        if world > 1:                                                         # a signal reaches processes at different steps: all stop at one
+            halt = torch.tensor(float(len(stop)), device=device)
+            dist.all_reduce(halt)
+            stop += [1] * int(halt.item() > 0)
         if rank == 0 and (step % args.log_every == 0 or step == args.steps):
             took = time.perf_counter() - clock
             seconds, mean = seconds + took, torch.stack(reports).nanmean(0).tolist()
@@ -545,8 +549,8 @@ def resume(path, args, net, ema, optimisers):
     ckpt = data.load_checkpoint(path, args.task)
     if ckpt["config"] != asdict(net.cfg) and args.task != "vae":
         raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
-    for flag in ("seed", "batch_size", "lr", "data", "clips", "resolution", "tune_decoder"):              # --steps may change: longer or shorter
-        if ckpt["args"].get(flag) != getattr(args, flag):
+    for flag in ("seed", "batch_size", "lr", "data", "clips", "resolution", "tune_decoder", "optimizer", "fsdp"):       # --steps may change
+        if ckpt["args"].get(flag, getattr(args, flag)) != getattr(args, flag):
             raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'].get(flag)}, now it is {getattr(args, flag)}; repeat that or give another --out")
     if args.fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
@@ -664,8 +668,8 @@ def main():
     if args.fsdp and (not args.pretrained or args.optimizer != "adamw" or "RANK" not in os.environ):
         raise BadInput("--fsdp: shares a model on Pyramid Flow among the processes of torchrun; give --pretrained and --optimizer adamw, and start it by torchrun")
     height, width = data.sides(args.resolution)
-    if args.data == "toybox" and height != width:
-        raise BadInput(f"--resolution {height}x{width}: the toybox is square; give one side")
+    if args.data == "toybox":
+        data.only_square(args.resolution)
     if args.layout == "pyramid" and (height % 64 or width % 64):
         raise BadInput(f"--resolution {height}x{width}: --layout pyramid halves the latents twice; sides must be multiples of 64")
     train(args)
