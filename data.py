@@ -644,13 +644,8 @@ def _stamps(log, name):
     return [float(t) for t in re.findall(rf"Parsed_{name} .*pts_time:\s*(-?[\d.]+)", log)]
 
 
-def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, most=600):
-    """Both streams of a clip on ONE clock -> video uint8 (F, height, width, 3), waveform float32 (round(F / fps · rate),).
-
-    Each stream is decoded by one call of ffmpeg, and says at which time its first frame and sample lie (tracks of a file
-    often begin apart). The clip is the stretch that both cover, from a frame on. Centre crop to the aspect, then an
-    antialiased resize; mono; any rotation, pixel shape and rates. `sound`: a wav for a video without one. Raises BadInput
-    with the reason for whatever cannot be trusted: damaged, still, silent, 9 fps; or longer than `most` seconds."""
+def _pictures(path, height, width, fps, most):
+    """The picture track of a file -> video uint8 (F, height, width, 3), when its own frames and when these frames lie (seconds)."""
     path = _existing(path, "video")
     crop = f"crop=w='min(iw,ih*{width / height}/if(sar,sar,1))':h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1"
     picture = f"showinfo=checksum=0,fps={fps},format=rgb24,{crop},scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0"
@@ -665,6 +660,42 @@ def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, most=60
         raise BadInput(f"{path}: longer than {most / 60:g} minutes; cut it into clips")
     if len(seen) - 1 < .5 * fps * (seen[-1] - seen[0]):
         raise BadInput(f"{path}: {(len(seen) - 1) / (seen[-1] - seen[0]):.1f} frames per second; at least {fps / 2:g} are needed")
+    return video, seen, shown
+
+
+def read_video(path, size=64, fps=FPS, most=600):
+    """The pictures of a clip, with or without sound -> uint8 (F, H, W, 3), cropped and resized to `size` (see `sides`)."""
+    return _pictures(path, *sides(size), fps, most)[0]
+
+
+def add_sound(path, video, wave, rate=RATE):
+    """Write the video file `video`, its pictures untouched, with `wave` (samples,) as its sound to `path` (mp4)."""
+    import imageio_ffmpeg
+    import soundfile
+    part = temporary(path)
+    sound = part.with_suffix(".wav")
+    try:
+        soundfile.write(sound, wave, rate)
+        for codec in (["copy"], ["libx264", "-crf", "12", "-pix_fmt", "yuv420p"]):            # what an mp4 cannot hold is coded anew
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(Path(video).resolve()), "-i", str(sound), "-map", "0:V:0", "-map", "1:a:0",
+                       "-c:v", *codec, "-c:a", "aac", "-b:a", "128k", "-movflags", "+faststart", str(part)]
+            done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+            if done.returncode == 0:
+                return os.replace(part, path)
+        raise BadInput(f"{video}: cannot be written as mp4 ({done.stderr.decode(errors='replace').strip().splitlines()[-1]})")
+    finally:
+        for leftover in (part, sound):
+            leftover.unlink(missing_ok=True)
+
+
+def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, most=600):
+    """Both streams of a clip on ONE clock -> video uint8 (F, height, width, 3), waveform float32 (round(F / fps · rate),).
+
+    Each stream is decoded by one call of ffmpeg, and says at which time its first frame and sample lie (tracks of a file
+    often begin apart). The clip is the stretch that both cover, from a frame on. Centre crop to the aspect, then an
+    antialiased resize; mono; any rotation, pixel shape and rates. `sound`: a wav for a video without one. Raises BadInput
+    with the reason for whatever cannot be trusted: damaged, still, silent, 9 fps; or longer than `most` seconds."""
+    video, seen, shown = _pictures(path, height, width, fps, most)
     tone = f"aresample={rate}:async=1,aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
     raw, log = _ffmpeg(path, most, ["-map", "0:a:0", "-af", tone, "-f", "f32le"])
     if sound and "matches no streams" in log:
@@ -743,6 +774,20 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
     return count
 
 
+def write_picture(path, picture):
+    import imageio.v3 as iio
+    part = temporary(path)
+    iio.imwrite(part, picture)
+    os.replace(part, path)
+
+
+def write_sound(path, wave, rate=RATE):
+    import soundfile
+    part = temporary(path)
+    soundfile.write(part, wave, rate)
+    os.replace(part, path)
+
+
 def film_strip(video, wave, shown=12, fps=FPS, rate=RATE, events=()):
     """Frames over the waveform on one time axis, as a picture uint8 (H + 40, shown·W, 3). The frame above a stretch of
     sound is the one in the middle of that stretch. `events`: seconds, marked by red lines in the waveform."""
@@ -771,8 +816,12 @@ def save_checkpoint(path, **content):
     os.replace(part, path)
 
 
+def task_of(path):
+    return load_checkpoint(path, None)["task"]
+
+
 def load_checkpoint(path, task, hint=""):
-    """A checkpoint of ours as a dict; anything else becomes one clear line. Never runs code from the file."""
+    """A checkpoint of ours (of any task, if `task` is None) as a dict; anything else becomes one clear line. Never runs code from the file."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such checkpoint; {hint or 'check the path, or train one with train.py'}")
     _existing(path, "checkpoint")
@@ -782,7 +831,7 @@ def load_checkpoint(path, task, hint=""):
         raise BadInput(f"{path}: not a checkpoint that can be loaded safely ({type(why).__name__}); expected a .pt written by train.py") from why
     if not isinstance(content, dict) or not {"task", "config", "ema"} <= set(content):
         raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config and weights in it); train one with train.py")
-    if content["task"] != task:
+    if task and content["task"] != task:
         raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; give one made by train.py --task {task}")
     return content
 
@@ -1107,16 +1156,16 @@ def source(name, root="data", clips=2000):
     return dataset_folder(name, root).resolve().name, splits, words
 
 
-def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000, hear=None, say=print):
-    """The cache of a dataset's split, made first where it is absent or unfinished. `tag` names the VAE that codes it; `say`
-    gets the report: what was found, what was skipped and why."""
+def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000, hear=None, ears="hubert", say=print):
+    """The cache of a dataset's split, made first where it is absent or unfinished. `tag` names the VAE that codes it, `ears` what
+    `hear` makes of every sound; `say` gets the report: what was found, what was skipped and why."""
     if name == "toybox":
         only_square(size)
     label, splits, words = source(name, root, clips)
     if not splits[split]:
         raise BadInput(f"--data {name}: no clips for {'training' if split == 'train' else 'testing'} in it; give at least two clips, or lists that name some of both")
     shown = "x".join(map(str, sides(size))) if not isinstance(size, int) else size
-    folder = Path(root) / "cache" / f"{label}-{shown}px-{tag}{'-hubert' if hear else ''}" / split
+    folder = Path(root) / "cache" / f"{label}-{shown}px-{tag}{f'-{ears}' if hear else ''}" / split
     settings = dict(data=label, split=split, resolution=size if isinstance(size, int) else list(size), vae=tag, fps=FPS, frames=FRAMES)
     prepare(folder, settings, splits[split], vae, device, cast, hear, raw=name != "toybox" and split == "test")
     cache = open_cache(folder)
@@ -1154,10 +1203,7 @@ def contact_sheet(name, root, path, size=64, rows=8, clips=2000):
         strips.append(np.asarray(picture))
     if not strips:
         raise BadInput(f"--data {name}: not one of its {len(items)} clips can be read")
-    import imageio.v3 as iio
-    part = temporary(path)
-    iio.imwrite(part, np.concatenate(strips))
-    os.replace(part, path)
+    write_picture(path, np.concatenate(strips))
     print(f"{words}\n{path}: {len(strips)} clips, frames over sound on one time axis")
 
 

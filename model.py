@@ -52,7 +52,7 @@ class MMDiTConfig:
     text_dim: int = 4096                      # width of the text states (T5-XXL)
     pooled_dim: int = 768                     # width of the pooled text vector (CLIP-L)
     context_clock: str = "shared"             # "own": clean tokens are modulated with sigma = 0, and can be cached
-    precondition: bool = False                # the last layer gives what x does not tell yet, see `velocity`
+    precondition: bool = False                # the last layer gives what x does not tell yet, see `preconditioned`
     text: str = "external"                    # "bytes": a small text encoder of our own, trained along
     audio_dim: int = 0                        # width of the audio features; 0 = no audio layers
     audio: str = "external"                   # "mel": a small convolutional encoder of our own over log-mels
@@ -204,26 +204,37 @@ class JointAttention(nn.Module):
         return attend(q, k, v, p.mask), made
 
 
-class AudioCrossAttention(nn.Module):
-    """Video tokens look into the audio around them (Syncphony eqs. 7-10). Adds to x; the output starts at zero."""
+class Attention(nn.Module):
+    """Queries of x, keys and values of a source of its own width. Where things stand is told by rotation, what may be seen by a mask."""
 
-    def __init__(self, cfg):
+    def __init__(self, D, K, source):
         super().__init__()
-        D, d, self.K = cfg.heads * cfg.head_dim, cfg.head_dim, cfg.heads
-        self.norm = nn.LayerNorm(D)
-        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(cfg.audio_dim, D), nn.Linear(cfg.audio_dim, D)
-        self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
+        self.K = K
+        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(source, D), nn.Linear(source, D)
+        self.norm_q, self.norm_k = RMSNorm(D // K), RMSNorm(D // K)
         self.to_out = nn.Linear(D, D)
 
-    def keys_values(self, a, table):
-        """Audio features a (B, S, A) -> k, v (B, K, S, d). Depends on nothing that is being made: once per clip."""
-        k = rotate(self.norm_k(heads(self.to_k(a), self.K)), table)           # eq. 8 and, for the keys, eq. 9
-        v = heads(self.to_v(a), self.K)
+    def keys_values(self, a, table=None):
+        """Source (B, S, A) -> k, v (B, K, S, d). They depend on the source alone: what is not being made is asked once."""
+        k, v = self.norm_k(heads(self.to_k(a), self.K)), heads(self.to_v(a), self.K)
+        k = k if table is None else rotate(k, table)                          # eq. 8 and, for the keys, eq. 9
         return k.to(v.dtype), v
 
-    def forward(self, x, table, kv, mask):                                    # x (B, N, D), mask (N, S) or None
-        q = rotate(self.norm_q(heads(self.to_q(self.norm(x)), self.K)), table)         # eqs. 8, 9
-        return x + self.to_out(attend(q, *kv, mask))                          # eq. 10 (with values W_V a_i)
+    def forward(self, x, kv, table=None, mask=None):                          # x (B, N, D), mask (N, S) or wider; -> (B, N, D)
+        q = self.norm_q(heads(self.to_q(x), self.K))
+        q = q if table is None else rotate(q, table)                          # Syncphony eqs. 8, 9
+        return self.to_out(attend(q, *kv, mask))                              # eq. 10 (with values W_V a_i)
+
+
+class AudioCrossAttention(Attention):
+    """Video tokens look into the audio around them (Syncphony eqs. 7-10). Adds to x; the output starts at zero."""
+
+    def __init__(self, D, K, source):
+        super().__init__(D, K, source)
+        self.norm = nn.LayerNorm(D)
+
+    def forward(self, x, kv, table=None, mask=None):
+        return x + super().forward(self.norm(x), kv, table, mask)
 
 
 class DoubleBlock(nn.Module):
@@ -258,7 +269,7 @@ class SingleBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D = cfg.heads * cfg.head_dim
-        self.audio = AudioCrossAttention(cfg) if cfg.audio_dim else None
+        self.audio = AudioCrossAttention(D, cfg.heads, cfg.audio_dim) if cfg.audio_dim else None
         self.norm, self.attn = Modulation(D, 3), JointAttention(cfg, text=False)
         self.proj_mlp, self.proj_out = nn.Linear(D, 4 * D), nn.Linear(5 * D, D)
 
@@ -266,7 +277,7 @@ class SingleBlock(nn.Module):
         """heard: keys and values of the audio, for the first rows of x at least; None: the audio layer is skipped."""
         T = 0 if y is None else y.shape[1]
         if heard is not None:
-            hear = self.audio(x[:len(heard[0])], p.audio_table, heard, p.audio_mask)
+            hear = self.audio(x[:len(heard[0])], heard, p.audio_table, p.audio_mask)
             x = hear if len(hear) == len(x) else torch.cat([hear, x[len(hear):]])      # off-sync rows pass by
         z = x if y is None else torch.cat([y, x], 1)                          # (B, T+N, D)
         shift, scale, gate = self.norm(p.c, p.rows)
@@ -279,26 +290,26 @@ class SingleBlock(nn.Module):
 # ------------------------------------------------------------------------------------------------ conditions
 
 class TimeTextEmbed(nn.Module):
-    """Timestep in 0..1000 and pooled text -> the conditioning vector."""
+    """Timestep in 0..1000 and, if it has a width, pooled text -> the conditioning vector."""
 
-    def __init__(self, D, pooled):
+    def __init__(self, D, pooled=0):
         super().__init__()
-        for name, n in (("timestep_embedder", 256), ("text_embedder", pooled)):
+        for name, n in (("timestep_embedder", 256), ("text_embedder", pooled))[:1 + (pooled > 0)]:
             part = nn.Module()
             part.linear_1, part.linear_2 = nn.Linear(n, D), nn.Linear(D, D)
             setattr(self, name, part)
 
-    def forward(self, timestep, pooled):                                      # (B, G), (B, P) -> (B, G, D)
-        rate = (-math.log(10000) * torch.arange(128, device=pooled.device) / 128).exp()     # cosines first, no shift
-        angle = timestep[..., None].float() * rate
-        wave = torch.cat([angle.cos(), angle.sin()], -1).to(pooled.dtype)     # (B, G, 256)
-        embed = lambda part, x: part.linear_2(F.silu(part.linear_1(x)))
-        return embed(self.timestep_embedder, wave) + embed(self.text_embedder, pooled)[:, None]
+    def forward(self, timestep, pooled=None):                                 # (B, G), (B, P) -> (B, G, D)
+        rate = (-math.log(10000) * torch.arange(128, device=timestep.device) / 128).exp()   # cosines first, no shift
+        angle, embed = timestep[..., None].float() * rate, lambda part, x: part.linear_2(F.silu(part.linear_1(x)))
+        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self.timestep_embedder.linear_1.weight.dtype)           # (B, G, 256)
+        c = embed(self.timestep_embedder, wave)
+        return c if pooled is None else c + embed(self.text_embedder, pooled)[:, None]
 
 
 def text_bytes(captions, length=96):
     """Captions -> (B, length) int64: UTF-8 bytes + 1, cut at `length`, 0 where nothing stands. '' is the null text."""
-    rows = [[b + 1 for b in c.encode()[:length]] for c in captions]
+    rows = [[b + 1 for b in c.encode(errors="replace")[:length]] for c in captions]
     return torch.tensor([r + [0] * (length - len(r)) for r in rows])
 
 
@@ -309,12 +320,12 @@ class ByteText(nn.Module):
         super().__init__()
         self.letter, self.place = nn.Embedding(257, width), nn.Parameter(.02 * torch.randn(length, width))
         self.near, self.token = nn.Conv1d(width, width, 5, padding=2), nn.Conv1d(width, dim, 8, 8)
-        self.pool = nn.Linear(dim, pooled)
+        self.pool = nn.Linear(dim, pooled) if pooled else None
 
     def forward(self, letters):                                               # (B, length) -> (B, length/8, dim), (B, pooled)
         x = (self.letter(letters) + self.place).transpose(1, 2)
         x = F.gelu(self.token(F.gelu(self.near(x)) + x)).transpose(1, 2)
-        return x, self.pool(x.mean(1))
+        return x, self.pool(x.mean(1)) if self.pool else None
 
 
 class MelEncoder(nn.Module):
@@ -346,6 +357,15 @@ def initialise(module):
         if isinstance(m, (Modulation, AudioCrossAttention)):
             nn.init.zeros_((m.linear if isinstance(m, Modulation) else m.to_out).weight)
     return module
+
+
+def preconditioned(out, x, sigma):
+    """The last layer's output F as a velocity (EDM's idea, on the straight path): of z with unit variance x already tells
+    (1-s) x / d, with d = (1-s)^2 + s^2, and what it does not tell has the size s / sqrt(d). The network gives that rest in units
+    of its size, z = ((1-s) x + s sqrt(d) F) / d, hence v = (x - z) / s as below.
+    After 400 steps (one seed) the error at sigma > 0.75 was 0.61 so, and 0.84 where the network gave z itself."""
+    d = (1 - sigma) ** 2 + sigma ** 2
+    return ((2 * sigma - 1) * x - d ** .5 * out.to(x.dtype)) / d
 
 
 class MMDiT(nn.Module):
@@ -384,7 +404,7 @@ class MMDiT(nn.Module):
         adopt(net, state, folder, device, dtype, fresh=(".audio.", "ears."))
         if cfg.audio_dim:
             for block in net.single_transformer_blocks:
-                block.audio = initialise(AudioCrossAttention(cfg)).to(device, dtype)
+                block.audio = initialise(AudioCrossAttention(cfg.heads * cfg.head_dim, cfg.heads, cfg.audio_dim)).to(device, dtype)
             if cfg.audio == "mel":
                 net.ears = MelEncoder(cfg.audio_dim).to(device, dtype)
         return net
@@ -420,6 +440,9 @@ class MMDiT(nn.Module):
             made.append(kv)
         return x, made
 
+    def layers(self):
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
     def tokens(self, *clips):                   # latents, in the order given -> (B, N, D)
         return self.x_embedder(torch.cat([patchify(z, self.cfg.patch) for z in clips], 1))
 
@@ -428,14 +451,7 @@ class MMDiT(nn.Module):
         return unpatchify(self.proj_out(modulate(x, shift, scale)), *shape, self.cfg.patch)
 
     def velocity(self, out, x, sigma):
-        """The last layer's output F as a velocity. Preconditioned (EDM's idea, on the straight path): of z with unit variance
-        x already tells (1-s) x / d, with d = (1-s)^2 + s^2, and what it does not tell has the size s / sqrt(d). The network
-        gives that rest in units of its size, z = ((1-s) x + s sqrt(d) F) / d, hence v = (x - z) / s as below.
-        After 400 steps (one seed) the error at sigma > 0.75 was 0.61 so, and 0.84 where the network gave z itself."""
-        if not self.cfg.precondition:
-            return out
-        d = (1 - sigma) ** 2 + sigma ** 2
-        return ((2 * sigma - 1) * x - d ** .5 * out.to(x.dtype)) / d
+        return preconditioned(out, x, sigma) if self.cfg.precondition else out
 
     def grid(self, z):                          # patches in a column and a row of latents z
         return z.shape[3] // self.cfg.patch, z.shape[4] // self.cfg.patch
@@ -551,3 +567,191 @@ class MMDiT(nn.Module):
         out, _ = self.blocks(self.tokens(x), None, p, context["cache"], heard)         # may change p.c: off-sync rows join
         out = self.head(out, x.shape[2:], p.c)
         return self.velocity(out, torch.cat([x, x[:len(out) - len(x)]]), sigma)
+
+
+# ------------------------------------------------------------------------------------------------ two towers (SyncFlow)
+
+@dataclass
+class DualTowerConfig:
+    depth: int = 28                           # layers of either tower
+    width: int = 1152                         # of either tower. The paper says 1142, which its 16 heads do not divide: Open-Sora's 1152
+    heads: int = 16
+    latent: int = 4                           # channels of the video latent (Open-Sora's VAE, 4x8x8)
+    audio_latent: int = 128                   # channels of the audio latent: the paper gives the towers' width here too, surely a slip
+    patch: int = 2                            # a token is 1 x patch x patch of the video latent
+    grid: int = 16                            # tokens in a column or row in training; other sizes are laid over the same square
+    alpha: float = 50 * 4 / 16                # audio latents per video latent: 50 Hz, 4 frames at 16 fps
+    text_dim: int = 4096                      # width of the text states (T5-XXL)
+    text: str = "external"                    # "bytes": a small text encoder of our own, trained along
+    adaptor: bool = True                      # off: the ablation of SyncFlow table 4
+    xrope: bool = True                        # off: audio looks at the video without knowing when anything is
+    blind: bool = False                       # the ablation of table 4: audio reads the text, and there is no video
+    precondition: bool = False                # the last layers give what x does not tell yet, see `preconditioned`
+    time_scale: float = 1.                    # radians per latent at the highest frequency
+
+
+TOWERS = {
+    "tiny": dict(depth=4, width=160, heads=4, latent=16, audio_latent=16, grid=2, alpha=50 * 4 / 24, text_dim=128, text="bytes", precondition=True, time_scale=4.),
+    "small": dict(depth=8, width=512, heads=8, latent=16, audio_latent=16, grid=2, alpha=50 * 4 / 24, text_dim=256, text="bytes", precondition=True, time_scale=4.),
+    "syncflow": dict(),
+}
+
+
+def sincos(ids, D):
+    """Places (N, 2), rows and columns, as D numbers to be added to a token: sines and cosines at D/4 rates each. (N, D)"""
+    angle = ids[..., None] * 10000. ** (-torch.arange(D // 4, device=ids.device) / (D // 4))      # (N, 2, D/4)
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(1)
+
+
+class TowerBlock(nn.Module):
+    """Open-Sora's (STDiT): self-attention along ONE axis, text cross-attention (neither normed nor gated), MLP. The modulation is
+    computed once for all blocks; a block has a table of its own that is added."""
+
+    def __init__(self, D, K, axis):
+        super().__init__()
+        self.axis, self.attn, self.cross, self.mlp = axis, Attention(D, K, D), Attention(D, K, D), MLP(D)
+        self.norm_table = nn.Parameter(torch.randn(6, D) / D ** .5)
+
+    def mix(self, x, t6, L, text, mask, table=None):
+        """x (B, L·S, D); t6 (B, 1, 6D); text (B, T, D), mask (B, 1, 1, T); table: rotation of L times -> x after both attentions."""
+        shift, scale, gate = (t6.unflatten(2, (6, -1)) + self.norm_table).unbind(2)[:3]                # (B, 1, D) each
+        h = modulate(x, shift, scale).unflatten(1, (L, -1))                   # (B, L, S, D)
+        h = (h if self.axis == "space" else h.transpose(1, 2)).flatten(0, 1)  # (B·L, S, D), every frame for itself, or (B·S, L, D), every place
+        h = self.attn(h, self.attn.keys_values(h, table), table).unflatten(0, (len(x), -1))
+        x = x + gate * (h if self.axis == "space" else h.transpose(1, 2)).flatten(1, 2)
+        return x + self.cross(x, self.cross.keys_values(text), mask=mask)
+
+    def feed(self, x, t6):
+        shift, scale, gate = (t6.unflatten(2, (6, -1)) + self.norm_table).unbind(2)[3:]
+        return x + gate * self.mlp(modulate(x, shift, scale))
+
+    def forward(self, x, t6, L, text, mask, table=None):
+        """-> F, the stream after attention, and the stream after the whole block."""
+        seen = self.mix(x, t6, L, text, mask, table)
+        return seen, self.feed(seen, t6)
+
+
+class VideoTower(nn.Module):
+    """Text to video: in every layer a block over the places of each frame, then a block over the times of each place. Nothing in it
+    has the size of a picture: places are fractions of the training grid, times are angles."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, p, self.cfg = cfg.width, cfg.patch, cfg
+        self.embed = nn.Conv3d(cfg.latent, D, (1, p, p), (1, p, p))
+        self.clock, self.adaln, self.read = TimeTextEmbed(D), nn.Linear(D, 6 * D), nn.Linear(cfg.text_dim, D)
+        self.space_blocks = nn.ModuleList([TowerBlock(D, cfg.heads, "space") for _ in range(cfg.depth)])
+        self.time_blocks = nn.ModuleList([TowerBlock(D, cfg.heads, "time") for _ in range(cfg.depth)])
+        self.norm_out, self.proj_out = Modulation(D, 2), nn.Linear(D, p * p * cfg.latent)
+
+    def forward(self, z, sigma, text, mask):
+        """z (B, C, L, H, W) at sigma (B,), text states (B, T, text_dim) with mask (B, T) -> output like z, and of every layer
+        F_l (B, L·S, D), what its temporal attention gave."""
+        cfg, (L, H, W) = self.cfg, z.shape[2:]
+        x = self.embed(z).flatten(3).permute(0, 2, 3, 1)                      # (B, L, S, D)
+        h, w = H // cfg.patch, W // cfg.patch
+        places = torch.stack(torch.meshgrid((torch.arange(h) + .5) * cfg.grid / h, (torch.arange(w) + .5) * cfg.grid / w, indexing="ij"), -1)
+        x = (x + sincos(places.flatten(0, 1).to(x.device), cfg.width).to(x.dtype)).flatten(1, 2)                   # (B, L·S, D)
+        c, y, mask, features = self.clock(1000 * sigma[:, None]), self.read(text), mask[:, None, None].bool(), []
+        t6, table = self.adaln(F.silu(c)), rotary(torch.arange(L, device=x.device)[:, None], (cfg.width // cfg.heads,), cfg.time_scale)
+        for space, time in zip(self.space_blocks, self.time_blocks):
+            _, x = space(x, t6, L, y, mask)
+            seen, x = time(x, t6, L, y, mask, table)
+            features.append(seen)
+        shift, scale = self.norm_out(c)
+        return unpatchify(self.proj_out(modulate(x, shift, scale)), L, H, W, cfg.patch), features
+
+
+class Adaptor(nn.Module):
+    """SyncFlow figure 2: self-attention, layer norm, linear. The paper does not say along what it attends: all tokens here, knowing
+    when they are; nor whether the features also pass by: they do, or an average over places and times is all the audio would get."""
+
+    def __init__(self, D, K):
+        super().__init__()
+        self.attn, self.norm, self.linear = Attention(D, K, D), nn.LayerNorm(D), nn.Linear(D, D)
+
+    def forward(self, x, table):                                              # (B, L·S, D)
+        return self.linear(self.norm(x + self.attn(x, self.attn.keys_values(x, table), table)))
+
+
+class AudioBlock(nn.Module):
+    """AudioBox's: self-attention, cross-attention, MLP, a layer norm AFTER each. The noise level comes in as a token to look at."""
+
+    def __init__(self, D, K, adaptor):
+        super().__init__()
+        self.adaptor = Adaptor(D, K) if adaptor else None
+        self.attn, self.cross, self.mlp = Attention(D, K, D), Attention(D, K, D), MLP(D)
+        self.norms = nn.ModuleList([nn.LayerNorm(D) for _ in range(3)])
+
+    def forward(self, a, told, mask, times, seen=None, seen_times=None, xrope=True):
+        """a (B, S, D), told (B, 1 + T, D): clock and text, with mask (B, 1, 1, keys); seen (B, L·S_v, D): F_l. times, seen_times:
+        rotations of audio and video, in one unit -> a"""
+        a = self.norms[0](a + self.attn(a, self.attn.keys_values(a, times), times))
+        kv = self.cross.keys_values(told)                                     # what has no time is not turned
+        if seen is not None:
+            seen = seen if self.adaptor is None else self.adaptor(seen, seen_times)
+            kv = [torch.cat(pair, 2) for pair in zip(self.cross.keys_values(seen, seen_times if xrope else None), kv)]
+        a = self.norms[1](a + self.cross(a, kv, times if xrope else None, mask))
+        return self.norms[2](a + self.mlp(a))
+
+
+class AudioTower(nn.Module):
+    """Video features to audio: layer l looks at F_l of the video tower's layer l."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        D, self.cfg = cfg.width, cfg
+        self.embed, self.clock, self.proj_out = nn.Linear(cfg.audio_latent, D), TimeTextEmbed(D), nn.Linear(D, cfg.audio_latent)
+        self.read = nn.Linear(cfg.text_dim, D) if cfg.blind else None
+        self.blocks = nn.ModuleList([AudioBlock(D, cfg.heads, cfg.adaptor) for _ in range(cfg.depth)])
+
+    def forward(self, z, sigma, text, mask, L=0, features=None):
+        """z (B, A, S) at sigma (B,); features: F_l (B, L·S_v, D) of every layer, None: there is no video -> output like z"""
+        cfg, S = self.cfg, z.shape[2]
+        turn = lambda t: rotary(t[:, None].to(z.device), (cfg.width // cfg.heads,), cfg.time_scale)
+        a, told, times = self.embed(z.transpose(1, 2)), self.clock(1000 * sigma[:, None]), turn((torch.arange(S) + .5) / cfg.alpha - .5)
+        here, see = torch.ones_like(told[..., 0]).bool(), None                # (B, 1): the clock's token is always there
+        if self.read is not None:
+            told, here = torch.cat([told, self.read(text)], 1), torch.cat([here, mask.bool()], 1)
+        if features is not None:
+            n = features[0].shape[1]
+            see, here = turn(torch.arange(L).repeat_interleave(n // L)), F.pad(here, (n, 0), value=True)
+        for block, seen in zip(self.blocks, features or [None] * len(self.blocks)):
+            a = block(a, told, here[:, None, None], times, seen, see, cfg.xrope)
+        return self.proj_out(a).transpose(1, 2)
+
+
+class DualTower(nn.Module):
+    """SyncFlow: a video tower and an audio tower of equal depth on ONE clock. Video never hears: F_l goes from left to right only,
+    so the video tower can be trained first, frozen, and given its sound (`frozen_video` costs no graph)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.video, self.audio = cfg, VideoTower(cfg), AudioTower(cfg)
+        if cfg.text == "bytes":
+            self.text = ByteText(cfg.text_dim, 0)
+        initialise(self)
+        for last in (self.video.adaln, self.video.proj_out, self.audio.proj_out):
+            nn.init.zeros_(last.weight)
+
+    def read(self, words):
+        """Text -> states (B, T, text_dim), mask (B, T), as `MMDiT.read`; the null text is one token."""
+        if self.cfg.text != "bytes":
+            return words[:2]
+        mask = words.unflatten(1, (-1, 8)).any(2)                             # a token is 8 letters
+        return self.text(words)[0], torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1)
+
+    def layers(self):
+        return [*self.video.space_blocks, *self.video.time_blocks, *self.audio.blocks]
+
+    def forward(self, x_v, x_a, sigma, text, mask):
+        """Noisy latents x_v (B, C, L, H, W) and x_a (B, A, S), either may be None, at sigma (B,) -> their velocities, None for None."""
+        give = lambda out, x: preconditioned(out, x, sigma.view(-1, *[1] * (x.dim() - 1))) if self.cfg.precondition else out
+        v_v = v_a = features = None
+        if x_v is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.video.parameters())):
+                out, features = self.video(x_v, sigma, text, mask)
+                v_v = give(out, x_v)
+        if x_a is not None:
+            v_a = give(self.audio(x_a, sigma, text, mask, x_v.shape[2] if x_v is not None else 0, features), x_a)
+        return v_v, v_a

@@ -1,4 +1,4 @@
-"""Sampling: a picture and a sound become a video that moves with the sound.
+"""Sampling: a picture and a sound become a video that moves with the sound; a text becomes both; a video gets a sound.
 
 Latent 0 is the given picture. Every later latent starts as noise and takes `steps` Euler steps down the path of losses.py,
 
@@ -20,8 +20,14 @@ Full and off-sync are the same up to the first audio layer, so those blocks run 
 w_t; in the form of losses.guide they are S - 1. A weight of 0 leaves its branch out. Without a prompt there is no text to
 guide by, and --cfg rests.
 
+**Both at once** (SyncFlow). Two towers on one clock: picture and sound go from noise to clean together, every step in one call
+(`pair`). Adding sound to a GIVEN video needs no training: at every step the video's latents are replaced by the true ones at
+this step's noise level, (1 - s) z + s eps with one eps, and the audio tower sees what it has always seen.
+
     python sample.py --audio assets/hammer.wav --image assets/hammer.png
     python sample.py --audio x.wav --image f.png --prompt "a dog barks" --asg 2 --shift-audio 0.3
+    python sample.py --prompt "a hammer strikes a block three times"
+    python sample.py --video clip.mp4
     python sample.py --bench
 
     B clips · R rows = guidance branches x clips · L latents · C h w latent channels and grid · F frames
@@ -34,21 +40,20 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
-from data import (FPS, NEGATIVE, RATE, BadInput, Parser, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
-                  run_cli, temporary, write_video)
+from data import (FPS, NEGATIVE, RATE, BadInput, Parser, add_sound, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
+                  read_video, run_cli, write_picture, write_sound, write_video)
 from losses import block_noise, double, guide, history, levels, noise_levels, sampling_grid, stages
-from model import MMDiT, MMDiTConfig, text_bytes
-from vae import CausalVideoVAE, VAEConfig
+from model import DualTower, DualTowerConfig, MMDiT, MMDiTConfig, text_bytes
+from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
 
 HERE = Path(__file__).parent
 GOOD = ", hyper quality, Ultra HD, 8K"                                        # Pyramid Flow adds this to every prompt
-VAE_FILE, A2V_FILE = HERE / "weights/vae-toybox.pt", HERE / "weights/a2v-toybox.pt"
+VAE_FILE, A2V_FILE, AUDIO_VAE_FILE, T2AV_FILE = (HERE / f"weights/{name}-toybox.pt" for name in ("vae", "a2v", "audio-vae", "t2av"))
 
 
 def pick_device(name="auto"):
@@ -89,6 +94,22 @@ def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
     if ckpt["vae"] != fingerprint(vae):
         raise BadInput(f"{vae_path}: not the VAE that {path} was trained with; give that one by --{'pretrained' if pretrained else 'vae'}")
     return model.to(device).eval(), vae, ckpt
+
+
+def load_audio_vae(path=AUDIO_VAE_FILE, device="cpu"):
+    ckpt = load_checkpoint(path, "audio-vae", "the toybox audio VAE ships as weights/audio-vae-toybox.pt, or train one: python train.py --task audio-vae")
+    return load_weights(AudioVAE(AudioVAEConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval()
+
+
+def load_t2av(path=T2AV_FILE, vae_path=VAE_FILE, audio_vae_path=AUDIO_VAE_FILE, device="cpu"):
+    """-> the two towers with their averaged weights, the VAEs they were trained with, the checkpoint."""
+    ckpt = load_checkpoint(path, "t2av", "the toybox model ships as weights/t2av-toybox.pt, or train one: python train.py --task t2av")
+    model = load_weights(DualTower(DualTowerConfig(**ckpt["config"])), ckpt["ema"], path)
+    vaes = load_vae(vae_path, device), load_audio_vae(audio_vae_path, device)
+    for flag, name, vae in zip(("vae", "audio-vae"), (vae_path, audio_vae_path), vaes):
+        if ckpt[flag.replace("-", "_")] != fingerprint(vae):
+            raise BadInput(f"{name}: not the {flag} that {path} was trained with; give that one by --{flag}")
+    return model.to(device).eval(), *vaes, ckpt
 
 
 def equip(model, args, captions, device):
@@ -241,6 +262,87 @@ def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar
             yield (video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
+# ------------------------------------------------------------------------------------------------ both streams at once
+
+def pair(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(0,), z_v=None, z_a=None, bar=None):
+    """Generate both streams together -> latents of video (B, *shape_v) and audio (B, *shape_a), normalised; None for a shape of None.
+
+    words, nothing: a text and the null text as `DualTower.read` takes them. cfg: w of SyncFlow eq. 3, which is S itself; 1 = no
+    guidance. z_v (B, *shape_v): the video is given and only its sound is made. z_a (B, A, n): so are the first n audio latents,
+    for a sound that goes on. What is given is replaced at every step by itself at that step's noise level, always with the
+    same noise, so its path is the straight line and ends where it should."""
+    B, device, noise = len(words), next(model.parameters()).device, [torch.Generator().manual_seed(int(s)) for s in seeds]
+    draw = lambda shape: None if shape is None else torch.stack([torch.randn(shape, generator=g) for g in noise]).to(device)
+    eps_v, eps_a = draw(shape_v), draw(shape_a)
+    x_v, x_a, null = eps_v, eps_a, cfg != 1 and nothing is not None
+    text, mask = model.read(words)
+    if null:
+        text, mask = (torch.cat(both) for both in zip((text, mask), model.read(nothing)))
+    twice = lambda x: x if x is None or not null else torch.cat([x, x])
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    for s, s_next in zip(sigmas[:-1], sigmas[1:]):
+        if z_v is not None:
+            x_v = (1 - s) * z_v + s * eps_v
+        if z_a is not None:
+            n = z_a.shape[2]
+            x_a = torch.cat([(1 - s) * z_a + s * eps_a[:, :, :n], x_a[:, :, n:]], 2)
+        made = model(twice(x_v), twice(x_a), torch.full((B * (1 + null),), s, device=device), text, mask)
+        v_v, v_a = (None if v is None else guide(v[:B].float(), (cfg if null else 1, v[B:].float())) for v in made)       # SyncFlow eq. 3
+        x_v, x_a = (None if x is None else x + (s_next - s) * v for x, v in ((x_v, v_v), (x_a, v_a)))
+        if bar is not None:
+            bar.update()
+    return (x_v if z_v is None else z_v), (x_a if z_a is None or x_a is None else torch.cat([z_a, x_a[:, :, z_a.shape[2]:]], 2))
+
+
+def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v=None, seeds=None, bar=None, some=16, **settings):
+    """Captions -> videos uint8 (B, F, H, W, 3) (None if they are given, as normalised latents z_v (B, C, L, h, w), or if the model
+    makes sound alone), waveforms (B, samples) (None without an audio VAE). `settings` go to `pair`; clip i has seed seeds[i]."""
+    device, (h, w), seeds = next(model.parameters()).device, data.sides(size), range(len(captions)) if seeds is None else seeds
+    shape_v = None if model.cfg.blind else (model.cfg.latent, math.ceil((frames - 1) / vae.stride_t) + 1, h // vae.stride, w // vae.stride)
+    samples = audio_vae and round(frames / FPS * audio_vae.cfg.rate)
+    shape_a, videos, waves = audio_vae and (model.cfg.audio_latent, math.ceil(samples / audio_vae.hop)), [], []
+    for i in range(0, len(captions), some):
+        words = text_bytes(captions[i:i + some]).to(device)
+        with torch.no_grad(), cast():
+            x_v, x_a = pair(model, shape_v, shape_a, words, torch.zeros_like(words) if any(captions) else None, seeds=seeds[i:i + some],
+                            z_v=None if z_v is None else z_v[i:i + some], bar=bar, **settings)
+            if audio_vae:
+                waves += list(audio_vae.decode(audio_vae.denormalise(x_a), samples).float().clamp(-1, 1).cpu().numpy())
+            if z_v is None and shape_v:
+                video = vae.decode(vae.denormalise(x_v))[:, :, :frames].float()
+                videos += list((video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy())
+    return np.stack(videos) if videos else None, np.stack(waves) if waves else None
+
+
+def encode_video(vae, frames, device):
+    """uint8 (F, H, W, 3) -> normalised latents (1, C, L, h, w), chunk by chunk; the last frame is held until a latent is full."""
+    frames = np.concatenate([frames, np.repeat(frames[-1:], -(len(frames) - 1) % vae.stride_t, 0)])
+    with torch.no_grad():
+        chunk = lambda a, b: torch.from_numpy(frames[a:b].copy()).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        first, cache, each = chunk(0, 1), {}, 16 * vae.stride_t
+        pieces = [vae.encode(chunk(0, each + 1), first, cache)[0]] + [vae.encode(chunk(a, a + each), first, cache)[0] for a in range(each + 1, len(frames), each)]
+    return vae.normalise(torch.cat(pieces, 2))
+
+
+def dub(model, vae, audio_vae, frames, prompt, cast=nullcontext, window=13, overlap=3, seed=0, bar=None, **settings):
+    """A sound for a video uint8 (F, H, W, 3) of any length -> waveform. The towers see `window` latents at a time, the picture
+    and what follows; the next window begins `overlap` latents before the end of the last, and keeps what sounds there."""
+    device = next(model.parameters()).device
+    z, samples = encode_video(vae, frames, device), round(len(frames) / FPS * audio_vae.cfg.rate)
+    S, made, words, last = math.ceil(samples / audio_vae.hop), None, text_bytes([prompt]).to(device), max(1, z.shape[2] - window + 1)
+    for k, l in enumerate([*range(1, last, window - 1 - overlap), last]):     # the last window ends with the video
+        seen = torch.cat([z[:, :, :1], z[:, :, l:l + window - 1]], 2)         # latent l of the video is the window's latent 1
+        start = round((l - 1) * model.cfg.alpha)                              # the window's first audio latent
+        kept = None if made is None else made[:, :, start:]
+        length = min(S - start, math.ceil((seen.shape[2] - 1) * model.cfg.alpha) + 3)
+        with torch.no_grad(), cast():
+            _, x = pair(model, seen.shape[1:], (model.cfg.audio_latent, length), words, torch.zeros_like(words) if prompt else None,
+                        seeds=[seed + 10 ** 6 * k], z_v=seen, z_a=kept, bar=bar, **settings)
+        made = x if made is None else torch.cat([made[:, :, :start], x.to(made)], 2)
+    with torch.no_grad():
+        return audio_vae.decode_pieces(audio_vae.denormalise(made), samples)[0].clamp(-1, 1).cpu().numpy()
+
+
 def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings):
     """Leave out one block after the other (Syncphony figures 10, 11): what breaks shows what a block is for. The paper saw
     the looks break without early blocks and the motion change without late ones, and so put the audio into the late ones.
@@ -258,10 +360,42 @@ def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings
         strips.append(film_strip(video, wave))
         kind = "double" if i is not None and i < len(model.transformer_blocks) else "single"
         print("whole model" if i is None else f"without block {i:2d} ({kind}-stream): mean |difference| {np.abs(video.astype(float) - whole).mean():6.2f} of 255")
-    part = temporary(path)
-    iio.imwrite(part, np.concatenate(strips))
-    part.replace(path)
+    write_picture(path, np.concatenate(strips))
     print(f"{path}: the whole model, then one strip for every block left out")
+
+
+def both_or_sound(args, device, cast, words):
+    """The command with --prompt alone (picture and sound) or with --video (its sound)."""
+    model, vae, audio_vae, ckpt = load_t2av(args.ckpt or T2AV_FILE, args.vae, args.audio_vae, device)
+    if args.compile:
+        for block in model.layers():
+            block.compile(dynamic=True)
+    size, rate = args.resolution or ckpt["size"], audio_vae.cfg.rate
+    settings = dict(steps=args.steps or 50, cfg=ckpt["guidance"]["cfg"] if args.cfg is None else args.cfg)
+    print(f"{words}\n{Path(args.ckpt or T2AV_FILE).name}: step {ckpt['step']} of stage {ckpt['stage']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
+    if len(args.prompt.encode(errors="replace")) > 96:
+        print("the text encoder reads the first 96 letters of the prompt")
+    given = None if not args.video else read_video(args.video, size)
+    if model.cfg.blind and args.video:
+        raise BadInput(f"--video {args.video}: {args.ckpt} makes sounds from text and sees no video; give a checkpoint trained without --no-video")
+    frames = len(given) if args.video else max(2, round((args.seconds or data.FRAMES / FPS) * FPS))
+    print(f"{frames} frames at {FPS} fps, {'x'.join(map(str, data.sides(size)))}, {settings['steps']} steps, w = {settings['cfg']:g}" + ("" if args.prompt else ", no prompt: no text guidance"))
+    out, suffix = Path(args.out), ".wav" if model.cfg.blind else ".mp4"
+    stem = Path(args.video).stem if args.video else "-".join("".join(c if c.isalnum() else " " for c in args.prompt).split()[:8]) or "sample"
+    for i in range(args.n):
+        start, seed = time.perf_counter(), args.seed + i
+        name = out if out.suffix == suffix else out / f"{stem}{suffix}"
+        name = name.with_stem(f"{name.stem}-{i}") if args.n > 1 else name
+        with tqdm(disable=None, leave=False, unit="step") as bar:
+            if args.video:
+                video, wave = given, dub(model, vae, audio_vae, given, args.prompt, cast, seed=seed, bar=bar, **settings)
+                add_sound(name, args.video, wave, rate)
+            else:
+                video, wave = (None if x is None else x[0] for x in compose(model, vae, audio_vae, [args.prompt], frames, size, cast, seeds=[seed], bar=bar, **settings))
+                write_video(name, video, wave, rate=rate) if video is not None else write_sound(name, wave, rate)
+        if video is not None:
+            write_picture(name.with_suffix(".png"), film_strip(video[:60 * FPS], wave, rate=rate))
+        print(f"{name}{'' if video is None else f' and {name.stem}.png'}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s, seed {seed}")
 
 
 def bench(model, vae, cast):
@@ -307,16 +441,19 @@ def arguments():
     p = Parser(__doc__)
     p.add_argument("--audio", help="the sound: wav, flac, ogg, mp3, m4a or a clip with sound, any rate")
     p.add_argument("--image", help="the first frame: png, jpg, ..., any size (centre crop to a square)")
-    p.add_argument("--prompt", default="", help="what is to be seen, in words; empty is fine")
+    p.add_argument("--prompt", default="", help="what is to be seen, in words; alone: makes picture and sound")
+    p.add_argument("--video", help="a clip that gets a sound; its pictures stay as they are")
     p.add_argument("--asg", type=number(low=0), help="w_a, Audio Sync Guidance; 0 = off (S = 1 + w_a); the checkpoint's own if not given")
-    p.add_argument("--cfg", type=number(low=0), help="w_t, text guidance; 0 = off (S = 1 + w_t); the checkpoint's own if not given")
-    p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
-    p.add_argument("--seconds", type=number(low=.1), help="length of the video; the sound's own if not given")
+    p.add_argument("--cfg", type=number(low=0), help="text guidance: w_t, 0 = off (S = 1 + w_t); of two towers w, 1 = off (S = w); the checkpoint's own if not given")
+    p.add_argument("--steps", type=number(int, 1, 1000), help="Euler steps: 30 per latent, or 50 for two towers")
+    p.add_argument("--seconds", type=number(low=.1), help="length of the video; the sound's own, or 2 s, if not given")
+    p.add_argument("--resolution", type=data.picture_size, help="of two towers: another size than they were trained for")
     p.add_argument("--shift-audio", type=number(), default=0., help="delay the sound by so many seconds: the motion follows")
     p.add_argument("--seed", type=number(int, 0), default=0, help="seed of the noise; clip i uses seed + i")
     p.add_argument("--n", type=number(int, 1, 256), default=1, help="so many versions")
-    p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v")
+    p.add_argument("--ckpt", help="a checkpoint of train.py, of task a2v or t2av; weights/ has one of each")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
+    p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="the audio VAE that two towers were trained with")
     p.add_argument("--pretrained", help="of a model on Pyramid Flow: that folder, with its VAE and text encoders")
     p.add_argument("--hubert", help="of such a model: the HuBERT whose features it hears, a folder or a name on the hub")
     p.add_argument("--tiles", action="store_true", help="of such a model: decode in tiles of 256 pixels, for memory")
@@ -331,18 +468,21 @@ def arguments():
 def main():
     args = arguments().parse_args()
     device, cast, words = pick_device(args.device)
+    if args.video or args.prompt and not (args.audio or args.image or args.bench or args.skip_probe):
+        return both_or_sound(args, device, cast, words)
+    for flag in () if args.bench else ("audio", "image"):
+        if not getattr(args, flag):
+            raise BadInput(f"--{flag} is missing; give both: python sample.py --audio x.wav --image f.png, or --prompt alone, or --video")
+    args.ckpt, args.steps = args.ckpt or str(A2V_FILE), args.steps or 30
     model, vae, ckpt = load_a2v(args.ckpt, args.vae, device, args.pretrained)
     equip(model, args, [args.prompt], device)
     if args.compile and not args.skip_probe:
-        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        for block in model.layers():
             block.compile(dynamic=True)
     if args.bench and model.cfg.context_clock == "shared":
         raise BadInput(f"--bench: measures models of the parallel layout; {args.ckpt} is of Pyramid Flow's, which keeps no context")
     if args.bench:
         return bench(model, vae, cast)
-    for flag in ("audio", "image"):
-        if not getattr(args, flag):
-            raise BadInput(f"--{flag} is missing; give both: python sample.py --audio x.wav --image f.png")
     wave, picture = read_audio(args.audio), read_image(args.image, ckpt["size"])
     delay = round(abs(args.shift_audio) * RATE)
     if delay:
@@ -369,9 +509,7 @@ def main():
                         kept.append(piece[0])
                     yield piece[0]
             write_video(name, pieces(), wave)
-        strip = temporary(name.with_suffix(".png"))
-        iio.imwrite(strip, film_strip(np.concatenate(kept), wave))
-        strip.replace(name.with_suffix(".png"))
+        write_picture(name.with_suffix(".png"), film_strip(np.concatenate(kept), wave))
         print(f"{name} and {name.with_suffix('.png').name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed + i}")
 
 

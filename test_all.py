@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -27,10 +28,12 @@ import losses
 import model as networks
 import sample
 import train
-from model import MMDiT, MMDiTConfig, grid_ids, patchify, rotary, rotate, text_bytes, unpatchify
-from vae import CausalVideoVAE, VAEConfig, vae_loss
+import vae as vae_module
+from model import DualTower, DualTowerConfig, MMDiT, MMDiTConfig, grid_ids, patchify, rotary, rotate, text_bytes, unpatchify
+from vae import AUDIO_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig, vae_loss
 
 HERE = Path(__file__).parent
+HELD_OUT_TESTS = 7 * 10 ** 8                                                 # seeds of clips that nothing was tuned or trained on
 GOLDEN = HERE.parent / "shared/golden"
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="arrays of the original programs are not beside the checkout")
 weights = pytest.mark.skipif(not (HERE / "weights/a2v-toybox.pt").is_file(), reason="no trained weights in this checkout")
@@ -185,7 +188,7 @@ def hearing_layer(net, a, times):
     ids = torch.nn.functional.pad(torch.tensor(times).float()[:, None], (0, 2))
     x = torch.ones(1, n, net.cfg.heads * net.cfg.head_dim).double() * torch.linspace(-1, 1, net.cfg.heads * net.cfg.head_dim).double()
     kv = net.hear(a)[len(net.transformer_blocks)]
-    return layer(x, net.rotary(ids), kv, net.window(ids[:, 0], a.shape[1]))
+    return layer(x, kv, net.rotary(ids), net.window(ids[:, 0], a.shape[1]))
 
 
 def test_audio_outside_the_window_of_a_latent_cannot_change_it():
@@ -1272,7 +1275,7 @@ def test_an_ablation_goes_on_where_it_was_stopped(toy, tmp_path, monkeypatch, ca
     assert cli(cyclesync, *flags) == 0 and [r[0] for r in ran] == ["full-0", "no-motion-aware-loss-0", "no-motion-aware-loss-0", "no-Audio-RoPE-0"]
     assert ran[2][1] == "0" and ran[3][1] == "--no-audio-rope"                # --lambda-motion 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(rows) == {row for row, *_ in cyclesync.ABLATION} and all(len(r["f1_50"]) == 1 for r in rows.values())
+    assert set(rows) == {row for row, *_ in cyclesync.ROWS["syncphony"]} and all(len(r["f1_50"]) == 1 for r in rows.values())
 
 
 # ------------------------------------------------------------------------------------------------ data.py: real clips
@@ -1628,6 +1631,18 @@ def test_hubert_says_what_to_install(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ train.py
 
+def two_processes(*flags):
+    """train.py as torchrun starts it, without waiting for torchrun."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = lambda rank: {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [subprocess.Popen([sys.executable, str(HERE / "train.py"), *map(str, flags)], env=env(rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE) for rank in (0, 1)]
+    for process in both:
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said[-1500:]
+
+
 @pytest.fixture(scope="module")
 def runs(toy, tmp_path_factory):
     """A folder, and a function that trains `tiny` for four steps on 24 clips there with the flags given."""
@@ -1696,9 +1711,7 @@ def test_two_processes_that_share_the_weights_train_as_one_does_and_go_on(pyrami
     assert cli(train, *flags, "--steps", 2, "--accum", 2, "--out", tmp_path / "one") == 0
 
     def shared(out, steps):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py", *flags, "--fsdp", "--steps", steps, "--out", out]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE)
-        assert done.returncode == 0, done.stderr[-1500:]
+        two_processes(*flags, "--fsdp", "--steps", steps, "--out", out)
     shared(tmp_path / "two", 1), shared(tmp_path / "two", 2)
     one, two = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("one", "two"))
     start = MMDiT.from_pretrained(folder / "diffusion_transformer_384p").state_dict()
@@ -1823,10 +1836,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs):
 def test_micro_batches_and_two_processes_see_what_one_process_sees(runs):
     d, run = runs
     assert run("accum", "--accum", 2) == 0
-    flags = [*run.flags, "--out", d / "two", "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py", *flags]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE)
-    assert done.returncode == 0, done.stderr[-800:]
+    two_processes(*run.flags, "--out", d / "two", "--device", "cpu")
     one, two = (torch.load(d / f / "last.pt", weights_only=True)["model"] for f in ("accum", "two"))
     moved = torch.load(d / "whole/last.pt", weights_only=True)["model"]
     distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in a).sqrt()
@@ -1906,6 +1916,388 @@ def test_the_counted_flops_are_those_of_the_matrix_products():
         losses.a2v_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), torch.Generator().manual_seed(0))[0].backward()
     per_token = sum(p.numel() for n, p in net.named_parameters() if p.dim() == 2 and re.search(r"attn|proj|ff|audio\.to_(q|out)", n) and "context" not in n and "add_" not in n)
     assert .85 < counter.get_total_flops() / (6 * per_token * 112) < 1.35
+
+
+# ------------------------------------------------------------------------------------------------ SyncFlow: two towers, the audio VAE
+
+def towers(std=.05, **changes):
+    """Two towers of `tiny`'s kind that run in milliseconds, nothing in them zero."""
+    torch.manual_seed(0)
+    net = DualTower(DualTowerConfig(**{**networks.TOWERS["tiny"], "depth": 2, "width": 32, "heads": 2, "latent": 4, "audio_latent": 3, "text_dim": 16, **changes}))
+    return shaken(net, std)
+
+
+def two_streams(B=2, L=5, S=37, side=4, C=4, A=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    return r(B, C, L, side, side), r(B, A, S), torch.linspace(.3, .7, B, dtype=torch.float64)
+
+
+def test_syncflows_towers_have_open_soras_width_because_sixteen_heads_do_not_divide_1142():
+    with torch.device("meta"):
+        net = DualTower(DualTowerConfig(**networks.TOWERS["syncflow"]))
+    assert 1142 % 16 and net.cfg.width == 1152 and net.cfg.depth == 28 and net.cfg.heads == 16
+    assert len(net.video.space_blocks) == len(net.video.time_blocks) == len(net.audio.blocks) == 28
+    assert net.video.embed.kernel_size == net.video.embed.stride == (1, 2, 2)
+
+
+def test_a_token_of_the_video_tower_is_one_by_two_by_two_of_the_latent():
+    net, z = towers(), two_streams()[0]
+    tokens = net.video.embed(z).flatten(3).permute(0, 2, 3, 1)
+    with torch.no_grad():
+        z[:, :, 1, 2, 3] += 1                                                 # latent 1, row 2, column 3: patch (1, 1)
+    moved = (net.video.embed(z).flatten(3).permute(0, 2, 3, 1) - tokens).abs().amax((0, 3)) > 1e-9
+    assert moved.nonzero().tolist() == [[1, 3]]
+    assert net.video(z, two_streams()[2], *net.read(text_bytes(["a", "b"])))[0].shape == z.shape
+
+
+@pytest.mark.parametrize("axis", ["space", "time"])
+def test_spatial_attention_stays_in_its_frame_and_temporal_attention_at_its_place(axis):
+    block = towers().video.space_blocks[0] if axis == "space" else towers().video.time_blocks[0]
+    x, text, t6 = torch.randn(1, 12, 32, dtype=torch.float64), torch.randn(1, 3, 32, dtype=torch.float64), torch.randn(1, 1, 192, dtype=torch.float64)
+    mask, table = torch.ones(1, 1, 1, 3, dtype=torch.bool), None if axis == "space" else rotary(torch.arange(3)[:, None], (16,))
+    far = x.clone()
+    far[:, 5] += torch.randn(32)                                              # 3 latents of 4 places: latent 1, place 1
+    changed = (block(far, t6, 3, text, mask, table)[0] - block(x, t6, 3, text, mask, table)[0]).abs().amax((0, 2)) > 1e-9
+    assert changed.nonzero().flatten().tolist() == ([4, 5, 6, 7] if axis == "space" else [1, 5, 9])
+
+
+def test_text_reaches_the_video_in_both_kinds_of_block_and_its_padding_does_not():
+    net, (x_v, x_a, sigma) = towers(), two_streams()
+    text, mask = net.read(text_bytes(["a ball drops onto the floor", "a hammer"]))
+    before = net(x_v, None, sigma, text, mask)[0]
+    assert mask.sum(1).tolist() == [4, 1] and net.read(text_bytes([""]))[1].sum() == 1
+    noisy = text + torch.randn_like(text) * (mask == 0)[..., None]
+    assert torch.equal(net(x_v, None, sigma, noisy, mask)[0], before)
+    for blocks in (net.video.space_blocks, net.video.time_blocks):
+        forwards = [b.cross.forward for b in blocks]
+        for b in blocks:
+            b.cross.forward = lambda x, *a, **k: torch.zeros_like(x)
+        assert not torch.allclose(net(x_v, None, sigma, text, mask)[0], before)
+        for b, f in zip(blocks, forwards):
+            b.cross.forward = f
+
+
+def test_the_video_never_hears_and_the_audio_sees():
+    net, (x_v, x_a, sigma) = towers(), two_streams()
+    said = net.read(text_bytes(["a", "b"]))
+    v_v, v_a = net(x_v, x_a, sigma, *said)
+    again_v, other_a = net(x_v, two_streams(seed=1)[1], sigma, *said)
+    assert torch.equal(v_v, again_v) and not torch.allclose(v_a, other_a)
+    assert not torch.allclose(net(two_streams(seed=1)[0], x_a, sigma, *said)[1], v_a)
+    assert torch.equal(net(x_v, None, sigma, *said)[0], v_v) and net(x_v, None, sigma, *said)[1] is None
+
+
+def test_layer_l_of_the_audio_looks_at_the_temporal_attention_of_layer_l_and_at_nothing_above():
+    """SyncFlow: F_l, the output of the temporal attention of layer l, conditions layer l."""
+    net, (x_v, x_a, sigma) = towers(depth=3), two_streams()
+    told, (_, features) = net.read(text_bytes(["a", "b"])), net.video(x_v, sigma, *net.read(text_bytes(["a", "b"])))
+    block, a = net.audio.blocks[1], net.audio.embed(x_a.transpose(1, 2))
+    turn = lambda t: rotary(t[:, None], (16,), 4.)
+    out = block(a, net.audio.clock(1000 * sigma[:, None]), None, turn(torch.arange(37.)), features[1], turn(torch.arange(5.).repeat_interleave(4)))
+    grads = torch.autograd.grad(out.square().sum(), [net.video.time_blocks[l].attn.to_q.weight for l in range(3)], retain_graph=True, allow_unused=True)
+    assert grads[0].abs().sum() > 0 and grads[1].abs().sum() > 0 and grads[2] is None
+    feed = torch.autograd.grad(features[1].square().sum(), [net.video.time_blocks[l].mlp.net[2].weight for l in (0, 1)], allow_unused=True)
+    assert feed[0] is not None and feed[1] is None                            # after attention, before the layer's MLP
+    tapped, forward = [], net.audio.forward
+    net.audio.forward = lambda *a: tapped.append(a[5]) or forward(*a)
+    net(x_v, x_a, sigma, *told)
+    assert len(tapped[0]) == 3 and torch.equal(tapped[0][1], features[1])
+
+
+def test_the_adaptor_is_attention_norm_linear_and_can_be_left_out():
+    with_it, without = towers(), towers(adaptor=False)
+    adaptor, x = with_it.audio.blocks[0].adaptor, torch.randn(2, 20, 32, dtype=torch.float64)
+    inside = []
+    adaptor.linear.register_forward_hook(lambda m, given, out: inside.append(given[0]))
+    adaptor(x, rotary(torch.arange(5).repeat_interleave(4)[:, None], (16,)))
+    normed = (inside[0] - adaptor.norm.bias) / adaptor.norm.weight
+    assert normed.mean(-1).abs().max() < 1e-6 and (normed.var(-1, correction=0) - 1).abs().max() < 1e-3
+    count = lambda net: sum(p.numel() for p in net.audio.parameters())
+    assert without.audio.blocks[0].adaptor is None and count(without) < count(with_it)
+    x_v, x_a, sigma = two_streams()
+    assert without(x_v, x_a, sigma, *without.read(text_bytes(["a", "b"])))[1].isfinite().all()
+
+
+def test_the_audio_tower_is_told_the_noise_level_by_a_token_beside_the_video():
+    net, (x_v, x_a, sigma) = towers(precondition=False), two_streams()
+    said = net.read(text_bytes(["a", "b"]))
+    _, features = net.video(x_v, sigma, *said)
+    early, late = (net.audio(x_a, torch.full_like(sigma, s), *said, 5, features) for s in (.9, .1))
+    assert not torch.allclose(early, late)
+
+
+def test_sound_and_picture_share_one_clock_in_latent_units_and_without_it_order_is_lost():
+    """Audio latent i stands at (i + 0.5)/alpha - 0.5. Video that moves by one latent while the sound moves by alpha changes nothing;
+    and with positions off, the order of the latents cannot be seen at all."""
+    net = towers(adaptor=False, alpha=4., depth=1, precondition=False)
+    block, D = net.audio.blocks[0], 32
+    seen, a = torch.randn(1, 6, D, dtype=torch.float64), torch.randn(1, 9, D, dtype=torch.float64)
+    turn = lambda t: rotary(t[:, None], (16,), 4.)
+    kv = lambda shift: block.cross.keys_values(seen, turn(torch.arange(6.) + shift))
+    see = lambda shift: block.cross(a, kv(shift), turn((torch.arange(9.) + .5) / 4 - .5 + shift))
+    assert torch.allclose(see(0.), see(1.), atol=1e-6)
+    mixed = torch.randperm(6)
+    blind = block.cross(a, block.cross.keys_values(seen))
+    assert torch.allclose(block.cross(a, block.cross.keys_values(seen[:, mixed])), blind)
+    assert not torch.allclose(block.cross(a, block.cross.keys_values(seen[:, mixed], turn(torch.arange(6.))), turn(torch.arange(9.) / 4)), see(0.), atol=1e-4)
+    net, (x_v, x_a, sigma) = towers(), two_streams()
+    off = towers(xrope=False)
+    off.load_state_dict(net.state_dict())
+    said = net.read(text_bytes(["a", "b"]))
+    assert not torch.allclose(net(x_v, x_a, sigma, *said)[1], off(x_v, x_a, sigma, *said)[1])
+
+
+@pytest.mark.parametrize("side", [2, 8])
+def test_the_same_weights_make_half_and_double_the_resolution(side):
+    net, (x_v, x_a, sigma) = towers(), two_streams(side=side)
+    v_v, v_a = net(x_v, x_a, sigma, *net.read(text_bytes(["a", "b"])))
+    assert v_v.shape == x_v.shape and v_a.shape == x_a.shape
+    sizes = {p.shape for p in net.parameters()}
+    assert sizes == {p.shape for p in towers(grid=7).parameters()}
+
+
+def test_text_alone_makes_sound_where_there_is_no_video():
+    net, (_, x_a, sigma) = towers(blind=True), two_streams()
+    made = [net(None, x_a, sigma, *net.read(text_bytes([c, "b"]))) for c in ("a ball", "a hammer")]
+    assert made[0][0] is None and not torch.allclose(made[0][1][0], made[1][1][0]) and torch.allclose(made[0][1][1], made[1][1][1])
+
+
+@golden
+def test_minibatch_optimal_transport_is_the_exact_assignment():
+    z = np.load(GOLDEN / "ot.npz")
+    for case in ("b8_4x3x5", "b32_16", "b32_4x4x8"):
+        noise, clips = torch.from_numpy(z[f"{case}/x0"]), torch.from_numpy(z[f"{case}/x1"])
+        order = losses.couple(noise, clips)
+        assert order.tolist() == z[f"{case}/inv_perm"].tolist()
+        assert (noise[order] - clips).flatten(1).double().square().sum().item() == pytest.approx(float(z[f"{case}/total_cost"]), rel=1e-6)
+
+
+def test_the_coupling_permutes_the_noise_alone_by_one_order_for_both_streams(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    noise, clips = [torch.randn(8, 3, generator=g), torch.randn(8, 5, generator=g)], [torch.randn(8, 3, generator=g), torch.randn(8, 5, generator=g)]
+    order = losses.couple(noise, clips)
+    cost = lambda o: sum((e[o] - z).square().mean(1).sum() for e, z in zip(noise, clips))
+    assert sorted(order.tolist()) == list(range(8)) and cost(order) < cost(torch.arange(8))
+    net, (z_v, z_a, _) = towers(), two_streams(B=4)
+    fed = []
+    monkeypatch.setattr(net, "forward", lambda x_v, x_a, sigma, text, mask: (fed.append((x_v, x_a, sigma, text)), (torch.zeros_like(x_v), torch.zeros_like(x_a)))[1])
+    words = text_bytes(["a", "b", "c", "d"])
+    for ot in (False, True):
+        losses.t2av_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), ot=ot)
+    noises = [[(x - (1 - s.view(-1, *[1] * (x.dim() - 1))) * z) / s.view(-1, *[1] * (x.dim() - 1)) for x, z in zip(f[:2], (z_v, z_a))] for f in fed for s in [f[2]]]
+    same = [(a[:, None].flatten(2) - b[None].flatten(2)).abs().amax(2) < 1e-4 for a, b in zip(*noises)]              # which noise went where
+    assert torch.equal(same[0], same[1]) and same[0].sum() == 4 and torch.equal(fed[0][3], fed[1][3]) and torch.equal(fed[0][2], fed[1][2])
+
+
+def test_both_streams_are_trained_on_one_clock_with_equal_weight():
+    net, (z_v, z_a, _) = towers(), two_streams()
+    words, seen = text_bytes(["a", "b"]), []
+    forward = net.forward
+    net.forward = lambda x_v, x_a, sigma, *said: seen.append((x_v, x_a, sigma)) or forward(x_v, x_a, sigma, *said)
+    loss, report = losses.t2av_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(report.sum().item()) and seen[0][2].shape == (2,)
+    g = torch.Generator().manual_seed(0)
+    sigma, eps_v, eps_a = torch.rand(2, generator=g), torch.randn(z_v.shape, generator=g), torch.randn(z_a.shape, generator=g)
+    assert torch.equal(seen[0][2], sigma) and torch.allclose(seen[0][1], (1 - sigma.view(2, 1, 1)) * z_a + sigma.view(2, 1, 1) * eps_a)
+    v_a = forward(*seen[0], *net.read(words))[1]
+    assert report[1].item() == pytest.approx((v_a - (eps_a - z_a)).square().mean().item(), rel=1e-5)
+
+
+def test_stage_two_leaves_the_video_tower_as_it_is_and_builds_no_graph_for_it(towers_on_disk, tmp_path):
+    d, run = towers_on_disk
+    parts = {stage: torch.load(d / f"t2av/{stage}/last.pt", weights_only=True) for stage in ("video", "audio", "joint")}
+    moved = lambda a, b, part: any(not torch.equal(parts[a]["model"][k], parts[b]["model"][k]) for k in parts[a]["model"] if k.startswith(part))
+    start = parts["video"]["ema"] | {k: v for k, v in parts["video"]["model"].items() if k.startswith("audio.")}
+    kept = lambda k: torch.equal(parts["audio"]["model"][k], start[k].half().float())
+    assert all(kept(k) for k in start if not k.startswith("audio.")) and not all(kept(k) for k in start if k.startswith("audio."))
+    assert moved("audio", "joint", "video.") and moved("audio", "joint", "audio.")
+    assert run("one", "--stage", "video", "--steps", 1) == 0                  # stage 1 moves the video tower alone
+    one = torch.load(d / "one/last.pt", weights_only=True)["model"]
+    same = {k for k, v in parts["video"]["model"].items() if torch.equal(v, one[k])}
+    assert {k for k in one if k.startswith("audio.")} <= same and not any("_blocks" in k for k in same if not k.startswith("audio."))
+    net, (z_v, z_a, _) = towers(), two_streams()
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith("audio."))
+    seen, video = [], net.video.forward
+    net.video.forward = lambda *a: seen.append(video(*a)) or seen[-1]
+    losses.t2av_loss(net, z_v, z_a, text_bytes(["a", "b"]), torch.Generator().manual_seed(0), "audio")[0].backward()
+    assert not any(t.requires_grad for t in (seen[0][0], *seen[0][1])) and all(p.grad is None for p in net.video.parameters())
+
+
+def test_video_to_audio_feeds_the_true_latents_at_each_steps_noise_level_and_keeps_them():
+    """SyncFlow section 5: at every step the video is replaced by its noised truth; with one noise its path is the straight line."""
+    net, z_v = towers().float(), two_streams()[0].float()
+    fed, forward = [], net.forward
+    net.forward = lambda x_v, x_a, sigma, *said: fed.append((x_v[:2], sigma[0].item())) or forward(x_v, x_a, sigma, *said)
+    words = text_bytes(["a ball", "a hammer"])
+    out_v, out_a = sample.pair(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), z_v=z_v)
+    assert torch.equal(out_v, z_v) and [s for _, s in fed] == [1., .75, .5, .25]
+    eps = fed[0][0]
+    assert all(torch.allclose(x, (1 - s) * z_v + s * eps, atol=1e-6) for x, s in fed)
+    other = sample.pair(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), z_v=z_v + 1)[1]
+    assert not torch.allclose(out_a, other)
+
+
+def test_guidance_of_two_towers_is_equation_three_on_both_streams():
+    """v = v_unc + w (v_cond - v_unc); w = 1 is the conditional, w = 0 the unconditional model, and 1 costs one row."""
+    net, (x_v, x_a, _) = towers().float(), two_streams(B=1)
+    words, nothing, rows = text_bytes(["a ball"]), text_bytes([""]), []
+    forward = net.forward
+    net.forward = lambda x_v, *a: rows.append(len(x_v)) or forward(x_v, *a)
+    go = lambda w: sample.pair(net, x_v.shape[1:], x_a.shape[1:], words, nothing, steps=1, cfg=w)
+    with torch.no_grad():
+        eps, v = sample.pair(net, x_v.shape[1:], x_a.shape[1:], words, None, steps=1, cfg=3.), {w: go(w) for w in (0., 1., 6.)}
+    assert rows == [1, 2, 1, 2] and torch.allclose(eps[1], v[1.][1])          # no null text: no guidance
+    for i in (0, 1):
+        assert torch.allclose(v[6.][i], v[0.][i] + 6 * (v[1.][i] - v[0.][i]), atol=1e-5)
+
+
+def test_a_long_video_gets_its_sound_in_windows_that_keep_what_sounds_already():
+    net, calls = towers().float(), []
+    vae = SimpleNamespace(cfg=SimpleNamespace(rate=16000, latent=3), hop=320, denormalise=lambda z: z, decode_pieces=lambda z, n: calls.append(z) or torch.zeros(1, n))
+    frames = np.random.default_rng(0).integers(0, 255, (24 * 6 + 1, 32, 32, 3), dtype=np.uint8)
+    pair, seen = sample.pair, []
+
+    def spy(model, shape_v, shape_a, *a, z_v, z_a, **k):
+        seen.append((z_v, z_a, pair(model, shape_v, shape_a, *a, z_v=z_v, z_a=z_a, **k)[1]))
+        return z_v, seen[-1][2]
+    video = SimpleNamespace(stride_t=4, encode=lambda x, first, cache: (x[:, :1].mean((1, 3, 4))[:, None, ::4, None, None].repeat(1, 4, 1, 4, 4),), normalise=lambda z: z)
+    sample.pair, wave = spy, None
+    try:
+        wave = sample.dub(net, video, vae, frames, "", steps=1, cfg=1.)
+    finally:
+        sample.pair = pair
+    assert len(wave) == round(145 / 24 * 16000) and calls[0].shape == (1, 3, -(-len(wave) // 320)) and len(seen) == 4
+    assert all(z.shape[2] == 13 and torch.equal(z[:, :, 0], seen[0][0][:, :, 0]) for z, _, _ in seen)                  # the picture and 12 latents
+    for (_, _, before), (_, kept, after) in zip(seen, seen[1:]):
+        assert torch.equal(after[:, :, :kept.shape[2]], kept) and kept.shape[2] >= 25
+
+
+def little_audio_vae(**changes):
+    torch.manual_seed(0)
+    return AudioVAE(AudioVAEConfig(**{**AUDIO_SIZES["tiny"], "width": 4, "latent": 3, **changes})).double()
+
+
+def test_the_audio_vae_makes_fifty_latents_a_second_and_sounds_of_exact_length():
+    """SyncFlow: 48 kHz, hop 960; two seconds are 100 latents."""
+    assert np.prod(AudioVAEConfig().ratios) == 960 and AudioVAEConfig().rate == 48000
+    vae = AudioVAE(AudioVAEConfig(width=2, latent=3))
+    assert vae.encode(torch.zeros(1, 96000))[0].shape == (1, 3, 100) and vae.decode(torch.zeros(1, 3, 100)).shape == (1, 96000)
+    for n in (1, 319, 320, 321, 32667):
+        mean, logvar = little_audio_vae().encode(torch.zeros(1, n).double())
+        assert mean.shape == logvar.shape == (1, 3, -(-n // 320)) and little_audio_vae().decode(mean, n).shape == (1, n)
+
+
+def test_a_long_sound_is_decoded_in_pieces_as_it_is_whole():
+    vae, z = little_audio_vae(), torch.randn(1, 3, 130, dtype=torch.float64)
+    assert torch.allclose(vae.decode(z, 41000), vae.decode_pieces(z, 41000, piece=40), atol=1e-12)
+
+
+def test_the_price_of_audio_latents_is_zero_for_nothing_and_positive_otherwise(monkeypatch):
+    vae, wave, noise = little_audio_vae(), torch.randn(2, 6400).double() * .1, torch.zeros(2, 3, 20).double()
+    price = lambda mean, logvar: (monkeypatch.setattr(vae, "encode", lambda x: (mean, logvar)), vae_module.audio_vae_loss(vae, wave, noise)[1][2].item())[1]
+    zero = torch.zeros(2, 3, 20).double()
+    assert price(zero, zero) == 0 and price(zero + 1, zero) == pytest.approx(1.5) and price(zero, zero - 2) > 0
+    assert vae_module.spectral_error(wave, wave) == 0 and vae_module.spectral_error(wave.roll(400, 1), wave) > .1
+
+
+def test_the_critic_learns_from_detached_sounds_and_the_decoder_from_a_frozen_critic():
+    critic, made, true = vae_module.Critic((64, 128), 4), (torch.randn(2, 1600) * .1).requires_grad_(), torch.randn(2, 1600) * .1
+    critic.losses(made, true, 0.).backward()
+    assert made.grad.abs().sum() == 0 and all(p.grad.abs().sum() > 0 for p in critic.parameters() if p.dim() > 1)
+    mine = [p.grad.clone() for p in critic.parameters()]
+    critic.zero_grad(), made.grad.zero_()
+    critic.losses(made, true, 1.).backward()
+    assert made.grad.abs().sum() > 0 and all(torch.allclose(p.grad, g) for p, g in zip(critic.parameters(), mine))
+
+
+def test_the_audio_vae_learns_with_and_without_its_critic():
+    torch.manual_seed(0)
+    vae, wave = AudioVAE(AudioVAEConfig(**{**AUDIO_SIZES["tiny"], "width": 4, "latent": 8})), torch.from_numpy(data.toybox_clip(3, video=False)["audio"][None, :16000])
+    for critic in (None, vae_module.Critic((256,), 4)):
+        adam, noise = torch.optim.Adam([*vae.parameters(), *(critic.parameters() if critic else [])], 3e-3), torch.zeros(1, 8, 50)
+        for i in range(30):
+            loss, report = vae_module.audio_vae_loss(vae, wave, noise, 1e-4, critic, .1 if critic else 0.)
+            first = report[1].item() if critic is None and i == 0 else first
+            adam.zero_grad(), loss.backward(), adam.step()
+    assert report[1] < .7 * first
+
+
+def test_what_is_heard_in_the_toybox_is_what_happens_and_noise_and_hums_are_not():
+    clips = [data.toybox_clip(HELD_OUT_TESTS + i, video=False) for i in range(60)]
+    heard = [cyclesync.heard_events(c["audio"]) for c in clips]
+    assert cyclesync.event_scores([c["events"] for c in clips], heard)["f1_50"] > .97
+
+
+def test_a_scene_is_found_again_from_its_first_frame():
+    clips = [data.toybox_clip(HELD_OUT_TESTS + i, 32, kind=k) for i, k in enumerate(data.KINDS)]
+    reads = [cyclesync.read_clip_events(c["video"], dict(kind=c["kind"], scene=cyclesync.fit_scene(c["video"][0], c["kind"]))) for c in clips]
+    s = cyclesync.event_scores([c["events"] for c in clips], [r[0] for r in reads], [r[1] for r in reads])
+    assert s["f1_50"] > .95 and s["residual"] < .2
+    wrong = cyclesync.fit_scene(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8), "ball")
+    assert len(cyclesync.read_clip_events(np.random.default_rng(1).integers(0, 255, (49, 32, 32, 3), dtype=np.uint8), dict(kind="ball", scene=wrong))[0]) == 0
+
+
+@pytest.fixture(scope="module")
+def towers_on_disk(toy, tmp_path_factory):
+    """An untrained audio VAE, and all three stages of two towers, two steps each, 32 px."""
+    d = tmp_path_factory.mktemp("towers")
+    vae = little_audio_vae().float().eval()
+    data.save_checkpoint(d / "audio-vae.pt", task="audio-vae", config=asdict(vae.cfg), ema={k: v.half() for k, v in vae.state_dict().items()}, step=0)
+    networks.TOWERS["little"] = {**networks.TOWERS["tiny"], "depth": 1, "width": 32, "heads": 2, "audio_latent": 3, "text_dim": 16}
+    flags = ["--task", "t2av", "--size", "little", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--resolution", 32, "--clips", 24, "--steps", 2, "--batch-size", 4,
+             "--eval-clips", 2, "--log-every", 1, "--warmup", 1, "--data-root", d / "data"]
+
+    def run(out, *more):
+        return cli(train, *flags, "--out", d / out, *more)
+    assert run("t2av") == 0
+    return d, run
+
+
+def test_one_command_trains_the_three_stages_and_each_begins_where_the_last_one_ended(towers_on_disk):
+    d, run = towers_on_disk
+    stages = [torch.load(d / f"t2av/{stage}/best.pt", weights_only=True) for stage in ("video", "audio", "joint")]
+    assert [s["stage"] for s in stages] == ["video", "audio", "joint"] and [Path(s["args"]["init"]).parent.name for s in stages[1:]] == ["video", "audio"]
+    assert stages[0]["args"]["init"] is None and run("odd", "--stage", "audio", "--init", d / "audio-vae.pt") == 2
+
+
+def test_two_towers_resume_bit_for_bit(towers_on_disk):
+    d, run = towers_on_disk
+    assert run("half", "--stage", "joint", "--steps", 4, "--save-every", 2) == 0
+    whole = torch.load(d / "half/last.pt", weights_only=True)
+    assert run("rest", "--stage", "joint", "--steps", 2) == 0 and run("rest", "--stage", "joint", "--steps", 4) == 0
+    again = torch.load(d / "rest/last.pt", weights_only=True)
+    first = torch.load(d / "t2av/joint/last.pt", weights_only=True)
+    assert whole["step"] == again["step"] == 4 and first["step"] == 2
+
+
+def test_sampling_from_text_and_for_a_video_writes_sound_and_keeps_the_pictures(towers_on_disk, toy, tmp_path, capsys):
+    d, _ = towers_on_disk
+    flags = ["--ckpt", d / "t2av/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--steps", 2]
+    assert cli(sample, *flags, "--prompt", "a hammer strikes a block three times", "--out", tmp_path) == 0
+    made = tmp_path / "a-hammer-strikes-a-block-three-times.mp4"
+    frames, wave = data.read_video(made, 32), data.read_audio(made)
+    assert len(frames) == 49 and abs(len(wave) / 16000 - 49 / 24) < .05 and made.with_suffix(".png").is_file()
+    assert cli(sample, *flags, "--prompt", "x" * 10000, "--resolution", 64, "--out", tmp_path / "long.mp4") == 0 and "first 96 letters" in capsys.readouterr().out
+    assert data.read_video(tmp_path / "long.mp4", 64).shape == (49, 64, 64, 3)
+    data.write_video(tmp_path / "mute.mp4", np.random.default_rng(0).integers(0, 255, (60, 90, 120, 3), dtype=np.uint8), None)
+    assert cli(sample, *flags, "--video", tmp_path / "mute.mp4", "--out", tmp_path / "dubbed.mp4") == 0
+    before, after = (iio.imread(tmp_path / name, plugin="FFMPEG") for name in ("mute.mp4", "dubbed.mp4"))
+    assert np.array_equal(before, after) and abs(len(data.read_audio(tmp_path / "dubbed.mp4")) / 16000 - 2.5) < .05
+    (tmp_path / "not.mp4").write_text("no video")
+    for bad, words in ((["--video", tmp_path / "none.mp4"], "no such video"), (["--video", tmp_path / "not.mp4"], "not.mp4"), (["--prompt", ""], "--prompt alone")):
+        capsys.readouterr()
+        assert cli(sample, *flags, *bad) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_two_towers_are_scored_by_what_is_seen_and_what_is_heard(towers_on_disk, toy, tmp_path, capsys):
+    d, _ = towers_on_disk
+    assert cli(cyclesync, "--ckpt", d / "t2av/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--clips", 6, "--steps", 1, "--out", tmp_path) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"ground_truth", "vae", "v2a", "t2av", "t2av_6"} <= set(result) and result["ground_truth"]["onsets_f1_50"] > .9 and result["ground_truth"]["agreement_f1_50"] > .9
+    assert result["ground_truth"]["agreement_shuffled"] < .6 and "onsets_f1_50" not in result["t2av"] and (tmp_path / "v2a.png").is_file()
 
 
 # ------------------------------------------------------------------------------------------------ README.md and weights/

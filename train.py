@@ -19,6 +19,7 @@ part in every step, and when the audio layers are skipped some do not.
 **On top of Pyramid Flow** (--pretrained) the same loop trains Syncphony's audio layers and the blocks they sit in; README.md,
 "Reproduce Syncphony", has the commands.
 """
+import argparse
 import csv
 import json
 import math
@@ -33,7 +34,6 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -45,15 +45,52 @@ from tqdm import tqdm
 import data
 import model as networks
 import vae as autoencoders
-from cyclesync import HELD_OUT, generate, reconstruct, score_toybox
+from cyclesync import HELD_OUT, event_scores, generate, heard_events, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
-from losses import BUCKETS, a2v_loss, pyramid_loss
-from sample import VAE_FILE, fingerprint, load_vae, pick_device
+from losses import BUCKETS, a2v_loss, pyramid_loss, t2av_loss
+from sample import AUDIO_VAE_FILE, VAE_FILE, compose, fingerprint, load_audio_vae, load_vae, pick_device
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
 
 
 # ------------------------------------------------------------------------------------------------ tasks
+
+def first_prepares(world, make):
+    """Of several processes the first one makes what all of them read."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        dist.barrier()
+    made = make()
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return made
+
+
+def samples_of(cache, args, step, rows):
+    """Samples number `rows` of step `step` -> their windows in the cache, a generator each. Every clip comes once per epoch, in an
+    order drawn from (seed, epoch); which of its windows, and all else about it, is drawn from (seed, number of the sample)."""
+    clips, spots = cache["clips"], step * args.batch_size + np.asarray(rows)  # positions in the endless stream of samples
+    n, draws = len(clips), [np.random.default_rng([args.seed, 1, int(s)]) for s in spots]
+    orders = {e: np.random.default_rng([args.seed, int(e)]).permutation(n) for e in np.unique(spots // n)}
+    return np.array([r.choice(clips[orders[s // n][s % n]]) for s, r in zip(spots, draws)]), draws
+
+
+def drop_text(captions, draws, share):
+    return ["" if r.random() < share else c for c, r in zip(captions, draws)]  # '' is the null text
+
+
+class Painter:
+    """Draws samples in a thread, a few steps ahead of where they are needed."""
+
+    def __init__(self, draw, last, ahead=4):
+        self.draw, self.last, self.ahead, self.pool, self.queue = draw, last, ahead, ThreadPoolExecutor(1), {}
+
+    def __call__(self, step, rows):
+        for s in range(step, min(step + self.ahead, max(self.last, step + 1))):
+            if (s, *rows) not in self.queue:
+                self.queue[s, *rows] = self.pool.submit(lambda s: np.stack([self.draw(s, r) for r in rows]), s)
+        return torch.from_numpy(self.queue.pop((step, *rows)).result())
+
 
 class A2V:
     """Syncphony: cached latents, sounds and captions -> velocity loss, in the parallel layout or in Pyramid Flow's."""
@@ -65,15 +102,14 @@ class A2V:
         hear = (lambda wave: ears()(wave)) if args.hubert else None
         cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast,
                                                     args.clips, hear, say=print if rank == 0 else lambda _: None)
-        if rank > 0:
-            dist.barrier()                                                    # of several processes the first one prepares
-        self.cache, self.test = cached("train"), None if self.toybox else cached("test")
-        if args.pretrained:
-            self.prompts = {}
-            for prepared in (self.cache, self.test):
-                self.prompts.update(data.cached_prompts(prepared["folder"], prepared["captions"], args.pretrained, device))
-        if rank == 0 and world > 1:
-            dist.barrier()
+
+        def make():
+            caches, prompts = [cached(split) for split in (("train",) if self.toybox else ("train", "test"))], {}
+            for prepared in caches if args.pretrained else []:
+                prompts.update(data.cached_prompts(prepared["folder"], prepared["captions"], args.pretrained, device))
+            return caches, prompts
+        (self.cache, *self.test), self.prompts = first_prepares(world, make)
+        self.test = self.test[0] if self.test else None
         self.net = self.published(args, cast) if args.pretrained else self.fresh(args)
         self.config = self.net.cfg
 
@@ -101,13 +137,7 @@ class A2V:
         return net
 
     def batch(self, step, rows):
-        """Samples number `rows` of step `step`: every clip once per epoch, in an order drawn from (seed, epoch); which of its
-        windows, and which sample of the VAE's posterior, is drawn from (seed, number of the sample)."""
-        clips, B = self.cache["clips"], self.args.batch_size
-        n, spots = len(clips), step * B + np.asarray(rows)                    # positions in the endless stream of samples
-        orders = {e: np.random.default_rng([self.args.seed, int(e)]).permutation(n) for e in np.unique(spots // n)}
-        draws = [np.random.default_rng([self.args.seed, 1, int(s)]) for s in spots]
-        index = np.array([r.choice(clips[orders[s // n][s % n]]) for s, r in zip(spots, draws)])
+        index, draws = samples_of(self.cache, self.args, step, rows)          # which sample of the VAE's posterior is drawn likewise
         deaf = np.random.default_rng([self.args.seed, 2, step]).random() < self.args.skip_audio      # in all processes alike
         return *self.windows(self.cache, index, draws), rows, deaf
 
@@ -118,8 +148,8 @@ class A2V:
         if draws and not self.vae.cfg.reference:
             z = z + (logvar / 2).exp() * torch.from_numpy(np.stack([r.standard_normal(z.shape[1:], np.float32) for r in draws]))
         captions = [cache["captions"][i] for i in index]
-        if draws:                                                             # '' is the null text
-            captions = ["" if r.random() < self.args.drop_text else c for c, r in zip(captions, draws)]
+        if draws:
+            captions = drop_text(captions, draws, self.args.drop_text)
         if self.args.pretrained:
             words = tuple(torch.stack(column).to(self.device) for column in zip(*(self.prompts[c] for c in captions)))
         else:
@@ -182,15 +212,10 @@ class VAE:
             self.net = load_vae(args.tune_decoder).train()                    # them stays valid, and looks can still improve
             for name, p in self.net.named_parameters():
                 p.requires_grad_(not name.startswith(("encoder", "quant_conv")))
-        self.painter, self.queue = ThreadPoolExecutor(1), {}
+        self.paint = Painter(lambda s, r: data.toybox_windows([args.seed, s * args.batch_size + r], args.resolution), args.steps)
 
     def batch(self, step, rows):
-        B, ahead = self.args.batch_size, 4                                    # a thread draws a few steps ahead
-        draw = lambda s: np.stack([data.toybox_windows([self.args.seed, s * B + r], self.args.resolution) for r in rows])
-        for s in range(step, min(step + ahead, self.args.steps)):
-            if (s, *rows) not in self.queue:
-                self.queue[s, *rows] = self.painter.submit(draw, s)
-        videos = torch.from_numpy(self.queue.pop((step, *rows)).result())                             # (B, 2, F, H, W, 3)
+        videos = self.paint(step, rows)                                       # (B, 2, F, H, W, 3)
         return (videos.to(self.device).permute(1, 0, 5, 2, 3, 4).float() / 127.5 - 1).unbind(0)
 
     def loss(self, net, batch, g):
@@ -210,8 +235,21 @@ class VAE:
         videos = reconstruct(net, clips, cast)
         return *toybox_line("reconstruction", videos, clips), videos
 
+    def settle(self, net):
+        """The normalisation, measured: shift and scale that give latent 0 and the later latents unit variance."""
+        clips = [data.toybox_clip(HELD_OUT // 2 + i, self.args.resolution)["video"] for i in range(64)]
+        with torch.no_grad():
+            z = torch.cat([net.encode(torch.from_numpy(c)[None].to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)[0] for c in clips])
+        for name, part in (("image", z[:, :, :1]), ("video", z[:, :, 1:])):
+            setattr(net.cfg, f"shift_{name}", part.mean().item()), setattr(net.cfg, f"scale_{name}", 1 / part.std().item())
+        tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis(z[:, :, 1:]):.1f} (3 = Gaussian)")
+
     def extra(self):
         return {}
+
+
+def kurtosis(z):
+    return ((z - z.mean()) / z.std()).pow(4).mean().item()
 
 
 def toybox_held_out(args, n):
@@ -226,7 +264,141 @@ def toybox_line(words, videos, clips):
                 s["f1_100"] - (s["residual"] if np.isfinite(s["residual"]) else 1))
 
 
-TASKS = {"a2v": A2V, "vae": VAE}
+class AudioVAE:
+    """Stretches of one second of sound -> reconstruction. From the toybox every sound is a new one; real ones are read as they are."""
+
+    def __init__(self, args, device, cast, world):
+        if args.size not in autoencoders.AUDIO_SIZES:
+            raise BadInput(f"--size {args.size}: the audio VAE is {' or '.join(autoencoders.AUDIO_SIZES)}")
+        self.args, self.device, self.net = args, device, torch.nn.Module()
+        self.config = autoencoders.AudioVAEConfig(**autoencoders.AUDIO_SIZES[args.size])
+        if args.data == "toybox" and self.config.rate != data.RATE:
+            raise BadInput(f"--size {args.size}: codes sounds of {self.config.rate} Hz, the toybox has {data.RATE}; give recordings by --data")
+        self.net = autoencoders.AudioVAE(self.config)
+        if args.adversarial:                                                  # trained along, kept in last.pt, of no use afterwards
+            self.net.critic = autoencoders.Critic()
+        self.files = [] if args.data == "toybox" else [c for c in data.find_clips(args.data, args.data_root)[0] if c["split"] == "train"]
+        self.paint = Painter(lambda s, r: self.sound(s * args.batch_size + r), args.steps)
+
+    def sound(self, s):
+        """Sample number s: `rate` samples of it."""
+        rng, n = np.random.default_rng([self.args.seed, 4, s]), self.config.rate
+        if not self.files:
+            wave = data.toybox_clip(int(rng.integers(HELD_OUT)), video=False)["audio"]
+        else:
+            clip = self.files[rng.integers(len(self.files))]
+            wave = data.read_audio(clip["sound"] or clip["path"], n)
+        a = rng.integers(max(1, len(wave) - n + 1))
+        return np.pad(wave[a:a + n], (0, max(0, n - len(wave))))
+
+    def batch(self, step, rows):
+        return self.paint(step, rows).to(self.device)                         # (B, n)
+
+    def loss(self, net, wave, g):
+        noise = torch.randn(len(wave), net.cfg.latent, -(-wave.shape[1] // net.hop), generator=g).to(self.device)
+        return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl, getattr(net, "critic", None), self.args.adversarial)
+
+    def tell(self, report):
+        return f"|error| {report[0]:.4f}  spectral {report[1]:.3f}  {report[2]:.0f} nats per latent"
+
+    def held_out(self, n):
+        if self.files:
+            return [dict(audio=self.sound(10 ** 12 + i)) for i in range(n)]
+        return [data.toybox_clip(HELD_OUT + 10 ** 6 + i, video=False) for i in range(n)]
+
+    def evaluate(self, net, clips, cast, last):
+        with torch.no_grad(), cast():
+            made = [net.decode(net.encode(x)[0], x.shape[1])[0].float().cpu() for x in (torch.from_numpy(c["audio"])[None].to(self.device) for c in clips)]
+            far = np.mean([autoencoders.spectral_error(m[None], torch.from_numpy(c["audio"])[None]).item() for m, c in zip(made, clips)])
+        lines = [f"reconstruction: spectral error {far:.3f}"]
+        if not self.files:
+            s = event_scores([c["events"] for c in clips], [heard_events(m.numpy()) for m in made])
+            lines[0] += f", onsets against true events: F1 at 50 ms {s['f1_50']:.3f}"
+        return lines, -far, []
+
+    def settle(self, net):
+        """The normalisation, measured: shift and scale of every channel."""
+        with torch.no_grad():
+            z = torch.cat([net.encode(torch.from_numpy(self.sound(10 ** 11 + i))[None].to(self.device))[0] for i in range(64)])
+        net.cfg.shift, net.cfg.scale = tuple(z.mean((0, 2)).tolist()), tuple((1 / z.std((0, 2))).tolist())
+        tqdm.write(f"  latents: scales {min(net.cfg.scale):.3f} to {max(net.cfg.scale):.3f}, kurtosis {kurtosis(z):.1f} (3 = Gaussian)")
+
+    def extra(self):
+        return {}
+
+
+class T2AV:
+    """SyncFlow: cached latents of picture and sound, and captions -> velocity loss of one stream or both, in three stages."""
+
+    def __init__(self, args, device, cast, world):
+        if args.size not in networks.TOWERS:
+            raise BadInput(f"--size {args.size}: two towers are {', '.join(networks.TOWERS)}")
+        self.args, self.device, rank = args, device, int(os.environ.get("RANK", 0))
+        self.vae, self.audio_vae = load_vae(args.vae, device), load_audio_vae(args.audio_vae, device)
+        config = networks.DualTowerConfig(**networks.TOWERS[args.size] | dict(adaptor=not args.no_adaptor, blind=args.no_video))
+        for name, vae, channels in (("vae", self.vae, config.latent), ("audio-vae", self.audio_vae, config.audio_latent)):
+            if vae.cfg.latent != channels:
+                raise BadInput(f"--{name}: makes latents of {vae.cfg.latent} channels, --size {args.size} takes {channels}")
+        cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast, args.clips,
+                                                    self.hear, fingerprint(self.audio_vae), say=print if rank == 0 else lambda _: None)
+        self.cache = first_prepares(world, lambda: cached("train"))
+        self.config, self.net = config, networks.DualTower(config)
+        if args.init:
+            before = data.load_checkpoint(args.init, "t2av")
+            data.load_weights(self.net, before["ema"], args.init)
+        for name, p in self.net.named_parameters():                           # stage 1 knows no audio; stage 2 leaves the video as it is
+            p.requires_grad_(args.stage == "joint" or name.startswith("audio.") == (args.stage == "audio"))
+
+    def hear(self, wave):
+        """Waveform (samples,) -> the mean of its latents, (S, A)."""
+        return self.audio_vae.encode(torch.from_numpy(wave)[None].to(self.device))[0][0].T.float().cpu().numpy()
+
+    def batch(self, step, rows):
+        index, draws = samples_of(self.cache, self.args, step, rows)
+        captions = drop_text([self.cache["captions"][i] for i in index], draws, self.args.drop_text)
+        z_v, z_a = data.pick(self.cache, "latents", index)[:, 0].float(), data.pick(self.cache, "features", index).float().transpose(1, 2)
+        return self.normalised(z_v, z_a), networks.text_bytes(captions).to(self.device)
+
+    def normalised(self, z_v, z_a):
+        return self.vae.normalise(z_v.to(self.device)), self.audio_vae.normalise(z_a.to(self.device))
+
+    def loss(self, net, batch, g):
+        a, (latents, words) = self.args, batch
+        return t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift)
+
+    def tell(self, report):
+        return f"video {report[0]:.3f}  audio {report[1]:.3f}"
+
+    def held_out(self, n):
+        clips = toybox_held_out(self.args, n)
+        with torch.no_grad():
+            video = lambda c: self.vae.encode(torch.from_numpy(c["video"]).to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1)[0]
+            return [dict(c, z=(video(c), torch.from_numpy(self.hear(c["audio"])).T[None])) for c in clips]
+
+    def evaluate(self, net, clips, cast, last):
+        """The loss on held-out clips, noise always the same; with an audio tower also how its sounds for true videos agree with them."""
+        with torch.no_grad(), cast():
+            z_v, z_a = self.normalised(*(torch.cat(parts) for parts in zip(*(c["z"] for c in clips))))
+            words = networks.text_bytes([c["caption"] for c in clips]).to(self.device)
+            reports = torch.stack([t2av_loss(net, z_v, z_a, words, seeded(k), "joint" if self.args.stage != "video" else "video")[1]
+                                   for k in range(4)]).mean(0)
+        lines = [f"loss {self.tell(reports)}"]
+        if self.args.stage == "video":
+            return lines, -reports[0].item(), compose(net, self.vae, None, [c["caption"] for c in clips[:8]], data.FRAMES, self.args.resolution, cast, steps=25, cfg=self.args.cfg)[0]
+        given = None if self.args.no_video else z_v
+        sounds = compose(net, self.vae, self.audio_vae, [c["caption"] for c in clips], data.FRAMES, self.args.resolution, cast, z_v=given, steps=25, cfg=self.args.cfg)[1]
+        s = event_scores([c["events"] for c in clips], [heard_events(w) for w in sounds])
+        lines += [f"sounds for true videos, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f})"]
+        score = -reports[1].item() - (reports[0].item() if self.args.stage == "joint" else 0)
+        if last and self.args.stage == "joint" and not self.args.no_video:    # both made, from the captions
+            return lines, score, *compose(net, self.vae, self.audio_vae, [c["caption"] for c in clips[:8]], data.FRAMES, self.args.resolution, cast, steps=25, cfg=self.args.cfg)
+        return lines, score, [c["video"] for c in clips[:8]], sounds
+
+    def extra(self):
+        return dict(size=self.args.resolution, vae=fingerprint(self.vae), audio_vae=fingerprint(self.audio_vae), guidance=dict(cfg=self.args.cfg), stage=self.args.stage)
+
+
+TASKS = {"a2v": A2V, "vae": VAE, "audio-vae": AudioVAE, "t2av": T2AV}
 
 
 # ------------------------------------------------------------------------------------------------ the parts of the loop
@@ -274,7 +446,7 @@ def shard(net):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     for block in net.single_transformer_blocks:
         register_fsdp_forward_method(fully_shard(block.audio), "keys_values")                     # called from outside its block
-    for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+    for block in net.layers():
         fully_shard(block)
     fully_shard(net)
 
@@ -341,16 +513,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def constants_of(net, task, args):
-    """The VAE's normalisation, measured: shift and scale that give latent 0 and the later latents unit variance."""
-    clips = [data.toybox_clip(HELD_OUT // 2 + i, args.resolution)["video"] for i in range(64)]
-    with torch.no_grad():
-        z = torch.cat([net.encode(torch.from_numpy(c)[None].to(task.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)[0] for c in clips])
-    for name, part in (("image", z[:, :, :1]), ("video", z[:, :, 1:])):
-        setattr(net.cfg, f"shift_{name}", part.mean().item()), setattr(net.cfg, f"scale_{name}", 1 / part.std().item())
-    return ((z[:, :, 1:] - z[:, :, 1:].mean()) / z[:, :, 1:].std()).pow(4).mean().item()
-
-
 def report_start(task, args, micro, words, flops):
     parts = {name: sum(p.numel() for p in child.parameters()) for name, child in task.net.named_children()}
     total = sum(p.numel() for p in task.net.parameters())
@@ -369,6 +531,11 @@ def report_start(task, args, micro, words, flops):
         if args.fsdp:
             plan = {k: v if k == "activations" else v / dist.get_world_size() for k, v in plan.items()}
         print("memory      " + " + ".join(f"{k} {v / 2 ** 30:.2f}" for k, v in plan.items() if v) + f" = {sum(plan.values()) / 2 ** 30:.1f} GiB a process, estimated")
+    if args.task == "t2av":
+        C, L, h, w = task.cache["arrays"]["latents"][0].shape[2:]
+        S, A = task.cache["arrays"]["features"][0].shape[1:]
+        print(f"            stage {args.stage}: {sum(p.numel() for p in task.net.parameters() if p.requires_grad) / 1e6:.2f} M trained\n"
+              f"tokens      {L * (h // task.config.patch) * (w // task.config.patch)} video ({L} latents of {C}x{h}x{w}) + {S} audio ({A} numbers each) a clip")
     print(f"compute     {flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips; {args.steps} steps = {args.steps * args.batch_size} clips")
 
 
@@ -431,11 +598,11 @@ def train(args):
         report_start(task, args, micro, words, flops)
     peak, peak_words = peak_flops(device) if rank == 0 else (1, "")
     if args.checkpointing:
-        for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+        for block in net.layers():
             block.forward = (lambda f: lambda *a: checkpoint(f, *a, use_reentrant=False))(block.forward)
-    compute = torch.compile(task.loss) if args.compile and args.task == "vae" else task.loss
-    if args.compile and args.task == "a2v":
-        for block in (*net.transformer_blocks, *net.single_transformer_blocks):
+    compute = torch.compile(task.loss) if args.compile and "vae" in args.task else task.loss
+    if args.compile and "vae" not in args.task:
+        for block in net.layers():
             block.compile()
     if args.bench:
         return bench(task, net, optimisers, compute, cast, args)
@@ -522,24 +689,24 @@ def look(task, net, clips, out, step, cast, args, rank):
     """Evaluate on held-out clips; leave a strip and an mp4; -> a score to compare checkpoints by."""
     net.eval()
     with torch.compiler.set_stance("force_eager"):                            # other shapes than training's: not worth compiling for
-        lines, score, videos = task.evaluate(net, clips, cast, step == args.steps)
+        lines, score, videos, *sounds = task.evaluate(net, clips, cast, step == args.steps)
     net.train()
     for line in lines if rank == 0 else []:
         tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {line}")
     if len(videos):
-        strips = np.concatenate([np.concatenate([data.film_strip(c["video"], c["audio"])[:data.sides(args.resolution)[0]], data.film_strip(v, c["audio"])])
-                                 for v, c in list(zip(videos, clips))[:8]])   # above: the truth, below: ours
-        out.mkdir(parents=True, exist_ok=True)
-        iio.imwrite(out / f"{step:06d}.png", strips)
-        data.write_video(out / f"{step:06d}.mp4", videos[0], clips[0]["audio"])
+        sounds, side = sounds[0] if sounds else [c["audio"] for c in clips], data.sides(args.resolution)[0]
+        strips = [np.concatenate([data.film_strip(c["video"], c["audio"])[:None if s is not c["audio"] else side], data.film_strip(v, s)])
+                  for v, s, c in list(zip(videos, sounds, clips))[:8]]        # above: the truth, below: ours
+        data.write_picture(out / f"{step:06d}.png", np.concatenate(strips))
+        data.write_video(out / f"{step:06d}.mp4", videos[0], sounds[0])
     return score
 
 
 def save_best(path, task, net, ema, step, seconds, args, rank):
-    if args.task == "vae" and not args.tune_decoder:
-        kurtosis = constants_of(net, task, args)
-        tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis:.1f} (3 = Gaussian)")
-    weights = whole(net, ema if args.pretrained else net.state_dict())        # what stays as published is not stored again
+    if "vae" in args.task and not args.tune_decoder:
+        task.settle(net)
+    kept = ema if args.pretrained else net.state_dict()                       # what stays as published is not stored again
+    weights = whole(net, [k for k in kept if not k.startswith("critic.")])
     if rank == 0:
         data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in weights.items()}, step=step, seconds=seconds,
                              args=vars(args), **task.extra())
@@ -547,7 +714,7 @@ def save_best(path, task, net, ema, step, seconds, args, rank):
 
 def resume(path, args, net, ema, optimisers):
     ckpt = data.load_checkpoint(path, args.task)
-    if ckpt["config"] != asdict(net.cfg) and args.task != "vae":
+    if ckpt["config"] != asdict(net.cfg) and "vae" not in args.task:
         raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
     for flag in ("seed", "batch_size", "lr", "data", "clips", "resolution", "tune_decoder", "optimizer", "fsdp"):       # --steps may change
         if ckpt["args"].get(flag, getattr(args, flag)) != getattr(args, flag):
@@ -606,17 +773,20 @@ def arguments():
     p.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
     p.add_argument("--data", default="toybox", help=f"a2v: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
-    p.add_argument("--size", default="tiny", choices=[*networks.SIZES], help="size of the network")
+    p.add_argument("--size", default="tiny", choices=[*dict.fromkeys([*networks.SIZES, *networks.TOWERS])], help="size of the network")
+    p.add_argument("--stage", default="all", choices=("video", "audio", "joint", "all"), help="t2av: train one tower, the other on top of it, both together; or one after the other")
+    p.add_argument("--init", help="t2av: the checkpoint a stage starts from (that of the stage before, in --out)")
     p.add_argument("--resolution", type=data.picture_size, default=64, help="side of the pictures in pixels, or height x width: 384x640")
     p.add_argument("--clips", type=number(int, 1), default=2000, help="a2v: toybox clips to render and cache")
     p.add_argument("--vae", default=str(VAE_FILE), help="a2v: the VAE that makes the latents")
+    p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="t2av: the audio VAE")
     p.add_argument("--pretrained", help="a2v: start from Pyramid Flow, downloaded to this folder (its VAE and text encoders too), as Syncphony did")
     p.add_argument("--hubert", help="a2v, with --pretrained: features by this HuBERT, a folder or a name on the hub")
     # how long, how fast
-    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, --pretrained 33000, vae 6000)")
+    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, --pretrained 33000, vae 6000, audio-vae 4000, t2av 1500 a stage)")
     p.add_argument("--batch-size", type=number(int, 1), help="clips per step, over all processes and --accum (16; --pretrained 32)")
     p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
-    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v 0.005, --pretrained 0.00005, vae 0.002)")
+    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v, t2av 0.005, --pretrained 0.00005, vae 0.002, audio-vae 0.001)")
     p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=number(low=0), default=.01, help="AdamW's, on matrices only")
     p.add_argument("--clip", type=number(low=0), default=1., help="largest gradient norm")
@@ -630,10 +800,14 @@ def arguments():
     p.add_argument("--no-audio-rope", action="store_true", help="an ablation: audio without positions, Syncphony table 11")
     p.add_argument("--layout", default="parallel", choices=("parallel", "pyramid"), help="every latent in one pass, or Pyramid Flow's: one latent, three resolutions")
     p.add_argument("--sigma", default="uniform", choices=("uniform", "logit-normal"), help="how noise levels are drawn")
-    p.add_argument("--shift", type=number(low=.01), default=4., help="shift of the noise levels towards noise; 1 = none")
+    p.add_argument("--shift", type=number(low=.01), help="shift of the noise levels towards noise; 1 = none (a2v 4, t2av 1)")
     p.add_argument("--asg", type=number(low=0), help="w_a that the checkpoint will recommend to sample.py (1; --pretrained 2)")
-    p.add_argument("--cfg", type=number(low=0), help="w_t that the checkpoint will recommend to sample.py (0; --pretrained 4)")
-    p.add_argument("--kl", type=number(low=0), default=2e-2, help="vae: weight of the KL term, the price of information in the latents")
+    p.add_argument("--cfg", type=number(low=0), help="text guidance that the checkpoint will recommend to sample.py (0; --pretrained 4; t2av 2)")
+    p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae .02, audio-vae .01)")
+    p.add_argument("--adversarial", type=number(low=0), default=0., help="audio-vae: weight of a critic of spectra that is trained along; 0 = none")
+    p.add_argument("--ot", action="store_true", help="t2av: minibatch optimal transport between noise and data")
+    p.add_argument("--no-adaptor", action="store_true", help="t2av, an ablation: audio looks at bare video features")
+    p.add_argument("--no-video", action="store_true", help="t2av, an ablation: the audio tower reads the text and sees no video")
     p.add_argument("--tune-decoder", help="vae: train only the decoder of this checkpoint; its latents, and models of them, stay valid")
     # where and how
     p.add_argument("--seed", type=number(int, 0), default=0, help="of everything")
@@ -650,13 +824,20 @@ def arguments():
     return p
 
 
+DEFAULTS = {   # what a flag is that was not given
+    "a2v": dict(steps=1550, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=1., cfg=0., shift=4., kl=0.),
+    "pretrained": dict(steps=33000, lr=5e-5, batch_size=32, ema=.9999, ema_every=20, asg=2., cfg=4., shift=4., kl=0.),
+    "vae": dict(steps=6000, lr=2e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-2),
+    "audio-vae": dict(steps=4000, lr=1e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=1e-2),
+    "t2av": dict(steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=2., shift=1., kl=0.),
+}
+
+
 def main():
     args = arguments().parse_args()
-    of = lambda a2v, published, vae: vae if args.task == "vae" else published if args.pretrained else a2v
-    for flag, values in (("steps", (1550, 33000, 6000)), ("lr", (5e-3, 5e-5, 2e-3)), ("batch_size", (16, 32, 16)), ("ema", (.998, .9999, .998)),
-                         ("ema_every", (1, 20, 1)), ("asg", (1., 2., 1.)), ("cfg", (0., 4., 0.))):
+    for flag, value in DEFAULTS["pretrained" if args.pretrained else args.task].items():
         if getattr(args, flag) is None:
-            setattr(args, flag, of(*values))
+            setattr(args, flag, value)
     if args.tune_decoder and args.task != "vae":
         raise BadInput(f"--tune-decoder {args.tune_decoder}: only --task vae has a decoder; add --task vae or leave it out")
     if args.pretrained:
@@ -672,7 +853,18 @@ def main():
         data.only_square(args.resolution)
     if args.layout == "pyramid" and (height % 64 or width % 64):
         raise BadInput(f"--resolution {height}x{width}: --layout pyramid halves the latents twice; sides must be multiples of 64")
+    if args.task == "t2av" and args.stage == "all":
+        return three_stages(args)
     train(args)
+
+
+def three_stages(args):
+    """SyncFlow section 3.2: the video tower; the audio tower on top of it, the video tower frozen; both together, gently."""
+    root, before = Path(args.out or "out/t2av"), args.init
+    for stage, lr in (("video", 1.), ("audio", 1.), ("joint", .3)):
+        print(f"stage {stage}: {root / stage}")
+        train(argparse.Namespace(**dict(vars(args), stage=stage, out=str(root / stage), init=before, lr=lr * args.lr)))
+        before = str(root / stage / "best.pt")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The video VAE: frames to latents and back, one class from `tiny` to Pyramid Flow's published one.
+"""The two autoencoders: what a diffusion transformer sees instead of pixels and samples.
+
+**The video VAE**: frames to latents and back, one class from `tiny` to Pyramid Flow's published one.
 
 A diffusion transformer never sees pixels. It sees what this file makes of them: F = t(L-1)+1 frames become L latents,
 the first of which is the first frame alone. That is what *causal* buys. A picture is a video of length one, a latent
@@ -33,6 +35,7 @@ not say at all, the training clips see to: encoder and decoder get the same moti
 
     B batch · C channels · F frames · L latents · H W pixels, h w latent grid · p patch side · t frames per latent
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -381,3 +384,160 @@ def vae_loss(vae, seen, video, noise, kl=1e-4):
     divergence = .5 * (mean.square() + logvar.exp() - 1 - logvar).float()
     rate = divergence.detach()[:, :, 1:].sum((1, 3, 4)).mean()
     return (error.abs() * weight).mean() + .5 * edges + kl * divergence.mean(), error.detach().abs().mean(), rate
+
+
+# ------------------------------------------------------------------------------------------------ the audio VAE
+
+@dataclass
+class AudioVAEConfig:
+    rate: int = 48000                         # samples per second
+    ratios: tuple = (4, 5, 6, 8)              # strides of the encoder's levels; their product is the hop, 960: 50 latents a second
+    width: int = 32                           # channels at full rate; every level doubles them
+    latent: int = 128
+    lstm: int = 2                             # recurrent layers at the bottom of either side
+    shift: tuple = 0.                         # latents are normalised as (z - shift) * scale, a number per channel
+    scale: tuple = 1.
+
+
+AUDIO_SIZES = {
+    "tiny": dict(rate=16000, ratios=(2, 4, 5, 8), width=16, latent=16, lstm=0),                        # hop 320: 50 Hz, toybox
+    "syncflow": dict(),                                                                                # 15 M, 48 kHz
+}
+
+
+class Residual(nn.Module):
+    """EnCodec's residual unit: half the channels see three samples."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv1, self.conv2, self.shortcut = nn.Conv1d(c, c // 2, 3, padding=1), nn.Conv1d(c // 2, c, 1), nn.Conv1d(c, c, 1)
+
+    def forward(self, x):                                                     # (B, C, n)
+        return self.shortcut(x) + self.conv2(F.elu(self.conv1(F.elu(x))))
+
+
+class Recurrent(nn.Module):
+    """The LSTM at the bottom, with a way past it."""
+
+    def __init__(self, c, layers):
+        super().__init__()
+        self.lstm = nn.LSTM(c, c, layers, batch_first=True)
+
+    def forward(self, x):                                                     # (B, C, S)
+        return x + self.lstm(x.transpose(1, 2))[0].transpose(1, 2)
+
+
+class Stride(nn.Module):
+    """Every r samples one, or every sample r: kernels of 2r, padded or trimmed by r in all, so lengths divide or multiply exactly."""
+
+    def __init__(self, c_in, c_out, r, up=False):
+        super().__init__()
+        self.conv, self.r, self.up = (nn.ConvTranspose1d if up else nn.Conv1d)(c_in, c_out, 2 * r, r), r, up
+
+    def forward(self, x):
+        left, right = self.r - self.r // 2, self.r // 2
+        return self.conv(x)[..., left:-right] if self.up else self.conv(F.pad(x, (left, right)))
+
+
+class AudioVAE(nn.Module):
+    """Waveforms <-> latents at 50 Hz: EnCodec's encoder and decoder (SEANet, non-causal), the quantiser replaced by a Gaussian,
+    as SyncFlow section 3.1 does. EnCodec's weight normalisation, a matter of optimisation, is left out."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, c = cfg, cfg.width
+        self.hop = math.prod(cfg.ratios)                                      # samples per latent
+        down, up = [nn.Conv1d(1, c, 7, padding=3)], [nn.ELU(), nn.Conv1d(c, 1, 7, padding=3)]
+        for r in cfg.ratios:                                                  # the decoder is the mirror image, built from its end
+            down += [Residual(c), nn.ELU(), Stride(c, 2 * c, r)]
+            up = [nn.ELU(), Stride(2 * c, c, r, up=True), Residual(c)] + up
+            c *= 2
+        memory = lambda: [Recurrent(c, cfg.lstm)] if cfg.lstm else []
+        self.encoder = nn.Sequential(*down, *memory(), nn.ELU(), nn.Conv1d(c, 2 * cfg.latent, 7, padding=3))
+        self.decoder = nn.Sequential(nn.Conv1d(cfg.latent, c, 7, padding=3), *memory(), *up)
+        nn.init.constant_(self.encoder[-1].bias[cfg.latent:], -6)             # start with little noise, or nothing is ever coded
+
+    def encode(self, wave):
+        """Waveforms (B, n) in [-1, 1] -> mean, logvar (B, A, S), S = ceil(n / hop): the end is filled up with silence."""
+        x = F.pad(wave, (0, -wave.shape[1] % self.hop))[:, None]              # (B, 1, S·hop)
+        mean, logvar = self.encoder(x).chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z, samples=None):                                        # (B, A, S) -> (B, samples), S·hop if not given
+        return self.decoder(z)[:, 0, :samples]
+
+    def decode_pieces(self, z, samples=None, piece=500, margin=16):
+        """`decode` of a long sound in bounded memory: what lies farther than `margin` latents away is not heard (but for an LSTM)."""
+        parts = []
+        for a in range(0, z.shape[2], piece):
+            before = min(a, margin)
+            part = self.decode(z[:, :, a - before:a + piece + margin])[:, before * self.hop:]
+            parts.append(part[:, :piece * self.hop])
+        return torch.cat(parts, 1)[:, :samples]
+
+    def normalise(self, z):                                                   # (B, A, S), every channel by constants of its own
+        return (z - self._constants(z)[0]) * self._constants(z)[1]
+
+    def denormalise(self, z):
+        return z / self._constants(z)[1] + self._constants(z)[0]
+
+    def _constants(self, z):
+        return z.new_tensor(self.cfg.shift).view(-1, 1), z.new_tensor(self.cfg.scale).view(-1, 1)
+
+
+def spectral_error(made, true, windows=(64, 128, 256, 512, 1024, 2048)):
+    """Waveforms (B, n) -> how far their spectra are apart, at several resolutions: short windows tell when, long ones tell what."""
+    total = 0.
+    for w in windows:
+        a, b = (torch.stft(x, w, w // 4, window=torch.hann_window(w, device=x.device), return_complex=True).abs() for x in (made, true))       # (B, bins, frames)
+        total = total + ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean() + (a - b).norm() / (b.norm() + 1e-3)
+    return total / len(windows)
+
+
+def audio_vae_loss(vae, wave, noise, kl=1e-4, critic=None, adversarial=0.):
+    """Reconstruction plus KL, and if asked for an adversary -> loss, mean |error|, spectral error, nats per latent.
+
+    wave (B, n) in [-1, 1], noise (B, A, S) ~ N(0, 1). A waveform's phase is worth little to the ear and much to |error|, so most of
+    the lesson is spectral: log magnitudes (what is heard) and magnitudes by their own norm (where the energy is)."""
+    mean, logvar = vae.encode(wave)
+    made = vae.decode(mean + (logvar / 2).exp() * noise, wave.shape[1]).float()
+    error, spectral = (made - wave).abs().mean(), spectral_error(made, wave)
+    divergence = .5 * (mean.square() + logvar.exp() - 1 - logvar).float()
+    loss = 10 * error + spectral + kl * divergence.mean()
+    if critic is not None and adversarial:
+        loss = loss + critic.losses(made, wave, adversarial)
+    return loss, torch.stack([error.detach(), spectral.detach(), divergence.detach().sum(1).mean()])
+
+
+class Critic(nn.Module):
+    """EnCodec's multi-scale STFT discriminator, for whom regression sounds too dull: it tells true spectra from made ones."""
+
+    def __init__(self, windows=(256, 512, 1024, 2048), width=32):
+        super().__init__()
+        conv = lambda c_in, c_out, stride, dilation: nn.Conv2d(c_in, c_out, (9, 3), stride, (4, dilation), (1, dilation))       # (bins, frames)
+        self.windows = windows
+        self.scales = nn.ModuleList([nn.ModuleList([conv(2, width, 1, 1), *(conv(width, width, (2, 1), d) for d in (1, 2, 4)), nn.Conv2d(width, 1, 3, 1, 1)])
+                                     for _ in windows])
+
+    def forward(self, wave):
+        """(B, n) -> for every scale its layers' outputs, the verdict last."""
+        out = []
+        for w, layers in zip(self.windows, self.scales):
+            x = torch.view_as_real(torch.stft(wave, w, w // 4, window=torch.hann_window(w, device=wave.device), normalized=True, return_complex=True))
+            x, features = x.permute(0, 3, 1, 2), []                           # (B, 2, bins, frames)
+            for i, layer in enumerate(layers):
+                x = layer(x) if i + 1 == len(layers) else F.leaky_relu(layer(x), .2)
+                features.append(x)
+            out.append(features)
+        return out
+
+    def losses(self, made, true, weight):
+        """Hinge losses of both sides and feature matching, in one sum with one backward pass: the critic judges detached sounds, and
+        what the decoder is told runs through a copy of the critic whose weights take no gradients."""
+        judge = lambda x, frozen: torch.func.functional_call(self, {k: p.detach() for k, p in self.named_parameters()}, (x,)) if frozen else self(x)
+        real, fake, asked = judge(true, False), judge(made.detach(), False), judge(made, True)
+        total = 0.
+        for r, f, a in zip(real, fake, asked):
+            total = total + (1 - r[-1]).relu().mean() + (1 + f[-1]).relu().mean() + weight * (1 - a[-1]).relu().mean()
+            total = total + weight * sum((x - y.detach()).abs().mean() / (y.detach().abs().mean() + 1e-6) for x, y in zip(a[:-1], r[:-1])) / len(r)
+        return total / len(self.windows)
