@@ -13,6 +13,10 @@ trained. Where a frame is as far from every drawing as their mean is, the reader
                    taken on moving frames (|s| > 0.15) only: still frames are copies of the first and would flatter
     chance         the same videos against ANOTHER clip's events: computed, not assumed
 
+**Pictures and sounds made together** (SyncFlow) have no true events to be held against, and of their scene only the kind is known. The
+scene is fitted to the first frame (`fit_scene`), the events that are then SEEN are held against those that are HEARD
+(`heard_events`): the agreement of a clip with itself, beside that of everybody with somebody else's sound.
+
 **CycleSync** (Syncphony section 4) needs no truth: a video-to-audio model f makes a sound from the silent video; the better
 that sound's onsets agree with those of the real one, the better the video was synchronised. With A and A' the two sets,
 
@@ -42,6 +46,8 @@ FVD, FID and FAD if you have them.
     python cyclesync.py --audio claps.wav        # no truth for a recording: its onsets, as librosa hears them, stand in
     python cyclesync.py clip.mp4                 # any video with its own sound: onsets, lag, AV-Align
     python cyclesync.py --pairs true/ remade/    # CycleSync of sounds that any program made from videos
+
+    python cyclesync.py --ckpt out/t2av/joint/best.pt                # two towers: sounds for true videos, and pairs made from text
 
     F frames · n events · S states · video uint8 (F, H, W, 3) · times in seconds
 """
@@ -652,7 +658,7 @@ def mel_features(waves):
     return np.concatenate([m[:len(m) // 25 * 25].reshape(-1, 25, data.MELS).mean(1) for m in map(data.log_mel, waves)])
 
 
-def score_pairs_of(videos, waves, clips, vae, known=True):
+def score_both(videos, waves, clips, vae, known=True):
     """Videos with their sounds -> scores. Agreement: events seen in a picture, by a scene fitted to its first frame, against
     those heard in the sound made with it. `known`: they were made for these clips' events, so onsets are held against those too."""
     truth, heard = [c["events"] for c in clips], [heard_events(w) for w in waves]
@@ -696,7 +702,7 @@ def evaluate_towers(args):
     for key, title, make_row, known in rows:
         start = time.perf_counter()
         videos, waves = make_row()
-        result[key] = score_pairs_of(videos, waves, clips, vae, known)
+        result[key] = score_both(videos, waves, clips, vae, known)
         print(line(title, result[key], PAIR_COLUMNS) + f"  {time.perf_counter() - start:.0f} s")
         if key in (f"v2a_{own:g}", f"t2av_{own:g}"):
             result[key.split("_")[0]] = result[key]
@@ -842,7 +848,7 @@ def score_towers(ckpt, rows, args):
     z = None if model.cfg.blind else torch.cat([encode_video(vae, v, device) for v in truth])
     for row, w in tqdm(rows, desc="scoring", disable=None, leave=False):
         waves = compose(model, vae, audio_vae, [c["caption"] for c in clips], truth.shape[1], ckpt["size"], cast, z_v=z, cfg=w, steps=args.steps)[1]
-        scores[row] = score_pairs_of(truth, waves, clips, vae)
+        scores[row] = score_both(truth, waves, clips, vae)
     return scores
 
 

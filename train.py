@@ -2,6 +2,8 @@
 
     python train.py --task a2v                     # toybox, minutes on a CPU: renders, encodes, trains, evaluates
     python train.py --task vae                     # the VAE that turns its clips into latents (weights/ has a trained one)
+    python train.py --task audio-vae               # the same for sounds
+    python train.py --task t2av                    # SyncFlow: video tower, audio tower on top of it, both together
     torchrun --nproc_per_node=2 train.py --task a2v --device cpu
 
 What a task is, is written once: `Task` draws batches, computes the loss and evaluates; the loop below knows nothing else.
@@ -172,9 +174,9 @@ class A2V:
         """Clips to be looked at: the toybox's own, or windows of the test split, evenly chosen."""
         if self.toybox:
             return toybox_held_out(self.args, n)
-        self.chosen = np.unique(np.linspace(0, len(self.test["at"]) - 1, max(n, 1)).astype(int))
-        return [dict(video=data.pick(self.test, "videos", [i])[0].numpy(), audio=data.pick(self.test, "sounds", [i])[0].float().numpy(),
-                     caption=self.test["captions"][i]) for i in self.chosen]
+        clips = held_out_windows(self.test, n)
+        self.chosen = np.array([c["number"] for c in clips])
+        return clips
 
     def evaluate(self, net, clips, cast, last):
         """-> lines to print, a score to compare checkpoints by, videos. The toybox is read (w_a = 0 and, at the end, the guidance
@@ -252,6 +254,14 @@ def kurtosis(z):
     return ((z - z.mean()) / z.std()).pow(4).mean().item()
 
 
+def held_out_windows(cache, n):
+    """n windows of a test split, evenly chosen, as clips."""
+    get = lambda name, i: data.pick(cache, name, [i])[0]
+    return [dict(number=i, video=get("videos", i).numpy(), audio=get("sounds", i).float().numpy(), caption=cache["captions"][i],
+                 z=(get("latents", i)[None, 0].float(), get("features", i).float().T[None]) if "features" in cache["arrays"] else None)
+            for i in np.unique(np.linspace(0, len(cache["at"]) - 1, max(n, 1)).astype(int))]
+
+
 def toybox_held_out(args, n):
     return [data.toybox_clip(HELD_OUT + 10 ** 6 + i, args.resolution) for i in range(n)]
 
@@ -277,16 +287,17 @@ class AudioVAE:
         self.net = autoencoders.AudioVAE(self.config)
         if args.adversarial:                                                  # trained along, kept in last.pt, of no use afterwards
             self.net.critic = autoencoders.Critic()
-        self.files = [] if args.data == "toybox" else [c for c in data.find_clips(args.data, args.data_root)[0] if c["split"] == "train"]
-        self.paint = Painter(lambda s, r: self.sound(s * args.batch_size + r), args.steps)
+        found = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
+        self.files, self.tests = ([c for c in found if c["split"] == split] for split in ("train", "test"))
+        self.paint = Painter(lambda s, r: self.sound(s * args.batch_size + r, self.files), args.steps)
 
-    def sound(self, s):
-        """Sample number s: `rate` samples of it."""
+    def sound(self, s, files):
+        """Sample number s: a second of it, of a toybox clip or of one of the files."""
         rng, n = np.random.default_rng([self.args.seed, 4, s]), self.config.rate
-        if not self.files:
+        if not files:
             wave = data.toybox_clip(int(rng.integers(HELD_OUT)), video=False)["audio"]
         else:
-            clip = self.files[rng.integers(len(self.files))]
+            clip = files[rng.integers(len(files))]
             wave = data.read_audio(clip["sound"] or clip["path"], n)
         a = rng.integers(max(1, len(wave) - n + 1))
         return np.pad(wave[a:a + n], (0, max(0, n - len(wave))))
@@ -303,7 +314,7 @@ class AudioVAE:
 
     def held_out(self, n):
         if self.files:
-            return [dict(audio=self.sound(10 ** 12 + i)) for i in range(n)]
+            return [dict(audio=self.sound(10 ** 12 + i, self.tests)) for i in range(n)]
         return [data.toybox_clip(HELD_OUT + 10 ** 6 + i, video=False) for i in range(n)]
 
     def evaluate(self, net, clips, cast, last):
@@ -319,7 +330,7 @@ class AudioVAE:
     def settle(self, net):
         """The normalisation, measured: shift and scale of every channel."""
         with torch.no_grad():
-            z = torch.cat([net.encode(torch.from_numpy(self.sound(10 ** 11 + i))[None].to(self.device))[0] for i in range(64)])
+            z = torch.cat([net.encode(torch.from_numpy(self.sound(10 ** 11 + i, self.files))[None].to(self.device))[0] for i in range(64)])
         net.cfg.shift, net.cfg.scale = tuple(z.mean((0, 2)).tolist()), tuple((1 / z.std((0, 2))).tolist())
         tqdm.write(f"  latents: scales {min(net.cfg.scale):.3f} to {max(net.cfg.scale):.3f}, kurtosis {kurtosis(z):.1f} (3 = Gaussian)")
 
@@ -341,7 +352,7 @@ class T2AV:
                 raise BadInput(f"--{name}: makes latents of {vae.cfg.latent} channels, --size {args.size} takes {channels}")
         cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast, args.clips,
                                                     self.hear, fingerprint(self.audio_vae), say=print if rank == 0 else lambda _: None)
-        self.cache = first_prepares(world, lambda: cached("train"))
+        self.cache, *self.test = first_prepares(world, lambda: [cached(split) for split in (("train",) if args.data == "toybox" else ("train", "test"))])
         self.config, self.net = config, networks.DualTower(config)
         if args.init:
             before = data.load_checkpoint(args.init, "t2av")
@@ -370,10 +381,11 @@ class T2AV:
         return f"video {report[0]:.3f}  audio {report[1]:.3f}"
 
     def held_out(self, n):
-        clips = toybox_held_out(self.args, n)
+        if self.test:
+            return held_out_windows(self.test[0], n)
         with torch.no_grad():
             video = lambda c: self.vae.encode(torch.from_numpy(c["video"]).to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1)[0]
-            return [dict(c, z=(video(c), torch.from_numpy(self.hear(c["audio"])).T[None])) for c in clips]
+            return [dict(c, z=(video(c), torch.from_numpy(self.hear(c["audio"])).T[None])) for c in toybox_held_out(self.args, n)]
 
     def evaluate(self, net, clips, cast, last):
         """The loss on held-out clips, noise always the same; with an audio tower also how its sounds for true videos agree with them."""
@@ -382,17 +394,17 @@ class T2AV:
             words = networks.text_bytes([c["caption"] for c in clips]).to(self.device)
             reports = torch.stack([t2av_loss(net, z_v, z_a, words, seeded(k), "joint" if self.args.stage != "video" else "video")[1]
                                    for k in range(4)]).mean(0)
-        lines = [f"loss {self.tell(reports)}"]
-        if self.args.stage == "video":
-            return lines, -reports[0].item(), compose(net, self.vae, None, [c["caption"] for c in clips[:8]], data.FRAMES, self.args.resolution, cast, steps=25, cfg=self.args.cfg)[0]
-        given = None if self.args.no_video else z_v
-        sounds = compose(net, self.vae, self.audio_vae, [c["caption"] for c in clips], data.FRAMES, self.args.resolution, cast, z_v=given, steps=25, cfg=self.args.cfg)[1]
-        s = event_scores([c["events"] for c in clips], [heard_events(w) for w in sounds])
-        lines += [f"sounds for true videos, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f})"]
-        score = -reports[1].item() - (reports[0].item() if self.args.stage == "joint" else 0)
-        if last and self.args.stage == "joint" and not self.args.no_video:    # both made, from the captions
-            return lines, score, *compose(net, self.vae, self.audio_vae, [c["caption"] for c in clips[:8]], data.FRAMES, self.args.resolution, cast, steps=25, cfg=self.args.cfg)
-        return lines, score, [c["video"] for c in clips[:8]], sounds
+        lines, args = [f"loss {self.tell(reports)}"], self.args
+        make = lambda clips, audio_vae, z_v=None: compose(net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]), args.resolution, cast, z_v=z_v,
+                                                          steps=25, cfg=args.cfg)
+        if args.stage == "video":
+            return lines, -reports[0].item(), make(clips[:8], None)[0]
+        sounds = make(clips, self.audio_vae, None if args.no_video else z_v)[1]
+        if not self.test:
+            s = event_scores([c["events"] for c in clips], [heard_events(w) for w in sounds])
+            lines += [f"sounds for true videos, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f})"]
+        shown = make(clips[:8], self.audio_vae) if args.stage == "joint" else ([c["video"] for c in clips[:8]], sounds)
+        return lines, -reports[1].item() - (reports[0].item() if args.stage == "joint" else 0), *shown
 
     def extra(self):
         return dict(size=self.args.resolution, vae=fingerprint(self.vae), audio_vae=fingerprint(self.audio_vae), guidance=dict(cfg=self.args.cfg), stage=self.args.stage)
@@ -575,7 +587,7 @@ def train(args):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))        # preparing data may take long
     micro = args.batch_size // (world * args.accum)
     if micro * world * args.accum != args.batch_size:
@@ -682,7 +694,7 @@ def train(args):
     if rank == 0:
         print(f"done: {out / 'best.pt'}, {out / 'log.csv'}; {seconds:.0f} s of training, {time.perf_counter() - start_time:.0f} s in all")
     if world > 1:
-        dist.destroy_process_group()
+        dist.barrier()                                                        # what comes next may read what the first one wrote
 
 
 def look(task, net, clips, out, step, cast, args, rank):
@@ -716,7 +728,7 @@ def resume(path, args, net, ema, optimisers):
     ckpt = data.load_checkpoint(path, args.task)
     if ckpt["config"] != asdict(net.cfg) and "vae" not in args.task:
         raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
-    for flag in ("seed", "batch_size", "lr", "data", "clips", "resolution", "tune_decoder", "optimizer", "fsdp"):       # --steps may change
+    for flag in ("seed", "batch_size", "lr", "data", "clips", "resolution", "tune_decoder", "optimizer", "fsdp", "stage"):       # --steps may change
         if ckpt["args"].get(flag, getattr(args, flag)) != getattr(args, flag):
             raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'].get(flag)}, now it is {getattr(args, flag)}; repeat that or give another --out")
     if args.fsdp:
@@ -853,17 +865,17 @@ def main():
         data.only_square(args.resolution)
     if args.layout == "pyramid" and (height % 64 or width % 64):
         raise BadInput(f"--resolution {height}x{width}: --layout pyramid halves the latents twice; sides must be multiples of 64")
-    if args.task == "t2av" and args.stage == "all":
-        return three_stages(args)
-    train(args)
+    (three_stages if args.task == "t2av" and args.stage == "all" else train)(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def three_stages(args):
     """SyncFlow section 3.2: the video tower; the audio tower on top of it, the video tower frozen; both together, gently."""
     root, before = Path(args.out or "out/t2av"), args.init
-    for stage, lr in (("video", 1.), ("audio", 1.), ("joint", .3)):
+    for stage, lr, more in (("video", 1, 1), ("audio", 1, 2), ("joint", .3, 1)):              # without a graph for video, bigger batches cost the same
         print(f"stage {stage}: {root / stage}")
-        train(argparse.Namespace(**dict(vars(args), stage=stage, out=str(root / stage), init=before, lr=lr * args.lr)))
+        train(argparse.Namespace(**dict(vars(args), stage=stage, out=str(root / stage), init=before, lr=lr * args.lr, batch_size=more * args.batch_size)))
         before = str(root / stage / "best.pt")
 
 
