@@ -371,6 +371,8 @@ def both_or_sound(args, device, cast, words):
         for block in model.layers():
             block.compile(dynamic=True)
     size, rate = args.resolution or ckpt["size"], audio_vae.cfg.rate
+    if args.bench:
+        return bench_towers(model, vae, audio_vae, size, cast)
     settings = dict(steps=args.steps or 50, cfg=ckpt["guidance"]["cfg"] if args.cfg is None else args.cfg)
     print(f"{words}\n{Path(args.ckpt or T2AV_FILE).name}: step {ckpt['step']} of stage {ckpt['stage']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
     if len(args.prompt.encode(errors="replace")) > 96:
@@ -398,26 +400,25 @@ def both_or_sound(args, device, cast, words):
         print(f"{name}{'' if video is None else f' and {name.stem}.png'}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s, seed {seed}")
 
 
-def bench(model, vae, cast):
-    """What guidance, audio layers and the cache cost: ratios of whole roll-outs of one 2 s clip, medians of five."""
-    side, seconds = 2 * model.cfg.patch * vae.stride, 49 / FPS
-    picture, wave, text = np.full((1, side, side, 3), 128, np.uint8), np.zeros(round(seconds * RATE), np.float32), ["a ball drops"]
-
-    def clock(run, times=5):
-        run()
-        spans = []
-        for _ in range(times):
+def clock(runs, rounds):
+    """name -> function: medians of seconds. They take turns, so a machine that slows down slows all of them down."""
+    spans = {name: [] for name in runs}
+    for i in range(rounds + 1):                                               # the first round warms up
+        for name, run in runs.items():
             start = time.perf_counter()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            spans.append(time.perf_counter() - start)
-        return sorted(spans)[times // 2]
+            spans[name] += [time.perf_counter() - start] * (i > 0)
+    return {name: sorted(times)[rounds // 2] for name, times in spans.items()}
 
-    def clip(net=model, **settings):
-        return clock(lambda: list(animate(net, vae, picture, [wave], text, 49, cast, steps=30, **settings)))
 
-    both, no_asg, plain, deaf = clip(asg=2., cfg=4.), clip(asg=0., cfg=4.), clip(asg=0., cfg=0.), clip(Deaf(model), asg=0., cfg=0.)
+def bench(model, vae, cast):
+    """What guidance, audio layers and the cache cost: ratios of whole roll-outs of one 2 s clip."""
+    side, seconds = 2 * model.cfg.patch * vae.stride, 49 / FPS
+    picture, wave, text = np.full((1, side, side, 3), 128, np.uint8), np.zeros(round(seconds * RATE), np.float32), ["a ball drops"]
+    clip = lambda net=model, **settings: lambda: list(animate(net, vae, picture, [wave], text, 49, cast, steps=30, **settings))
+    t = clock(dict(both=clip(asg=2., cfg=4.), no_asg=clip(asg=0., cfg=4.), plain=clip(asg=0., cfg=0.), deaf=clip(Deaf(model), asg=0., cfg=0.)), 7)
     device, C = next(model.parameters()).device, model.cfg.latent
     g = torch.Generator().manual_seed(0)
     z, x = (torch.randn(1, C, k, side // vae.stride, side // vae.stride, generator=g).to(device) for k in (13, 1))
@@ -427,13 +428,22 @@ def bench(model, vae, cast):
         context = model.begin(z[:, :, :1], y, pooled, a)
         for l in range(1, 13):
             model.extend(context, z[:, :, l:l + 1])
-        step = clock(lambda: model.denoise(context, x, .5), 30)
-        again = clock(lambda: model.parallel(z, x, torch.full((1, 1), .5, device=device), y, pooled, a, start=13), 30)
-    ratios = dict(asg_on_off=both / no_asg, audio_on_off=plain / deaf, context_recomputed_cached=again / step)
-    for name, words in (("asg_on_off", f"ASG + CFG {both:.2f} s, CFG alone {no_asg:.2f} s"),
-                        ("audio_on_off", f"audio layers on {plain:.2f} s, off {deaf:.2f} s"),
-                        ("context_recomputed_cached", f"a step at latent 13: {1000 * again:.1f} ms recomputed, {1000 * step:.1f} ms cached")):
+        t |= clock(dict(step=lambda: model.denoise(context, x, .5),
+                        again=lambda: model.parallel(z, x, torch.full((1, 1), .5, device=device), y, pooled, a, start=13)), 31)
+    ratios = dict(asg_on_off=t["both"] / t["no_asg"], audio_on_off=t["plain"] / t["deaf"], context_recomputed_cached=t["again"] / t["step"])
+    for name, words in (("asg_on_off", f"ASG + CFG {t['both']:.2f} s, CFG alone {t['no_asg']:.2f} s"),
+                        ("audio_on_off", f"audio layers on {t['plain']:.2f} s, off {t['deaf']:.2f} s"),
+                        ("context_recomputed_cached", f"a step at latent 13: {1000 * t['again']:.1f} ms recomputed, {1000 * t['step']:.1f} ms cached")):
         print(f"{name:28s}{ratios[name]:6.2f}   {words}")
+    print(json.dumps({k: round(r, 3) for k, r in ratios.items()}))
+
+
+def bench_towers(model, vae, audio_vae, size, cast):
+    """What guidance and the audio tower cost: ratios of 2 s clips with 50 steps."""
+    make = lambda audio, cfg: lambda: compose(model, vae, audio, ["a ball drops"], data.FRAMES, size, cast, steps=50, cfg=cfg)
+    t = clock(dict(both=make(audio_vae, 2.), plain=make(audio_vae, 1.), video=make(None, 1.)), 5)
+    ratios = dict(guidance_on_off=t["both"] / t["plain"], audio_tower_on_off=t["plain"] / t["video"])
+    print(f"guidance_on_off {ratios['guidance_on_off']:.2f}: {t['both']:.2f} s, {t['plain']:.2f} s\naudio_tower_on_off {ratios['audio_tower_on_off']:.2f}: {t['plain']:.2f} s, {t['video']:.2f} s")
     print(json.dumps({k: round(r, 3) for k, r in ratios.items()}))
 
 
@@ -461,14 +471,14 @@ def arguments():
     p.add_argument("--compile", action="store_true", help="torch.compile every block: slower to start, faster per step")
     p.add_argument("--out", default="out/", help="a folder, or the name of the .mp4")
     p.add_argument("--skip-probe", action="store_true", help="leave out every block in turn: one strip each (Syncphony figures 10, 11)")
-    p.add_argument("--bench", action="store_true", help="measure what guidance, audio layers and cache cost, and stop")
+    p.add_argument("--bench", action="store_true", help="measure what guidance, audio layers and cache cost (with --prompt: what two towers cost), and stop")
     return p
 
 
 def main():
     args = arguments().parse_args()
     device, cast, words = pick_device(args.device)
-    if args.video or args.prompt and not (args.audio or args.image or args.bench or args.skip_probe):
+    if args.video or args.prompt and not (args.audio or args.image or args.skip_probe):
         return both_or_sound(args, device, cast, words)
     for flag in () if args.bench else ("audio", "image"):
         if not getattr(args, flag):
