@@ -355,8 +355,9 @@ class T2AV:
         self.cache, *self.test = first_prepares(world, lambda: [cached(split) for split in (("train",) if args.data == "toybox" else ("train", "test"))])
         self.config, self.net = config, networks.DualTower(config)
         if args.init:
-            before = data.load_checkpoint(args.init, "t2av")
-            data.load_weights(self.net, before["ema"], args.init)
+            before = data.load_checkpoint(args.init, "t2av")                  # of stage 1 it knows no audio, whatever its audio tower looked like
+            known = {k: v for k, v in before["ema"].items() if before["stage"] != "video" or not k.startswith("audio.")}
+            data.load_weights(self.net, {**self.net.state_dict(), **known}, args.init)
         for name, p in self.net.named_parameters():                           # stage 1 knows no audio; stage 2 leaves the video as it is
             p.requires_grad_(args.stage == "joint" or name.startswith("audio.") == (args.stage == "audio"))
 
