@@ -821,11 +821,12 @@ def ablate(args):
                 os.replace(part, scored)
             for row, values in json.loads(scored.read_text()).items():
                 scores.setdefault(row, []).append(values)
-    print(f"{steps} steps on {clips} clips, {n} held-out clips, {seeds} training seed{'s' * (seeds > 1)}: mean ± standard deviation over seeds")
+    print(f"{steps} steps on {clips} clips, {n} held-out clips, {seeds} training seed{'s' * (seeds > 1)}" + ": mean ± standard deviation over seeds" * (seeds > 1))
     print(f"{'':28s}" + "".join(f"{w:>17s}" for w in shown.values()) + f"{dict(syncphony='paper: CycleSync', syncflow='paper: FAD')[system]:>19s}")
     for row, _, _, paper in ROWS[system]:
-        spread = lambda k: (np.mean([s[k] for s in scores[row]]), np.std([s[k] for s in scores[row]], ddof=1) if seeds > 1 else float("nan"))
-        print(f"{row:28s}" + "".join(f"{'%.3f ± %.3f' % spread(k):>17s}" for k in shown) + f"{paper:>19s}")
+        figures = {k: np.array([s[k] for s in scores[row]]) for k in shown}
+        show = lambda v: f"{v.mean():.3f}" + (f" ± {v.std(ddof=1):.3f}" if seeds > 1 else "")
+        print(f"{row:28s}" + "".join(f"{show(v):>17s}" for v in figures.values()) + f"{paper:>19s}")
     print(json.dumps(plain({row: {k: [s[k] for s in v] for k in shown} for row, v in scores.items()})))
 
 
