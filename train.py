@@ -676,9 +676,9 @@ def train(args):
             if seconds == took or step == args.steps:                         # at the first report and the last
                 tqdm.write(f"  the most memory held so far: {peak_memory(device) / 2 ** 30:.2f} GiB" + (" of the process" if device.type == "cpu" else " of the GPU"))
             reports, clock = [], time.perf_counter()
-        if taking_part and args.eval_clips and (step % args.sample_every == 0 or step == args.steps):
+        if taking_part and (step % args.sample_every == 0 or step == args.steps):
             swap(net, ema)                                                    # the averaged weights are looked at, and kept
-            score = look(task, net, clips, out, step, cast, args, rank)
+            score = look(task, net, clips, out, step, cast, args, rank) if clips else best
             if score >= best:
                 best = score
                 save_best(out / "best.pt", task, net, ema, step, seconds, args, rank)
