@@ -658,11 +658,14 @@ def mel_features(waves):
     return np.concatenate([m[:len(m) // 25 * 25].reshape(-1, 25, data.MELS).mean(1) for m in map(data.log_mel, waves)])
 
 
-def score_both(videos, waves, clips, vae, known=True):
+def score_both(videos, waves, clips, vae, known=True, scenes=None):
     """Videos with their sounds -> scores. Agreement: events seen in a picture, by a scene fitted to its first frame, against
-    those heard in the sound made with it. `known`: they were made for these clips' events, so onsets are held against those too."""
+    those heard in the sound made with it. `known`: they were made for these clips' events, so onsets are held against those too.
+    scenes: a dict that keeps fitted scenes, for rows of the same pictures."""
     truth, heard = [c["events"] for c in clips], [heard_events(w) for w in waves]
-    reads = [read_clip_events(v, dict(kind=c["kind"], scene=fit_scene(v[0], c["kind"]))) for v, c in zip(videos, clips)]
+    scenes, key = {} if scenes is None else scenes, lambda v: v[0].tobytes()
+    scenes.update({key(v): fit_scene(v[0], c["kind"]) for v, c in zip(videos, clips) if key(v) not in scenes})
+    reads = [read_clip_events(v, dict(kind=c["kind"], scene=scenes[key(v)])) for v, c in zip(videos, clips)]
     seen, other = [r[0] for r in reads], [(i + len(clips) // 2) % len(clips) for i in range(len(clips))]
     agree = event_scores(seen, heard, [r[1] for r in reads])
     out = dict(agreement_f1_50=agree["f1_50"], agreement_shuffled=event_scores([seen[j] for j in other], heard)["f1_50"], residual=agree["residual"],
@@ -698,11 +701,11 @@ def evaluate_towers(args):
              for w in sorted({1., own})]
     rows += [(f"t2av_{w:g}", f"both from text, w = {w:g}" + "*" * (w == own), lambda w=w: compose(model, vae, audio_vae, captions, cfg=w, **make), False)
              for w in sorted({1., 2., 4., 6., own})]
-    result = {}
+    result, scenes = {}, {}
     for key, title, make_row, known in rows:
         start = time.perf_counter()
         videos, waves = make_row()
-        result[key] = score_both(videos, waves, clips, vae, known)
+        result[key] = score_both(videos, waves, clips, vae, known, scenes)
         print(line(title, result[key], PAIR_COLUMNS) + f"  {time.perf_counter() - start:.0f} s")
         if key in (f"v2a_{own:g}", f"t2av_{own:g}"):
             result[key.split("_")[0]] = result[key]

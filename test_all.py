@@ -32,6 +32,7 @@ import vae as vae_module
 from model import DualTower, DualTowerConfig, MMDiT, MMDiTConfig, grid_ids, patchify, rotary, rotate, text_bytes, unpatchify
 from vae import AUDIO_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig, vae_loss
 
+torch.set_num_threads(1)                                                      # these networks are too small to be shared
 HERE = Path(__file__).parent
 HELD_OUT_TESTS = 7 * 10 ** 8                                                 # seeds of clips that nothing was tuned or trained on
 GOLDEN = HERE.parent / "shared/golden"
@@ -1730,8 +1731,8 @@ def test_tiles_are_blended_without_a_seam_and_stream(monkeypatch):
         two = torch.cat([vae.decode_tiles(z[:, :, :2], caches, 8, 4), vae.decode_tiles(z[:, :, 2:], caches, 8, 4)], 2)
         assert one.shape == whole.shape and torch.allclose(one, two, atol=1e-5)
         assert torch.allclose(vae.decode_tiles(z, {}, 32, 8), whole, atol=1e-5)                   # one tile is the whole
-        video = torch.rand(1, 3, 33, 32, 32)
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(vae.encode_chunks(video, 16), vae.encode(video)))
+        video = torch.rand(1, 3, 25, 32, 32)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(vae.encode_chunks(video, 8), vae.encode(video)))
     enlarge = lambda z, cache=None: z[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2)    # of a decoder that looks at no neighbours
     monkeypatch.setattr(vae, "decode", enlarge)
     assert torch.allclose(vae.decode_tiles(z, {}, 8, 4), enlarge(z), atol=1e-5)
@@ -2294,7 +2295,7 @@ def test_sampling_from_text_and_for_a_video_writes_sound_and_keeps_the_pictures(
 
 def test_two_towers_are_scored_by_what_is_seen_and_what_is_heard(towers_on_disk, toy, tmp_path, capsys):
     d, _ = towers_on_disk
-    assert cli(cyclesync, "--ckpt", d / "t2av/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--clips", 6, "--steps", 1, "--out", tmp_path) == 0
+    assert cli(cyclesync, "--ckpt", d / "t2av/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--clips", 5, "--steps", 1, "--out", tmp_path) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"ground_truth", "vae", "v2a", "t2av", "t2av_6"} <= set(result) and result["ground_truth"]["onsets_f1_50"] > .9 and result["ground_truth"]["agreement_f1_50"] > .9
     assert result["ground_truth"]["agreement_shuffled"] < .6 and "onsets_f1_50" not in result["t2av"] and (tmp_path / "v2a.png").is_file()
