@@ -97,13 +97,13 @@ def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
 
 
 def load_audio_vae(path=AUDIO_VAE_FILE, device="cpu"):
-    ckpt = load_checkpoint(path, "audio-vae", "the toybox audio VAE ships as weights/audio-vae-toybox.pt, or train one: python train.py --task audio-vae")
+    ckpt = load_checkpoint(path, "audio-vae", "none is shipped yet; train one: python train.py --task audio-vae, and give it by --audio-vae")
     return load_weights(AudioVAE(AudioVAEConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval()
 
 
 def load_t2av(path=T2AV_FILE, vae_path=VAE_FILE, audio_vae_path=AUDIO_VAE_FILE, device="cpu"):
     """-> the two towers with their averaged weights, the VAEs they were trained with, the checkpoint."""
-    ckpt = load_checkpoint(path, "t2av", "the toybox model ships as weights/t2av-toybox.pt, or train one: python train.py --task t2av")
+    ckpt = load_checkpoint(path, "t2av", "none is shipped yet; train one: python train.py --task t2av, and give it by --ckpt")
     model = load_weights(DualTower(DualTowerConfig(**ckpt["config"])), ckpt["ema"], path)
     vaes = load_vae(vae_path, device), load_audio_vae(audio_vae_path, device)
     for flag, name, vae in zip(("vae", "audio-vae"), (vae_path, audio_vae_path), vaes):
@@ -461,7 +461,7 @@ def arguments():
     p.add_argument("--shift-audio", type=number(), default=0., help="delay the sound by so many seconds: the motion follows")
     p.add_argument("--seed", type=number(int, 0), default=0, help="seed of the noise; clip i uses seed + i")
     p.add_argument("--n", type=number(int, 1, 256), default=1, help="so many versions")
-    p.add_argument("--ckpt", help="a checkpoint of train.py, of task a2v or t2av; weights/ has one of each")
+    p.add_argument("--ckpt", help="a checkpoint of train.py, of task a2v (weights/ has one) or t2av")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
     p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="the audio VAE that two towers were trained with")
     p.add_argument("--pretrained", help="of a model on Pyramid Flow: that folder, with its VAE and text encoders")
