@@ -2175,6 +2175,14 @@ def test_a_long_video_gets_its_sound_in_windows_that_keep_what_sounds_already():
         assert torch.equal(after[:, :, :kept.shape[2]], kept) and kept.shape[2] >= 25
 
 
+def test_syncflows_video_vae_is_the_same_class_with_a_temporal_stride_of_four():
+    """4x8x8: SyncFlow's 32 frames of 256x256 are 8 latents of 32x32; causal ones begin with a frame of its own, so 33 are 9."""
+    with torch.device("meta"):
+        vae = CausalVideoVAE(VAEConfig(**vae_module.SIZES["syncflow"]))
+        assert vae.encode(torch.zeros(1, 3, 33, 256, 256))[0].shape == (1, 4, 9, 32, 32)
+        assert vae.decode(torch.zeros(1, 4, 9, 32, 32)).shape == (1, 3, 33, 256, 256) and (vae.stride_t, vae.stride) == (4, 8)
+
+
 def little_audio_vae(**changes):
     torch.manual_seed(0)
     return AudioVAE(AudioVAEConfig(**{**AUDIO_SIZES["tiny"], "width": 4, "latent": 3, **changes})).double()

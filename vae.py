@@ -69,6 +69,7 @@ SIZES = {
     "tiny": dict(widths=(64, 112, 144), space=(1, 1, 0), time=(0, 0, 0), time_up=(1, 1, 0), layers=(1, 2), groups=8, kernel_t=1, patch=(4, 4),
                  reference=True, shortcut=True),                                                       # 16x16 x 4, toybox
     "pyramid": dict(),                                                                                 # 8x8 x 8, 335.4 M
+    "syncflow": dict(time=(0, 1, 1, 0), latent=4),                                                     # 8x8 x 4 like Open-Sora's, but causal
 }
 
 
