@@ -726,7 +726,7 @@ class AudioTower(nn.Module):
 
 class DualTower(nn.Module):
     """SyncFlow: a video tower and an audio tower of equal depth on ONE clock. Video never hears: F_l goes from left to right only,
-    so the video tower can be trained first, frozen, and given its sound (`frozen_video` costs no graph)."""
+    so the video tower can be trained first, frozen, and given its sound."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -752,6 +752,7 @@ class DualTower(nn.Module):
         give = lambda out, x: preconditioned(out, x, sigma.view(-1, *[1] * (x.dim() - 1))) if self.cfg.precondition else out
         v_v = v_a = features = None
         if x_v is not None:
+            # a frozen tower has no graph anyway; knowing that there is none, attention takes its faster kernel
             with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.video.parameters())):
                 out, features = self.video(x_v, sigma, text, mask)
                 v_v = give(out, x_v)

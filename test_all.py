@@ -2309,6 +2309,24 @@ def test_two_towers_are_scored_by_what_is_seen_and_what_is_heard(towers_on_disk,
     assert result["ground_truth"]["agreement_shuffled"] < .6 and "onsets_f1_50" not in result["t2av"] and (tmp_path / "v2a.png").is_file()
 
 
+def test_syncflows_ablation_trains_every_audio_tower_on_the_same_video_tower(towers_on_disk, toy, tmp_path, monkeypatch, capsys):
+    d, _ = towers_on_disk
+    begun, clips = {}, cyclesync.held_out_clips
+
+    def train_stub(command):
+        out = Path(command[command.index("--out") + 1])
+        begun[out.name] = command[command.index("--init") + 1] if "--init" in command else None
+        out.mkdir(parents=True)
+        (out / "best.pt").write_bytes((d / "t2av/joint/best.pt").read_bytes())
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(cyclesync.subprocess, "run", train_stub)
+    monkeypatch.setattr(cyclesync, "held_out_clips", lambda args, size: clips(SimpleNamespace(**vars(args) | dict(clips=3)), size))
+    assert cli(cyclesync, "--ablate", "syncflow", "--quick", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--steps", 1, "--out", tmp_path) == 0
+    video = begun.pop("video-tower-0")
+    assert video is None and set(begun) == {"full-0", "no-adaptor-0", "no-video-0", "optimal-transport-0"} and all(Path(b).parent.name == "video-tower-0" for b in begun.values())
+    assert set(json.loads(capsys.readouterr().out.splitlines()[-1])) == {row for row, *_ in cyclesync.ROWS["syncflow"]}
+
+
 # ------------------------------------------------------------------------------------------------ README.md and weights/
 
 def test_every_command_of_the_readme_parses():
