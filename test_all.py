@@ -1956,10 +1956,10 @@ def test_a_token_of_the_video_tower_is_one_by_two_by_two_of_the_latent():
 def test_spatial_attention_stays_in_its_frame_and_temporal_attention_at_its_place(axis):
     block = towers().video.space_blocks[0] if axis == "space" else towers().video.time_blocks[0]
     x, text, t6 = torch.randn(1, 12, 32, dtype=torch.float64), torch.randn(1, 3, 32, dtype=torch.float64), torch.randn(1, 1, 192, dtype=torch.float64)
-    mask, table = torch.ones(1, 1, 1, 3, dtype=torch.bool), None if axis == "space" else rotary(torch.arange(3)[:, None], (16,))
+    p = networks.Stream(None, t6, rotary(torch.arange(3)[:, None], (16,)), 3, text, torch.ones(1, 1, 1, 3, dtype=torch.bool))
     far = x.clone()
     far[:, 5] += torch.randn(32)                                              # 3 latents of 4 places: latent 1, place 1
-    changed = (block(far, t6, 3, text, mask, table)[0] - block(x, t6, 3, text, mask, table)[0]).abs().amax((0, 2)) > 1e-9
+    changed = (block.mix(far, p) - block.mix(x, p)).abs().amax((0, 2)) > 1e-9
     assert changed.nonzero().flatten().tolist() == ([4, 5, 6, 7] if axis == "space" else [1, 5, 9])
 
 

@@ -799,7 +799,7 @@ def arguments():
     p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, --pretrained 33000, vae 6000, audio-vae 4000, t2av 1500 a stage)")
     p.add_argument("--batch-size", type=number(int, 1), help="clips per step, over all processes and --accum (16; --pretrained 32)")
     p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
-    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v, t2av 0.005, --pretrained 0.00005, vae 0.002, audio-vae 0.001)")
+    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v, t2av 0.005, --pretrained 0.00005, vae 0.002, audio-vae 0.003)")
     p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=number(low=0), default=.01, help="AdamW's, on matrices only")
     p.add_argument("--clip", type=number(low=0), default=1., help="largest gradient norm")
@@ -816,7 +816,7 @@ def arguments():
     p.add_argument("--shift", type=number(low=.01), help="shift of the noise levels towards noise; 1 = none (a2v 4, t2av 1)")
     p.add_argument("--asg", type=number(low=0), help="w_a that the checkpoint will recommend to sample.py (1; --pretrained 2)")
     p.add_argument("--cfg", type=number(low=0), help="text guidance that the checkpoint will recommend to sample.py (0; --pretrained 4; t2av 2)")
-    p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae .02, audio-vae .01)")
+    p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae, audio-vae .02)")
     p.add_argument("--adversarial", type=number(low=0), default=0., help="audio-vae: weight of a critic of spectra that is trained along; 0 = none")
     p.add_argument("--ot", action="store_true", help="t2av: minibatch optimal transport between noise and data")
     p.add_argument("--no-adaptor", action="store_true", help="t2av, an ablation: audio looks at bare video features")
@@ -841,7 +841,7 @@ DEFAULTS = {   # what a flag is that was not given
     "a2v": dict(steps=1550, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=1., cfg=0., shift=4., kl=0.),
     "pretrained": dict(steps=33000, lr=5e-5, batch_size=32, ema=.9999, ema_every=20, asg=2., cfg=4., shift=4., kl=0.),
     "vae": dict(steps=6000, lr=2e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-2),
-    "audio-vae": dict(steps=4000, lr=1e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=1e-2),
+    "audio-vae": dict(steps=4000, lr=3e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-2),
     "t2av": dict(steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=2., shift=1., kl=0.),
 }
 
