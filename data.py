@@ -293,7 +293,8 @@ def _strike(m, rng):
 
 
 def _voice(m, duration, rng):
-    """A tone held for `duration` seconds: a buzz of unsteady pitch and breath, shaped by formants; another vowel each time."""
+    """A tone held for `duration` seconds: a buzz of unsteady pitch and breath, shaped by formants; another vowel each time. -> float32
+    (samples,), the vowel's letter"""
     n = int(RATE * (duration + .07))
     t = np.arange(n, dtype=np.float32) / RATE
     knots = np.arange(0, duration + .2, .03)                                  # the pitch wanders from one to the next
@@ -307,7 +308,8 @@ def _voice(m, duration, rng):
     spectrum *= .1 + sum(np.exp(-(np.log(f / g) / .3) ** 2) for g in formants)
     out = np.fft.irfft(spectrum)[:n]
     envelope = np.interp(t, [0, rng.uniform(.005, .05), duration, duration + .06], [0, 1, rng.uniform(.4, 1), 0])
-    return (out * envelope / (np.abs(out).max() + 1e-6)).astype(np.float32)
+    low, high = formants[:2] > m["formants"][:2]                              # where the first two formants went is a vowel
+    return (out * envelope / (np.abs(out).max() + 1e-6)).astype(np.float32), "uioa"[2 * int(low) + int(high)]
 
 
 def _off_screen(n, rng):
@@ -328,10 +330,11 @@ def _off_screen(n, rng):
     return (out / (np.abs(out).max() + 1e-6)).astype(np.float32)
 
 
-def toybox_sound(scene, events, durations, seconds, seed, off_screen=False):
+def toybox_sound(scene, events, durations, seconds, seed, off_screen=False, said=None):
     """The waveform of a clip, float32 (seconds x 16 000,): events, then room, tilt, noise floor and gain.
 
-    Every event and the room draw by themselves: other events with the same seed are recorded in the same room."""
+    Every event and the room draw by themselves: other events with the same seed are recorded in the same room. said: a list that
+    gets the vowels of a mouth."""
     n, m = round(seconds * RATE), scene["material"]
     out = np.zeros(n, np.float32)
     if scene["kind"] == "bell":
@@ -339,7 +342,9 @@ def toybox_sound(scene, events, durations, seconds, seed, off_screen=False):
     hit = _strike(m, np.random.default_rng([seed, 1618]))
     for k, (e, d) in enumerate(zip(events, durations)):
         rng = np.random.default_rng([seed, 1618, 1 + k])
-        sound = _voice(m, d, rng) if scene["kind"] == "mouth" else hit
+        sound, vowel = _voice(m, d, rng) if scene["kind"] == "mouth" else (hit, "")
+        if said is not None:
+            said += vowel
         a = round(e * RATE)
         piece = sound[:max(0, n - a)]
         out[a:a + len(piece)] += piece * 10 ** rng.uniform(-.4, 0)            # up to 8 dB between two hits
@@ -386,19 +391,23 @@ def toybox_caption(kind, n, off_screen, rng):
     return f"{thing} {does[rng.integers(len(does))]}{count}"
 
 
-def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True):
-    """One clip of the toybox, a pure function of its arguments.
+def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, take=0):
+    """One clip of the toybox, a pure function of its arguments. Other takes are of the same thing, but other things happen to it, in
+    another room: same material, same colours.
 
-    -> dict: video uint8 (F, size, size, 3) (absent if `video` is false), audio float32 (F / 24 x 16 000,), caption str,
-    seed, kind str, scene dict, state float (F,), events (n,) and durations (n,) in seconds. `size`: a multiple of 16."""
+    -> dict: video uint8 (F, size, size, 3) (absent if `video` is false), audio float32 (F / 24 x 16 000,), caption str, speech str
+    (what a mouth says, a letter per event), seed, kind str, scene dict, state float (F,), events (n,) and durations (n,) in
+    seconds. `size`: a multiple of 16."""
     rng = np.random.default_rng([seed, 2718])
     scene = toybox_scene(rng, kind)
-    seconds, mood = frames / FPS, rng.random()                                # 8 % silent, 10 % only off-screen sound
+    if take:
+        rng = np.random.default_rng([seed, 2718, take])
+    seconds, mood, said = frames / FPS, rng.random(), []                      # 8 % silent, 10 % only off-screen sound
     events, durations = toybox_events(scene["kind"], seconds, rng) if mood > .18 else (np.zeros(0), np.zeros(0))
     off_screen = bool(.08 <= mood < .18 or rng.random() < .2 * (mood > .18))
     state = toybox_state(scene["kind"], events, durations, np.arange(frames) / FPS)
-    audio = toybox_sound(scene, events, durations, seconds, seed, off_screen)
-    clip = dict(seed=seed, kind=scene["kind"], scene=scene, state=state, events=events, durations=durations, audio=audio,
+    audio = toybox_sound(scene, events, durations, seconds, seed + (take << 40), off_screen, said)
+    clip = dict(seed=seed, speech=" ".join(said), kind=scene["kind"], scene=scene, state=state, events=events, durations=durations, audio=audio,
                 off_screen=off_screen, caption=toybox_caption(scene["kind"], len(events), off_screen, rng))
     return dict(clip, video=toybox_draw(scene, state, size)) if video else clip
 
@@ -821,7 +830,8 @@ def task_of(path):
 
 
 def load_checkpoint(path, task, hint=""):
-    """A checkpoint of ours (of any task, if `task` is None) as a dict; anything else becomes one clear line. Never runs code from the file."""
+    """A checkpoint of ours as a dict; anything else becomes one clear line. task: what it must be of, names joined by " or "; None: of any.
+    Never runs code from the file."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such checkpoint; {hint or 'check the path, or train one with train.py'}")
     _existing(path, "checkpoint")
@@ -831,7 +841,7 @@ def load_checkpoint(path, task, hint=""):
         raise BadInput(f"{path}: not a checkpoint that can be loaded safely ({type(why).__name__}); expected a .pt written by train.py") from why
     if not isinstance(content, dict) or not {"task", "config", "ema"} <= set(content):
         raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config and weights in it); train one with train.py")
-    if task and content["task"] != task:
+    if task and content["task"] not in task.split(" or "):
         raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; give one made by train.py --task {task}")
     return content
 
@@ -958,12 +968,12 @@ def _worker():
 
 def _prepared(job):
     """In a worker: an item (a toybox seed, or a real clip) -> its windows with their log-mels, or why there are none."""
-    item, size = job
+    item, size, takes = job
     try:
-        windows = [dict(toybox_clip(item, size), start=0.)] if isinstance(item, int) else clip_windows(item, size)
+        windows = [dict(toybox_clip(item, size, take=k), start=k * FRAMES / FPS) for k in range(takes)] if isinstance(item, int) else clip_windows(item, size)
     except BadInput as why:
         return str(why).removeprefix(f"{item['path']}: ")
-    return [{k: w[k] for k in ("video", "audio", "caption", "start")} | dict(mel=log_mel(w["audio"])) for w in windows]
+    return [{k: w.get(k, "") for k in ("video", "audio", "caption", "start", "speech")} | dict(mel=log_mel(w["audio"])) for w in windows]
 
 
 def prepare(folder, settings, items, vae, device, cast, hear=None, raw=False):
@@ -987,7 +997,7 @@ def prepare(folder, settings, items, vae, device, cast, hear=None, raw=False):
         return                                                                # several processes may open a finished cache at once
     for leftover in folder.glob(".*"):                                        # of a run that was killed
         leftover.unlink()
-    jobs = [(item, settings["resolution"]) for k in todo for item in shards[k]]
+    jobs = [(item, settings["resolution"], settings.get("takes", 1)) for k in todo for item in shards[k]]
     with workers() if len(jobs) > 64 else nullcontext() as pool, torch.no_grad(), cast(), tqdm(
             total=len(items), initial=len(items) - len(jobs), desc=f"preparing {folder.parent.name}", unit="clip", disable=None) as bar:
         results = _ahead(pool, jobs, bar)
@@ -1030,7 +1040,7 @@ def _write_shard(folder, k, items, results, vae, device, hear, raw):
             made = dict(mels=w["mel"], videos=w["video"], sounds=w["audio"], features=hear(w["audio"]) if hear else None)
             for name, rows_of in arrays.items():
                 rows_of.append(made[name] if name == "videos" else made[name].astype(np.float16))
-            rows.append([_name(item), w["caption"], w["start"]]), batch.append(w["video"])
+            rows.append([_name(item), w["caption"], w["start"], w["speech"]]), batch.append(w["video"])
             if len(batch) == (4 if w["video"].shape[1] <= 256 else 1):
                 encode()
     if batch:
@@ -1060,10 +1070,10 @@ def _same_settings(folder, settings):
 
 def open_cache(folder):
     """A prepared folder -> dict: arrays (name -> list of memory-mapped shards), at (n, 2) the shard and row of every window,
-    captions, clips (for every clip the numbers of its windows), skipped (name -> reason). Every file's sum is checked."""
+    captions, starts in seconds, speech (what is said), clips (for every clip the numbers of its windows), skipped (name -> reason). Every file's sum is checked."""
     folder = Path(folder)
     shards = [json.loads((folder / f"{k:05d}.json").read_text()) for k in range(json.loads((folder / "manifest.json").read_text())["shards"])]
-    arrays, at, captions, clips, skipped = {}, [], [], {}, {}
+    arrays, at, captions, starts, speech, clips, skipped = {}, [], [], [], [], {}, {}
     for k, shard in enumerate(shards):
         for name, total in shard["crc32"].items():
             path = folder / f"{k:05d}-{name}.npy"
@@ -1071,11 +1081,11 @@ def open_cache(folder):
                 raise BadInput(f"{path}: missing or damaged (its sum is not the one noted when it was written); remove {folder / f'{k:05d}.json'} "
                                "and run the same command: that shard is made again")
             arrays.setdefault(name, []).append(np.load(path, mmap_mode="r"))
-        for row, (clip, caption, _) in enumerate(shard["rows"]):
+        for row, (clip, caption, start, *said) in enumerate(shard["rows"]):       # caches of before there was speech have three entries
             clips.setdefault(clip, []).append(len(at))
-            at.append((k, row)), captions.append(caption)
+            at.append((k, row)), captions.append(caption), starts.append(start), speech.append("".join(said))
         skipped.update(shard["skipped"])
-    return dict(folder=folder, arrays=arrays, at=np.array(at).reshape(-1, 2), captions=captions, clips=list(clips.values()), skipped=skipped)
+    return dict(folder=folder, arrays=arrays, at=np.array(at).reshape(-1, 2), captions=captions, starts=np.array(starts), speech=speech, clips=list(clips.values()), skipped=skipped)
 
 
 def pick(cache, name, index):
@@ -1147,26 +1157,26 @@ def cached_prompts(folder, captions, pretrained, device):
 
 # ------------------------------------------------------------------------------------------------ the command: look and prepare
 
-def source(name, root="data", clips=2000):
+def source(name, root="data", clips=2000, takes=1):
     """--data -> a label for its cache, its items by split, and a line on what was found."""
     if name == "toybox":
-        return f"toybox-{clips}", dict(train=list(range(clips)), test=[]), f"toybox: {clips} clips, drawn from their seeds"
+        return f"toybox-{clips}{f'x{takes}' if takes > 1 else ''}", dict(train=list(range(clips)), test=[]), f"toybox: {clips} clips, drawn from their seeds"
     found, words = find_clips(name, root)
     splits = {s: [c for c in found if c["split"] == s] for s in ("train", "test")}
     return dataset_folder(name, root).resolve().name, splits, words
 
 
-def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000, hear=None, ears="hubert", say=print):
+def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000, hear=None, ears="hubert", takes=1, say=print):
     """The cache of a dataset's split, made first where it is absent or unfinished. `tag` names the VAE that codes it, `ears` what
-    `hear` makes of every sound; `say` gets the report: what was found, what was skipped and why."""
+    `hear` makes of every sound; `takes`: of toybox clips; `say` gets the report: what was found, what was skipped and why."""
     if name == "toybox":
         only_square(size)
-    label, splits, words = source(name, root, clips)
+    label, splits, words = source(name, root, clips, takes)
     if not splits[split]:
         raise BadInput(f"--data {name}: no clips for {'training' if split == 'train' else 'testing'} in it; give at least two clips, or lists that name some of both")
     shown = "x".join(map(str, sides(size))) if not isinstance(size, int) else size
     folder = Path(root) / "cache" / f"{label}-{shown}px-{tag}{f'-{ears}' if hear else ''}" / split
-    settings = dict(data=label, split=split, resolution=size if isinstance(size, int) else list(size), vae=tag, fps=FPS, frames=FRAMES)
+    settings = dict(data=label, split=split, resolution=size if isinstance(size, int) else list(size), vae=tag, fps=FPS, frames=FRAMES, **dict(takes=takes) if takes > 1 else {})
     prepare(folder, settings, splits[split], vae, device, cast, hear, raw=name != "toybox" and split == "test")
     cache = open_cache(folder)
     say(f"{words}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of {FRAMES} frames")

@@ -255,3 +255,37 @@ def t2av_loss(net, z_v, z_a, words, g, stage="joint", ot=False, how="uniform", s
                         for v, z, eps in ((v_v, z_v, eps_v), (v_a, z_a, eps_a)))
     loss = dict(video=error_v, audio=error_a, joint=error_v + error_a)[stage]
     return loss, torch.stack([error_v.detach(), error_a.detach()])
+
+
+# ------------------------------------------------------------------------------------------------ cross-task synergy (Harmony)
+
+def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", lam_v=.1, lam_a=.3, shift=5., how="uniform"):
+    """Harmony's objective: the joint task, and beside it the two one-way tasks, in which the other stream is given, clean (eqs. 3, 4)
+
+        L = L_joint + lambda_v L_driven^audio + lambda_a L_driven^video
+
+    -> loss, report (joint video, joint audio, video driven by audio, audio driven by video). Joint, nothing is worth aligning to while
+    both streams are noise; a clean partner shows from the first step what belongs together. Mind the names: lambda_v weighs
+    the AUDIO-driven loss, for that one trains the video. A driven loss is that of the made stream alone: what the network says
+    of the given one is ignored.
+
+    z_v (B, C, L, h, w), z_a (B, A, S) normalised latents; words: (text, mask, told, told_mask) of the clips; ref (B, A, R) clean
+    references with mask (B, R); g: a CPU generator. All three forwards share one noise level and one noise per clip. stage
+    'video', 'audio' or 'timbre': one stream alone, before they meet."""
+    to = lambda t: t.to(z_v.device)
+    sigma = to(draw_sigma(torch.rand(len(z_v), generator=g), how, shift))     # (B,)
+    eps_v, eps_a = to(torch.randn(z_v.shape, generator=g)), to(torch.randn(z_a.shape, generator=g))
+    x_v, x_a = add_noise(z_v, eps_v, sigma[:, None]), add_noise(z_a[..., None, None], eps_a[..., None, None], sigma[:, None])[..., 0, 0]
+    clean, none = torch.zeros_like(sigma), z_v.new_zeros(())
+    video_error = lambda v: (v.float() - velocity(z_v, eps_v)).square().mean()
+    audio_error = lambda v: (v.float() - velocity(z_a, eps_a)).square().mean()
+    if stage != "joint":
+        v_v, v_a = net.converse(x_v if stage == "video" else None, None if stage == "video" else x_a, sigma, sigma, *words, ref, ref_mask)
+        loss = video_error(v_v) if stage == "video" else audio_error(v_a)
+        return loss, torch.stack([loss.detach(), none, none, none] if stage == "video" else [none, loss.detach(), none, none])
+    v_v, v_a = net.converse(x_v, x_a, sigma, sigma, *words, ref, ref_mask)
+    joint_v, joint_a = video_error(v_v), audio_error(v_a)                     # eq. 4: L_joint is their sum
+    driven_v = video_error(net.converse(x_v, z_a, sigma, clean, *words, ref, ref_mask)[0]) if lam_v else none         # by clean audio
+    driven_a = audio_error(net.converse(z_v, x_a, clean, sigma, *words, ref, ref_mask)[1]) if lam_a else none         # by clean video
+    loss = joint_v + joint_a + lam_v * driven_v + lam_a * driven_a            # eq. 3
+    return loss, torch.stack([t.detach() for t in (joint_v, joint_a, driven_v, driven_a)])

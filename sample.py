@@ -47,7 +47,7 @@ from tqdm import tqdm
 import data
 from data import (FPS, NEGATIVE, RATE, BadInput, Parser, add_sound, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
                   read_video, run_cli, write_picture, write_sound, write_video)
-from losses import block_noise, double, guide, history, levels, noise_levels, sampling_grid, stages
+from losses import block_noise, double, guide, history, levels, noise_levels, sampling_grid, shift_sigma, stages
 from model import DualTower, DualTowerConfig, MMDiT, MMDiTConfig, text_bytes
 from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
 
@@ -102,8 +102,8 @@ def load_audio_vae(path=AUDIO_VAE_FILE, device="cpu"):
 
 
 def load_t2av(path=T2AV_FILE, vae_path=VAE_FILE, audio_vae_path=AUDIO_VAE_FILE, device="cpu"):
-    """-> the two towers with their averaged weights, the VAEs they were trained with, the checkpoint."""
-    ckpt = load_checkpoint(path, "t2av", "none is shipped yet; train one: python train.py --task t2av, and give it by --ckpt")
+    """-> the two towers (SyncFlow's or Harmony's) with their averaged weights, the VAEs they were trained with, the checkpoint."""
+    ckpt = load_checkpoint(path, "t2av or joint", "none is shipped yet; train one: python train.py --task t2av, and give it by --ckpt")
     model = load_weights(DualTower(DualTowerConfig(**ckpt["config"])), ckpt["ema"], path)
     vaes = load_vae(vae_path, device), load_audio_vae(audio_vae_path, device)
     for flag, name, vae in zip(("vae", "audio-vae"), (vae_path, audio_vae_path), vaes):
@@ -264,13 +264,14 @@ def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar
 
 # ------------------------------------------------------------------------------------------------ both streams at once
 
-def pair(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(0,), z_v=None, z_a=None, bar=None):
+def pair(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(0,), z_v=None, z_a=None, first=None, bar=None):
     """Generate both streams together -> latents of video (B, *shape_v) and audio (B, *shape_a), normalised; None for a shape of None.
 
     words, nothing: a text and the null text as `DualTower.read` takes them. cfg: w of SyncFlow eq. 3, which is S itself; 1 = no
-    guidance. z_v (B, *shape_v): the video is given and only its sound is made. z_a (B, A, n): so are the first n audio latents,
-    for a sound that goes on. What is given is replaced at every step by itself at that step's noise level, always with the
-    same noise, so its path is the straight line and ends where it should."""
+    guidance. z_v (B, *shape_v): the video is given and only its sound is made. first (B, C, 1, h, w): its first latent is given, the
+    picture that both begin with. z_a (B, A, n): so are the first n audio latents, for a sound that goes on. What is given is replaced
+    at every step by itself at that step's noise level, always with the same noise, so its path is the straight line and
+    ends where it should."""
     B, device, noise = len(words), next(model.parameters()).device, [torch.Generator().manual_seed(int(s)) for s in seeds]
     draw = lambda shape: None if shape is None else torch.stack([torch.randn(shape, generator=g) for g in noise]).to(device)
     eps_v, eps_a = draw(shape_v), draw(shape_a)
@@ -283,6 +284,8 @@ def pair(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(
     for s, s_next in zip(sigmas[:-1], sigmas[1:]):
         if z_v is not None:
             x_v = (1 - s) * z_v + s * eps_v
+        if first is not None:
+            x_v = torch.cat([(1 - s) * first + s * eps_v[:, :, :1], x_v[:, :, 1:]], 2)
         if z_a is not None:
             n = z_a.shape[2]
             x_a = torch.cat([(1 - s) * z_a + s * eps_a[:, :, :n], x_a[:, :, n:]], 2)
@@ -291,27 +294,114 @@ def pair(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(
         x_v, x_a = (None if x is None else x + (s_next - s) * v for x, v in ((x_v, v_v), (x_a, v_a)))
         if bar is not None:
             bar.update()
-    return (x_v if z_v is None else z_v), (x_a if z_a is None or x_a is None else torch.cat([z_a, x_a[:, :, z_a.shape[2]:]], 2))
+    x_v = z_v if z_v is not None else x_v if first is None else torch.cat([first, x_v[:, :, 1:]], 2)
+    return x_v, x_a if z_a is None or x_a is None else torch.cat([z_a, x_a[:, :, z_a.shape[2]:]], 2)
 
 
-def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v=None, seeds=None, bar=None, some=16, **settings):
+def harmonise(model, shape_v, shape_a, words, nothing=None, steps=40, sync_video=3., sync_audio=2., cfg=1., shift=5., seeds=(0,),
+              z_v=None, z_a=None, first=None, kept=None, ref=None, mute=None, still=None, bar=None, heat=None):
+    """Harmony's sampler -> latents of video (B, *shape_v) and audio (B, *shape_a), normalised.
+
+    SyncCFG: what is to be strengthened is neither the text nor the partner itself but that both AGREE. So the negatives have a
+    partner who does nothing, at sigma = 0: silence for the video, a picture that stands still for the sound (eqs. 9, 10)
+
+        v_v = v_v(x_v, mute) + s_v [v_v(x_v, x_a) - v_v(x_v, mute)]          v_a likewise with a still video and s_a
+
+    Joint and negatives of a step run in one batch. words, nothing: (text, mask, told, told_mask), the null text's for text guidance
+    (cfg = 1: none). mute (1, A, S), still (1, C, L, h, w): the anchors. z_v or z_a (B, ...): that stream is given, clean, and drives
+    the other, guided by the same anchor. first (B, C, 1, h, w): the first latent is given. kept (B, A, n): so are the first n
+    audio latents, for a sound that goes on. ref (B, A, R): whose timbre it shall be. heat: a list that gets every step's
+    |joint - mute| (B, L, h, w), where guidance pulls."""
+    B, device, noise = len(words[0]), next(model.parameters()).device, [torch.Generator().manual_seed(int(s)) for s in seeds]
+    draw = lambda shape: torch.stack([torch.randn(shape, generator=g) for g in noise]).to(device)
+    eps_v, eps_a = draw(shape_v), draw(shape_a)
+    x_v, x_a = eps_v if z_v is None else z_v, eps_a if z_a is None else z_a
+    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    for s, s_next in zip(sigmas[:-1], sigmas[1:]):
+        if first is not None:
+            x_v = torch.cat([first, x_v[:, :, 1:]], 2)
+        if kept is not None:
+            n = kept.shape[2]
+            x_a = torch.cat([(1 - s) * kept + s * eps_a[:, :, :n], x_a[:, :, n:]], 2)
+        s_v, s_a = s * (z_v is None), s * (z_a is None)                       # what is given is clean
+        rows = dict(joint=(x_v, s_v, x_a, s_a, words))
+        if cfg != 1 and nothing is not None:
+            rows["null"] = x_v, s_v, x_a, s_a, nothing
+        if sync_video != 1 and z_v is None:
+            rows["mute"] = x_v, s_v, mute.expand_as(x_a), 0., words
+        if sync_audio != 1 and z_a is None:
+            rows["still"] = still.expand_as(x_v), 0., x_a, s_a, words
+        videos, clocks_v, sounds, clocks_a, told = zip(*rows.values())
+        sigma_v, sigma_a = (torch.tensor(clocks, device=device).repeat_interleave(B) for clocks in (clocks_v, clocks_a))
+        sigma_v = sigma_v[:, None].repeat(1, x_v.shape[2])                    # (R·B, L)
+        if first is not None:
+            sigma_v[:, 0] = 0
+        made = model.converse(torch.cat(videos), torch.cat(sounds), sigma_v, sigma_a, *(torch.cat(t) for t in zip(*told)),
+                              None if ref is None else ref.repeat(len(rows), 1, 1))
+        v_v, v_a = (dict(zip(rows, v.float().unflatten(0, (-1, B)))) for v in made)
+        text = cfg if "null" in rows else 1
+        if heat is not None and "mute" in rows:
+            heat.append((v_v["joint"] - v_v["mute"]).abs().mean(1))
+        if z_v is None:
+            x_v = x_v + (s_next - s) * guide(v_v["joint"], (sync_video, v_v.get("mute")), (text, v_v.get("null")))                 # eq. 9
+        if z_a is None:
+            x_a = x_a + (s_next - s) * guide(v_a["joint"], (sync_audio, v_a.get("still")), (text, v_a.get("null")))                # eq. 10
+        if bar is not None:
+            bar.update()
+    return x_v if first is None else torch.cat([first, x_v[:, :, 1:]], 2), x_a if kept is None else torch.cat([kept, x_a[:, :, kept.shape[2]:]], 2)
+
+
+def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v=None, seeds=None, bar=None, some=16, z_a=None, pictures=None,
+            sound_captions=None, speech=None, refs=None, looks=None, **settings):
     """Captions -> videos uint8 (B, F, H, W, 3) (None if they are given, as normalised latents z_v (B, C, L, h, w), or if the model
-    makes sound alone), waveforms (B, samples) (None without an audio VAE). `settings` go to `pair`; clip i has seed seeds[i]."""
+    makes sound alone), waveforms (B, samples) (None without an audio VAE, or if given, as z_a (B, A, S)). pictures, uint8 (B, H, W, 3):
+    what they begin with. `settings` go to `pair` or, with a Harmony model, to `harmonise`; clip i has seed seeds[i]. Harmony's
+    alone: z_a; sound_captions, where the sound has words of its own; speech: what is said; refs (B, A, R): latents of references; looks: a dict
+    that gets what `write_maps` shows."""
     device, (h, w), seeds = next(model.parameters()).device, data.sides(size), range(len(captions)) if seeds is None else seeds
     shape_v = None if model.cfg.blind else (model.cfg.latent, math.ceil((frames - 1) / vae.stride_t) + 1, h // vae.stride, w // vae.stride)
     samples = audio_vae and round(frames / FPS * audio_vae.cfg.rate)
     shape_a, videos, waves = audio_vae and (model.cfg.audio_latent, math.ceil(samples / audio_vae.hop)), [], []
     for i in range(0, len(captions), some):
-        words = text_bytes(captions[i:i + some]).to(device)
+        part = lambda given: None if given is None else given[i:i + some]
         with torch.no_grad(), cast():
-            x_v, x_a = pair(model, shape_v, shape_a, words, torch.zeros_like(words) if any(captions) else None, seeds=seeds[i:i + some],
-                            z_v=None if z_v is None else z_v[i:i + some], bar=bar, **settings)
-            if audio_vae:
+            picture = None if pictures is None else torch.from_numpy(pictures[i:i + some]).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
+            given = dict(seeds=part(seeds), z_v=part(z_v), first=None if picture is None else vae.normalise(vae.encode(picture)[0].float()), bar=bar, **settings)
+            if not model.cfg.bridges:
+                words = text_bytes(captions[i:i + some]).to(device)
+                x_v, x_a = pair(model, shape_v, shape_a, words, torch.zeros_like(words) if any(captions) else None, **given)
+            else:
+                told, nothing = briefing(model, part(captions), part(sound_captions), part(speech))
+                mute, still = anchors(vae, audio_vae, shape_v[1], samples, size, device, picture)
+                heat = [] if looks is not None else None
+                x_v, x_a = harmonise(model, shape_v, shape_a, told, nothing, mute=mute, still=still, z_a=part(z_a), ref=part(refs), heat=heat, **given)
+                if looks is not None:                                         # who looks where in the finished clip
+                    maps, clean = [], torch.zeros(len(told[0]), device=device)
+                    model.converse(x_v, x_a, clean, clean, *told, part(refs), maps=maps)
+                    looks.update(heat=torch.stack(heat).mean(0).float().cpu() if heat else None, grid=x_v.shape[2:],
+                                 attention=torch.stack(maps).mean((0, 2)).float().cpu())           # over layers and heads: (B, S, N)
+            if audio_vae and z_a is None:
                 waves += list(audio_vae.decode(audio_vae.denormalise(x_a), samples).float().clamp(-1, 1).cpu().numpy())
             if z_v is None and shape_v:
-                video = vae.decode(vae.denormalise(x_v))[:, :, :frames].float()
+                video = vae.decode(vae.denormalise(x_v), picture)[:, :, :frames].float()
                 videos += list((video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy())
     return np.stack(videos) if videos else None, np.stack(waves) if waves else None
+
+
+def briefing(model, captions, sound_captions=None, speech=None):
+    """What Harmony's towers are told, and the same without a word -> two tuples (text, mask, told, told_mask)."""
+    device = next(model.parameters()).device
+    seen, heard, said = (text_bytes(t).to(device) for t in (captions, sound_captions or captions, speech or [""] * len(captions)))
+    return (*model.read(seen), *model.tell(heard, said)), (*model.read(0 * seen), *model.tell(0 * heard, 0 * said))
+
+
+def anchors(vae, audio_vae, L, samples, size, device, picture=None):
+    """Partners who do nothing, as normalised latents: a sound that is silent (1, A, S) and a video that stands still (1 or B, C, L, h, w),
+    of the picture (B, 3, 1, H, W) that the clip begins with, or grey. They are what the VAEs make of silence and stillness,
+    which is not zero."""
+    picture = torch.zeros(1, 3, 1, *data.sides(size), device=device) if picture is None else picture
+    still = vae.encode(picture.expand(-1, -1, 1 + (L - 1) * vae.stride_t, -1, -1))[0].float()
+    return audio_vae.normalise(audio_vae.encode(torch.zeros(1, samples, device=device))[0].float()), vae.normalise(still)
 
 
 def encode_video(vae, frames, device):
@@ -324,9 +414,10 @@ def encode_video(vae, frames, device):
     return vae.normalise(torch.cat(pieces, 2))
 
 
-def dub(model, vae, audio_vae, frames, prompt, cast=nullcontext, window=13, overlap=3, seed=0, bar=None, **settings):
+def dub(model, vae, audio_vae, frames, prompt, cast=nullcontext, window=13, overlap=3, seed=0, bar=None, sound_captions=None, speech=None, refs=None, **settings):
     """A sound for a video uint8 (F, H, W, 3) of any length -> waveform. The towers see `window` latents at a time, the picture
-    and what follows; the next window begins `overlap` latents before the end of the last, and keeps what sounds there."""
+    and what follows; the next window begins `overlap` latents before the end of the last, and keeps what sounds there. Harmony's are
+    told as in `compose`; to them the video is simply clean."""
     device = next(model.parameters()).device
     z, samples = encode_video(vae, frames, device), round(len(frames) / FPS * audio_vae.cfg.rate)
     S, made, words, last = math.ceil(samples / audio_vae.hop), None, text_bytes([prompt]).to(device), max(1, z.shape[2] - window + 1)
@@ -335,9 +426,15 @@ def dub(model, vae, audio_vae, frames, prompt, cast=nullcontext, window=13, over
         start = round((l - 1) * model.cfg.alpha)                              # the window's first audio latent
         kept = None if made is None else made[:, :, start:]
         length = min(S - start, math.ceil((seen.shape[2] - 1) * model.cfg.alpha) + 3)
+        shapes, given = (seen.shape[1:], (model.cfg.audio_latent, length)), dict(seeds=[seed + 10 ** 6 * k], z_v=seen, bar=bar, **settings)
         with torch.no_grad(), cast():
-            _, x = pair(model, seen.shape[1:], (model.cfg.audio_latent, length), words, torch.zeros_like(words) if prompt else None,
-                        seeds=[seed + 10 ** 6 * k], z_v=seen, z_a=kept, bar=bar, **settings)
+            if model.cfg.bridges:
+                told, nothing = briefing(model, [prompt], sound_captions, speech)
+                picture = torch.from_numpy(frames[:1].copy()).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+                still = anchors(vae, audio_vae, seen.shape[2], audio_vae.hop, None, device, picture)[1]
+                x = harmonise(model, *shapes, told, nothing, still=still, kept=kept, ref=refs, **given)[1]
+            else:
+                x = pair(model, *shapes, words, torch.zeros_like(words) if prompt else None, z_a=kept, **given)[1]
         made = x if made is None else torch.cat([made[:, :, :start], x.to(made)], 2)
     with torch.no_grad():
         return audio_vae.decode_pieces(audio_vae.denormalise(made), samples)[0].clamp(-1, 1).cpu().numpy()
@@ -365,39 +462,136 @@ def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings
 
 
 def both_or_sound(args, device, cast, words):
-    """The command with --prompt alone (picture and sound) or with --video (its sound)."""
+    """The command with two towers: --prompt alone (picture and sound), --video (its sound); with Harmony's also --audio (its picture),
+    a picture to begin with, words to say and a voice to say them in, and many at once by --jsonl."""
     model, vae, audio_vae, ckpt = load_t2av(args.ckpt or T2AV_FILE, args.vae, args.audio_vae, device)
+    harmony, name = model.cfg.bridges, args.ckpt or T2AV_FILE
     if args.compile:
         for block in model.layers():
             block.compile(dynamic=True)
-    size, rate = args.resolution or ckpt["size"], audio_vae.cfg.rate
+    size, own = args.resolution or ckpt["size"], ckpt["guidance"]
     if args.bench:
         return bench_towers(model, vae, audio_vae, size, cast)
-    settings = dict(steps=args.steps or 50, cfg=ckpt["guidance"]["cfg"] if args.cfg is None else args.cfg)
-    print(f"{words}\n{Path(args.ckpt or T2AV_FILE).name}: step {ckpt['step']} of stage {ckpt['stage']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
-    if len(args.prompt.encode(errors="replace")) > 96:
-        print("the text encoder reads the first 96 letters of the prompt")
-    given = None if not args.video else read_video(args.video, size)
+    for flag in ("audio", "ref_audio", "transcript", "maps"):
+        if getattr(args, flag) and not harmony:
+            raise BadInput(f"--{flag.replace('_', '-')}: {name} is of SyncFlow's kind and knows no such input; give a checkpoint of train.py --task joint by --ckpt")
     if model.cfg.blind and args.video:
-        raise BadInput(f"--video {args.video}: {args.ckpt} makes sounds from text and sees no video; give a checkpoint trained without --no-video")
-    frames = len(given) if args.video else max(2, round((args.seconds or data.FRAMES / FPS) * FPS))
-    print(f"{frames} frames at {FPS} fps, {'x'.join(map(str, data.sides(size)))}, {settings['steps']} steps, w = {settings['cfg']:g}" + ("" if args.prompt else ", no prompt: no text guidance"))
-    out, suffix = Path(args.out), ".wav" if model.cfg.blind else ".mp4"
-    stem = Path(args.video).stem if args.video else "-".join("".join(c if c.isalnum() else " " for c in args.prompt).split()[:8]) or "sample"
-    for i in range(args.n):
-        start, seed = time.perf_counter(), args.seed + i
-        name = out if out.suffix == suffix else out / f"{stem}{suffix}"
-        name = name.with_stem(f"{name.stem}-{i}") if args.n > 1 else name
-        with tqdm(disable=None, leave=False, unit="step") as bar:
-            if args.video:
-                video, wave = given, dub(model, vae, audio_vae, given, args.prompt, cast, seed=seed, bar=bar, **settings)
-                add_sound(name, args.video, wave, rate)
-            else:
-                video, wave = (None if x is None else x[0] for x in compose(model, vae, audio_vae, [args.prompt], frames, size, cast, seeds=[seed], bar=bar, **settings))
-                write_video(name, video, wave, rate=rate) if video is not None else write_sound(name, wave, rate)
-        if video is not None:
-            write_picture(name.with_suffix(".png"), film_strip(video[:60 * FPS], wave, rate=rate))
-        print(f"{name}{'' if video is None else f' and {name.stem}.png'}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s, seed {seed}")
+        raise BadInput(f"--video {args.video}: {name} makes sounds from text and sees no video; give a checkpoint trained without --no-video")
+    settings = dict(steps=args.steps or (40 if harmony else 50), cfg=own["cfg"] if args.cfg is None else args.cfg)
+    if harmony:
+        settings.update(shift=own["shift"], **{k: own[k] if getattr(args, k) is None else getattr(args, k) for k in ("sync_video", "sync_audio")})
+    print(f"{words}\n{Path(name).name}: step {ckpt['step']} of stage {ckpt['stage']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
+    print(", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in settings.items()) + f", {'x'.join(map(str, data.sides(size)))} at {FPS} fps")
+    jobs = list(read_jobs(args))
+    for k, job in enumerate(jobs):
+        if not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
+            raise BadInput(f"{f'{args.jsonl} record ' + job['stem'] + ': ' if args.jsonl else ''}--prompt is empty; say what is to be seen, or give a --video that gets a sound")
+        if job["audio"] and job["video"]:
+            raise BadInput(f"--audio {job['audio']}: with --video there is nothing left to make; leave one of them out")
+    for k, job in enumerate(jobs):
+        if len(job["prompt"].encode(errors="replace")) > 96:
+            print("the text encoder reads the first 96 letters of the prompt")
+        for i in range(args.n):
+            name = file_name(args, job, i, ".wav" if model.cfg.blind else ".mp4")
+            if args.jsonl and name.is_file():                                 # done before an interruption
+                print(f"{name}: is there already")
+                continue
+            start = time.perf_counter()
+            with tqdm(disable=None, leave=False, unit="step", desc=f"{k + 1} of {len(jobs)}" if args.jsonl else None) as bar:
+                frames = make_one(model, vae, audio_vae, job, name, args, size, cast, args.seed + i, dict(settings, bar=bar))
+            print(f"{name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s, seed {args.seed + i}")
+
+
+def read_jobs(args):
+    """What is to be made, one dict each: by the flags, or by every line of a .jsonl with fields of the same names, or Harmony-Bench's."""
+    bench = dict(prompt=("video_caption", "audio_caption"), sound_prompt=("audio_caption",), transcript=("spoken_word_en", "spoken_word_zh"))
+    flags = {k: getattr(args, k) for k in ("prompt", "transcript", "audio", "image", "video", "ref_audio")}
+    if not args.jsonl:
+        yield dict(flags, sound_prompt=args.prompt, stem=None)
+        return
+    path = data._existing(args.jsonl, "list")
+    for k, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            given = {key: record.get(key) or next((record[o] for o in others if record.get(o)), "") for key, others in bench.items()}
+            given |= {key: record.get(key) for key in ("audio", "image", "video", "ref_audio")}
+            if not all(isinstance(v, str) for v in given.values() if v is not None):
+                raise ValueError
+        except (ValueError, AttributeError) as why:
+            raise BadInput(f"{path} line {k}: not a record; expected a JSON object of texts with prompt (or video_caption, audio_caption), and perhaps transcript "
+                           "(or spoken_word_en, spoken_word_zh), audio, image, video, ref_audio") from why
+        yield dict(given, sound_prompt=given["sound_prompt"] or given["prompt"], stem=str(record.get("id", f"{k:04d}")))
+
+
+def file_name(args, job, i, suffix):
+    """--out, or a file in it named after the record, the given clip or sound, or the words."""
+    said = "-".join("".join(c if c.isalnum() else " " for c in job["prompt"] or job["transcript"]).split()[:8])
+    stem = job["stem"] or Path(job["video"] or job["audio"] or said or "sample").stem
+    name = Path(args.out) if Path(args.out).suffix == suffix and not args.jsonl else Path(args.out) / f"{stem}{suffix}"
+    return name.with_stem(f"{name.stem}-{i}") if args.n > 1 else name
+
+
+def make_one(model, vae, audio_vae, job, name, args, size, cast, seed, settings):
+    """One clip with two towers, written to `name`, with its film strip. -> its frames"""
+    device, rate, more, looks = next(model.parameters()).device, audio_vae.cfg.rate, {}, {} if args.maps else None
+    given = read_video(job["video"], size) if job["video"] else None
+    wave = read_audio(job["audio"], rate) if job["audio"] else None
+    frames = len(given) if given is not None else max(2, round((args.seconds or (data.FRAMES / FPS if wave is None else len(wave) / rate)) * FPS))
+    if model.cfg.bridges:
+        more = dict(speech=[job["transcript"]], sound_captions=[job["sound_prompt"]], refs=read_reference(job["ref_audio"], audio_vae, device))
+    if job["video"]:
+        video, sound = given, dub(model, vae, audio_vae, given, job["prompt"], cast, seed=seed, **more, **settings)
+        add_sound(name, job["video"], sound, rate)
+    else:
+        if wave is not None:
+            sound = np.pad(wave, (0, max(0, round(frames / FPS * rate) - len(wave))))[:round(frames / FPS * rate)]
+            with torch.no_grad(), cast():
+                more["z_a"] = audio_vae.normalise(audio_vae.encode(torch.from_numpy(sound)[None].to(device))[0].float())
+        pictures = read_image(job["image"], size)[None] if job["image"] else None
+        video, made = (None if x is None else x[0] for x in compose(model, vae, audio_vae, [job["prompt"]], frames, size, cast, seeds=[seed], pictures=pictures, looks=looks,
+                                                                    **more, **settings))
+        sound = made if wave is None else sound
+        write_video(name, video, sound, rate=rate) if video is not None else write_sound(name, sound, rate)
+    if video is not None:
+        strip = film_strip(video[:60 * FPS], sound, rate=rate)
+        write_picture(name.with_suffix(".png"), np.concatenate([write_maps(video, looks), strip]) if looks else strip)
+    return frames
+
+
+def write_maps(video, looks):
+    """Harmony's figures 3 and 5 as rows to stand above the film strip of video (F, H, W, 3) uint8: where the sound of each moment looks in its
+    frame, and where SyncCFG pulls. Prints which share of either lies on what moves."""
+    L, side = looks["grid"][0], video.shape[1]
+    places = round((looks["attention"].shape[2] / L) ** .5)
+    attention = looks["attention"][0].unflatten(1, (L, places, places))       # (S, L, h, w), rows sum to 1
+    cells = dict(attention=torch.stack([attention[max(0, round((l - .5) / L * len(attention))):round((l + .5) / L * len(attention)) + 1, l].mean(0) for l in range(L)]))
+    if looks["heat"] is not None:
+        cells["SyncCFG"] = looks["heat"][0]
+    moves = torch.from_numpy(np.abs(video - np.median(video, 0)).max((0, 3)) > 24).float()               # (H, W): pixels that ever change
+    rows = []
+    for name, cell in cells.items():                                          # (L, h, w)
+        big = torch.nn.functional.interpolate(cell[:, None] / cell.amax((1, 2), keepdim=True)[:, None].clamp(min=1e-9), side)[:, 0]              # (L, H, W)
+        print(f"{name}: {(big * moves).sum() / big.sum():.2f} of it lies on what moves, which is {moves.mean():.2f} of the picture")
+        frame = big[[min(L - 1, -(-f * (L - 1) // max(1, len(video) - 1))) for f in range(len(video))]].numpy()[..., None]
+        rows.append(film_strip((video * .35 + frame * [165., 110., 0.]).astype(np.uint8), np.zeros(1))[:side])
+    return np.concatenate(rows)
+
+
+def read_reference(path, audio_vae, device):
+    """A recording of the voice or thing that shall sound -> latents (1, A, R) of up to 3 s of it from where it begins to sound; None without."""
+    if not path:
+        return None
+    rate, wave = audio_vae.cfg.rate, read_audio(path, audio_vae.cfg.rate)
+    loud = np.flatnonzero(np.abs(wave) > .02 * np.abs(wave).max())
+    if not len(loud) or np.abs(wave).max() < 1e-4:
+        raise BadInput(f"{path}: silent; a reference must be heard: 1 to 3 s of the voice or thing")
+    wave = wave[max(0, loud[0] - rate // 20):][:3 * rate]
+    if len(wave) < rate // 2:
+        raise BadInput(f"{path}: {len(wave) / rate:.2f} s of sound; a reference needs at least 0.5 s, better 1 to 3")
+    with torch.no_grad():
+        return audio_vae.normalise(audio_vae.encode(torch.from_numpy(wave)[None].to(device))[0].float())
 
 
 def clock(runs, rounds):
@@ -453,6 +647,12 @@ def arguments():
     p.add_argument("--image", help="the first frame: png, jpg, ..., any size (centre crop to a square)")
     p.add_argument("--prompt", default="", help="what is to be seen, in words; alone: makes picture and sound")
     p.add_argument("--video", help="a clip that gets a sound; its pictures stay as they are")
+    p.add_argument("--transcript", default="", help="Harmony: what is said")
+    p.add_argument("--ref-audio", help="Harmony: whose voice, or what thing, it shall sound like: 1 to 3 s of it")
+    p.add_argument("--jsonl", help="two towers: many at once, a JSON object a line: prompt (or video_caption, audio_caption), transcript (spoken_word_en), audio, image, video, ref_audio, id")
+    p.add_argument("--maps", action="store_true", help="Harmony: pictures of where each moment of the sound looks in the video, and where SyncCFG pulls")
+    p.add_argument("--sync-video", type=number(low=0), help="Harmony: s_v of SyncCFG, 1 = off; the checkpoint's own (3) if not given")
+    p.add_argument("--sync-audio", type=number(low=0), help="Harmony: s_a of SyncCFG, 1 = off; the checkpoint's own (2) if not given")
     p.add_argument("--asg", type=number(low=0), help="w_a, Audio Sync Guidance; 0 = off (S = 1 + w_a); the checkpoint's own if not given")
     p.add_argument("--cfg", type=number(low=0), help="text guidance: w_t, 0 = off (S = 1 + w_t); of two towers w, 1 = off (S = w); the checkpoint's own if not given")
     p.add_argument("--steps", type=number(int, 1, 1000), help="Euler steps: 30 per latent, or 50 for two towers")
@@ -461,7 +661,7 @@ def arguments():
     p.add_argument("--shift-audio", type=number(), default=0., help="delay the sound by so many seconds: the motion follows")
     p.add_argument("--seed", type=number(int, 0), default=0, help="seed of the noise; clip i uses seed + i")
     p.add_argument("--n", type=number(int, 1, 256), default=1, help="so many versions")
-    p.add_argument("--ckpt", help="a checkpoint of train.py, of task a2v (weights/ has one) or t2av")
+    p.add_argument("--ckpt", help="a checkpoint of train.py, of task a2v (weights/ has one), t2av or joint")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
     p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="the audio VAE that two towers were trained with")
     p.add_argument("--pretrained", help="of a model on Pyramid Flow: that folder, with its VAE and text encoders")
@@ -478,14 +678,18 @@ def arguments():
 def main():
     args = arguments().parse_args()
     device, cast, words = pick_device(args.device)
-    if args.video or args.prompt and not (args.audio or args.image or args.skip_probe):
+    task = data.task_of(args.ckpt) if args.ckpt else None
+    if task in ("t2av", "joint") or args.video or task != "a2v" and (args.jsonl or args.prompt and not (args.audio or args.skip_probe)):
         return both_or_sound(args, device, cast, words)
-    for flag in () if args.bench else ("audio", "image"):
-        if not getattr(args, flag):
-            raise BadInput(f"--{flag} is missing; give both: python sample.py --audio x.wav --image f.png, or --prompt alone, or --video")
+    jobs = [] if args.bench else list(read_jobs(args))
+    for job in jobs:
+        missing = [flag for flag in ("audio", "image") if not job[flag]]
+        if missing:
+            raise BadInput(f"{args.jsonl} record {job['stem']}: no {missing[0]} in it; this checkpoint wants audio and image" if args.jsonl else
+                           f"--{missing[0]} is missing; give both: python sample.py --audio x.wav --image f.png, or --prompt, alone or with --image, or --video")
     args.ckpt, args.steps = args.ckpt or str(A2V_FILE), args.steps or 30
     model, vae, ckpt = load_a2v(args.ckpt, args.vae, device, args.pretrained)
-    equip(model, args, [args.prompt], device)
+    equip(model, args, [job["prompt"] for job in jobs], device)
     if args.compile and not args.skip_probe:
         for block in model.layers():
             block.compile(dynamic=True)
@@ -493,34 +697,37 @@ def main():
         raise BadInput(f"--bench: measures models of the parallel layout; {args.ckpt} is of Pyramid Flow's, which keeps no context")
     if args.bench:
         return bench(model, vae, cast)
-    wave, picture = read_audio(args.audio), read_image(args.image, ckpt["size"])
-    delay = round(abs(args.shift_audio) * RATE)
-    if delay:
-        wave = np.pad(wave, (delay, 0))[:len(wave)] if args.shift_audio > 0 else np.pad(wave, (0, delay))[delay:]
-    frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
-    asg = ckpt["guidance"]["asg"] if args.asg is None else args.asg
-    cfg = ckpt["guidance"]["cfg"] if args.cfg is None else args.cfg
+    asg, cfg = (ckpt["guidance"][k] if getattr(args, k) is None else getattr(args, k) for k in ("asg", "cfg"))
     settings = dict(steps=args.steps, asg=asg, cfg=cfg, tiles=args.tiles)
     print(f"{words}\n{Path(args.ckpt).name}: step {ckpt['step']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
-    print(f"{frames} frames at {FPS} fps, {'x'.join(map(str, data.sides(ckpt['size'])))}, {args.steps} steps per latent, w_a = {asg:g}, "
-          + (f"w_t = {cfg:g}" if args.prompt else "no prompt: no text guidance"))
-    out = Path(args.out)
-    if args.skip_probe:
-        return skip_probe(model, vae, picture, wave, args.prompt, frames, cast, (out.parent if out.suffix == ".mp4" else out) / "skip-probe.png",
-                          seeds=[args.seed], **settings)
-    for i in range(args.n):
-        name = out if out.suffix == ".mp4" and args.n == 1 else (out.with_suffix("") if out.suffix == ".mp4" else out / Path(args.audio).stem)
-        name = name if name.suffix == ".mp4" else Path(f"{name}{f'-{i}' if args.n > 1 else ''}.mp4")
-        start, kept = time.perf_counter(), []
-        with tqdm(total=math.ceil((frames - 1) / vae.stride_t) * args.steps, disable=None, leave=False, unit="step") as bar:
-            def pieces():
-                for piece in animate(model, vae, picture[None], [wave], [args.prompt], frames, cast, bar, seeds=[args.seed + i], **settings):
-                    if sum(map(len, kept)) < 60 * FPS:                        # the strip shows the first minute at most
-                        kept.append(piece[0])
-                    yield piece[0]
-            write_video(name, pieces(), wave)
-        write_picture(name.with_suffix(".png"), film_strip(np.concatenate(kept), wave))
-        print(f"{name} and {name.with_suffix('.png').name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed + i}")
+    print(f"{'x'.join(map(str, data.sides(ckpt['size'])))} at {FPS} fps, {args.steps} steps per latent, w_a = {asg:g}, w_t = {cfg:g} where there is a prompt")
+    for job in jobs:
+        wave, picture = hear(job["audio"], args.shift_audio), read_image(job["image"], ckpt["size"])
+        frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
+        if args.skip_probe:
+            out = Path(args.out)
+            return skip_probe(model, vae, picture, wave, job["prompt"], frames, cast, (out.parent if out.suffix == ".mp4" else out) / "skip-probe.png",
+                              seeds=[args.seed], **settings)
+        for i in range(args.n):
+            name, start, kept = file_name(args, job, i, ".mp4"), time.perf_counter(), []
+            if args.jsonl and name.is_file():                                 # done before an interruption
+                print(f"{name}: is there already")
+                continue
+            with tqdm(total=math.ceil((frames - 1) / vae.stride_t) * args.steps, disable=None, leave=False, unit="step") as bar:
+                def pieces():
+                    for piece in animate(model, vae, picture[None], [wave], [job["prompt"]], frames, cast, bar, seeds=[args.seed + i], **settings):
+                        if sum(map(len, kept)) < 60 * FPS:                    # the strip shows the first minute at most
+                            kept.append(piece[0])
+                        yield piece[0]
+                write_video(name, pieces(), wave)
+            write_picture(name.with_suffix(".png"), film_strip(np.concatenate(kept), wave))
+            print(f"{name} and {name.with_suffix('.png').name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed + i}")
+
+
+def hear(path, delay):
+    """A sound file -> waveform, delayed by so many seconds (earlier, if negative)."""
+    wave, n = read_audio(path), round(abs(delay) * RATE)
+    return wave if not n else np.pad(wave, (n, 0))[:len(wave)] if delay > 0 else np.pad(wave, (0, n))[n:]
 
 
 if __name__ == "__main__":

@@ -2295,7 +2295,7 @@ def test_sampling_from_text_and_for_a_video_writes_sound_and_keeps_the_pictures(
     before, after = (iio.imread(tmp_path / name, plugin="FFMPEG") for name in ("mute.mp4", "dubbed.mp4"))
     assert np.array_equal(before, after) and abs(len(data.read_audio(tmp_path / "dubbed.mp4")) / 16000 - 2.5) < .05
     (tmp_path / "not.mp4").write_text("no video")
-    for bad, words in ((["--video", tmp_path / "none.mp4"], "no such video"), (["--video", tmp_path / "not.mp4"], "not.mp4"), (["--prompt", ""], "--prompt alone")):
+    for bad, words in ((["--video", tmp_path / "none.mp4"], "no such video"), (["--video", tmp_path / "not.mp4"], "not.mp4"), (["--prompt", ""], "--prompt is empty")):
         capsys.readouterr()
         assert cli(sample, *flags, *bad) == 2
         assert words in capsys.readouterr().err
@@ -2325,6 +2325,220 @@ def test_syncflows_ablation_trains_every_audio_tower_on_the_same_video_tower(tow
     video = begun.pop("video-tower-0")
     assert video is None and set(begun) == {"full-0", "no-adaptor-0", "no-video-0", "optimal-transport-0"} and all(Path(b).parent.name == "video-tower-0" for b in begun.values())
     assert set(json.loads(capsys.readouterr().out.splitlines()[-1])) == {row for row, *_ in cyclesync.ROWS["syncflow"]}
+
+
+# ------------------------------------------------------------------------------------------------ Harmony
+
+def harmony(std=.05, **changes):
+    """Harmony's towers of `tiny`'s kind that run in milliseconds, nothing in them zero."""
+    torch.manual_seed(0)
+    little = dict(depth=2, width=32, heads=2, axes=(8, 4, 4), latent=4, audio_latent=3, text_dim=16)
+    return shaken(DualTower(DualTowerConfig(**{**networks.HARMONY["tiny"], **little, **changes})), std)
+
+
+def told(net, captions=("a ball drops", "a bell rings"), speech=("u i", "")):
+    words, said = text_bytes(list(captions)), text_bytes(list(speech))
+    return *net.read(words), *net.tell(words, said)
+
+
+def test_harmonys_size_is_that_of_wan_and_every_layer_has_its_three_bridges():
+    with torch.device("meta"):
+        net = DualTower(DualTowerConfig(**networks.HARMONY["harmony"]))
+    assert (net.cfg.width, net.cfg.heads, net.cfg.depth) == (3072, 24, 30) and sum(net.cfg.axes) == 128
+    assert len(net.a2v_blocks) == len(net.v2a_blocks) == len(net.style_blocks) == len(net.audio.blocks) == len(net.video.time_blocks) == 30
+
+
+def test_a_fresh_bridge_adds_nothing():
+    torch.manual_seed(0)
+    net = DualTower(DualTowerConfig(**{**networks.HARMONY["tiny"], "latent": 4, "audio_latent": 3, "precondition": False})).double()
+    torch.nn.init.normal_(net.video.proj_out.weight), torch.nn.init.normal_(net.audio.proj_out.weight)
+    x_v, x_a, s = two_streams()
+    both, video, audio = (net.converse(v, a, s, s, *told(net)) for v, a in ((x_v, x_a), (x_v, None), (None, x_a)))
+    assert torch.allclose(both[0], video[0]) and torch.allclose(both[1], audio[1]) and video[1] is None and audio[0] is None
+
+
+def test_places_on_another_timeline_are_multiplied_by_the_ratio_of_the_lengths():
+    ids = torch.arange(157).double()
+    assert torch.allclose(networks.rescale(ids, 31 / 157), ids * 31 / 157) and torch.equal(networks.rescale(ids, 1, .5), ids)
+    assert torch.allclose(networks.rescale(torch.arange(40).double(), 1 / 8, .5).unflatten(0, (5, 8)).mean(1), torch.arange(5).double())
+    (q, k, _), (q_a, k_v, _) = harmony().bridge_times(5, 40, 1, "cpu")        # frame 2 and step 16 are at one place: one rotation
+    assert torch.allclose(q[0][2], k[0][16]) and torch.allclose(q_a[1][16], k_v[1][2])
+    raw = harmony(align=False).bridge_times(5, 40, 1, "cpu")[0]
+    assert torch.allclose(raw[0][0][2], raw[1][0][2]) and not torch.allclose(raw[0][0][2], raw[1][0][16])
+    same = harmony(alpha=1.).bridge_times(6, 6, 1, "cpu")                     # equal lengths: nothing to rescale
+    assert all(torch.allclose(a, b) for q, k, _ in same for a, b in zip(q, k))
+
+
+def test_frame_wise_attention_sees_its_window_and_always_the_nearest():
+    near = networks.near(torch.arange(31.), networks.rescale(torch.arange(157.), 31 / 157), 1.5)
+    assert near.any(1).all() and near.sum(1).max() <= 16
+    steps = networks.near(torch.arange(157.), networks.rescale(torch.arange(31.), 157 / 31), .1)
+    assert steps.any(1).all() and steps.sum(1).min() == 1                     # even where the window holds nothing
+    net, (x_v, x_a, s) = harmony(depth=1), two_streams(L=6, S=48)
+    far_sound, far_frame = x_a.clone(), x_v.clone()
+    far_sound[:, :, 40:] += 1
+    far_frame[:, :, 5] += 1
+    for block in (net.video.time_blocks[0], net.audio.blocks[0]):             # one bridge, and no other way from one time to another
+        block.attn.to_out.weight.data.zero_()
+    pairs = [net.converse(v, a, s, s, *told(net)) for v, a in ((x_v, x_a), (x_v, far_sound), (far_frame, x_a))]
+    moved = (pairs[1][0] - pairs[0][0]).abs().amax((0, 1, 3, 4)) > 1e-12
+    assert moved.tolist() == [False] * 4 + [True] * 2                         # frame i at 8i: |j/8 - i| < 1.5
+    heard = (pairs[2][1] - pairs[0][1]).abs().amax((0, 1)) > 1e-12
+    assert heard.nonzero().min() == 29 and heard[29:].all()                   # |5 - j/8| < 1.5
+    wide = harmony(depth=1, local=False)
+    assert wide.bridge_times(6, 48, 4, "cpu")[0][2] is None and wide.bridge_times(6, 48, 4, "cpu")[1][2] is None
+
+
+def test_the_reference_stands_before_the_target_and_is_not_part_of_what_comes_out():
+    net, (x_v, x_a, s) = harmony(), two_streams()
+    ref, words = torch.randn(2, 3, 20, dtype=torch.float64), told(net)
+    with_it, without = net.converse(x_v, x_a, s, s, *words, ref), net.converse(x_v, x_a, s, s, *words)
+    assert with_it[1].shape == x_a.shape and not torch.allclose(with_it[1], without[1])
+    masked = net.converse(x_v, x_a, s, s, *words, ref, torch.zeros(2, 20, dtype=torch.bool))
+    assert torch.allclose(masked[1], without[1]) and torch.allclose(masked[0], without[0])
+    (_, p), (_, q) = net.audio.begin(x_a, s, *words[2:], ref), net.audio.begin(x_a, s, *words[2:])
+    assert torch.equal(p.table[0][20:20 + 37], q.table[0][:37])               # the target stands where it stood
+    assert not torch.equal(p.c[:, 0], p.c[:, 20]) and torch.equal(p.c[:, 0], p.c[:, -1])      # reference and words are clean, at sigma 0
+
+
+def test_the_style_of_the_reference_comes_from_all_of_the_video_and_its_target_is_not_touched_by_it(monkeypatch):
+    net, (x_v, x_a, s), seen = harmony(depth=1), two_streams(), {}
+    ref, words = torch.randn(2, 3, 20, dtype=torch.float64), told(net)
+    mix = net.audio.mix
+    monkeypatch.setattr(net.audio, "mix", lambda l, a, p: (seen.update(a=a), mix(l, a, p))[1])
+    states = []
+    for frame in (None, 0, 4):
+        v = x_v.clone()
+        if frame is not None:
+            v[:, :, frame] += 1
+        net.converse(v, x_a, s, s, *words, ref)
+        states.append(seen["a"])
+    assert all(not torch.allclose(a[:, :20], states[0][:, :20]) and torch.equal(a[:, 20:], states[0][:, 20:]) for a in states[1:])
+    net.cfg.local = False
+    net.converse(x_v, x_a, s, s, *words, ref)
+    assert torch.equal(seen["a"], net.audio.begin(x_a, s, *words[2:], ref)[0])             # GLDI off: the reference as it came
+
+
+def test_the_video_does_not_look_at_the_reference_nor_the_reference_at_the_video_by_frames(monkeypatch):
+    net, (x_v, x_a, s), shapes = harmony(depth=1), two_streams(), {}
+    keys, ask = net.a2v_blocks[0].keys_values, net.v2a_blocks[0].forward
+    monkeypatch.setattr(net.a2v_blocks[0], "keys_values", lambda a, *k: (shapes.update(keys=a.shape[1]), keys(a, *k))[1])
+    monkeypatch.setattr(net.v2a_blocks[0], "forward", lambda x, *k: (shapes.update(queries=x.shape[1]), ask(x, *k))[1])
+    net.converse(x_v, x_a, s, s, *told(net), torch.randn(2, 3, 20, dtype=torch.float64))
+    assert shapes == dict(keys=37, queries=37)
+
+
+def test_what_is_said_and_what_is_described_are_read_by_encoders_of_their_own():
+    net, words = harmony(), text_bytes(["a face", "a face"])
+    a, b = net.tell(words, text_bytes(["u i", "o"])), net.tell(words, text_bytes(["a u", "o"]))
+    assert not torch.equal(a[0][:, :12], b[0][:, :12]) and torch.equal(a[0][:, 12:], b[0][:, 12:])
+    x_v, x_a, s = two_streams()
+    out = [net.converse(None, x_a, None, s, None, None, *t)[1] for t in (a, b, net.tell(text_bytes(["a bell", "a face"]), text_bytes(["u i", "o"])))]
+    assert not torch.allclose(out[0][0], out[1][0]) and torch.allclose(out[0][1], out[1][1]) and not torch.allclose(out[0][0], out[2][0])
+
+
+def test_every_latent_may_have_a_clock_of_its_own():
+    net, (x_v, x_a, s) = harmony(), two_streams()
+    each = s[:, None].repeat(1, 5)
+    words = told(net)
+    assert torch.allclose(net.converse(x_v, x_a, s, s, *words)[0], net.converse(x_v, x_a, each, s, *words)[0])
+    each[:, 0] = 0
+    t6 = net.video.begin(x_v, each, *words[:2])[1].t6.unflatten(1, (5, 4))
+    assert torch.allclose(t6[:, 1], t6[:, 4]) and not torch.allclose(t6[:, 0], t6[:, 1])
+
+
+def test_cross_task_synergy_is_joint_plus_a_tenth_audio_driven_plus_three_tenths_video_driven():
+    net, (z_v, z_a, _), calls = harmony(), two_streams(), []
+    words, converse = told(net), net.converse
+
+    def spy(x_v, x_a, s_v, s_a, *rest):
+        calls.append((x_v, x_a, s_v, s_a))
+        return converse(x_v, x_a, s_v, s_a, *rest)
+    net.converse = spy
+    loss, parts = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0))
+    assert torch.allclose(loss, parts[0] + parts[1] + .1 * parts[2] + .3 * parts[3]) and len(calls) == 3
+    joint, by_sound, by_video = calls
+    assert torch.equal(by_sound[1], z_a) and by_sound[3].abs().max() == 0 and torch.equal(by_sound[0], joint[0]) and torch.equal(by_sound[2], joint[2])
+    assert torch.equal(by_video[0], z_v) and by_video[2].abs().max() == 0 and torch.equal(by_video[1], joint[1]) and torch.equal(by_video[3], joint[3])
+    calls.clear()
+    plain = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=0, lam_a=0)
+    assert len(calls) == 1 and torch.allclose(plain[0], parts[0] + parts[1])  # eq. 1
+    grads = lambda l, part: torch.autograd.grad(l, part.proj_out.weight, retain_graph=True, allow_unused=True)[0]
+    alone = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0)[0] - plain[0]
+    assert grads(alone, net.video).abs().max() > 0 and grads(alone, net.audio).abs().max() < 1e-12             # the audio-driven loss trains the video
+
+
+def sampled(net, shape_v=(4, 5, 4, 4), shape_a=(3, 37), **settings):
+    """Harmony's sampler with a spy on the network -> latents, the calls."""
+    calls, converse = [], net.converse
+    net.converse = lambda *a, **k: (calls.append(a), converse(*a, **k))[1]
+    anchors = dict(mute=torch.full((1, *shape_a), .5), still=torch.full((1, *shape_v), .25))
+    with torch.no_grad():
+        out = sample.harmonise(net, shape_v, shape_a, tuple(t[:1] for t in told(net)), seeds=[0], **{**anchors, **dict(steps=2), **settings})
+    net.converse = converse
+    return out, calls
+
+
+def test_synccfg_is_equations_9_and_10_with_clean_anchors():
+    net = harmony().float()
+    anchors = dict(mute=torch.randn(1, 3, 37), still=torch.randn(1, 4, 5, 4, 4))
+    (v, a), calls = sampled(net, steps=1, sync_video=3., sync_audio=2., shift=1., **anchors)
+    x_v, x_a, s_v, s_a, *words = calls[0]
+    assert len(calls) == 1 and x_v.shape[0] == 3                              # joint, mute, still in one batch
+    assert torch.equal(x_a[1], anchors["mute"][0]) and torch.equal(x_v[2], anchors["still"][0]) and s_a.tolist() == [1, 0, 1] and s_v[:, 0].tolist() == [1, 1, 0]
+    one = tuple(t[:1] for t in words[:4])
+    with torch.no_grad():
+        joint, mute, still = (net.converse(x_v[i:i + 1], x_a[i:i + 1], s_v[i:i + 1], s_a[i:i + 1], *one) for i in range(3))
+    eq9, eq10 = mute[0] + 3 * (joint[0] - mute[0]), still[1] + 2 * (joint[1] - still[1])
+    assert torch.allclose(v, x_v[:1] - eq9, atol=1e-5) and torch.allclose(a, x_a[:1] - eq10, atol=1e-5)
+    assert sampled(net, sync_video=1., sync_audio=1.)[1][0][0].shape[0] == 1 and sampled(net, sync_video=1.)[1][0][0].shape[0] == 2
+
+
+def test_a_given_stream_stays_as_it_is_and_is_clean_to_the_network():
+    net, z_v, z_a = harmony().float(), torch.randn(1, 4, 5, 4, 4), torch.randn(1, 3, 37)
+    (v, a), calls = sampled(net, z_a=z_a)
+    assert torch.equal(a, z_a) and all((c[3] == 0).all() and torch.equal(c[1][:1], z_a) and len(c[0]) == 2 for c in calls)       # audio-driven: joint and mute
+    (v, a), calls = sampled(net, z_v=z_v)
+    assert torch.equal(v, z_v) and all((c[2] == 0).all() and torch.equal(c[0][:1], z_v) and len(c[0]) == 2 for c in calls)       # video-driven: joint and still
+    (v, a), calls = sampled(net, first=z_v[:, :, :1], sync_audio=1.)
+    assert torch.equal(v[:, :, :1], z_v[:, :, :1]) and all((c[2][:, 0] == 0).all() and (c[2][:, 1:] > 0).all() for c in calls)
+
+
+def test_the_map_of_who_looks_where_reproduces_the_layer_and_the_heat_is_zero_for_a_mute_partner():
+    net, (x_v, x_a, s), maps, inputs = harmony(depth=1), two_streams(), [], {}
+    bridge = net.v2a_blocks[0]
+    forward = bridge.forward
+    bridge.forward = lambda x, kv, table, mask, m=None: (inputs.update(x=x, v=kv[1]), inputs.update(out=forward(x, kv, table, mask, m)))[0] or inputs["out"]
+    net.converse(x_v, x_a, s, s, *told(net), maps=maps)
+    weights = maps[0]
+    assert weights.shape == (2, 2, 37, 20) and torch.allclose(weights.sum(3), torch.ones(2, 2, 37).double())
+    see = net.bridge_times(5, 37, 4, "cpu")[1][2]
+    assert (weights[:, :, ~see] == 0).all()
+    assert torch.allclose(inputs["x"] + bridge.to_out((weights @ inputs["v"]).transpose(1, 2).flatten(2)), inputs["out"])
+    mute, heat = torch.randn(1, 3, 37), []
+    sampled(harmony().float(), z_a=mute, mute=mute, heat=heat)
+    assert heat[0].shape == (1, 5, 4, 4) and max(h.max() for h in heat) < 1e-6
+    sampled(harmony().float(), mute=mute, heat=heat)
+    assert heat[-1].max() > 1e-3
+
+
+def test_the_anchors_are_what_the_vaes_make_of_silence_and_stillness(toy):
+    vae, audio_vae = sample.load_vae(toy / "vae.pt"), shaken(little_audio_vae()).float()
+    picture = torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    with torch.no_grad():
+        mute, still = sample.anchors(vae, audio_vae, 5, 6400, 32, "cpu", picture)
+        assert torch.equal(mute, audio_vae.normalise(audio_vae.encode(torch.zeros(1, 6400))[0])) and mute.abs().max() > 0
+        assert torch.allclose(still, vae.normalise(vae.encode(picture.repeat(1, 1, 17, 1, 1))[0]))
+    assert sample.anchors(vae, audio_vae, 5, 6400, 32, "cpu")[1].shape == still.shape
+
+
+def test_another_take_is_of_the_same_thing_but_other_things_happen_to_it():
+    takes = [data.toybox_clip(7, 32, kind="mouth", take=k) for k in range(3)]
+    for t in takes[1:]:
+        assert str(t["scene"]) == str(takes[0]["scene"]) and not np.array_equal(t["events"], takes[0]["events"])
+    many = [data.toybox_clip(i, 32, kind="mouth", video=False) for i in range(40)]
+    assert all(len(c["speech"].split()) == len(c["events"]) for c in many) and {v for c in many for v in c["speech"].split()} == set("uioa")
+    assert all(c["speech"] == "" for c in (data.toybox_clip(i, 32, kind="bell", video=False) for i in range(5)))
 
 
 # ------------------------------------------------------------------------------------------------ README.md and weights/

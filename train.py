@@ -4,6 +4,7 @@
     python train.py --task vae                     # the VAE that turns its clips into latents (weights/ has a trained one)
     python train.py --task audio-vae               # the same for sounds
     python train.py --task t2av                    # SyncFlow: video tower, audio tower on top of it, both together
+    python train.py --task joint                   # Harmony: video tower, audio tower, both with their bridges
     torchrun --nproc_per_node=2 train.py --task a2v --device cpu
 
 What a task is, is written once: `Task` draws batches, computes the loss and evaluates; the loop below knows nothing else.
@@ -49,7 +50,7 @@ import model as networks
 import vae as autoencoders
 from cyclesync import HELD_OUT, event_scores, generate, heard_events, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
-from losses import BUCKETS, a2v_loss, pyramid_loss, t2av_loss
+from losses import BUCKETS, a2v_loss, cts_loss, pyramid_loss, t2av_loss
 from sample import AUDIO_VAE_FILE, VAE_FILE, compose, fingerprint, load_audio_vae, load_vae, pick_device
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
@@ -339,47 +340,77 @@ class AudioVAE:
 
 
 class T2AV:
-    """SyncFlow: cached latents of picture and sound, and captions -> velocity loss of one stream or both, in three stages."""
+    """Two towers: cached latents of picture and sound, and captions -> velocity loss of one stream or both, in stages. SyncFlow (t2av):
+    the video tower, the audio tower on top of it, both. Harmony (joint): the video tower (the paper takes Wan's, trained),
+    the audio tower, first with references out of the same clip, then with others of the same voice, both with their bridges."""
 
     def __init__(self, args, device, cast, world):
-        if args.size not in networks.TOWERS:
-            raise BadInput(f"--size {args.size}: two towers are {', '.join(networks.TOWERS)}")
+        self.harmony = args.task == "joint"
+        sizes = networks.HARMONY if self.harmony else networks.TOWERS
+        if args.size not in sizes:
+            raise BadInput(f"--size {args.size}: two towers are {', '.join(sizes)}")
         self.args, self.device, rank = args, device, int(os.environ.get("RANK", 0))
         self.vae, self.audio_vae = load_vae(args.vae, device), load_audio_vae(args.audio_vae, device)
-        config = networks.DualTowerConfig(**networks.TOWERS[args.size] | dict(adaptor=not args.no_adaptor, blind=args.no_video))
+        switches = dict(align=not args.no_rope_align, local=not args.no_gldi) if self.harmony else dict(adaptor=not args.no_adaptor, blind=args.no_video)
+        config = networks.DualTowerConfig(**sizes[args.size] | switches)
         for name, vae, channels in (("vae", self.vae, config.latent), ("audio-vae", self.audio_vae, config.audio_latent)):
             if vae.cfg.latent != channels:
                 raise BadInput(f"--{name}: makes latents of {vae.cfg.latent} channels, --size {args.size} takes {channels}")
         cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast, args.clips,
-                                                    self.hear, fingerprint(self.audio_vae), say=print if rank == 0 else lambda _: None)
+                                                    self.hear, fingerprint(self.audio_vae), 2 if self.harmony else 1, say=print if rank == 0 else lambda _: None)
         self.cache, *self.test = first_prepares(world, lambda: [cached(split) for split in (("train",) if args.data == "toybox" else ("train", "test"))])
         self.config, self.net = config, networks.DualTower(config)
         if args.init:
-            before = data.load_checkpoint(args.init, "t2av")                  # of stage 1 it knows no audio, whatever its audio tower looked like
+            before = data.load_checkpoint(args.init, args.task)               # of stage 1 it knows no audio, whatever its audio tower looked like
             known = {k: v for k, v in before["ema"].items() if before["stage"] != "video" or not k.startswith("audio.")}
             data.load_weights(self.net, {**self.net.state_dict(), **known}, args.init)
-        for name, p in self.net.named_parameters():                           # stage 1 knows no audio; stage 2 leaves the video as it is
-            p.requires_grad_(args.stage == "joint" or name.startswith("audio.") == (args.stage == "audio"))
+        for name, p in self.net.named_parameters():                           # stage 1 knows no audio; then the video stays as it is; bridges come last
+            sounds, bridge = name.startswith(("audio.", "speech.")), name.startswith(("a2v_", "v2a_", "style_"))
+            p.requires_grad_(args.stage == "joint" or sounds == (args.stage != "video") and not bridge)
+        self.siblings = {w: windows for windows in self.cache["clips"] for w in windows}         # of every window, the windows of its clip
 
     def hear(self, wave):
         """Waveform (samples,) -> the mean of its latents, (S, A)."""
         return self.audio_vae.encode(torch.from_numpy(wave)[None].to(self.device))[0][0].T.float().cpu().numpy()
 
     def batch(self, step, rows):
-        index, draws = samples_of(self.cache, self.args, step, rows)
-        captions = drop_text([self.cache["captions"][i] for i in index], draws, self.args.drop_text)
-        z_v, z_a = data.pick(self.cache, "latents", index)[:, 0].float(), data.pick(self.cache, "features", index).float().transpose(1, 2)
-        return self.normalised(z_v, z_a), networks.text_bytes(captions).to(self.device)
+        a, cache = self.args, self.cache
+        index, draws = samples_of(cache, a, step, rows)
+        captions = drop_text([cache["captions"][i] for i in index], draws, a.drop_text)
+        latents, words = self.latents(cache, index), networks.text_bytes(captions).to(self.device)
+        if not self.harmony:
+            return latents, words
+        speech = networks.text_bytes(drop_text([cache["speech"][i] for i in index], draws, a.drop_text)).to(self.device)
+        return latents, words, speech, *self.references(index, draws, np.random.default_rng([a.seed, 3, step]))
 
-    def normalised(self, z_v, z_a):
+    def latents(self, cache, index):
+        z_v, z_a = data.pick(cache, "latents", index)[:, 0].float(), data.pick(cache, "features", index).float().transpose(1, 2)
         return self.vae.normalise(z_v.to(self.device)), self.audio_vae.normalise(z_a.to(self.device))
 
+    def references(self, index, draws, whole):
+        """Clean references (B, A, R), 1 to 3 s of latents, and which clips have one (B, R). In stage 'audio' a piece of the clip itself;
+        later of another window of the same recording or thing, which does not overlap. `whole` draws what all processes share."""
+        cache, hertz, apart = self.cache, self.audio_vae.cfg.rate / self.audio_vae.hop, data.FRAMES / data.FPS - 1e-6
+        R, places, has = min(round(whole.uniform(1, 3) * hertz), cache["arrays"]["features"][0].shape[1]), [], []
+        for i, r in zip(index, draws):
+            others = [i] if self.args.stage == "audio" else [w for w in self.siblings[i] if abs(cache["starts"][w] - cache["starts"][i]) >= apart]
+            has.append(len(others) > 0 and r.random() >= self.args.drop_text)
+            places.append(r.choice(others) if others else i)
+        sounds = data.pick(cache, "features", np.array(places)).float().transpose(1, 2)                          # (B, A, S)
+        starts = [r.integers(sounds.shape[2] - R + 1) for r in draws]
+        ref = torch.stack([z[:, s:s + R] for z, s in zip(sounds, starts)]).to(self.device)
+        return self.audio_vae.normalise(ref), torch.tensor(has, device=self.device)[:, None].expand(-1, R)
+
     def loss(self, net, batch, g):
-        a, (latents, words) = self.args, batch
-        return t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift)
+        a, (latents, words, *more) = self.args, batch
+        if not self.harmony:
+            return t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift)
+        speech, ref, there = more
+        return cts_loss(net, *latents, (*net.read(words), *net.tell(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma)
 
     def tell(self, report):
-        return f"video {report[0]:.3f}  audio {report[1]:.3f}"
+        names = ("video", "audio", "driven video", "driven audio") if self.harmony else ("video", "audio")
+        return "  ".join(f"{name} {r:.3f}" for name, r in zip(names, report))
 
     def held_out(self, n):
         if self.test:
@@ -389,29 +420,41 @@ class T2AV:
             return [dict(c, z=(video(c), torch.from_numpy(self.hear(c["audio"])).T[None])) for c in toybox_held_out(self.args, n)]
 
     def evaluate(self, net, clips, cast, last):
-        """The loss on held-out clips, noise always the same; with an audio tower also how its sounds for true videos agree with them."""
+        """The loss on held-out clips, noise always the same; with both towers also what each stream becomes when the other is given."""
+        args, captions, speech = self.args, [c["caption"] for c in clips], [c.get("speech", "") for c in clips]
         with torch.no_grad(), cast():
-            z_v, z_a = self.normalised(*(torch.cat(parts) for parts in zip(*(c["z"] for c in clips))))
-            words = networks.text_bytes([c["caption"] for c in clips]).to(self.device)
-            reports = torch.stack([t2av_loss(net, z_v, z_a, words, seeded(k), "joint" if self.args.stage != "video" else "video")[1]
-                                   for k in range(4)]).mean(0)
-        lines, args = [f"loss {self.tell(reports)}"], self.args
-        make = lambda clips, audio_vae, z_v=None: compose(net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]), args.resolution, cast, z_v=z_v,
-                                                          steps=25, cfg=args.cfg)
+            z_v, z_a = (torch.cat(parts) for parts in zip(*(c["z"] for c in clips)))
+            z_v, z_a = self.vae.normalise(z_v), self.audio_vae.normalise(z_a)
+            words, said = (networks.text_bytes(t).to(self.device) for t in (captions, speech))
+            told = (*net.read(words), *net.tell(words, said)) if self.harmony else None
+            once = lambda g: (cts_loss(net, z_v, z_a, told, g, stage=args.stage) if self.harmony else
+                              t2av_loss(net, z_v, z_a, words, g, "joint" if args.stage != "video" else "video"))[1]
+            reports = torch.stack([once(seeded(k)) for k in range(4)]).mean(0)
+        lines, score = [f"loss {self.tell(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[args.stage != "video"]).item()
+        settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=args.sync_video, sync_audio=args.sync_audio) if self.harmony else {})
+        make = lambda n, audio_vae=self.audio_vae, **given: compose(net, self.vae, audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, cast, **given, **settings)
+        if self.harmony and args.stage != "joint":                            # towers that have not met
+            return lines, score, []
         if args.stage == "video":
-            return lines, -reports[0].item(), make(clips[:8], None)[0]
-        sounds = make(clips, self.audio_vae, None if args.no_video else z_v)[1]
+            return lines, score, make(8, None)[0]
+        spoken = dict(speech=speech) if self.harmony else {}
+        sounds = make(len(clips), z_v=None if args.no_video else z_v, **spoken)[1]
         if not self.test:
             s = event_scores([c["events"] for c in clips], [heard_events(w) for w in sounds])
             lines += [f"sounds for true videos, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f})"]
-        shown = make(clips[:8], self.audio_vae) if args.stage == "joint" else ([c["video"] for c in clips[:8]], sounds)
-        return lines, -reports[1].item() - (reports[0].item() if args.stage == "joint" else 0), *shown
+            if self.harmony:
+                videos = make(len(clips), z_a=z_a, pictures=np.stack([c["video"][0] for c in clips]), **spoken)[0]
+                lines += toybox_line("videos for true sounds", videos, clips)[0]
+        shown = make(8, **spoken) if args.stage == "joint" else ([c["video"] for c in clips[:8]], sounds)
+        return lines, score, *shown
 
     def extra(self):
-        return dict(size=self.args.resolution, vae=fingerprint(self.vae), audio_vae=fingerprint(self.audio_vae), guidance=dict(cfg=self.args.cfg), stage=self.args.stage)
+        args = self.args
+        guidance = dict(cfg=args.cfg, sync_video=args.sync_video, sync_audio=args.sync_audio, shift=args.shift) if self.harmony else dict(cfg=args.cfg)
+        return dict(size=args.resolution, vae=fingerprint(self.vae), audio_vae=fingerprint(self.audio_vae), guidance=guidance, stage=args.stage)
 
 
-TASKS = {"a2v": A2V, "vae": VAE, "audio-vae": AudioVAE, "t2av": T2AV}
+TASKS = {"a2v": A2V, "vae": VAE, "audio-vae": AudioVAE, "t2av": T2AV, "joint": T2AV}
 
 
 # ------------------------------------------------------------------------------------------------ the parts of the loop
@@ -544,7 +587,7 @@ def report_start(task, args, micro, words, flops):
         if args.fsdp:
             plan = {k: v if k == "activations" else v / dist.get_world_size() for k, v in plan.items()}
         print("memory      " + " + ".join(f"{k} {v / 2 ** 30:.2f}" for k, v in plan.items() if v) + f" = {sum(plan.values()) / 2 ** 30:.1f} GiB a process, estimated")
-    if args.task == "t2av":
+    if args.task in STAGES:
         C, L, h, w = task.cache["arrays"]["latents"][0].shape[2:]
         S, A = task.cache["arrays"]["features"][0].shape[1:]
         print(f"            stage {args.stage}: {sum(p.numel() for p in task.net.parameters() if p.requires_grad) / 1e6:.2f} M trained\n"
@@ -787,19 +830,19 @@ def arguments():
     p.add_argument("--data", default="toybox", help=f"a2v: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
     p.add_argument("--size", default="tiny", choices=[*dict.fromkeys([*networks.SIZES, *networks.TOWERS])], help="size of the network")
-    p.add_argument("--stage", default="all", choices=("video", "audio", "joint", "all"), help="t2av: train one tower, the other on top of it, both together; or one after the other")
-    p.add_argument("--init", help="t2av: the checkpoint a stage starts from (that of the stage before, in --out)")
+    p.add_argument("--stage", default="all", choices=("video", "audio", "timbre", "joint", "all"), help="t2av, joint: one tower, the other, both together (timbre: Harmony's, with references out of other clips); or one after the other")
+    p.add_argument("--init", help="t2av, joint: the checkpoint a stage starts from (that of the stage before, in --out)")
     p.add_argument("--resolution", type=data.picture_size, default=64, help="side of the pictures in pixels, or height x width: 384x640")
     p.add_argument("--clips", type=number(int, 1), default=2000, help="a2v: toybox clips to render and cache")
     p.add_argument("--vae", default=str(VAE_FILE), help="a2v: the VAE that makes the latents")
-    p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="t2av: the audio VAE")
+    p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="t2av, joint: the audio VAE")
     p.add_argument("--pretrained", help="a2v: start from Pyramid Flow, downloaded to this folder (its VAE and text encoders too), as Syncphony did")
     p.add_argument("--hubert", help="a2v, with --pretrained: features by this HuBERT, a folder or a name on the hub")
     # how long, how fast
-    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, --pretrained 33000, vae 6000, audio-vae 4000, t2av 1500 a stage)")
+    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, --pretrained 33000, vae 6000, audio-vae 4000, t2av, joint 1500 a stage)")
     p.add_argument("--batch-size", type=number(int, 1), help="clips per step, over all processes and --accum (16; --pretrained 32)")
     p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
-    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v, t2av 0.005, --pretrained 0.00005, vae 0.002, audio-vae 0.003)")
+    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v, t2av, joint 0.005, --pretrained 0.00005, vae 0.002, audio-vae 0.003)")
     p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=number(low=0), default=.01, help="AdamW's, on matrices only")
     p.add_argument("--clip", type=number(low=0), default=1., help="largest gradient norm")
@@ -813,14 +856,20 @@ def arguments():
     p.add_argument("--no-audio-rope", action="store_true", help="an ablation: audio without positions, Syncphony table 11")
     p.add_argument("--layout", default="parallel", choices=("parallel", "pyramid"), help="every latent in one pass, or Pyramid Flow's: one latent, three resolutions")
     p.add_argument("--sigma", default="uniform", choices=("uniform", "logit-normal"), help="how noise levels are drawn")
-    p.add_argument("--shift", type=number(low=.01), help="shift of the noise levels towards noise; 1 = none (a2v 4, t2av 1)")
+    p.add_argument("--shift", type=number(low=.01), help="shift of the noise levels towards noise; 1 = none (a2v 4, t2av 1, joint 5)")
     p.add_argument("--asg", type=number(low=0), help="w_a that the checkpoint will recommend to sample.py (1; --pretrained 2)")
-    p.add_argument("--cfg", type=number(low=0), help="text guidance that the checkpoint will recommend to sample.py (0; --pretrained 4; t2av 2)")
+    p.add_argument("--cfg", type=number(low=0), help="text guidance that the checkpoint will recommend to sample.py (0; --pretrained 4; t2av 2; joint 1, which is off)")
     p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae, audio-vae .02)")
     p.add_argument("--adversarial", type=number(low=0), default=0., help="audio-vae: weight of a critic of spectra that is trained along; 0 = none")
     p.add_argument("--ot", action="store_true", help="t2av: minibatch optimal transport between noise and data")
     p.add_argument("--no-adaptor", action="store_true", help="t2av, an ablation: audio looks at bare video features")
     p.add_argument("--no-video", action="store_true", help="t2av, an ablation: the audio tower reads the text and sees no video")
+    p.add_argument("--lambda-v", type=number(low=0), default=.1, help="joint: weight of the audio-driven loss, which trains the VIDEO (Harmony eq. 3); 0 = leave that task out")
+    p.add_argument("--lambda-a", type=number(low=0), default=.3, help="joint: weight of the video-driven loss, which trains the AUDIO; 0 = leave that task out")
+    p.add_argument("--sync-video", type=number(low=0), default=3., help="joint: s_v of SyncCFG that the checkpoint will recommend to sample.py")
+    p.add_argument("--sync-audio", type=number(low=0), default=2., help="joint: s_a likewise")
+    p.add_argument("--no-rope-align", action="store_true", help="joint, an ablation: the streams' places in time are not laid on each other")
+    p.add_argument("--no-gldi", action="store_true", help="joint, an ablation: everything attends to everything, and the reference is no style")
     p.add_argument("--tune-decoder", help="vae: train only the decoder of this checkpoint; its latents, and models of them, stay valid")
     # where and how
     p.add_argument("--seed", type=number(int, 0), default=0, help="of everything")
@@ -843,6 +892,7 @@ DEFAULTS = {   # what a flag is that was not given
     "vae": dict(steps=6000, lr=2e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-2),
     "audio-vae": dict(steps=4000, lr=3e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-2),
     "t2av": dict(steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=2., shift=1., kl=0.),
+    "joint": dict(steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=1., shift=5., kl=0.),
 }
 
 
@@ -866,15 +916,25 @@ def main():
         data.only_square(args.resolution)
     if args.layout == "pyramid" and (height % 64 or width % 64):
         raise BadInput(f"--resolution {height}x{width}: --layout pyramid halves the latents twice; sides must be multiples of 64")
-    (three_stages if args.task == "t2av" and args.stage == "all" else train)(args)
+    if args.stage == "timbre" and args.task != "joint":
+        raise BadInput(f"--stage timbre: is a stage of --task joint; --task {args.task} has none of that name")
+    (in_stages if args.task in STAGES and args.stage == "all" else train)(args)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def three_stages(args):
-    """SyncFlow section 3.2: the video tower; the audio tower on top of it, the video tower frozen; both together, gently."""
-    root, before = Path(args.out or "out/t2av"), args.init
-    for stage, lr, more in (("video", 1, 1), ("audio", 1, 2), ("joint", .3, 1)):              # without a graph for video, bigger batches cost the same
+STAGES = {   # name, share of --lr, batches of so many times the size
+    # SyncFlow section 3.2: the video tower; the audio tower on top of it (no graph for video, so bigger batches cost the same); both, gently
+    "t2av": (("video", 1, 1), ("audio", 1, 2), ("joint", .3, 1)),
+    # Harmony section 2, on a video tower of our own in place of Wan2.2: the audio tower, with references; both and their bridges
+    "joint": (("video", 1, 1), ("audio", 1, 1), ("timbre", .3, 1), ("joint", 1, 1)),
+}
+
+
+def in_stages(args):
+    """All stages of a task, each from the last one's checkpoint."""
+    root, before = Path(args.out or f"out/{args.task}"), args.init
+    for stage, lr, more in STAGES[args.task]:
         print(f"stage {stage}: {root / stage}")
         train(argparse.Namespace(**dict(vars(args), stage=stage, out=str(root / stage), init=before, lr=lr * args.lr, batch_size=more * args.batch_size)))
         before = str(root / stage / "best.pt")
