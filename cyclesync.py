@@ -648,8 +648,8 @@ class Judge:
 
 # ------------------------------------------------------------------------------------------------ the table of two towers
 
-PAIR_COLUMNS = [("onset F1", "onsets_f1_50", 20, ""), ("100 ms", "onsets_f1_100", 8, ".3f"), ("shuffled", "onsets_shuffled", 10, ".3f"), ("CycleSync merged", "cyclesync_merged", 21, ""),
-                ("agreement F1", "agreement_f1_50", 20, ""), ("shuffled", "agreement_shuffled", 10, ".3f"), ("residual", "residual", 10, ".3f"),
+PAIR_COLUMNS = [("onset F1", "onsets_f1_50", 20, ""), ("shuffled", "onsets_shuffled", 10, ".3f"), ("CycleSync merged", "cyclesync_merged", 21, ""),
+                ("seen F1", "seen_f1_50", 9, ".3f"), ("agreement F1", "agreement_f1_50", 20, ""), ("shuffled", "agreement_shuffled", 10, ".3f"), ("residual", "residual", 10, ".3f"),
                 ("Frechet mels", "frechet_mels", 14, ".3g"), ("latents", "frechet_latent", 10, ".3g")]
 
 
@@ -660,7 +660,7 @@ def mel_features(waves):
 
 def score_both(videos, waves, clips, vae, known=True, scenes=None):
     """Videos with their sounds -> scores. Agreement: events seen in a picture, by a scene fitted to its first frame, against
-    those heard in the sound made with it. `known`: they were made for these clips' events, so onsets are held against those too.
+    those heard in the sound made with it. `known`: they were made for these clips' events, so both are held against those too.
     scenes: a dict that keeps fitted scenes, for rows of the same pictures."""
     truth, heard = [c["events"] for c in clips], [heard_events(w) for w in waves]
     scenes, key = {} if scenes is None else scenes, lambda v: v[0].tobytes()
@@ -676,43 +676,82 @@ def score_both(videos, waves, clips, vae, known=True, scenes=None):
         s, shuffled = event_scores(truth, heard), event_scores([truth[j] for j in other], heard)
         cs = ratio([cyclesync(onsets(c["audio"], RATE), onsets(w, RATE))[1] for c, w in zip(clips, waves)])
         quiet = [len(h) for h, t in zip(heard, truth) if len(t) == 0]
-        out.update(onsets_f1_50=s["f1_50"], onsets_f1_100=s["f1_100"], onsets_shuffled=shuffled["f1_50"], cyclesync_merged=cs[0],
+        out.update(seen_f1_50=event_scores(truth, seen)["f1_50"], onsets_f1_50=s["f1_50"], onsets_f1_100=s["f1_100"], onsets_shuffled=shuffled["f1_50"], cyclesync_merged=cs[0],
                    false_per_quiet_clip=float(np.mean(quiet)) if quiet else float("nan"))
         out["interval"].update(onsets_f1_50=s["interval"]["f1_50"], cyclesync_merged=cs[1:])
     return out
 
 
 def evaluate_towers(args):
-    """SyncFlow's table: true clips, both VAEs, sounds made for true videos (v2a), and pairs made from captions at several w."""
+    """The table of two towers: true clips, both VAEs, a sound made for the true video, with Harmony a video made for the true sound, and
+    pairs made from captions, with and without the clip's first picture. Every row with and without the guidance it depends on."""
     device, cast, words = pick_device(args.device)
     model, vae, audio_vae, ckpt = load_t2av(args.ckpt, args.vae, args.audio_vae, device)
     if args.data != "toybox":
         raise BadInput(f"--data {args.data}: two towers are scored by the toybox's truth; leave --data out")
-    clips, own, size = held_out_clips(args, ckpt["size"]), float(ckpt["guidance"]["cfg"]), ckpt["size"]
-    captions, truth, seeds, n = [c["caption"] for c in clips], np.stack([c["video"] for c in clips]), [args.seed + i for i in range(len(clips))], len(clips[0]["video"])
+    clips, own, size = held_out_clips(args, ckpt["size"]), ckpt["guidance"], ckpt["size"]
+    captions, truth, sounds = [c["caption"] for c in clips], np.stack([c["video"] for c in clips]), [c["audio"] for c in clips]
     print(f"{words}\n{args.ckpt}: step {ckpt['step']} of stage {ckpt['stage']}; {len(clips)} held-out clips, {sum(len(c['events']) for c in clips)} events; {args.steps} steps")
     print(line("", None, PAIR_COLUMNS))
-    make = dict(frames=n, size=size, cast=cast, seeds=seeds, steps=args.steps)
-    z = torch.cat([encode_video(vae, v, device) for v in truth])
+    z_v = torch.cat([encode_video(vae, v, device) for v in truth])
     with torch.no_grad():
-        coded = [audio_vae.decode(audio_vae.encode(torch.from_numpy(c["audio"])[None].to(device))[0], len(c["audio"]))[0].clamp(-1, 1).cpu().numpy() for c in clips]
-    rows = [("ground_truth", "ground truth", lambda: (truth, [c["audio"] for c in clips]), True), ("vae", "both VAEs", lambda: (reconstruct(vae, clips, cast), coded), True)]
-    rows += [(f"v2a_{w:g}", f"sound for video, w = {w:g}" + "*" * (w == own), lambda w=w: (truth, compose(model, vae, audio_vae, captions, z_v=z, cfg=w, **make)[1]), True)
-             for w in sorted({1., own})]
-    rows += [(f"t2av_{w:g}", f"both from text, w = {w:g}" + "*" * (w == own), lambda w=w: compose(model, vae, audio_vae, captions, cfg=w, **make), False)
-             for w in sorted({1., 2., 4., 6., own})]
+        z_a = torch.cat([audio_vae.normalise(audio_vae.encode(torch.from_numpy(w)[None].to(device))[0]) for w in sounds])
+        coded = [audio_vae.decode(audio_vae.denormalise(z[None]), len(w))[0].clamp(-1, 1).cpu().numpy() for z, w in zip(z_a, sounds)]
+    said = dict(speech=[c["speech"] for c in clips], shift=own["shift"]) if model.cfg.bridges else {}
+    make = lambda **given: compose(model, vae, audio_vae, captions, truth.shape[1], size, cast, seeds=[args.seed + i for i in range(len(clips))], steps=args.steps, **said, **given)
+    pictures = dict(pictures=truth[:, 0])
+    rows = [("ground_truth", "ground truth", lambda: (truth, sounds), True), ("vae", "both VAEs", lambda: (reconstruct(vae, clips, cast), coded), True)]
+    if model.cfg.bridges:
+        guided = {k: own[k] for k in ("cfg", "sync_video", "sync_audio")}
+        for key, words, S in (("", "", guided), ("_plain", ", no SyncCFG", dict(guided, sync_video=1., sync_audio=1.))):
+            rows += [(f"v2a{key}", f"sound for video{words}", lambda S=S: (truth, make(z_v=z_v, **S)[1]), True),
+                     (f"a2v{key}", f"video for sound{words}", lambda S=S: (make(z_a=z_a, **pictures, **S)[0], sounds), True),
+                     (f"i2av{key}", f"both, from picture{words}", lambda S=S: make(**pictures, **S), False), (f"t2av{key}", f"both, from text{words}", lambda S=S: make(**S), False)]
+    else:
+        w = own["cfg"]
+        rows += [("v2a", "sound for video", lambda: (truth, make(z_v=z_v, cfg=w)[1]), True), ("v2a_plain", "sound for video, w = 1", lambda: (truth, make(z_v=z_v, cfg=1.)[1]), True),
+                 ("i2av", "both, from picture", lambda: make(cfg=w, **pictures), False), ("i2av_plain", "both, from picture, w = 1", lambda: make(cfg=1., **pictures), False)]
+        rows += [("t2av" if v == w else f"t2av_{v:g}", f"both, from text, w = {v:g}", lambda v=v: make(cfg=v), False) for v in sorted({1., 2., 4., 6., w})]
     result, scenes = {}, {}
     for key, title, make_row, known in rows:
         start = time.perf_counter()
         videos, waves = make_row()
         result[key] = score_both(videos, waves, clips, vae, known, scenes)
-        print(line(title, result[key], PAIR_COLUMNS) + f"  {time.perf_counter() - start:.0f} s")
-        if key in (f"v2a_{own:g}", f"t2av_{own:g}"):
-            result[key.split("_")[0]] = result[key]
-            strips = [data.film_strip(videos[i], waves[i], events=heard_events(waves[i])) for i in [next((i for i, c in enumerate(clips) if c["kind"] == k and len(c["events"])), 0) for k in KINDS]]
-            write_picture(Path(args.out) / f"{key.split('_')[0]}.png", np.concatenate(strips))
-    print(f"* the checkpoint's own guidance. Strips, onsets marked: {Path(args.out) / 'v2a.png'}, {Path(args.out) / 't2av.png'}")
+        print(line(title, result[key], PAIR_COLUMNS) + f"  {time.perf_counter() - start:.0f} s", flush=True)
+        if key in ("v2a", "a2v", "i2av", "t2av"):
+            shown = [next((i for i, c in enumerate(clips) if c["kind"] == k and len(c["events"])), 0) for k in KINDS]
+            write_picture(Path(args.out) / f"{key}.png", np.concatenate([data.film_strip(videos[i], waves[i], events=heard_events(waves[i])) for i in shown]))
+    print(f"strips, onsets marked: {Path(args.out)}/v2a.png, i2av.png, t2av.png")
+    if model.cfg.bridges:
+        result["timbre"] = score_timbre(lambda refs: make(z_v=z_v, refs=refs, **guided)[1], clips, audio_vae, device)
+        print("a reference of another take: {closer:.2f} of the sounds are closer to it than to another material; onset F1 {onsets_f1_50:.3f}".format(**result["timbre"]))
     print(json.dumps(plain(result)))
+
+
+def timbre(wave):
+    """What a sound sounds like, whenever: its loud frames' mean log-mel, its level taken out. (64,)"""
+    mel = data.log_mel(wave)
+    loud = mel.mean(1) >= np.quantile(mel.mean(1), .8)
+    return mel[loud].mean(0) - mel[loud].mean()
+
+
+def score_timbre(make, clips, audio_vae, device):
+    """Voice clone: sounds for true videos, with references from another take of the same thing. Are they closer to the reference than to
+    one of the same kind, but of another material?"""
+    takes = lambda c: (data.toybox_clip(c["seed"], video=False, take=k) for k in range(1, 100))
+    refs = [next(t["audio"] for t in takes(c) if len(t["events"])) for c in clips]       # in which something happens
+    loud = [i for i, c in enumerate(clips) if len(c["events"])]
+    with torch.no_grad():
+        z = torch.cat([audio_vae.normalise(audio_vae.encode(torch.from_numpy(r)[None].to(device))[0]) for r in refs])
+    waves = make(z)
+    closer = []
+    for i in loud:
+        same_kind = [j for j in loud if j != i and clips[j]["kind"] == clips[i]["kind"]]
+        for j in same_kind[:3]:
+            far = [np.abs(timbre(waves[i]) - timbre(refs[k])).mean() for k in (i, j)]
+            closer.append(far[0] < far[1])
+    s = event_scores([c["events"] for c in clips], [heard_events(w) for w in waves])
+    return dict(closer=float(np.mean(closer)), pairs=len(closer), onsets_f1_50=s["f1_50"])
 
 
 # ------------------------------------------------------------------------------------------------ the shift study
@@ -777,11 +816,15 @@ def shift_study(args):
 
 # ------------------------------------------------------------------------------------------------ the ablations
 
-RUNS = {   # what is trained for every seed: flags of train.py, {before} is the folder of the first run
+RUNS = {   # what is trained for every seed: flags of train.py; {video_tower} is the folder of that run
     "syncphony": {"full": "--task a2v", "no motion-aware loss": "--task a2v --lambda-motion 0", "no Audio RoPE": "--task a2v --no-audio-rope"},
-    "syncflow": {"video tower": "--task t2av --stage video", "full": "--task t2av --stage audio --init {before}/best.pt",
-                 "no adaptor": "--task t2av --stage audio --no-adaptor --init {before}/best.pt", "no video": "--task t2av --stage audio --no-video --init {before}/best.pt",
-                 "optimal transport": "--task t2av --stage audio --ot --init {before}/best.pt"}}
+    "syncflow": {"video tower": "--task t2av --stage video", "full": "--task t2av --stage audio --init {video_tower}/best.pt",
+                 "no adaptor": "--task t2av --stage audio --no-adaptor --init {video_tower}/best.pt", "no video": "--task t2av --stage audio --no-video --init {video_tower}/best.pt",
+                 "optimal transport": "--task t2av --stage audio --ot --init {video_tower}/best.pt"},
+    "harmony": {"video tower": "--task joint --stage video", "audio tower": "--task joint --stage audio --init {video_tower}/best.pt",
+                "full": "--task joint --stage joint --init {audio_tower}/best.pt", "no RoPE alignment": "--task joint --stage joint --no-rope-align --init {audio_tower}/best.pt",
+                "no GLDI": "--task joint --stage joint --no-gldi --init {audio_tower}/best.pt",
+                "no CTS": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --init {audio_tower}/best.pt"}}
 ROWS = {   # the row, the run it is sampled from, its guidance, the paper's figure
     "syncphony": [   # w_a (None: off-sync); CycleSync on AVSync15 (tables 3, 4, 11)
         ("without motion-aware loss", "no motion-aware loss", 0., "15.18 ± 1.48"), ("without Audio RoPE", "no Audio RoPE", 0., "14.41 ± 1.40"),
@@ -789,10 +832,15 @@ ROWS = {   # the row, the run it is sampled from, its guidance, the paper's figu
         ("with ASG, w_a = 2", "full", 2., "16.48 ± 1.28"), ("with ASG, w_a = 4", "full", 4., "16.26 ± 1.40")],
     "syncflow": [    # w; FAD on Greatest Hits, lower is better (table 4; figure 5 sweeps w)
         ("full, sound for video, w = 1", "full", 1., "0.92"), ("without adaptor", "no adaptor", 1., "2.34"), ("text to sound, no video", "no video", 1., "1.01"),
-        ("with optimal transport", "optimal transport", 1., "(its default)"), ("full, w = 2", "full", 2., ""), ("full, w = 4", "full", 4., ""), ("full, w = 6", "full", 6., "(its default)")]}
+        ("with optimal transport", "optimal transport", 1., "(its default)"), ("full, w = 2", "full", 2., ""), ("full, w = 4", "full", 4., ""), ("full, w = 6", "full", 6., "(its default)")],
+    "harmony": [     # s_v, s_a; Sync-C on speech (supplement, table 4)
+        ("full, with SyncCFG", "full", (3., 2.), "6.51"), ("without SyncCFG", "full", (1., 1.), "5.09"), ("without RoPE alignment", "no RoPE alignment", (3., 2.), "5.60"),
+        ("without GLDI", "no GLDI", (3., 2.), "5.30"), ("without CTS, SyncCFG", "no CTS", (1., 1.), "4.80"), ("without CTS", "no CTS", (3., 2.), "1.13")]}
 SHOWN = {
     "syncphony": dict(f1_50="F1 at 50 ms", f1_100="F1 at 100 ms", cyclesync_set="CycleSync set", cyclesync_merged="merged", residual="residual", frechet_latent="Frechet"),
-    "syncflow": dict(onsets_f1_50="onset F1 50 ms", onsets_f1_100="100 ms", onsets_shuffled="shuffled", cyclesync_merged="CycleSync", frechet_mels="Frechet mels")}
+    "syncflow": dict(onsets_f1_50="onset F1 50 ms", onsets_f1_100="100 ms", onsets_shuffled="shuffled", cyclesync_merged="CycleSync", frechet_mels="Frechet mels"),
+    "harmony": dict(agreement_f1_50="agreement F1", agreement_shuffled="shuffled", a2v_f1_50="audio-driven F1", v2a_f1_50="video-driven F1", residual="residual")}
+PAPER = dict(syncphony="paper: CycleSync", syncflow="paper: FAD", harmony="paper: Sync-C")
 
 
 def ablate(args):
@@ -809,7 +857,7 @@ def ablate(args):
             folder, scored = named[run], named[run] / f"scores-{n}.json"
             if not scored.is_file():
                 print(f"{run}, seed {seed}: {folder}", flush=True)
-                flags = [f.format(before=next(iter(named.values()))) for f in flags.split()]
+                flags = [f.format(**{r.replace(" ", "_"): at for r, at in named.items()}) for f in flags.split()]
                 command = [sys.executable, str(HERE / "train.py"), "--seed", seed, "--steps", steps, "--clips", clips, "--sample-every", steps, "--eval-clips", 24,
                            "--device", args.device, "--data-root", args.data_root, "--vae", args.vae, "--audio-vae", args.audio_vae, "--out", folder, *flags]
                 code = subprocess.run([str(c) for c in command]).returncode
@@ -818,14 +866,14 @@ def ablate(args):
                 if code:
                     raise BadInput(f"the training above ended with code {code}; the same command tries again")
                 rows = [(row, w) for row, source, w, _ in ROWS[system] if source == run]
-                score = score_a2v if system == "syncphony" else score_towers
+                score = dict(syncphony=score_a2v, syncflow=score_towers, harmony=score_harmony)[system]
                 part = temporary(scored)
                 part.write_text(json.dumps(plain(score(folder / "best.pt", rows, argparse.Namespace(**dict(vars(args), clips=n, seed=seed))) if rows else {})))
                 os.replace(part, scored)
             for row, values in json.loads(scored.read_text()).items():
                 scores.setdefault(row, []).append(values)
     print(f"{steps} steps on {clips} clips, {n} held-out clips, {seeds} training seed{'s' * (seeds > 1)}" + ": mean ± standard deviation over seeds" * (seeds > 1))
-    print(f"{'':28s}" + "".join(f"{w:>17s}" for w in shown.values()) + f"{dict(syncphony='paper: CycleSync', syncflow='paper: FAD')[system]:>19s}")
+    print(f"{'':28s}" + "".join(f"{w:>17s}" for w in shown.values()) + f"{PAPER[system]:>19s}")
     for row, _, _, paper in ROWS[system]:
         figures = {k: np.array([s[k] for s in scores[row]]) for k in shown}
         show = lambda v: f"{v.mean():.3f}" + (f" ± {v.std(ddof=1):.3f}" if seeds > 1 else "")
@@ -853,6 +901,24 @@ def score_towers(ckpt, rows, args):
     for row, w in tqdm(rows, desc="scoring", disable=None, leave=False):
         waves = compose(model, vae, audio_vae, [c["caption"] for c in clips], truth.shape[1], ckpt["size"], cast, z_v=z, cfg=w, steps=args.steps)[1]
         scores[row] = score_both(truth, waves, clips, vae)
+    return scores
+
+
+def score_harmony(ckpt, rows, args):
+    """The same of Harmony's, rows (name, (s_v, s_a)): pairs made from captions and first pictures, and either stream made for the other."""
+    device, cast, _ = pick_device(args.device)
+    model, vae, audio_vae, ckpt = load_t2av(ckpt, args.vae, args.audio_vae, device)
+    clips, scores, shift = held_out_clips(args, ckpt["size"]), {}, ckpt["guidance"]["shift"]
+    truth, captions, said, scenes = np.stack([c["video"] for c in clips]), [c["caption"] for c in clips], [c["speech"] for c in clips], {}
+    z_v = torch.cat([encode_video(vae, v, device) for v in truth])
+    with torch.no_grad():
+        z_a = torch.cat([audio_vae.normalise(audio_vae.encode(torch.from_numpy(c["audio"])[None].to(device))[0]) for c in clips])
+    for row, (s_v, s_a) in tqdm(rows, desc="scoring", disable=None, leave=False):
+        make = lambda **given: compose(model, vae, audio_vae, captions, truth.shape[1], ckpt["size"], cast, steps=args.steps, speech=said, shift=shift, sync_video=s_v, sync_audio=s_a, **given)
+        pair = score_both(*make(pictures=truth[:, 0]), clips, vae, False, scenes)
+        driven = score_toybox(make(pictures=truth[:, 0], z_a=z_a)[0], clips)[0]
+        heard = event_scores([c["events"] for c in clips], [heard_events(w) for w in make(z_v=z_v)[1]])
+        scores[row] = dict(pair, a2v_f1_50=driven["f1_50"], v2a_f1_50=heard["f1_50"])
     return scores
 
 
@@ -952,9 +1018,9 @@ def arguments():
         p.add_argument(f"--{what}", metavar="FILE", help=f"also print {what.upper()}, with features by this TorchScript file ({file})")
     p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: how far apart two onsets may be, seconds")
     p.add_argument("--trim-start", type=number(low=0), default=0., help="CycleSync: leave out onsets before so many seconds")
-    p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v or t2av")
+    p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v, t2av or joint")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
-    p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="the audio VAE that a checkpoint of task t2av was trained with")
+    p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="the audio VAE that a checkpoint of task t2av or joint was trained with")
     p.add_argument("--pretrained", help="of a checkpoint on Pyramid Flow: that folder")
     p.add_argument("--hubert", help="of such a checkpoint: its HuBERT, a folder or a name on the hub")
     p.add_argument("--data", default="toybox", help=f"on which data: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
@@ -970,7 +1036,7 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    if not (args.clip or args.pairs or args.audio or args.shift_study or args.ablate) and data.task_of(args.ckpt) == "t2av":
+    if not (args.clip or args.pairs or args.audio or args.shift_study or args.ablate) and data.task_of(args.ckpt) in ("t2av", "joint"):
         return evaluate_towers(args)
     (score_clip if args.clip else score_pairs if args.pairs else evaluate_recording if args.audio else shift_study if args.shift_study
      else ablate if args.ablate else evaluate)(args)

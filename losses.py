@@ -257,6 +257,15 @@ def t2av_loss(net, z_v, z_a, words, g, stage="joint", ot=False, how="uniform", s
     return loss, torch.stack([error_v.detach(), error_a.detach()])
 
 
+def picture_loss(net, z, words, g, how="uniform", shift=1.):
+    """Rectified flow on single pictures, the first latents z (B, C, 1, h, w) of clips -> loss. Most of what a text-to-video tower has to learn is how
+    things look, and that every clip shows only once: Open-Sora's, which SyncFlow starts from, had seen images first."""
+    sigma = draw_sigma(torch.rand(len(z), generator=g), how, shift).to(z.device)
+    eps = torch.randn(z.shape, generator=g).to(z.device)
+    v = net(add_noise(z, eps, sigma[:, None]), None, sigma, *net.read(words))[0]
+    return (v.float() - velocity(z, eps)).square().mean()
+
+
 # ------------------------------------------------------------------------------------------------ cross-task synergy (Harmony)
 
 def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", lam_v=.1, lam_a=.3, shift=5., how="uniform"):
@@ -271,7 +280,7 @@ def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", la
 
     z_v (B, C, L, h, w), z_a (B, A, S) normalised latents; words: (text, mask, told, told_mask) of the clips; ref (B, A, R) clean
     references with mask (B, R); g: a CPU generator. All three forwards share one noise level and one noise per clip. stage
-    'video', 'audio' or 'timbre': one stream alone, before they meet."""
+    'audio' or 'timbre': the sound alone, before they meet."""
     to = lambda t: t.to(z_v.device)
     sigma = to(draw_sigma(torch.rand(len(z_v), generator=g), how, shift))     # (B,)
     eps_v, eps_a = to(torch.randn(z_v.shape, generator=g)), to(torch.randn(z_a.shape, generator=g))
@@ -280,9 +289,8 @@ def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", la
     video_error = lambda v: (v.float() - velocity(z_v, eps_v)).square().mean()
     audio_error = lambda v: (v.float() - velocity(z_a, eps_a)).square().mean()
     if stage != "joint":
-        v_v, v_a = net.converse(x_v if stage == "video" else None, None if stage == "video" else x_a, sigma, sigma, *words, ref, ref_mask)
-        loss = video_error(v_v) if stage == "video" else audio_error(v_a)
-        return loss, torch.stack([loss.detach(), none, none, none] if stage == "video" else [none, loss.detach(), none, none])
+        loss = audio_error(net.converse(None, x_a, None, sigma, *words, ref, ref_mask)[1])
+        return loss, torch.stack([none, loss.detach(), none, none])
     v_v, v_a = net.converse(x_v, x_a, sigma, sigma, *words, ref, ref_mask)
     joint_v, joint_a = video_error(v_v), audio_error(v_a)                     # eq. 4: L_joint is their sum
     driven_v = video_error(net.converse(x_v, z_a, sigma, clean, *words, ref, ref_mask)[0]) if lam_v else none         # by clean audio

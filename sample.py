@@ -367,7 +367,7 @@ def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v
         with torch.no_grad(), cast():
             picture = None if pictures is None else torch.from_numpy(pictures[i:i + some]).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
             given = dict(seeds=part(seeds), z_v=part(z_v), first=None if picture is None else vae.normalise(vae.encode(picture)[0].float()), bar=bar, **settings)
-            if not model.cfg.bridges:
+            if not model.cfg.bridges or not audio_vae:                        # a video tower alone knows no bridges
                 words = text_bytes(captions[i:i + some]).to(device)
                 x_v, x_a = pair(model, shape_v, shape_a, words, torch.zeros_like(words) if any(captions) else None, **given)
             else:

@@ -2305,7 +2305,7 @@ def test_two_towers_are_scored_by_what_is_seen_and_what_is_heard(towers_on_disk,
     d, _ = towers_on_disk
     assert cli(cyclesync, "--ckpt", d / "t2av/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--clips", 5, "--steps", 1, "--out", tmp_path) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"ground_truth", "vae", "v2a", "t2av", "t2av_6"} <= set(result) and result["ground_truth"]["onsets_f1_50"] > .9 and result["ground_truth"]["agreement_f1_50"] > .9
+    assert {"ground_truth", "vae", "v2a", "i2av", "t2av", "t2av_6"} <= set(result) and result["ground_truth"]["onsets_f1_50"] > .9 and result["ground_truth"]["agreement_f1_50"] > .9
     assert result["ground_truth"]["agreement_shuffled"] < .6 and "onsets_f1_50" not in result["t2av"] and (tmp_path / "v2a.png").is_file()
 
 

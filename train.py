@@ -50,7 +50,7 @@ import model as networks
 import vae as autoencoders
 from cyclesync import HELD_OUT, event_scores, generate, heard_events, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
-from losses import BUCKETS, a2v_loss, cts_loss, pyramid_loss, t2av_loss
+from losses import BUCKETS, a2v_loss, cts_loss, picture_loss, pyramid_loss, t2av_loss
 from sample import AUDIO_VAE_FILE, VAE_FILE, compose, fingerprint, load_audio_vae, load_vae, pick_device
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
@@ -378,10 +378,19 @@ class T2AV:
         index, draws = samples_of(cache, a, step, rows)
         captions = drop_text([cache["captions"][i] for i in index], draws, a.drop_text)
         latents, words = self.latents(cache, index), networks.text_bytes(captions).to(self.device)
+        if a.stage == "video":
+            return latents, words, *(self.pictures(draws) if a.pictures else ())
         if not self.harmony:
             return latents, words
         speech = networks.text_bytes(drop_text([cache["speech"][i] for i in index], draws, a.drop_text)).to(self.device)
         return latents, words, speech, *self.references(index, draws, np.random.default_rng([a.seed, 3, step]))
+
+    def pictures(self, draws):
+        """The first latents of `--pictures` other clips beside every clip, and their words."""
+        rows = [(r, r.integers(len(self.cache["at"]), size=self.args.pictures)) for r in draws]
+        z = data.pick(self.cache, "latents", np.concatenate([i for _, i in rows]))[:, 0, :, :1].float().to(self.device)
+        captions = [c for r, some in rows for c in drop_text([self.cache["captions"][i] for i in some], [r] * len(some), self.args.drop_text)]
+        return self.vae.normalise(z), networks.text_bytes(captions).to(self.device)
 
     def latents(self, cache, index):
         z_v, z_a = data.pick(cache, "latents", index)[:, 0].float(), data.pick(cache, "features", index).float().transpose(1, 2)
@@ -403,6 +412,9 @@ class T2AV:
 
     def loss(self, net, batch, g):
         a, (latents, words, *more) = self.args, batch
+        if a.stage == "video":
+            loss, report = t2av_loss(net, *latents, words, g, "video", a.ot, a.sigma, a.shift)
+            return loss + picture_loss(net, *more, g, a.sigma, a.shift) if more else loss, report
         if not self.harmony:
             return t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift)
         speech, ref, there = more
@@ -427,16 +439,16 @@ class T2AV:
             z_v, z_a = self.vae.normalise(z_v), self.audio_vae.normalise(z_a)
             words, said = (networks.text_bytes(t).to(self.device) for t in (captions, speech))
             told = (*net.read(words), *net.tell(words, said)) if self.harmony else None
-            once = lambda g: (cts_loss(net, z_v, z_a, told, g, stage=args.stage) if self.harmony else
+            once = lambda g: (cts_loss(net, z_v, z_a, told, g, stage=args.stage) if self.harmony and args.stage != "video" else
                               t2av_loss(net, z_v, z_a, words, g, "joint" if args.stage != "video" else "video"))[1]
             reports = torch.stack([once(seeded(k)) for k in range(4)]).mean(0)
         lines, score = [f"loss {self.tell(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[args.stage != "video"]).item()
         settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=args.sync_video, sync_audio=args.sync_audio) if self.harmony else {})
         make = lambda n, audio_vae=self.audio_vae, **given: compose(net, self.vae, audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, cast, **given, **settings)
+        if args.stage == "video":
+            return lines, score, compose(net, self.vae, None, captions[:8], len(clips[0]["video"]), args.resolution, cast, steps=25, cfg=args.cfg)[0]
         if self.harmony and args.stage != "joint":                            # towers that have not met
             return lines, score, []
-        if args.stage == "video":
-            return lines, score, make(8, None)[0]
         spoken = dict(speech=speech) if self.harmony else {}
         sounds = make(len(clips), z_v=None if args.no_video else z_v, **spoken)[1]
         if not self.test:
@@ -861,6 +873,7 @@ def arguments():
     p.add_argument("--cfg", type=number(low=0), help="text guidance that the checkpoint will recommend to sample.py (0; --pretrained 4; t2av 2; joint 1, which is off)")
     p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae, audio-vae .02)")
     p.add_argument("--adversarial", type=number(low=0), default=0., help="audio-vae: weight of a critic of spectra that is trained along; 0 = none")
+    p.add_argument("--pictures", type=number(int, 0), default=8, help="t2av, joint, stage video: single pictures to learn from beside every clip")
     p.add_argument("--ot", action="store_true", help="t2av: minibatch optimal transport between noise and data")
     p.add_argument("--no-adaptor", action="store_true", help="t2av, an ablation: audio looks at bare video features")
     p.add_argument("--no-video", action="store_true", help="t2av, an ablation: the audio tower reads the text and sees no video")
