@@ -365,7 +365,7 @@ def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v
     for i in range(0, len(captions), some):
         part = lambda given: None if given is None else given[i:i + some]
         with torch.no_grad(), cast():
-            picture = None if pictures is None else torch.from_numpy(pictures[i:i + some]).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
+            picture = None if pictures is None else torch.tensor(pictures[i:i + some]).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
             given = dict(seeds=part(seeds), z_v=part(z_v), first=None if picture is None else vae.normalise(vae.encode(picture)[0].float()), bar=bar, **settings)
             if not model.cfg.bridges or not audio_vae:                        # a video tower alone knows no bridges
                 words = text_bytes(captions[i:i + some]).to(device)
@@ -384,6 +384,8 @@ def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v
                 waves += list(audio_vae.decode(audio_vae.denormalise(x_a), samples).float().clamp(-1, 1).cpu().numpy())
             if z_v is None and shape_v:
                 video = vae.decode(vae.denormalise(x_v), picture)[:, :, :frames].float()
+                if pictures is not None:
+                    video[:, :, :1] = picture                                 # frame 0 is the picture itself
                 videos += list((video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy())
     return np.stack(videos) if videos else None, np.stack(waves) if waves else None
 

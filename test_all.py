@@ -2541,6 +2541,98 @@ def test_another_take_is_of_the_same_thing_but_other_things_happen_to_it():
     assert all(c["speech"] == "" for c in (data.toybox_clip(i, 32, kind="bell", video=False) for i in range(5)))
 
 
+@pytest.fixture(scope="module")
+def harmony_on_disk(towers_on_disk, toy):
+    """All four stages of Harmony, two steps each, 32 px."""
+    d, run = towers_on_disk
+    networks.HARMONY["little"] = {**networks.TOWERS["little"], "axes": (8, 4, 4), "bridges": True}
+    assert run("harmony", "--task", "joint") == 0
+    return d, run, ["--ckpt", d / "harmony/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--steps", 2]
+
+
+def test_harmony_trains_the_sound_then_its_timbre_then_both_and_leaves_alone_what_a_stage_is_not_about(harmony_on_disk):
+    d, *_ = harmony_on_disk
+    stages = {s: torch.load(d / f"harmony/{s}/best.pt", weights_only=True) for s in ("video", "audio", "timbre", "joint")}
+    assert [Path(c["args"]["init"]).parent.name for c in list(stages.values())[1:]] == ["video", "audio", "timbre"]
+    changed = lambda a, b: {k.split(".")[0] for k, v in stages[a]["ema"].items() if not torch.equal(v, stages[b]["ema"][k])}
+    assert changed("audio", "timbre") == {"audio", "speech"} and changed("timbre", "joint") == {"video", "audio", "text", "speech", "a2v_blocks", "v2a_blocks", "style_blocks"}
+    assert stages["joint"]["guidance"] == dict(cfg=1., sync_video=3., sync_audio=2., shift=5.)
+
+
+def test_references_are_one_to_three_seconds_of_the_clip_itself_and_later_of_another_that_does_not_overlap(harmony_on_disk):
+    S = 300                                                                   # six seconds: windows 0 and 1 of clip 0 overlap, window 2 is apart
+    features = np.arange(3 * S, dtype=np.float32).reshape(3, S, 1)
+    cache = dict(arrays=dict(features=[features]), at=np.array([(0, 0), (0, 1), (0, 2)]), starts=np.array([0., 1., 4.]), clips=[[0, 1, 2]])
+    task = SimpleNamespace(cache=cache, siblings={w: [0, 1, 2] for w in range(3)}, device="cpu", args=SimpleNamespace(stage="audio", drop_text=0.),
+                           audio_vae=SimpleNamespace(cfg=SimpleNamespace(rate=16000), hop=320, normalise=lambda z: z))
+    drawn, lengths = {"audio": set(), "timbre": set()}, set()
+    for stage in drawn:
+        task.args.stage = stage
+        for k in range(40):
+            ref, there = train.T2AV.references(task, np.array([0]), [np.random.default_rng(k)], np.random.default_rng([k, 1]))
+            assert torch.equal(ref[0, 0].diff(), torch.ones(ref.shape[2] - 1)) and there.all()      # one piece
+            drawn[stage].add(int(ref[0, 0, 0]) // S), lengths.add(ref.shape[2])
+    assert drawn == dict(audio={0}, timbre={2}) and min(lengths) >= 50 and max(lengths) <= 150 and len(lengths) > 20
+    task.siblings[0] = [0, 1]                                                 # nothing that does not overlap: no reference
+    assert not train.T2AV.references(task, np.array([0]), [np.random.default_rng(0)], np.random.default_rng(0))[1].any()
+
+
+def test_harmony_makes_both_or_either_for_the_other_and_takes_a_picture_a_voice_and_words(harmony_on_disk, tmp_path, capsys):
+    d, _, flags = harmony_on_disk
+    soundfile.write(tmp_path / "voice.wav", np.sin(np.arange(44100 * 2) / 40) * .3, 44100)
+    iio.imwrite(tmp_path / "face.png", np.full((40, 50, 3), 90, np.uint8))
+    assert cli(sample, *flags, "--prompt", "a face calls", "--transcript", "u i", "--image", tmp_path / "face.png", "--ref-audio", tmp_path / "voice.wav", "--maps", "--out", tmp_path / "a.mp4") == 0
+    said = capsys.readouterr().out
+    assert "attention: " in said and "SyncCFG: " in said and "sync-video 3, sync-audio 2" in said
+    assert iio.imread(tmp_path / "a.png").shape[0] > 3 * 32 and data.read_video(tmp_path / "a.mp4", 32)[0].mean() == pytest.approx(90, abs=12)
+    assert cli(sample, *flags, "--audio", tmp_path / "voice.wav", "--image", tmp_path / "face.png", "--out", tmp_path / "b.mp4") == 0       # audio-driven
+    wave, kept = data.read_audio(tmp_path / "voice.wav"), data.read_audio(tmp_path / "b.mp4")
+    n = min(len(wave), len(kept)) - 800
+    assert np.corrcoef(wave[:n], kept[:n])[0, 1] > .98
+    assert cli(sample, *flags, "--video", tmp_path / "b.mp4", "--transcript", "o", "--out", tmp_path / "c.mp4") == 0                        # video-driven
+    assert np.array_equal(iio.imread(tmp_path / "b.mp4", plugin="FFMPEG"), iio.imread(tmp_path / "c.mp4", plugin="FFMPEG"))
+
+
+def test_a_reference_that_cannot_be_heard_is_refused_and_a_long_one_is_cut(harmony_on_disk, tmp_path, capsys):
+    d, _, flags = harmony_on_disk
+    bad = dict(silent=np.zeros(16000), short=np.r_[np.ones(800), np.zeros(10)] * .1)
+    for name, wave in bad.items():
+        soundfile.write(tmp_path / f"{name}.wav", wave, 16000)
+        assert cli(sample, *flags, "--prompt", "a bell", "--ref-audio", tmp_path / f"{name}.wav", "--out", tmp_path / "no.mp4") == 2
+        assert "reference" in capsys.readouterr().err and not (tmp_path / "no.mp4").exists()
+    soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).normal(size=(600 * 4000, 2)) * .1, 4000)
+    assert sample.read_reference(tmp_path / "long.wav", little_audio_vae().float(), "cpu").shape == (1, 3, 150)
+    assert cli(sample, "--ckpt", d / "t2av/joint/best.pt", *flags[2:], "--prompt", "a", "--ref-audio", tmp_path / "long.wav") == 2 and "SyncFlow" in capsys.readouterr().err
+
+
+def test_a_list_of_records_is_made_one_by_one_and_what_is_there_is_not_made_again(harmony_on_disk, toy, tmp_path, capsys):
+    d, _, flags = harmony_on_disk
+    records = [dict(video_caption="a face", audio_caption="a voice", spoken_word_en="u"), dict(prompt="a bell rings", id="bell")]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    assert [(j["prompt"], j["sound_prompt"], j["transcript"], j["stem"]) for j in sample.read_jobs(sample.arguments().parse_args(["--jsonl", str(tmp_path / "list.jsonl")]))] == [
+        ("a face", "a voice", "u", "0001"), ("a bell rings", "a bell rings", "", "bell")]
+    assert cli(sample, *flags, "--jsonl", tmp_path / "list.jsonl", "--out", tmp_path / "made") == 0
+    before = (tmp_path / "made/bell.mp4").stat().st_mtime_ns
+    (tmp_path / "made/0001.mp4").unlink()
+    assert cli(sample, *flags, "--jsonl", tmp_path / "list.jsonl", "--out", tmp_path / "made") == 0
+    assert (tmp_path / "made/bell.mp4").stat().st_mtime_ns == before and (tmp_path / "made/0001.mp4").is_file() and "is there already" in capsys.readouterr().out
+    soundfile.write(tmp_path / "x.wav", np.sin(np.arange(8000) / 9) * .3, 16000)
+    iio.imwrite(tmp_path / "f.png", np.full((32, 32, 3), 90, np.uint8))
+    (tmp_path / "a2v.jsonl").write_text(json.dumps(dict(audio=str(tmp_path / "x.wav"), image=str(tmp_path / "f.png"))))
+    assert cli(sample, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--steps", 1, "--jsonl", tmp_path / "a2v.jsonl", "--out", tmp_path / "made") == 0 and (tmp_path / "made/0001.mp4").is_file()
+    for line in ("not json", "[1]", '{"prompt": 3}'):
+        (tmp_path / "bad.jsonl").write_text(line)
+        assert cli(sample, *flags, "--jsonl", tmp_path / "bad.jsonl") == 2 and "line 1" in capsys.readouterr().err
+
+
+def test_harmony_is_scored_with_and_without_synccfg_and_by_whose_timbre_it_has(harmony_on_disk, tmp_path, capsys):
+    d, _, flags = harmony_on_disk
+    assert cli(cyclesync, *flags[:-1], 1, "--clips", 4, "--out", tmp_path) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {f"{mode}{plain}" for mode in ("v2a", "a2v", "i2av", "t2av") for plain in ("", "_plain")} < set(result) and 0 <= result["timbre"]["closer"] <= 1
+    assert result["ground_truth"]["seen_f1_50"] > .9
+
+
 # ------------------------------------------------------------------------------------------------ README.md and weights/
 
 def test_every_command_of_the_readme_parses():

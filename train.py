@@ -442,7 +442,7 @@ class T2AV:
             once = lambda g: (cts_loss(net, z_v, z_a, told, g, stage=args.stage) if self.harmony and args.stage != "video" else
                               t2av_loss(net, z_v, z_a, words, g, "joint" if args.stage != "video" else "video"))[1]
             reports = torch.stack([once(seeded(k)) for k in range(4)]).mean(0)
-        lines, score = [f"loss {self.tell(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[args.stage != "video"]).item()
+        lines, score = [f"loss {self.tell(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[int(args.stage != "video")]).item()
         settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=args.sync_video, sync_audio=args.sync_audio) if self.harmony else {})
         make = lambda n, audio_vae=self.audio_vae, **given: compose(net, self.vae, audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, cast, **given, **settings)
         if args.stage == "video":
@@ -841,7 +841,7 @@ def arguments():
     p.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
     p.add_argument("--data", default="toybox", help=f"a2v: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
-    p.add_argument("--size", default="tiny", choices=[*dict.fromkeys([*networks.SIZES, *networks.TOWERS])], help="size of the network")
+    p.add_argument("--size", default="tiny", choices=[*dict.fromkeys([*networks.SIZES, *networks.TOWERS, *networks.HARMONY])], help="size of the network")
     p.add_argument("--stage", default="all", choices=("video", "audio", "timbre", "joint", "all"), help="t2av, joint: one tower, the other, both together (timbre: Harmony's, with references out of other clips); or one after the other")
     p.add_argument("--init", help="t2av, joint: the checkpoint a stage starts from (that of the stage before, in --out)")
     p.add_argument("--resolution", type=data.picture_size, default=64, help="side of the pictures in pixels, or height x width: 384x640")
