@@ -18,6 +18,8 @@ own the loss; |m| is clipped at 1.5 standard deviations.
 
     v = v_pos + sum_k (S_k - 1) (v_pos - v_neg_k)          Syncphony eq. 6: S = 1 + w_a (audio), S = 1 + w_t (text)
 
+**Two streams** go on one clock (SyncFlow), or each on its own (Harmony): sigma = 0 for one of them makes the other's task one-way.
+
 **The staged path** (Pyramid Flow). At high noise nothing fine can be seen, so why compute it at full resolution? The way is cut
 into three pieces, the first at a quarter of the side, the next at a half. Each is a straight line of its own, between a noisier
 start and a less noisy end with the SAME noise in both, so v = start - end, and sigma runs from 1 to 0 within the piece:

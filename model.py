@@ -1,4 +1,4 @@
-"""The networks: Pyramid Flow's multimodal diffusion transformer with Syncphony's audio layers in it; SyncFlow's two towers.
+"""The networks: Pyramid Flow's multimodal diffusion transformer with Syncphony's audio layers in it; SyncFlow's and Harmony's two towers.
 
 **Backbone.** Video arrives as latents (see vae.py), cut into 2x2 patches: tokens. Text tokens stand before them, and
 attention is over [text; video] together. The first `n_double` blocks have separate weights for text and video, the
@@ -28,7 +28,9 @@ t_i depends on i alone, so keys are rotated once and the window is a boolean mas
 fresh audio model IS the backbone. Audio Sync Guidance (sample.py) leaves these layers out: `audio=None`.
 
 **Two towers (SyncFlow, section 3.2)** at the end of the file: `DualTower`, a video tower of spatial and temporal attention and an
-audio tower beside it, whose layer l looks at what layer l of the video saw. Same attention, same rotation by time.
+audio tower beside it, whose layer l looks at what layer l of the video saw. Same attention, same rotation by time. **Harmony** (section 3.3)
+lets both look, through the bridges that Syncphony's audio layers are too: at every layer, in a window, at places laid on the
+queries' timeline. Text is looked at by the video and stands among the tokens of the audio, after a reference of its timbre.
 
     B batch · L latent frames · h w latent grid · C latent channels · N = L·(h/p)·(w/p) video tokens, p patch side · T text tokens
     S audio steps at 50 Hz · A audio channels · D width = K heads x d · G groups of tokens that share one sigma
@@ -575,7 +577,7 @@ class MMDiT(nn.Module):
         return self.velocity(out, torch.cat([x, x[:len(out) - len(x)]]), sigma)
 
 
-# ------------------------------------------------------------------------------------------------ two towers (SyncFlow)
+# ------------------------------------------------------------------------------------------------ two towers (SyncFlow, Harmony)
 
 @dataclass
 class DualTowerConfig:

@@ -24,10 +24,14 @@ guide by, and --cfg rests.
 (`pair`). Adding sound to a GIVEN video needs no training: at every step the video's latents are replaced by the true ones at
 this step's noise level, (1 - s) z + s eps with one eps, and the audio tower sees what it has always seen.
 
+**Harmony** (`harmonise`): the given stream is simply clean. Guidance is against a partner who does nothing (SyncCFG), so it strengthens
+not the text and not the partner, but that the two agree.
+
     python sample.py --audio assets/hammer.wav --image assets/hammer.png
     python sample.py --audio x.wav --image f.png --prompt "a dog barks" --asg 2 --shift-audio 0.3
     python sample.py --prompt "a hammer strikes a block three times"
     python sample.py --video clip.mp4
+    python sample.py --ckpt out/joint/joint/best.pt --prompt "a face calls out" --transcript "u i" --ref-audio voice.wav --maps
     python sample.py --bench
 
     B clips · R rows = guidance branches x clips · L latents · C h w latent channels and grid · F frames

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1633,15 +1634,20 @@ def test_hubert_says_what_to_install(monkeypatch):
 # ------------------------------------------------------------------------------------------------ train.py
 
 def two_processes(*flags):
-    """train.py as torchrun starts it, without waiting for torchrun."""
+    """train.py as torchrun starts it, but forked: nothing is imported again."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = lambda rank: {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    both = [subprocess.Popen([sys.executable, str(HERE / "train.py"), *map(str, flags)], env=env(rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE) for rank in (0, 1)]
-    for process in both:
-        said = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, said[-1500:]
+
+    def process(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.exit(cli(train, *flags))
+    both = [get_context("fork").Process(target=process, args=(rank,)) for rank in (0, 1)]
+    for p in both:
+        p.start()
+    for p in both:
+        p.join(300)
+    assert [p.exitcode for p in both] == [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -2138,6 +2144,23 @@ def test_video_to_audio_feeds_the_true_latents_at_each_steps_noise_level_and_kee
     assert all(torch.allclose(x, (1 - s) * z_v + s * eps, atol=1e-6) for x, s in fed)
     other = sample.pair(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), z_v=z_v + 1)[1]
     assert not torch.allclose(out_a, other)
+    fed.clear()
+    out_v, _ = sample.pair(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), first=z_v[:, :, :1])
+    assert torch.equal(out_v[:, :, :1], z_v[:, :, :1]) and not torch.equal(out_v, z_v)     # the first picture alone likewise, the rest is made
+    assert all(torch.allclose(x[:, :, :1], (1 - s) * z_v[:, :, :1] + s * eps[:, :, :1], atol=1e-6) for x, s in fed)
+
+
+def test_the_first_stage_learns_from_single_pictures_beside_the_clips(towers_on_disk):
+    net, (z_v, _, sigma), words = towers(), two_streams(), text_bytes(["a", "b"])
+    g = torch.Generator().manual_seed(0)
+    s, eps = torch.rand(2, generator=g), torch.randn(2, 4, 1, 4, 4, generator=g)
+    z, by = z_v[:, :, :1], s.view(2, 1, 1, 1, 1)
+    v = net((1 - by) * z + by * eps, None, s, *net.read(words))[0]
+    assert losses.picture_loss(net, z, words, torch.Generator().manual_seed(0)).item() == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-5)
+    task = SimpleNamespace(cache=dict(at=np.stack([np.zeros(5, int), np.arange(5)], 1), captions=list("abcde"), arrays=dict(latents=[np.arange(5.).reshape(5, 1, 1, 1, 1, 1) * np.ones((1, 2, 1, 3, 2, 2))])),
+                           args=SimpleNamespace(pictures=4, drop_text=0.), device="cpu", vae=SimpleNamespace(normalise=lambda z: z))
+    z, words = train.T2AV.pictures(task, [np.random.default_rng(k) for k in range(3)])
+    assert z.shape == (12, 1, 1, 2, 2) and torch.equal(words, text_bytes(["abcde"[int(i)] for i in z[:, 0, 0, 0, 0]]))
 
 
 def test_guidance_of_two_towers_is_equation_three_on_both_streams():
