@@ -689,7 +689,8 @@ def evaluate_towers(args):
     model, vae, audio_vae, ckpt = load_t2av(args.ckpt, args.vae, args.audio_vae, device)
     if args.data != "toybox":
         raise BadInput(f"--data {args.data}: two towers are scored by the toybox's truth; leave --data out")
-    clips, own, size = held_out_clips(args, ckpt["size"]), ckpt["guidance"], ckpt["size"]
+    own, size = ckpt["guidance"], args.resolution or ckpt["size"]
+    clips = held_out_clips(args, size)
     captions, truth, sounds = [c["caption"] for c in clips], np.stack([c["video"] for c in clips]), [c["audio"] for c in clips]
     print(f"{words}\n{args.ckpt}: step {ckpt['step']} of stage {ckpt['stage']}; {len(clips)} held-out clips, {sum(len(c['events']) for c in clips)} events; {args.steps} steps")
     print(line("", None, PAIR_COLUMNS))
@@ -781,7 +782,7 @@ def shift_study(args):
     """Syncphony figure 7, tables 5 and 6: true videos whose sound comes 0.0-0.5 s late, by every metric. The sound is not moved
     within the clip, which would leave a gap: what precedes the clip is known, and is heard instead."""
     lead, delays = .5, np.arange(6) / 10
-    clips = held_out_clips(args, args.resolution, lead)
+    clips = held_out_clips(args, args.resolution or 64, lead)
     models, n, toybox = remakers(args, clips), round(len(clips[0]["video"]) / FPS * RATE), args.data == "toybox"
     seen = [watch(c["video"], m, args.trim_start) for c, m in zip(tqdm(clips, desc="videos", disable=None, leave=False), models)]
     read = [read_clip_events(c["video"], c)[0] for c in clips] if toybox else None
@@ -1008,7 +1009,7 @@ def arguments():
     p.add_argument("clip", nargs="?", help="score this one video with its own sound")
     p.add_argument("--pairs", nargs=2, metavar=("REF", "HAT"), help="CycleSync of two folders of sounds: true ones, and ones made from the videos")
     p.add_argument("--shift-study", action="store_true", help="what every metric says of true clips whose sound is up to 0.5 s late (Syncphony figure 7)")
-    p.add_argument("--resolution", type=data.picture_size, default=64, help="--shift-study: side of the pictures in pixels, or height x width")
+    p.add_argument("--resolution", type=data.picture_size, help="--shift-study, and two towers: side of the pictures in pixels, or height x width (64; what they were trained for)")
     p.add_argument("--ablate", choices=tuple(RUNS), help="train and score the rows of the paper's ablation tables: an hour or two on 2 cores")
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings; a first impression in under 20 minutes")
     p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: make the sounds by this checkpoint of train.py --task t2av, in place of the oracle")

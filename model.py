@@ -332,7 +332,9 @@ class ByteText(nn.Module):
 
     def forward(self, letters):                                               # (B, length) -> (B, length/8, dim), (B, pooled)
         x = (self.letter(letters) + self.place).transpose(1, 2)
-        x = F.gelu(self.token(F.gelu(self.near(x)) + x)).transpose(1, 2)
+        x = self.token(F.gelu(self.near(x)) + x).transpose(1, 2)
+        # a gelu in the end may fall silent at high learning rates, and never speaks again; the towers' texts have a norm instead
+        x = F.gelu(x) if self.pool else F.layer_norm(x, x.shape[-1:])
         return x, self.pool(x.mean(1)) if self.pool else None
 
 

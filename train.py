@@ -378,7 +378,7 @@ class T2AV:
         index, draws = samples_of(cache, a, step, rows)
         captions = drop_text([cache["captions"][i] for i in index], draws, a.drop_text)
         latents, words = self.latents(cache, index), networks.text_bytes(captions).to(self.device)
-        if a.stage == "video":
+        if a.stage == "video" or a.stage == "joint" and not self.harmony:
             return latents, words, *(self.pictures(draws) if a.pictures else ())
         if not self.harmony:
             return latents, words
@@ -412,11 +412,9 @@ class T2AV:
 
     def loss(self, net, batch, g):
         a, (latents, words, *more) = self.args, batch
-        if a.stage == "video":
-            loss, report = t2av_loss(net, *latents, words, g, "video", a.ot, a.sigma, a.shift)
+        if a.stage == "video" or not self.harmony:
+            loss, report = t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift)
             return loss + picture_loss(net, *more, g, a.sigma, a.shift) if more else loss, report
-        if not self.harmony:
-            return t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift)
         speech, ref, there = more
         return cts_loss(net, *latents, (*net.read(words), *net.tell(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma)
 
@@ -873,7 +871,7 @@ def arguments():
     p.add_argument("--cfg", type=number(low=0), help="text guidance that the checkpoint will recommend to sample.py (0; --pretrained 4; t2av 2; joint 1, which is off)")
     p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae, audio-vae .02)")
     p.add_argument("--adversarial", type=number(low=0), default=0., help="audio-vae: weight of a critic of spectra that is trained along; 0 = none")
-    p.add_argument("--pictures", type=number(int, 0), default=8, help="t2av, joint, stage video: single pictures to learn from beside every clip")
+    p.add_argument("--pictures", type=number(int, 0), default=8, help="t2av, joint: single pictures for the video tower to learn from, beside every clip")
     p.add_argument("--ot", action="store_true", help="t2av: minibatch optimal transport between noise and data")
     p.add_argument("--no-adaptor", action="store_true", help="t2av, an ablation: audio looks at bare video features")
     p.add_argument("--no-video", action="store_true", help="t2av, an ablation: the audio tower reads the text and sees no video")
