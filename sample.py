@@ -101,13 +101,13 @@ def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
 
 
 def load_audio_vae(path=AUDIO_VAE_FILE, device="cpu"):
-    ckpt = load_checkpoint(path, "audio-vae", "none is shipped yet; train one: python train.py --task audio-vae, and give it by --audio-vae")
+    ckpt = load_checkpoint(path, "audio-vae", "the toybox's ships as weights/audio-vae-toybox.pt, or train one: python train.py --task audio-vae")
     return load_weights(AudioVAE(AudioVAEConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval()
 
 
 def load_t2av(path=T2AV_FILE, vae_path=VAE_FILE, audio_vae_path=AUDIO_VAE_FILE, device="cpu"):
     """-> the two towers (SyncFlow's or Harmony's) with their averaged weights, the VAEs they were trained with, the checkpoint."""
-    ckpt = load_checkpoint(path, "t2av or joint", "none is shipped yet; train one: python train.py --task t2av, and give it by --ckpt")
+    ckpt = load_checkpoint(path, "t2av or joint", "SyncFlow's for the toybox ships as weights/t2av-toybox.pt, or train one: python train.py --task t2av")
     model = load_weights(DualTower(DualTowerConfig(**ckpt["config"])), ckpt["ema"], path)
     vaes = load_vae(vae_path, device), load_audio_vae(audio_vae_path, device)
     for flag, name, vae in zip(("vae", "audio-vae"), (vae_path, audio_vae_path), vaes):
