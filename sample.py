@@ -478,18 +478,18 @@ def both_or_sound(args, device, cast, words):
     size, own = args.resolution or ckpt["size"], ckpt["guidance"]
     if args.bench:
         return bench_towers(model, vae, audio_vae, size, cast)
-    for flag in ("audio", "ref_audio", "transcript", "maps"):
-        if getattr(args, flag) and not harmony:
-            raise BadInput(f"--{flag.replace('_', '-')}: {name} is of SyncFlow's kind and knows no such input; give a checkpoint of train.py --task joint by --ckpt")
-    if model.cfg.blind and args.video:
-        raise BadInput(f"--video {args.video}: {name} makes sounds from text and sees no video; give a checkpoint trained without --no-video")
     settings = dict(steps=args.steps or (40 if harmony else 50), cfg=own["cfg"] if args.cfg is None else args.cfg)
     if harmony:
         settings.update(shift=own["shift"], **{k: own[k] if getattr(args, k) is None else getattr(args, k) for k in ("sync_video", "sync_audio")})
     print(f"{words}\n{Path(name).name}: step {ckpt['step']} of stage {ckpt['stage']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
     print(", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in settings.items()) + f", {'x'.join(map(str, data.sides(size)))} at {FPS} fps")
     jobs = list(read_jobs(args))
-    for k, job in enumerate(jobs):
+    for job in jobs:
+        for flag in ("audio", "ref_audio", "transcript", "maps"):
+            if (args.maps if flag == "maps" else job[flag]) and not harmony:
+                raise BadInput(f"--{flag.replace('_', '-')}: {name} is of SyncFlow's kind and knows no such input; give a checkpoint of train.py --task joint by --ckpt")
+        if model.cfg.blind and job["video"]:
+            raise BadInput(f"--video {job['video']}: {name} makes sounds from text and sees no video; give a checkpoint trained without --no-video")
         if not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
             raise BadInput(f"{f'{args.jsonl} record ' + job['stem'] + ': ' if args.jsonl else ''}--prompt is empty; say what is to be seen, or give a --video that gets a sound")
         if job["audio"] and job["video"]:
