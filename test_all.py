@@ -1359,7 +1359,7 @@ def test_odd_but_sound_files_are_read_right(odd):
 def test_what_cannot_be_trusted_is_skipped_with_its_reason(odd):
     """Truncated anywhere, no sound, no picture, one frame, 0.05 s, 9 fps, silent, still, text: never a crash, never a wrong clip."""
     clips, _ = data.find_clips(str(odd / "bad"))
-    reasons = {c["name"]: data._prepared((c, 32)) for c in clips}
+    reasons = {c["name"]: data._prepared((c, 32, 1)) for c in clips}
     assert len(reasons) == 39 and all(isinstance(r, str) and r and "\n" not in r and c not in r for c, r in reasons.items()), reasons
     for name, word in (("empty", "empty"), ("mute", "no sound"), ("blind", "no picture"), ("one-frame", "1 frame"), ("short", "0.08 s"), ("nine-fps", "9.0"),
                        ("silent", "silence"), ("still", "static"), ("text", "damaged"), ("cut5", "damaged"), ("fast5", "damaged")):
@@ -2724,7 +2724,7 @@ def test_the_shipped_towers_give_a_video_its_sound_and_two_that_are_made_togethe
     """README: sounds made for true videos come when things happen, and a made pair agrees with itself, better than with another pair."""
     model, vae, audio_vae, ckpt = sample.load_t2av()
     _, cast, _ = sample.pick_device("cpu")
-    clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 700 + i, kind=data.KINDS[i % 6]) for i in range(18)) if len(c["events"])]
+    clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 700 + i, kind=data.KINDS[i % 6]) for i in range(12)) if len(c["events"])]
     captions, truth, make = [c["caption"] for c in clips], np.stack([c["video"] for c in clips]), dict(steps=12, cfg=ckpt["guidance"]["cfg"])
     z = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth])
     waves = sample.compose(model, vae, audio_vae, captions, 49, 64, cast, z_v=z, **make)[1]
