@@ -73,7 +73,7 @@ from tqdm import tqdm
 import data
 from data import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, BadInput, Parser, number, read_audio, read_clip, run_cli, temporary, toybox_clip,
                   toybox_draw, toybox_sound, toybox_state, write_picture, write_video)
-from sample import A2V_FILE, AUDIO_VAE_FILE, HERE, VAE_FILE, Deaf, animate, compose, dub, encode_video, equip, load_a2v, load_t2av, pick_device
+from sample import A2V_FILE, AUDIO_VAE_FILE, HERE, VAE_FILE, Deaf, animate, compose, dub, encode_sound, encode_video, equip, load_a2v, load_t2av, pick_device
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
 
@@ -695,8 +695,8 @@ def evaluate_towers(args):
     print(f"{words}\n{args.ckpt}: step {ckpt['step']} of stage {ckpt['stage']}; {len(clips)} held-out clips, {sum(len(c['events']) for c in clips)} events; {args.steps} steps")
     print(line("", None, PAIR_COLUMNS))
     z_v = torch.cat([encode_video(vae, v, device) for v in truth])
+    z_a = torch.cat([encode_sound(audio_vae, w, device) for w in sounds])
     with torch.no_grad():
-        z_a = torch.cat([audio_vae.normalise(audio_vae.encode(torch.from_numpy(w)[None].to(device))[0]) for w in sounds])
         coded = [audio_vae.decode(audio_vae.denormalise(z[None]), len(w))[0].clamp(-1, 1).cpu().numpy() for z, w in zip(z_a, sounds)]
     said = dict(speech=[c["speech"] for c in clips], shift=own["shift"]) if model.cfg.bridges else {}
     make = lambda **given: compose(model, vae, audio_vae, captions, truth.shape[1], size, cast, seeds=[args.seed + i for i in range(len(clips))], steps=args.steps, **said, **given)
@@ -742,9 +742,7 @@ def score_timbre(make, clips, audio_vae, device):
     takes = lambda c: (data.toybox_clip(c["seed"], video=False, take=k) for k in range(1, 100))
     refs = [next(t["audio"] for t in takes(c) if len(t["events"])) for c in clips]       # in which something happens
     loud = [i for i, c in enumerate(clips) if len(c["events"])]
-    with torch.no_grad():
-        z = torch.cat([audio_vae.normalise(audio_vae.encode(torch.from_numpy(r)[None].to(device))[0]) for r in refs])
-    waves = make(z)
+    waves = make(torch.cat([encode_sound(audio_vae, r, device) for r in refs]))
     closer = []
     for i in loud:
         same_kind = [j for j in loud if j != i and clips[j]["kind"] == clips[i]["kind"]]
@@ -912,8 +910,7 @@ def score_harmony(ckpt, rows, args):
     clips, scores, shift = held_out_clips(args, ckpt["size"]), {}, ckpt["guidance"]["shift"]
     truth, captions, said, scenes = np.stack([c["video"] for c in clips]), [c["caption"] for c in clips], [c["speech"] for c in clips], {}
     z_v = torch.cat([encode_video(vae, v, device) for v in truth])
-    with torch.no_grad():
-        z_a = torch.cat([audio_vae.normalise(audio_vae.encode(torch.from_numpy(c["audio"])[None].to(device))[0]) for c in clips])
+    z_a = torch.cat([encode_sound(audio_vae, c["audio"], device) for c in clips])
     for row, (s_v, s_a) in tqdm(rows, desc="scoring", disable=None, leave=False):
         make = lambda **given: compose(model, vae, audio_vae, captions, truth.shape[1], ckpt["size"], cast, steps=args.steps, speech=said, shift=shift, sync_video=s_v, sync_audio=s_a, **given)
         pair = score_both(*make(pictures=truth[:, 0]), clips, vae, False, scenes)

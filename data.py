@@ -430,7 +430,7 @@ def toybox_windows(seed, size=64, blocks=4, t=4):
 
 # ------------------------------------------------------------------------------------------------ media in
 
-def _existing(path, what):
+def existing(path, what):
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such {what} file; check the path")
@@ -443,7 +443,7 @@ def read_audio(path, rate=RATE):
     """Any sound file or clip with sound (wav flac ogg mp3 by soundfile, the rest by ffmpeg) -> float32 (samples,), mono."""
     import librosa
     import soundfile
-    path = _existing(path, "audio")
+    path = existing(path, "audio")
     try:
         wave, found = soundfile.read(path, dtype="float32", always_2d=True)   # (samples, channels)
         wave = wave.mean(1)
@@ -468,7 +468,7 @@ def read_audio(path, rate=RATE):
 def read_image(path, size=64):
     """Any picture -> uint8 (H, W, 3) of a `size` (see `sides`): centre crop to its aspect, antialiased resize. Alpha lies on white."""
     from PIL import Image                                                     # comes with imageio
-    path = _existing(path, "image")
+    path = existing(path, "image")
     Image.MAX_IMAGE_PIXELS = None                                             # large pictures are welcome
     try:
         picture = Image.open(path)
@@ -655,7 +655,7 @@ def _stamps(log, name):
 
 def _pictures(path, height, width, fps, most):
     """The picture track of a file -> video uint8 (F, height, width, 3), when its own frames and when these frames lie (seconds)."""
-    path = _existing(path, "video")
+    path = existing(path, "video")
     crop = f"crop=w='min(iw,ih*{width / height}/if(sar,sar,1))':h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1"
     picture = f"showinfo=checksum=0,fps={fps},format=rgb24,{crop},scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0"
     raw, log = _ffmpeg(path, most, ["-map", "0:V:0", "-vf", picture, "-f", "rawvideo", "-fps_mode", "passthrough"])
@@ -834,7 +834,7 @@ def load_checkpoint(path, task, hint=""):
     Never runs code from the file."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such checkpoint; {hint or 'check the path, or train one with train.py'}")
-    _existing(path, "checkpoint")
+    existing(path, "checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as why:                                                  # torch raises half a dozen kinds here

@@ -382,7 +382,7 @@ def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v
                 if looks is not None:                                         # who looks where in the finished clip
                     maps, clean = [], torch.zeros(len(told[0]), device=device)
                     model.converse(x_v, x_a, clean, clean, *told, part(refs), maps=maps)
-                    looks.update(heat=torch.stack(heat).mean(0).float().cpu() if heat else None, grid=x_v.shape[2:],
+                    looks.update(heat=torch.stack(heat).mean(0).float().cpu() if heat else None, grid=(x_v.shape[2], *(n // model.cfg.patch for n in x_v.shape[3:])),
                                  attention=torch.stack(maps).mean((0, 2)).float().cpu())           # over layers and heads: (B, S, N)
             if audio_vae and z_a is None:
                 waves += list(audio_vae.decode(audio_vae.denormalise(x_a), samples).float().clamp(-1, 1).cpu().numpy())
@@ -418,6 +418,12 @@ def encode_video(vae, frames, device):
         first, cache, each = chunk(0, 1), {}, 16 * vae.stride_t
         pieces = [vae.encode(chunk(0, each + 1), first, cache)[0]] + [vae.encode(chunk(a, a + each), first, cache)[0] for a in range(each + 1, len(frames), each)]
     return vae.normalise(torch.cat(pieces, 2))
+
+
+def encode_sound(audio_vae, wave, device):
+    """Waveform (samples,) at the VAE's rate -> normalised latents (1, A, S)."""
+    with torch.no_grad():
+        return audio_vae.normalise(audio_vae.encode(torch.from_numpy(wave)[None].to(device))[0].float())
 
 
 def dub(model, vae, audio_vae, frames, prompt, cast=nullcontext, window=13, overlap=3, seed=0, bar=None, sound_captions=None, speech=None, refs=None, **settings):
@@ -492,6 +498,8 @@ def both_or_sound(args, device, cast, words):
             raise BadInput(f"--video {job['video']}: {name} makes sounds from text and sees no video; give a checkpoint trained without --no-video")
         if not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
             raise BadInput(f"{f'{args.jsonl} record ' + job['stem'] + ': ' if args.jsonl else ''}--prompt is empty; say what is to be seen, or give a --video that gets a sound")
+        if args.maps and job["video"]:
+            raise BadInput(f"--maps: shows where a clip that is made looks; leave it out with --video {job['video']}")
         if job["audio"] and job["video"]:
             raise BadInput(f"--audio {job['audio']}: with --video there is nothing left to make; leave one of them out")
     for k, job in enumerate(jobs):
@@ -515,7 +523,7 @@ def read_jobs(args):
     if not args.jsonl:
         yield dict(flags, sound_prompt=args.prompt, stem=None)
         return
-    path = data._existing(args.jsonl, "list")
+    path, stems = data.existing(args.jsonl, "list"), set()
     for k, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
@@ -528,7 +536,11 @@ def read_jobs(args):
         except (ValueError, AttributeError) as why:
             raise BadInput(f"{path} line {k}: not a record; expected a JSON object of texts with prompt (or video_caption, audio_caption), and perhaps transcript "
                            "(or spoken_word_en, spoken_word_zh), audio, image, video, ref_audio") from why
-        yield dict(given, sound_prompt=given["sound_prompt"] or given["prompt"], stem=str(record.get("id", f"{k:04d}")))
+        stem = str(record.get("id", f"{k:04d}"))
+        if Path(stem).name != stem or stem in stems:
+            raise BadInput(f"{path} line {k}: its id {stem!r} cannot be a file's name, or stands there twice; give every record a short name of its own")
+        stems.add(stem)
+        yield dict(given, sound_prompt=given["sound_prompt"] or given["prompt"], stem=stem)
 
 
 def file_name(args, job, i, suffix):
@@ -553,8 +565,7 @@ def make_one(model, vae, audio_vae, job, name, args, size, cast, seed, settings)
     else:
         if wave is not None:
             sound = np.pad(wave, (0, max(0, round(frames / FPS * rate) - len(wave))))[:round(frames / FPS * rate)]
-            with torch.no_grad(), cast():
-                more["z_a"] = audio_vae.normalise(audio_vae.encode(torch.from_numpy(sound)[None].to(device))[0].float())
+            more["z_a"] = encode_sound(audio_vae, sound, device)
         pictures = read_image(job["image"], size)[None] if job["image"] else None
         video, made = (None if x is None else x[0] for x in compose(model, vae, audio_vae, [job["prompt"]], frames, size, cast, seeds=[seed], pictures=pictures, looks=looks,
                                                                     **more, **settings))
@@ -569,19 +580,18 @@ def make_one(model, vae, audio_vae, job, name, args, size, cast, seed, settings)
 def write_maps(video, looks):
     """Harmony's figures 3 and 5 as rows to stand above the film strip of video (F, H, W, 3) uint8: where the sound of each moment looks in its
     frame, and where SyncCFG pulls. Prints which share of either lies on what moves."""
-    L, side = looks["grid"][0], video.shape[1]
-    places = round((looks["attention"].shape[2] / L) ** .5)
-    attention = looks["attention"][0].unflatten(1, (L, places, places))       # (S, L, h, w), rows sum to 1
+    L, h, w = looks["grid"]
+    attention = looks["attention"][0].unflatten(1, (L, h, w))                 # (S, L, h, w), rows sum to 1
     cells = dict(attention=torch.stack([attention[max(0, round((l - .5) / L * len(attention))):round((l + .5) / L * len(attention)) + 1, l].mean(0) for l in range(L)]))
     if looks["heat"] is not None:
         cells["SyncCFG"] = looks["heat"][0]
     moves = torch.from_numpy(np.abs(video - np.median(video, 0)).max((0, 3)) > 24).float()               # (H, W): pixels that ever change
     rows = []
     for name, cell in cells.items():                                          # (L, h, w)
-        big = torch.nn.functional.interpolate(cell[:, None] / cell.amax((1, 2), keepdim=True)[:, None].clamp(min=1e-9), side)[:, 0]              # (L, H, W)
+        big = torch.nn.functional.interpolate(cell[:, None] / cell.amax((1, 2), keepdim=True)[:, None].clamp(min=1e-9), video.shape[1:3])[:, 0]  # (L, H, W)
         print(f"{name}: {(big * moves).sum() / big.sum():.2f} of it lies on what moves, which is {moves.mean():.2f} of the picture")
         frame = big[[min(L - 1, -(-f * (L - 1) // max(1, len(video) - 1))) for f in range(len(video))]].numpy()[..., None]
-        rows.append(film_strip((video * .35 + frame * [165., 110., 0.]).astype(np.uint8), np.zeros(1))[:side])
+        rows.append(film_strip((video * .35 + frame * [165., 110., 0.]).astype(np.uint8), np.zeros(1))[:video.shape[1]])
     return np.concatenate(rows)
 
 
@@ -596,8 +606,7 @@ def read_reference(path, audio_vae, device):
     wave = wave[max(0, loud[0] - rate // 20):][:3 * rate]
     if len(wave) < rate // 2:
         raise BadInput(f"{path}: {len(wave) / rate:.2f} s of sound; a reference needs at least 0.5 s, better 1 to 3")
-    with torch.no_grad():
-        return audio_vae.normalise(audio_vae.encode(torch.from_numpy(wave)[None].to(device))[0].float())
+    return encode_sound(audio_vae, wave, device)
 
 
 def clock(runs, rounds):

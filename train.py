@@ -437,11 +437,11 @@ class T2AV:
             z_v, z_a = self.vae.normalise(z_v), self.audio_vae.normalise(z_a)
             words, said = (networks.text_bytes(t).to(self.device) for t in (captions, speech))
             told = (*net.read(words), *net.tell(words, said)) if self.harmony else None
-            once = lambda g: (cts_loss(net, z_v, z_a, told, g, stage=args.stage) if self.harmony and args.stage != "video" else
+            once = lambda g: (cts_loss(net, z_v, z_a, told, g, stage=args.stage, shift=args.shift) if self.harmony and args.stage != "video" else
                               t2av_loss(net, z_v, z_a, words, g, "joint" if args.stage != "video" else "video"))[1]
             reports = torch.stack([once(seeded(k)) for k in range(4)]).mean(0)
         lines, score = [f"loss {self.tell(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[int(args.stage != "video")]).item()
-        settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=args.sync_video, sync_audio=args.sync_audio) if self.harmony else {})
+        settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=args.sync_video, sync_audio=args.sync_audio, shift=args.shift) if self.harmony else {})
         make = lambda n, audio_vae=self.audio_vae, **given: compose(net, self.vae, audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, cast, **given, **settings)
         if args.stage == "video":
             return lines, score, compose(net, self.vae, None, captions[:8], len(clips[0]["video"]), args.resolution, cast, steps=25, cfg=args.cfg)[0]
