@@ -270,7 +270,7 @@ def picture_loss(net, z, words, g, how="uniform", shift=1.):
 
 # ------------------------------------------------------------------------------------------------ cross-task synergy (Harmony)
 
-def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", lam_v=.1, lam_a=.3, shift=5., how="uniform"):
+def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", lam_v=.1, lam_a=.3, shift=5., how="uniform", begun=.5):
     """Harmony's objective: the joint task, and beside it the two one-way tasks, in which the other stream is given, clean (eqs. 3, 4)
 
         L = L_joint + lambda_v L_driven^audio + lambda_a L_driven^video
@@ -281,21 +281,27 @@ def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", la
     of the given one is ignored.
 
     z_v (B, C, L, h, w), z_a (B, A, S) normalised latents; words: (text, mask, told, told_mask) of the clips; ref (B, A, R) clean
-    references with mask (B, R); g: a CPU generator. All three forwards share one noise level and one noise per clip. stage
-    'audio' or 'timbre': the sound alone, before they meet."""
+    references with mask (B, R); g: a CPU generator. All three forwards share one noise level and one noise per clip. Of a share `begun`
+    of the clips the first latent is given, as Wan2.2 learned it: it is clean, and not part of the loss. stage 'video', 'audio'
+    or 'timbre': one stream alone, before they meet."""
     to = lambda t: t.to(z_v.device)
     sigma = to(draw_sigma(torch.rand(len(z_v), generator=g), how, shift))     # (B,)
     eps_v, eps_a = to(torch.randn(z_v.shape, generator=g)), to(torch.randn(z_a.shape, generator=g))
-    x_v, x_a = add_noise(z_v, eps_v, sigma[:, None]), add_noise(z_a[..., None, None], eps_a[..., None, None], sigma[:, None])[..., 0, 0]
-    clean, none = torch.zeros_like(sigma), z_v.new_zeros(())
-    video_error = lambda v: (v.float() - velocity(z_v, eps_v)).square().mean()
+    sigma_v = sigma[:, None].repeat(1, z_v.shape[2])                          # (B, L)
+    sigma_v[:, 0] *= to(torch.rand(len(z_v), generator=g) >= begun)           # a picture to begin with
+    x_v, x_a = add_noise(z_v, eps_v, sigma_v), add_noise(z_a[..., None, None], eps_a[..., None, None], sigma[:, None])[..., 0, 0]
+    clean, none, made = torch.zeros_like(sigma), z_v.new_zeros(()), (sigma_v > 0).float()
+    video_error = lambda v: ((v.float() - velocity(z_v, eps_v)).square().mean((1, 3, 4)) * made).sum() / made.sum()
     audio_error = lambda v: (v.float() - velocity(z_a, eps_a)).square().mean()
+    if stage == "video":
+        loss = video_error(net.converse(x_v, None, sigma_v, None, *words)[0])
+        return loss, torch.stack([loss.detach(), none, none, none])
     if stage != "joint":
         loss = audio_error(net.converse(None, x_a, None, sigma, *words, ref, ref_mask)[1])
         return loss, torch.stack([none, loss.detach(), none, none])
-    v_v, v_a = net.converse(x_v, x_a, sigma, sigma, *words, ref, ref_mask)
+    v_v, v_a = net.converse(x_v, x_a, sigma_v, sigma, *words, ref, ref_mask)
     joint_v, joint_a = video_error(v_v), audio_error(v_a)                     # eq. 4: L_joint is their sum
-    driven_v = video_error(net.converse(x_v, z_a, sigma, clean, *words, ref, ref_mask)[0]) if lam_v else none         # by clean audio
+    driven_v = video_error(net.converse(x_v, z_a, sigma_v, clean, *words, ref, ref_mask)[0]) if lam_v else none         # by clean audio
     driven_a = audio_error(net.converse(z_v, x_a, clean, sigma, *words, ref, ref_mask)[1]) if lam_a else none         # by clean video
     loss = joint_v + joint_a + lam_v * driven_v + lam_a * driven_a            # eq. 3
     return loss, torch.stack([t.detach() for t in (joint_v, joint_a, driven_v, driven_a)])

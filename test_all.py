@@ -2491,17 +2491,30 @@ def test_cross_task_synergy_is_joint_plus_a_tenth_audio_driven_plus_three_tenths
         calls.append((x_v, x_a, s_v, s_a))
         return converse(x_v, x_a, s_v, s_a, *rest)
     net.converse = spy
-    loss, parts = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0))
+    loss, parts = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), begun=0.)
     assert torch.allclose(loss, parts[0] + parts[1] + .1 * parts[2] + .3 * parts[3]) and len(calls) == 3
     joint, by_sound, by_video = calls
     assert torch.equal(by_sound[1], z_a) and by_sound[3].abs().max() == 0 and torch.equal(by_sound[0], joint[0]) and torch.equal(by_sound[2], joint[2])
     assert torch.equal(by_video[0], z_v) and by_video[2].abs().max() == 0 and torch.equal(by_video[1], joint[1]) and torch.equal(by_video[3], joint[3])
     calls.clear()
-    plain = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=0, lam_a=0)
+    plain = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=0, lam_a=0, begun=0.)
     assert len(calls) == 1 and torch.allclose(plain[0], parts[0] + parts[1])  # eq. 1
     grads = lambda l, part: torch.autograd.grad(l, part.proj_out.weight, retain_graph=True, allow_unused=True)[0]
-    alone = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0)[0] - plain[0]
+    alone = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0, begun=0.)[0] - plain[0]
     assert grads(alone, net.video).abs().max() > 0 and grads(alone, net.audio).abs().max() < 1e-12             # the audio-driven loss trains the video
+
+
+def test_a_clip_may_begin_with_a_given_picture_which_is_clean_and_no_part_of_the_loss():
+    net, (z_v, z_a, _), calls = harmony(), two_streams(), []
+    converse = net.converse
+    net.converse = lambda *a: (calls.append(a), [None if v is None else v + torch.cat([torch.full_like(v[:, :, :1], 9.), 0 * v[:, :, 1:]], 2) if v.dim() == 5 else v
+                                                 for v in converse(*a)])[1]
+    for stage in ("joint", "video"):
+        args = (net, z_v, z_a, told(net) if stage == "joint" else (*told(net)[:2], None, None))
+        all_, none = (losses.cts_loss(*args, torch.Generator().manual_seed(0), stage=stage, begun=share)[1] for share in (1., 0.))
+        assert all_[0] < 5 < none[0]                                          # 9 too much in the first latent: seen only where it is made
+    x_v, _, s_v, s_a = calls[0][:4]
+    assert torch.equal(x_v[:, :, 0], z_v[:, :, 0]) and s_v[:, 0].abs().max() == 0 and torch.equal(s_v[:, 1:], s_a[:, None].expand(-1, 4)) and not torch.equal(x_v[:, :, 1], z_v[:, :, 1])
 
 
 def sampled(net, shape_v=(4, 5, 4, 4), shape_a=(3, 37), **settings):

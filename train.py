@@ -412,11 +412,12 @@ class T2AV:
 
     def loss(self, net, batch, g):
         a, (latents, words, *more) = self.args, batch
-        if a.stage == "video" or not self.harmony:
-            loss, report = t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift)
-            return loss + picture_loss(net, *more, g, a.sigma, a.shift) if more else loss, report
-        speech, ref, there = more
-        return cts_loss(net, *latents, (*net.read(words), *net.tell(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma)
+        if self.harmony and a.stage != "video":
+            speech, ref, there = more
+            return cts_loss(net, *latents, (*net.read(words), *net.tell(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma)
+        loss, report = (cts_loss(net, *latents, (*net.read(words), None, None), g, stage="video", shift=a.shift, how=a.sigma) if self.harmony else
+                        t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift))
+        return loss + picture_loss(net, *more, g, a.sigma, a.shift) if more else loss, report
 
     def tell(self, report):
         names = ("video", "audio", "driven video", "driven audio") if self.harmony else ("video", "audio")
@@ -437,7 +438,7 @@ class T2AV:
             z_v, z_a = self.vae.normalise(z_v), self.audio_vae.normalise(z_a)
             words, said = (networks.text_bytes(t).to(self.device) for t in (captions, speech))
             told = (*net.read(words), *net.tell(words, said)) if self.harmony else None
-            once = lambda g: (cts_loss(net, z_v, z_a, told, g, stage=args.stage, shift=args.shift) if self.harmony and args.stage != "video" else
+            once = lambda g: (cts_loss(net, z_v, z_a, told, g, stage=args.stage, shift=args.shift) if self.harmony else
                               t2av_loss(net, z_v, z_a, words, g, "joint" if args.stage != "video" else "video"))[1]
             reports = torch.stack([once(seeded(k)) for k in range(4)]).mean(0)
         lines, score = [f"loss {self.tell(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[int(args.stage != "video")]).item()
