@@ -270,7 +270,7 @@ def picture_loss(net, z, words, g, how="uniform", shift=1.):
 
 # ------------------------------------------------------------------------------------------------ cross-task synergy (Harmony)
 
-def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", lam_v=.1, lam_a=.3, shift=5., how="uniform", begun=.5):
+def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", lam_v=.1, lam_a=.3, shift=5., how="uniform", begun=.5, lam_joint=1.):
     """Harmony's objective: the joint task, and beside it the two one-way tasks, in which the other stream is given, clean (eqs. 3, 4)
 
         L = L_joint + lambda_v L_driven^audio + lambda_a L_driven^video
@@ -278,7 +278,7 @@ def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", la
     -> loss, report (joint video, joint audio, video driven by audio, audio driven by video). Joint, nothing is worth aligning to while
     both streams are noise; a clean partner shows from the first step what belongs together. Mind the names: lambda_v weighs
     the AUDIO-driven loss, for that one trains the video. A driven loss is that of the made stream alone: what the network says
-    of the given one is ignored.
+    of the given one is ignored. lam_joint = 0 leaves one-way tasks alone (figure 3).
 
     z_v (B, C, L, h, w), z_a (B, A, S) normalised latents; words: (text, mask, told, told_mask) of the clips; ref (B, A, R) clean
     references with mask (B, R); g: a CPU generator. All three forwards share one noise level and one noise per clip. Of a share `begun`
@@ -299,9 +299,11 @@ def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", la
     if stage != "joint":
         loss = audio_error(net.converse(None, x_a, None, sigma, *words, ref, ref_mask)[1])
         return loss, torch.stack([none, loss.detach(), none, none])
-    v_v, v_a = net.converse(x_v, x_a, sigma_v, sigma, *words, ref, ref_mask)
-    joint_v, joint_a = video_error(v_v), audio_error(v_a)                     # eq. 4: L_joint is their sum
+    joint_v = joint_a = none
+    if lam_joint:
+        v_v, v_a = net.converse(x_v, x_a, sigma_v, sigma, *words, ref, ref_mask)
+        joint_v, joint_a = video_error(v_v), audio_error(v_a)                 # eq. 4: L_joint is their sum
     driven_v = video_error(net.converse(x_v, z_a, sigma_v, clean, *words, ref, ref_mask)[0]) if lam_v else none         # by clean audio
     driven_a = audio_error(net.converse(z_v, x_a, clean, sigma, *words, ref, ref_mask)[1]) if lam_a else none         # by clean video
-    loss = joint_v + joint_a + lam_v * driven_v + lam_a * driven_a            # eq. 3
+    loss = lam_joint * (joint_v + joint_a) + lam_v * driven_v + lam_a * driven_a                  # eq. 3
     return loss, torch.stack([t.detach() for t in (joint_v, joint_a, driven_v, driven_a)])

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import data
 import model as networks
 import vae as autoencoders
-from cyclesync import HELD_OUT, event_scores, generate, heard_events, reconstruct, score_toybox
+from cyclesync import HELD_OUT, event_scores, generate, heard_events, read_clip_events, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
 from losses import BUCKETS, a2v_loss, cts_loss, picture_loss, pyramid_loss, t2av_loss
 from sample import AUDIO_VAE_FILE, VAE_FILE, compose, fingerprint, load_audio_vae, load_vae, pick_device
@@ -414,7 +414,7 @@ class T2AV:
         a, (latents, words, *more) = self.args, batch
         if self.harmony and a.stage != "video":
             speech, ref, there = more
-            return cts_loss(net, *latents, (*net.read(words), *net.tell(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma)
+            return cts_loss(net, *latents, (*net.read(words), *net.tell(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma, lam_joint=a.lambda_joint)
         loss, report = (cts_loss(net, *latents, (*net.read(words), None, None), g, stage="video", shift=a.shift, how=a.sigma) if self.harmony else
                         t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift))
         return loss + picture_loss(net, *more, g, a.sigma, a.shift) if more else loss, report
@@ -442,7 +442,7 @@ class T2AV:
                               t2av_loss(net, z_v, z_a, words, g, "joint" if args.stage != "video" else "video"))[1]
             reports = torch.stack([once(seeded(k)) for k in range(4)]).mean(0)
         lines, score = [f"loss {self.tell(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[int(args.stage != "video")]).item()
-        settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=args.sync_video, sync_audio=args.sync_audio, shift=args.shift) if self.harmony else {})
+        settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=1, sync_audio=1, shift=args.shift) if self.harmony else {})  # the model, not its guidance
         make = lambda n, audio_vae=self.audio_vae, **given: compose(net, self.vae, audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, cast, **given, **settings)
         if args.stage == "video":
             return lines, score, compose(net, self.vae, None, captions[:8], len(clips[0]["video"]), args.resolution, cast, steps=25, cfg=args.cfg)[0]
@@ -454,8 +454,11 @@ class T2AV:
             s = event_scores([c["events"] for c in clips], [heard_events(w) for w in sounds])
             lines += [f"sounds for true videos, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f})"]
             if self.harmony:
-                videos = make(len(clips), z_a=z_a, pictures=np.stack([c["video"][0] for c in clips]), **spoken)[0]
-                lines += toybox_line("videos for true sounds", videos, clips)[0]
+                begin = dict(pictures=np.stack([c["video"][0] for c in clips]), **spoken)
+                driven, (videos, heard) = make(len(clips), z_a=z_a, **begin)[0], make(len(clips), **begin)
+                both = event_scores([read_clip_events(v, c)[0] for v, c in zip(videos, clips)], [heard_events(w) for w in heard])["f1_50"]
+                lines += [*toybox_line("videos for true sounds", driven, clips)[0], f"pairs that begin with a picture, events against onsets: F1 at 50 ms {both:.3f}"]
+                self.figures = dict(video_driven=s["f1_50"], audio_driven=score_toybox(driven, clips)[0]["f1_50"], pairs=both)
         shown = make(8, **spoken) if args.stage == "joint" else ([c["video"] for c in clips[:8]], sounds)
         return lines, score, *shown
 
@@ -758,6 +761,8 @@ def look(task, net, clips, out, step, cast, args, rank):
     with torch.compiler.set_stance("force_eager"):                            # other shapes than training's: not worth compiling for
         lines, score, videos, *sounds = task.evaluate(net, clips, cast, step == args.steps)
     net.train()
+    if rank == 0 and getattr(task, "figures", None):
+        log_row(out / "scores.csv", step=step, **task.figures)
     for line in lines if rank == 0 else []:
         tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {line}")
     if len(videos):
@@ -878,6 +883,7 @@ def arguments():
     p.add_argument("--no-video", action="store_true", help="t2av, an ablation: the audio tower reads the text and sees no video")
     p.add_argument("--lambda-v", type=number(low=0), default=.1, help="joint: weight of the audio-driven loss, which trains the VIDEO (Harmony eq. 3); 0 = leave that task out")
     p.add_argument("--lambda-a", type=number(low=0), default=.3, help="joint: weight of the video-driven loss, which trains the AUDIO; 0 = leave that task out")
+    p.add_argument("--lambda-joint", type=number(low=0), default=1., help="joint: weight of the joint loss; 0 = train the one-way tasks alone")
     p.add_argument("--sync-video", type=number(low=0), default=3., help="joint: s_v of SyncCFG that the checkpoint will recommend to sample.py")
     p.add_argument("--sync-audio", type=number(low=0), default=2., help="joint: s_a likewise")
     p.add_argument("--no-rope-align", action="store_true", help="joint, an ablation: the streams' places in time are not laid on each other")
@@ -939,7 +945,7 @@ STAGES = {   # name, share of --lr, batches of so many times the size
     # SyncFlow section 3.2: the video tower; the audio tower on top of it (no graph for video, so bigger batches cost the same); both, gently
     "t2av": (("video", 1, 1), ("audio", 1, 2), ("joint", .3, 1)),
     # Harmony section 2, on a video tower of our own in place of Wan2.2: the audio tower, with references; both and their bridges
-    "joint": (("video", 1, 1), ("audio", 1, 1), ("timbre", .3, 1), ("joint", 1, 1)),
+    "joint": (("video", 1, 1), ("audio", 1, 1), ("timbre", .3, 1), ("joint", .6, 1)),
 }
 
 
