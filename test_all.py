@@ -2678,7 +2678,7 @@ def test_harmony_is_scored_with_and_without_synccfg_and_by_whose_timbre_it_has(h
     d, _, flags = harmony_on_disk
     assert cli(cyclesync, *flags[:-1], 1, "--clips", 4, "--out", tmp_path) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {f"{mode}{plain}" for mode in ("v2a", "a2v", "i2av", "t2av") for plain in ("", "_plain")} < set(result) and 0 <= result["timbre"]["closer"] <= 1
+    assert {f"{mode}{plain}" for mode in ("v2a", "a2v", "i2av", "t2av") for plain in ("", "_plain")} < set(result) and 0 <= result["timbre_reference"]["closer"] <= 1
     assert result["ground_truth"]["seen_f1_50"] > .9
 
 
