@@ -772,7 +772,7 @@ def draw_curves(path, x, curves, xlabel, ylabel):
     px = lambda v: left + (v - x[0]) / (x[-1] - x[0]) * (right - left)
     py = lambda v: low - max(v, 0) / most * (low - top)
     for tick in x:
-        pen.line([(px(tick), low), (px(tick), low + 5)], "black"), pen.text((px(tick) - 9, low + 8), f"{tick:.1f}", "black")
+        pen.line([(px(tick), low), (px(tick), low + 5)], "black"), pen.text((px(tick) - 9, low + 8), f"{tick:g}", "black")
     for tick in np.arange(0, most, .2 if most < 2 else .5):
         pen.line([(left, py(tick)), (right, py(tick))], "#dddddd"), pen.text((left - 28, py(tick) - 6), f"{tick:.1f}", "black")
     pen.line([(left, top), (left, low), (right, low)], "black")
@@ -822,15 +822,18 @@ def shift_study(args):
 
 # ------------------------------------------------------------------------------------------------ the ablations
 
-RUNS = {   # what is trained for every seed: flags of train.py; {video_tower} is the folder of that run
+RUNS = {   # what is trained for every seed: flags of train.py; {video_tower} is what that run gave
     "syncphony": {"full": "--task a2v", "no motion-aware loss": "--task a2v --lambda-motion 0", "no Audio RoPE": "--task a2v --no-audio-rope"},
-    "syncflow": {"video tower": "--task t2av --stage video", "full": "--task t2av --stage audio --init {video_tower}/best.pt",
-                 "no adaptor": "--task t2av --stage audio --no-adaptor --init {video_tower}/best.pt", "no video": "--task t2av --stage audio --no-video --init {video_tower}/best.pt",
-                 "optimal transport": "--task t2av --stage audio --ot --init {video_tower}/best.pt"},
-    "harmony": {"video tower": "--task joint --stage video", "audio tower": "--task joint --stage audio --init {video_tower}/best.pt",
-                "full": "--task joint --stage joint --init {audio_tower}/best.pt", "no RoPE alignment": "--task joint --stage joint --no-rope-align --init {audio_tower}/best.pt",
-                "no GLDI": "--task joint --stage joint --no-gldi --init {audio_tower}/best.pt",
-                "no CTS": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --init {audio_tower}/best.pt"}}
+    "syncflow": {"video tower": "--task t2av --stage video", "full": "--task t2av --stage audio --init {video_tower}",
+                 "no adaptor": "--task t2av --stage audio --no-adaptor --init {video_tower}", "no video": "--task t2av --stage audio --no-video --init {video_tower}",
+                 "optimal transport": "--task t2av --stage audio --ot --init {video_tower}"},
+    "harmony": {"video tower": "--task joint --stage video", "audio tower": "--task joint --stage audio --init {video_tower}",
+                "full": "--task joint --stage joint --init {audio_tower}", "no RoPE alignment": "--task joint --stage joint --no-rope-align --init {audio_tower}",
+                "no GLDI": "--task joint --stage joint --no-gldi --init {audio_tower}",
+                "no CTS": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --init {audio_tower}",
+                "GLDI alone": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --no-rope-align --init {audio_tower}",
+                "none of it": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --no-rope-align --no-gldi --init {audio_tower}",
+                "audio-driven alone": "--task joint --stage joint --lambda-joint 0 --lambda-v 1 --lambda-a 0 --init {audio_tower}"}}
 ROWS = {   # the row, the run it is sampled from, its guidance, the paper's figure
     "syncphony": [   # w_a (None: off-sync); CycleSync on AVSync15 (tables 3, 4, 11)
         ("without motion-aware loss", "no motion-aware loss", 0., "15.18 ± 1.48"), ("without Audio RoPE", "no Audio RoPE", 0., "14.41 ± 1.40"),
@@ -839,9 +842,13 @@ ROWS = {   # the row, the run it is sampled from, its guidance, the paper's figu
     "syncflow": [    # w; FAD on Greatest Hits, lower is better (table 4; figure 5 sweeps w)
         ("full, sound for video, w = 1", "full", 1., "0.92"), ("without adaptor", "no adaptor", 1., "2.34"), ("text to sound, no video", "no video", 1., "1.01"),
         ("with optimal transport", "optimal transport", 1., "(its default)"), ("full, w = 2", "full", 2., ""), ("full, w = 4", "full", 4., ""), ("full, w = 6", "full", 6., "(its default)")],
-    "harmony": [     # s_v, s_a; Sync-C on speech (supplement, table 4)
-        ("full, with SyncCFG", "full", (3., 2.), "6.51"), ("without SyncCFG", "full", (1., 1.), "5.09"), ("without RoPE alignment", "no RoPE alignment", (3., 2.), "5.60"),
-        ("without GLDI", "no GLDI", (3., 2.), "5.30"), ("without CTS, SyncCFG", "no CTS", (1., 1.), "4.80"), ("without CTS", "no CTS", (3., 2.), "1.13")]}
+    "harmony": [     # s_v, s_a; Sync-C on speech: one thing after the other (main paper), then all but one (supplement, table 4)
+        ("none of it", "none of it", (1., 1.), "4.20"), ("+ GLDI", "GLDI alone", (1., 1.), "4.29"), ("+ RoPE alignment", "no CTS", (1., 1.), "4.80"),
+        ("+ CTS", "full", (1., 1.), "5.09"), ("+ SyncCFG: full", "full", (3., 2.), "6.51"),
+        ("full but RoPE alignment", "no RoPE alignment", (3., 2.), "5.60"), ("full but GLDI", "no GLDI", (3., 2.), "5.30"), ("full but CTS", "no CTS", (3., 2.), "1.13")]}
+CURVES = {   # Harmony's figure 3: how soon a run learns which task -> run, column of its scores.csv
+    "audio-driven alone": ("audio-driven alone", "audio_driven"), "CTS: audio-driven": ("full", "audio_driven"), "joint loss: audio-driven": ("no CTS", "audio_driven"),
+    "CTS: pairs": ("full", "pairs"), "joint loss: pairs": ("no CTS", "pairs")}
 SHOWN = {
     "syncphony": dict(f1_50="F1 at 50 ms", f1_100="F1 at 100 ms", cyclesync_set="CycleSync set", cyclesync_merged="merged", residual="residual", frechet_latent="Frechet"),
     "syncflow": dict(onsets_f1_50="onset F1 50 ms", onsets_f1_100="100 ms", onsets_shuffled="shuffled", cyclesync_merged="CycleSync", frechet_mels="Frechet mels"),
@@ -859,12 +866,16 @@ def ablate(args):
     root = Path(args.out) / f"ablation-{system}-{steps}"
     for seed in range(seeds):
         named = {run: root / f"{run.replace(' ', '-')}-{seed}" for run in RUNS[system]}
+        inits = {run.replace(" ", "_"): folder / "best.pt" for run, folder in named.items()} | ({"audio_tower": args.init} if args.init else {})
         for run, flags in RUNS[system].items():
+            if args.init and run.endswith("tower"):
+                continue
             folder, scored = named[run], named[run] / f"scores-{n}.json"
             if not scored.is_file():
                 print(f"{run}, seed {seed}: {folder}", flush=True)
-                flags = [f.format(**{r.replace(" ", "_"): at for r, at in named.items()}) for f in flags.split()]
-                command = [sys.executable, str(HERE / "train.py"), "--seed", seed, "--steps", steps, "--clips", clips, "--sample-every", steps, "--eval-clips", 24,
+                flags = [f.format(**inits) for f in flags.split()]
+                command = [sys.executable, str(HERE / "train.py"), "--seed", seed, "--steps", steps, "--clips", clips, "--eval-clips", 24,
+                           *(("--sample-every", steps // 4, "--batch-size", 8) if system == "harmony" else ("--sample-every", steps)),
                            "--device", args.device, "--data-root", args.data_root, "--vae", args.vae, "--audio-vae", args.audio_vae, "--out", folder, *flags]
                 code = subprocess.run([str(c) for c in command]).returncode
                 if code == 130:
@@ -884,6 +895,13 @@ def ablate(args):
         figures = {k: np.array([s[k] for s in scores[row]]) for k in shown}
         show = lambda v: f"{v.mean():.3f}" + (f" ± {v.std(ddof=1):.3f}" if seeds > 1 else "")
         print(f"{row:28s}" + "".join(f"{show(v):>17s}" for v in figures.values()) + f"{paper:>19s}")
+    if system == "harmony":
+        quarters = steps * np.arange(1, 5) // 4
+        read = lambda run, column, seed: {int(r["step"]): float(r[column]) for r in csv.DictReader(open(root / f"{run.replace(' ', '-')}-{seed}" / "scores.csv"))}
+        learned = {name: np.mean([[read(*curve, seed)[q] for q in quarters] for seed in range(seeds)], 0) for name, curve in CURVES.items()}
+        draw_curves(root / "learning.png", quarters, learned, "steps", "F1 at 50 ms, without guidance")
+        print(f"{'learned after steps':28s}" + "".join(f"{q:8d}" for q in quarters) + f"   {root / 'learning.png'}")
+        print("\n".join(f"{name:28s}" + "".join(f"{x:8.3f}" for x in v) for name, v in learned.items()))
     print(json.dumps(plain({row: {k: [s[k] for s in v] for k in shown} for row, v in scores.items()})))
 
 
@@ -1015,6 +1033,7 @@ def arguments():
     p.add_argument("--shift-study", action="store_true", help="what every metric says of true clips whose sound is up to 0.5 s late (Syncphony figure 7)")
     p.add_argument("--resolution", type=data.picture_size, help="--shift-study, and two towers: side of the pictures in pixels, or height x width (64; what they were trained for)")
     p.add_argument("--ablate", choices=tuple(RUNS), help="train and score the rows of the paper's ablation tables: an hour or two on 2 cores")
+    p.add_argument("--init", metavar="FILE", help="--ablate harmony: towers to start from, of train.py --task joint --stage timbre; without it they are trained first")
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings; a first impression in under 20 minutes")
     p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: make the sounds by this checkpoint of train.py --task t2av, in place of the oracle")
     p.add_argument("--v2a-cmd", help="CycleSync: a program that makes a sound for a video, with {video} and {wav} in it")

@@ -2691,12 +2691,16 @@ def test_harmonys_ablation_scores_every_leave_one_out_row_on_one_audio_tower(har
         begun[out.name] = Path(command[command.index("--init") + 1]).parent.name if "--init" in command else None
         out.mkdir(parents=True)
         (out / "best.pt").write_bytes((d / "harmony/joint/best.pt").read_bytes())
+        (out / "scores.csv").write_text("step,audio_driven,pairs\n" + "".join(f"{q},0.{q},0.5\n" for q in (100, 200, 300, 400)))
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(cyclesync.subprocess, "run", train_stub)
     monkeypatch.setattr(cyclesync, "held_out_clips", lambda args, size: clips(SimpleNamespace(**vars(args) | dict(clips=2)), size))
     assert cli(cyclesync, "--ablate", "harmony", "--quick", *flags[2:-1], 1, "--out", tmp_path) == 0
-    assert begun == {"video-tower-0": None, "audio-tower-0": "video-tower-0", **{f"{run}-0": "audio-tower-0" for run in ("full", "no-RoPE-alignment", "no-GLDI", "no-CTS")}}
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    variants = [f"{run.replace(' ', '-')}-0" for run in cyclesync.RUNS["harmony"] if "tower" not in run]
+    assert begun == {"video-tower-0": None, "audio-tower-0": "video-tower-0", **dict.fromkeys(variants, "audio-tower-0")} and len(variants) == 7
+    printed = capsys.readouterr().out
+    assert re.search(r"CTS: pairs +0.500 +0.500 +0.500 +0.500\n", printed) and (tmp_path / "ablation-harmony-400/learning.png").is_file()
+    result = json.loads(printed.splitlines()[-1])
     assert set(result) == {row for row, *_ in cyclesync.ROWS["harmony"]} and all(set(r) == set(cyclesync.SHOWN["harmony"]) for r in result.values())
 
 
