@@ -73,7 +73,7 @@ from tqdm import tqdm
 import data
 from data import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, BadInput, Parser, number, read_audio, read_clip, run_cli, temporary, toybox_clip,
                   toybox_draw, toybox_sound, toybox_state, write_picture, write_video)
-from sample import A2V_FILE, AUDIO_VAE_FILE, HERE, VAE_FILE, Deaf, animate, compose, dub, encode_sound, encode_video, equip, load_a2v, load_t2av, pick_device
+from sample import A2V_FILE, AUDIO_VAE_FILE, HERE, VAE_FILE, Deaf, animate, compose, dub, encode_sound, encode_video, equip, load_a2v, load_t2av, pick_device, read_jobs
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
 
@@ -368,16 +368,24 @@ def outside(command, least=0.):
         with tempfile.TemporaryDirectory() as folder:
             video, wav = Path(folder) / "video.mp4", Path(folder) / "sound.wav"
             write_video(video, np.concatenate([frames, held]), None, fps)
-            words = [w.replace("{video}", str(video)).replace("{wav}", str(wav)) for w in shlex.split(command)]
-            try:
-                done = subprocess.run(words, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-            except OSError as why:
-                raise BadInput(f"--v2a-cmd: {words[0]} cannot be run ({why.strerror})") from None
-            if done.returncode or not wav.is_file():
-                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise BadInput(f"--v2a-cmd: {words[0]} ended with code {done.returncode} and left {'a' if wav.is_file() else 'no'} sound ({last})")
+            call("--v2a-cmd", command, video=video, wav=wav)
             return read_audio(wav, 22050)[:round(len(frames) / fps * 22050)], 22050
     return f_v2a
+
+
+def call(flag, command, **paths):
+    """Run a program of the user's, with its paths put in and all of them there afterwards -> what it prints."""
+    words = shlex.split(command)
+    for name, path in paths.items():
+        words = [w.replace(f"{{{name}}}", str(path)) for w in words]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    except OSError as why:
+        raise BadInput(f"{flag}: {words[0]} cannot be run ({why.strerror})") from None
+    if done.returncode or not all(p.is_file() for p in paths.values()):
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise BadInput(f"{flag}: {words[0]} ended with code {done.returncode} and left {'a' if all(p.is_file() for p in paths.values()) else 'no'} sound ({last})")
+    return done.stdout
 
 
 # ------------------------------------------------------------------------------------------------ Frechet distances
@@ -1008,6 +1016,42 @@ def score_pairs(args):
     print(json.dumps(plain(result)))
 
 
+def error_rate(said, heard, letters=False):
+    """Word error rate: the fewest words to be changed, put in or taken out of what was heard, by the number of words said; 0 is perfect, and it may
+    exceed 1. Case and punctuation do not count. letters: the same of letters, for writing that does not part words, as Chinese."""
+    words = ["".join(c if c.isalnum() else " " for c in text.lower()).split() for text in (said, heard)]
+    a, b = ("".join(w) for w in words) if letters else words
+    row = list(range(len(b) + 1))                                             # of nothing said so far: put in all that was heard
+    for i, w in enumerate(a, 1):
+        last, row = row, [i]
+        for j, v in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (w != v)))
+    return row[-1] / max(1, len(a))
+
+
+def score_speech(args):
+    """Clips made by `sample.py --jsonl LIST --out FOLDER`: is what the list wanted said what a program that writes down speech hears?"""
+    import soundfile
+    path, folder = args.speech
+    if not args.asr_cmd or "{wav}" not in args.asr_cmd:
+        raise BadInput("--speech: give --asr-cmd a program that prints what is said in {wav}, for example 'whisper-cli --no-timestamps -f {wav}'")
+    flags = dict.fromkeys(("prompt", "transcript", "audio", "image", "video", "ref_audio"))
+    rates = {"words": [], "letters": []}
+    for job in tqdm(list(read_jobs(argparse.Namespace(jsonl=path, **flags))), disable=None, leave=False):
+        if job["transcript"]:
+            with tempfile.TemporaryDirectory() as temp:
+                soundfile.write(wav := Path(temp) / "sound.wav", read_audio(Path(folder) / f"{job['stem']}.mp4"), RATE)
+                heard = call("--asr-cmd", args.asr_cmd, wav=wav)
+            chinese = any("\u3400" <= c <= "\u9fff" for c in job["transcript"])
+            rates["letters" if chinese else "words"].append(error_rate(job["transcript"], heard, chinese))
+    if not any(rates.values()):
+        raise BadInput(f"{path}: no record has a transcript (or spoken_word_en, spoken_word_zh)")
+    result = {k: dict(zip(("mean", "low", "high"), ratio(v)), clips=len(v)) for k, v in rates.items() if v}
+    for k, r in result.items():
+        print(f"error rate of {k}: {r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}] of {r['clips']} clips")
+    print(json.dumps(plain(result)))
+
+
 def score_clip(args):
     """One video with its own sound: where it sounds, how much later it moves, AV-Align."""
     frames, wave = read_clip(args.clip, 256, 256)
@@ -1030,6 +1074,8 @@ def arguments():
     p = Parser(__doc__)
     p.add_argument("clip", nargs="?", help="score this one video with its own sound")
     p.add_argument("--pairs", nargs=2, metavar=("REF", "HAT"), help="CycleSync of two folders of sounds: true ones, and ones made from the videos")
+    p.add_argument("--speech", nargs=2, metavar=("LIST", "FOLDER"), help="word error rate of clips made by sample.py --jsonl LIST --out FOLDER, heard by --asr-cmd")
+    p.add_argument("--asr-cmd", help="a program that prints what is said in {wav}")
     p.add_argument("--shift-study", action="store_true", help="what every metric says of true clips whose sound is up to 0.5 s late (Syncphony figure 7)")
     p.add_argument("--resolution", type=data.picture_size, help="--shift-study, and two towers: side of the pictures in pixels, or height x width (64; what they were trained for)")
     p.add_argument("--ablate", choices=tuple(RUNS), help="train and score the rows of the paper's ablation tables: an hour or two on 2 cores")
@@ -1060,9 +1106,9 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    if not (args.clip or args.pairs or args.audio or args.shift_study or args.ablate) and data.task_of(args.ckpt) in ("t2av", "joint"):
+    if not (args.clip or args.pairs or args.speech or args.audio or args.shift_study or args.ablate) and data.task_of(args.ckpt) in ("t2av", "joint"):
         return evaluate_towers(args)
-    (score_clip if args.clip else score_pairs if args.pairs else evaluate_recording if args.audio else shift_study if args.shift_study
+    (score_clip if args.clip else score_pairs if args.pairs else score_speech if args.speech else evaluate_recording if args.audio else shift_study if args.shift_study
      else ablate if args.ablate else evaluate)(args)
 
 

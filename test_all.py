@@ -2393,6 +2393,15 @@ def test_a_fresh_bridge_adds_nothing():
     assert torch.allclose(both[0], video[0]) and torch.allclose(both[1], audio[1]) and video[1] is None and audio[0] is None
 
 
+def test_the_bridges_join_towers_of_either_kind():
+    net, (x_v, x_a, s) = harmony(axes=()), two_streams()                      # spatial and temporal layers in turns, as SyncFlow's
+    v, a = net.converse(x_v, x_a, s, s, *told(net))
+    other_v, other_a = net.converse(x_v, x_a + 1, s, s, *told(net))[0], net.converse(x_v + 1, x_a, s, s, *told(net))[1]
+    assert v.shape == x_v.shape and a.shape == x_a.shape and not torch.allclose(v, other_v) and not torch.allclose(a, other_a)
+    each = s[:, None].repeat(1, 5)
+    assert torch.allclose(v, net.converse(x_v, x_a, each, s, *told(net))[0])
+
+
 def test_places_on_another_timeline_are_multiplied_by_the_ratio_of_the_lengths():
     ids = torch.arange(157).double()
     assert torch.allclose(networks.rescale(ids, 31 / 157), ids * 31 / 157) and torch.equal(networks.rescale(ids, 1, .5), ids)
@@ -2702,6 +2711,36 @@ def test_harmonys_ablation_scores_every_leave_one_out_row_on_one_audio_tower(har
     assert re.search(r"CTS: pairs +0.500 +0.500 +0.500 +0.500\n", printed) and (tmp_path / "ablation-harmony-400/learning.png").is_file()
     result = json.loads(printed.splitlines()[-1])
     assert set(result) == {row for row, *_ in cyclesync.ROWS["harmony"]} and all(set(r) == set(cyclesync.SHOWN["harmony"]) for r in result.values())
+
+
+def test_synccfg_without_cross_task_training_is_warned_of(harmony_on_disk, tmp_path, capsys):
+    d, _, flags = harmony_on_disk
+    ckpt = torch.load(d / "harmony/joint/best.pt", weights_only=True)
+    data.save_checkpoint(tmp_path / "joint.pt", **{**ckpt, "args": {**ckpt["args"], "lambda_v": 0., "lambda_a": 0.}})
+    out = ["--prompt", "a bell tolls", "--out", tmp_path / "x.mp4"]
+    assert cli(sample, *flags, *out) == 0 and "one-way tasks" not in capsys.readouterr().out
+    flags[1] = tmp_path / "joint.pt"
+    assert cli(sample, *flags, *out) == 0 and "trained without the one-way tasks" in capsys.readouterr().out
+    assert cli(sample, *flags, *out, "--sync-video", 1, "--sync-audio", 1) == 0 and "one-way tasks" not in capsys.readouterr().out
+
+
+def test_the_word_error_rate_counts_changes_and_chinese_is_counted_in_letters():
+    assert cyclesync.error_rate("The bell, it rings!", "the bell it rings") == 0 and cyclesync.error_rate("a b c d", "a x c") == 2 / 4
+    assert cyclesync.error_rate("hello", "hello my dear friend") == 3 and cyclesync.error_rate("", "") == 0
+    assert cyclesync.error_rate("钟声响了", "钟声想了", letters=True) == 1 / 4 and cyclesync.error_rate("钟声响了", "钟声想了") == 1
+
+
+def test_what_a_list_wants_said_is_held_against_what_a_program_hears(tmp_path, capsys):
+    records = [dict(id="a", prompt="x", transcript="u i o"), dict(id="b", audio_caption="y", spoken_word_zh="钟声"), dict(id="c", prompt="no words")]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(r) for r in records))
+    for name in "ab":
+        data.write_video(tmp_path / f"{name}.mp4", np.zeros((24, 32, 32, 3), np.uint8), np.sin(np.arange(16000) * .1).astype(np.float32) * .1)
+    hear = f"{sys.executable} -c \"import sys, soundfile; soundfile.read(sys.argv[1]); print('u i a')\" {{wav}}"
+    assert cli(cyclesync, "--speech", tmp_path / "list.jsonl", tmp_path, "--asr-cmd", hear) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["words"]["mean"] == pytest.approx(1 / 3, abs=1e-3) and result["letters"]["mean"] == 1.5 and result["words"]["clips"] == result["letters"]["clips"] == 1
+    for bad in ("no-such-program {wav}", "echo", f"{sys.executable} -c 1/0 {{wav}}"):
+        assert cli(cyclesync, "--speech", tmp_path / "list.jsonl", tmp_path, "--asr-cmd", bad) == 2 and "--asr-cmd" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ README.md and weights/
