@@ -57,7 +57,7 @@ from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
 
 HERE = Path(__file__).parent
 GOOD = ", hyper quality, Ultra HD, 8K"                                        # Pyramid Flow adds this to every prompt
-VAE_FILE, A2V_FILE, AUDIO_VAE_FILE, T2AV_FILE = (HERE / f"weights/{name}-toybox.pt" for name in ("vae", "a2v", "audio-vae", "t2av"))
+VAE_FILE, A2V_FILE, AUDIO_VAE_FILE, T2AV_FILE, JOINT_FILE = (HERE / f"weights/{name}-toybox.pt" for name in ("vae", "a2v", "audio-vae", "t2av", "joint"))
 
 
 def pick_device(name="auto"):
@@ -476,8 +476,8 @@ def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings
 def both_or_sound(args, device, cast, words):
     """The command with two towers: --prompt alone (picture and sound), --video (its sound); with Harmony's also --audio (its picture),
     a picture to begin with, words to say and a voice to say them in, and many at once by --jsonl."""
-    model, vae, audio_vae, ckpt = load_t2av(args.ckpt or T2AV_FILE, args.vae, args.audio_vae, device)
-    harmony, name = model.cfg.bridges, args.ckpt or T2AV_FILE
+    model, vae, audio_vae, ckpt = load_t2av(args.ckpt, args.vae, args.audio_vae, device)
+    harmony, name = model.cfg.bridges, args.ckpt
     if args.compile:
         for block in model.layers():
             block.compile(dynamic=True)
@@ -650,9 +650,10 @@ def bench(model, vae, cast):
 
 
 def bench_towers(model, vae, audio_vae, size, cast):
-    """What guidance and the audio tower cost: ratios of 2 s clips with 50 steps."""
-    make = lambda audio, cfg: lambda: compose(model, vae, audio, ["a ball drops"], data.FRAMES, size, cast, steps=50, cfg=cfg)
-    t = clock(dict(both=make(audio_vae, 2.), plain=make(audio_vae, 1.), video=make(None, 1.)), 5)
+    """What guidance (SyncFlow's by text, Harmony's SyncCFG) and the audio tower cost: ratios of 2 s clips with 50 steps."""
+    make = lambda audio, **guidance: lambda: compose(model, vae, audio, ["a ball drops"], data.FRAMES, size, cast, steps=50, **guidance)
+    on, off = (dict(sync_video=3., sync_audio=2.), dict(sync_video=1., sync_audio=1.)) if model.cfg.bridges else (dict(cfg=2.), dict(cfg=1.))
+    t = clock(dict(both=make(audio_vae, **on), plain=make(audio_vae, **off), video=make(None, cfg=1.)), 5)
     ratios = dict(guidance_on_off=t["both"] / t["plain"], audio_tower_on_off=t["plain"] / t["video"])
     print(f"guidance_on_off {ratios['guidance_on_off']:.2f}: {t['both']:.2f} s, {t['plain']:.2f} s\naudio_tower_on_off {ratios['audio_tower_on_off']:.2f}: {t['plain']:.2f} s, {t['video']:.2f} s")
     print(json.dumps({k: round(r, 3) for k, r in ratios.items()}))
@@ -696,7 +697,9 @@ def main():
     args = arguments().parse_args()
     device, cast, words = pick_device(args.device)
     task = data.task_of(args.ckpt) if args.ckpt else None
-    if task in ("t2av", "joint") or args.video or task != "a2v" and (args.jsonl or args.prompt and not (args.audio or args.skip_probe)):
+    harmonys = args.jsonl or args.transcript or args.ref_audio or args.maps
+    if task in ("t2av", "joint") or args.video or task != "a2v" and (harmonys or args.prompt and not (args.audio or args.skip_probe)):
+        args.ckpt = args.ckpt or str(JOINT_FILE if harmonys else T2AV_FILE)
         return both_or_sound(args, device, cast, words)
     jobs = [] if args.bench else list(read_jobs(args))
     for job in jobs:
