@@ -740,7 +740,31 @@ def evaluate_towers(args):
                                   ("reference", "the same with a reference", make(z_v=z_v, refs=z_r, **guided)[1])):
             result[f"timbre_{key}"] = s = score_timbre(waves, refs, clips)
             print(f"{words}: {s['closer']:.2f} [%.2f, %.2f] are closer in timbre to another take of their thing than to another material; onset F1 {s['onsets_f1_50']:.3f}" % tuple(s["interval"]))
+        make(z_a=z_a, **pictures, **guided, looks=(looks := []))
+        result["maps"] = score_maps(looks, clips)
+        for key, figures in result["maps"].items():
+            print(f"{key} on the places where the thing can move, 1 = no more than elsewhere: " + ", ".join(f"{who} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for who, v in figures.items()))
     print(json.dumps(plain(result)))
+
+
+def score_maps(looks, clips):
+    """Harmony's figures 3 and 5 in numbers: how much more than elsewhere the sound, while something is heard, attends to the places where
+    the thing can move, and SyncCFG pulls there; for things that sound, and where the only sound is off-screen."""
+    attention = torch.cat([k["attention"] for k in looks]).sum(2)             # (B, S, h, w)
+    S, heat, found = attention.shape[1], [k["heat"] for k in looks], {}
+    pulls = torch.cat(heat).mean(1, keepdim=True) if heat[0] is not None else attention[:, :0]                # (B, 1, H, W)
+    for what, maps in (("attention", attention), ("SyncCFG", pulls)):
+        gains = {"things that sound": [], "off-screen sounds": []}
+        for c, m in zip(clips, maps):
+            drawn = toybox_draw(c["scene"], np.linspace(*STATES[c["kind"]], 9), c["video"].shape[1]).astype(int)
+            moves = torch.from_numpy(drawn.max(0) - drawn.min(0)).amax(-1).gt(24).float()[None]   # (1, H, W)
+            at = [int(e * S / (len(c["video"]) / FPS)) + k for e in c["events"] for k in range(5)] if len(c["events"]) else range(S)
+            m = m[[min(i, len(m) - 1) for i in at]].mean(0) if len(m) else torch.full(moves.shape[1:], float("nan"))
+            share = (m / m.sum() * F.adaptive_avg_pool2d(moves, m.shape)[0]).sum() / moves.mean()
+            if len(c["events"]) or c["off_screen"]:
+                gains["things that sound" if len(c["events"]) else "off-screen sounds"].append(share.item())
+        found[what] = {who: ratio(g) for who, g in gains.items()}
+    return found
 
 
 def timbre(wave):

@@ -360,8 +360,8 @@ def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v
     """Captions -> videos uint8 (B, F, H, W, 3) (None if they are given, as normalised latents z_v (B, C, L, h, w), or if the model
     makes sound alone), waveforms (B, samples) (None without an audio VAE, or if given, as z_a (B, A, S)). pictures, uint8 (B, H, W, 3):
     what they begin with. `settings` go to `pair` or, with a Harmony model, to `harmonise`; clip i has seed seeds[i]. Harmony's
-    alone: z_a; sound_captions, where the sound has words of its own; speech: what is said; refs (B, A, R): latents of references; looks: a dict
-    that gets what `write_maps` shows."""
+    alone: z_a; sound_captions, where the sound has words of its own; speech: what is said; refs (B, A, R): latents of references; looks: a list
+    that gets what `write_maps` shows, of every batch."""
     device, (h, w), seeds = next(model.parameters()).device, data.sides(size), range(len(captions)) if seeds is None else seeds
     shape_v = None if model.cfg.blind else (model.cfg.latent, math.ceil((frames - 1) / vae.stride_t) + 1, h // vae.stride, w // vae.stride)
     samples = audio_vae and round(frames / FPS * audio_vae.cfg.rate)
@@ -382,8 +382,9 @@ def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v
                 if looks is not None:                                         # who looks where in the finished clip
                     maps, clean = [], torch.zeros(len(told[0]), device=device)
                     model.converse(x_v, x_a, clean, clean, *told, part(refs), maps=maps)
-                    looks.update(heat=torch.stack(heat).mean(0).float().cpu() if heat else None, grid=(x_v.shape[2], *(n // model.cfg.patch for n in x_v.shape[3:])),
-                                 attention=torch.stack(maps).mean((0, 2)).float().cpu())           # over layers and heads: (B, S, N)
+                    looks.append(dict(heat=torch.stack(heat).mean(0).float().cpu() if heat else None,
+                                      attention=torch.stack(maps).mean((0, 2)).float().cpu()       # over layers and heads: (B, S, N), rows sum to 1
+                                      .unflatten(2, (x_v.shape[2], *(n // model.cfg.patch for n in x_v.shape[3:])))))
             if audio_vae and z_a is None:
                 waves += list(audio_vae.decode(audio_vae.denormalise(x_a), samples).float().clamp(-1, 1).cpu().numpy())
             if z_v is None and shape_v:
@@ -555,7 +556,7 @@ def file_name(args, job, i, suffix):
 
 def make_one(model, vae, audio_vae, job, name, args, size, cast, seed, settings):
     """One clip with two towers, written to `name`, with its film strip. -> its frames"""
-    device, rate, more, looks = next(model.parameters()).device, audio_vae.cfg.rate, {}, {} if args.maps else None
+    device, rate, more, looks = next(model.parameters()).device, audio_vae.cfg.rate, {}, [] if args.maps else None
     given = read_video(job["video"], size) if job["video"] else None
     wave = read_audio(job["audio"], rate) if job["audio"] else None
     frames = len(given) if given is not None else max(2, round((args.seconds or (data.FRAMES / FPS if wave is None else len(wave) / rate)) * FPS))
@@ -575,15 +576,14 @@ def make_one(model, vae, audio_vae, job, name, args, size, cast, seed, settings)
         write_video(name, video, sound, rate=rate) if video is not None else write_sound(name, sound, rate)
     if video is not None:
         strip = film_strip(video[:60 * FPS], sound, rate=rate)
-        write_picture(name.with_suffix(".png"), np.concatenate([write_maps(video, looks), strip]) if looks else strip)
+        write_picture(name.with_suffix(".png"), np.concatenate([write_maps(video, looks[0]), strip]) if looks else strip)
     return frames
 
 
 def write_maps(video, looks):
     """Harmony's figures 3 and 5 as rows to stand above the film strip of video (F, H, W, 3) uint8: where the sound of each moment looks in its
     frame, and where SyncCFG pulls. Prints which share of either lies on what moves."""
-    L, h, w = looks["grid"]
-    attention = looks["attention"][0].unflatten(1, (L, h, w))                 # (S, L, h, w), rows sum to 1
+    attention, L = looks["attention"][0], looks["attention"].shape[2]         # (S, L, h, w)
     cells = dict(attention=torch.stack([attention[max(0, round((l - .5) / L * len(attention))):round((l + .5) / L * len(attention)) + 1, l].mean(0) for l in range(L)]))
     if looks["heat"] is not None:
         cells["SyncCFG"] = looks["heat"][0]

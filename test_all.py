@@ -2688,7 +2688,7 @@ def test_harmony_is_scored_with_and_without_synccfg_and_by_whose_timbre_it_has(h
     assert cli(cyclesync, *flags[:-1], 1, "--clips", 4, "--out", tmp_path) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {f"{mode}{plain}" for mode in ("v2a", "a2v", "i2av", "t2av") for plain in ("", "_plain")} < set(result) and 0 <= result["timbre_reference"]["closer"] <= 1
-    assert result["ground_truth"]["seen_f1_50"] > .9
+    assert result["ground_truth"]["seen_f1_50"] > .9 and set(result["maps"]) == {"attention", "SyncCFG"}
 
 
 def test_harmonys_ablation_scores_every_leave_one_out_row_on_one_audio_tower(harmony_on_disk, tmp_path, monkeypatch, capsys):
