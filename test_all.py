@@ -2604,7 +2604,7 @@ def harmony_on_disk(towers_on_disk, toy):
     """All four stages of Harmony, two steps each, 32 px."""
     d, run = towers_on_disk
     networks.HARMONY["little"] = {**networks.TOWERS["little"], "axes": (8, 4, 4), "bridges": True}
-    assert run("harmony", "--task", "joint") == 0
+    assert run("harmony", "--task", "joint", "--eval-clips", 9) == 0         # more than are shown
     return d, run, ["--ckpt", d / "harmony/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--steps", 2]
 
 

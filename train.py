@@ -443,23 +443,23 @@ class T2AV:
             reports = torch.stack([once(seeded(k)) for k in range(4)]).mean(0)
         lines, score = [f"loss {self.tell(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[int(args.stage != "video")]).item()
         settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=1, sync_audio=1, shift=args.shift) if self.harmony else {})  # the model, not its guidance
-        make = lambda n, audio_vae=self.audio_vae, **given: compose(net, self.vae, audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, cast, **given, **settings)
+        spoken = lambda n: dict(speech=speech[:n]) if self.harmony else {}
+        make = lambda n, **given: compose(net, self.vae, self.audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, cast, **spoken(n), **given, **settings)
         if args.stage == "video":
             return lines, score, compose(net, self.vae, None, captions[:8], len(clips[0]["video"]), args.resolution, cast, steps=25, cfg=args.cfg)[0]
         if self.harmony and args.stage != "joint":                            # towers that have not met
             return lines, score, []
-        spoken = dict(speech=speech) if self.harmony else {}
-        sounds = make(len(clips), z_v=None if args.no_video else z_v, **spoken)[1]
+        sounds = make(len(clips), z_v=None if args.no_video else z_v)[1]
         if not self.test:
             s = event_scores([c["events"] for c in clips], [heard_events(w) for w in sounds])
             lines += [f"sounds for true videos, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f})"]
             if self.harmony:
-                begin = dict(pictures=np.stack([c["video"][0] for c in clips]), **spoken)
-                driven, (videos, heard) = make(len(clips), z_a=z_a, **begin)[0], make(len(clips), **begin)
+                begin = np.stack([c["video"][0] for c in clips])
+                driven, (videos, heard) = make(len(clips), z_a=z_a, pictures=begin)[0], make(len(clips), pictures=begin)
                 both = event_scores([read_clip_events(v, c)[0] for v, c in zip(videos, clips)], [heard_events(w) for w in heard])["f1_50"]
                 lines += [*toybox_line("videos for true sounds", driven, clips)[0], f"pairs that begin with a picture, events against onsets: F1 at 50 ms {both:.3f}"]
                 self.figures = dict(video_driven=s["f1_50"], audio_driven=score_toybox(driven, clips)[0]["f1_50"], pairs=both)
-        shown = make(8, **spoken) if args.stage == "joint" else ([c["video"] for c in clips[:8]], sounds)
+        shown = make(8) if args.stage == "joint" else ([c["video"] for c in clips[:8]], sounds)
         return lines, score, *shown
 
     def extra(self):
