@@ -860,12 +860,11 @@ RUNS = {   # what is trained for every seed: flags of train.py; {video_tower} is
                  "no adaptor": "--task t2av --stage audio --no-adaptor --init {video_tower}", "no video": "--task t2av --stage audio --no-video --init {video_tower}",
                  "optimal transport": "--task t2av --stage audio --ot --init {video_tower}"},
     "harmony": {"video tower": "--task joint --stage video", "audio tower": "--task joint --stage audio --init {video_tower}",
-                "full": "--task joint --stage joint --init {audio_tower}", "no RoPE alignment": "--task joint --stage joint --no-rope-align --init {audio_tower}",
-                "no GLDI": "--task joint --stage joint --no-gldi --init {audio_tower}",
-                "no CTS": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --init {audio_tower}",
+                "full": "--task joint --stage joint --init {audio_tower}", "no CTS": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --init {audio_tower}",
+                "audio-driven alone": "--task joint --stage joint --lambda-joint 0 --lambda-v 1 --lambda-a 0 --init {audio_tower}",
+                "no RoPE alignment": "--task joint --stage joint --no-rope-align --init {audio_tower}", "no GLDI": "--task joint --stage joint --no-gldi --init {audio_tower}",
                 "GLDI alone": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --no-rope-align --init {audio_tower}",
-                "none of it": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --no-rope-align --no-gldi --init {audio_tower}",
-                "audio-driven alone": "--task joint --stage joint --lambda-joint 0 --lambda-v 1 --lambda-a 0 --init {audio_tower}"}}
+                "none of it": "--task joint --stage joint --lambda-v 0 --lambda-a 0 --no-rope-align --no-gldi --init {audio_tower}"}}
 ROWS = {   # the row, the run it is sampled from, its guidance, the paper's figure
     "syncphony": [   # w_a (None: off-sync); CycleSync on AVSync15 (tables 3, 4, 11)
         ("without motion-aware loss", "no motion-aware loss", 0., "15.18 ± 1.48"), ("without Audio RoPE", "no Audio RoPE", 0., "14.41 ± 1.40"),
