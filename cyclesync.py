@@ -906,7 +906,8 @@ def ablate(args):
                 print(f"{run}, seed {seed}: {folder}", flush=True)
                 flags = [f.format(**inits) for f in flags.split()]
                 command = [sys.executable, str(HERE / "train.py"), "--seed", seed, "--steps", steps, "--clips", clips, "--eval-clips", 24,
-                           *(("--sample-every", steps // 4, "--batch-size", 8) if system == "harmony" else ("--sample-every", steps)),
+                           *(("--batch-size", 8) if system == "harmony" else ()),
+                           "--sample-every", steps // 4 if system == "harmony" and run in {r for r, _ in CURVES.values()} else steps,
                            "--device", args.device, "--data-root", args.data_root, "--vae", args.vae, "--audio-vae", args.audio_vae, "--out", folder, *flags]
                 code = subprocess.run([str(c) for c in command]).returncode
                 if code == 130:
