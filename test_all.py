@@ -2808,3 +2808,22 @@ def test_the_shipped_towers_give_a_video_its_sound_and_two_that_are_made_togethe
     videos, waves = sample.compose(model, vae, audio_vae, captions, 49, 64, cast, pictures=truth[:, 0], **make)
     seen, heard = [cyclesync.read_clip_events(v, c)[0] for v, c in zip(videos, clips)], [cyclesync.heard_events(w) for w in waves]
     assert f1(seen, heard) > .35 and f1(seen, heard) > 1.5 * f1(other(seen), heard)
+
+
+@weights
+def test_the_shipped_harmony_moves_what_sounds_and_sounds_what_moves_and_synccfg_makes_both_agree():
+    """README: either stream drives the other, far above chance, and pairs agree with SyncCFG."""
+    model, vae, audio_vae, ckpt = sample.load_t2av(sample.JOINT_FILE)
+    _, cast, _ = sample.pick_device("cpu")
+    clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 300 + i) for i in range(24)) if len(c["events"])][:12]
+    truth, other = np.stack([c["video"] for c in clips]), lambda x: x[len(x) // 2:] + x[:len(x) // 2]
+    make = lambda **given: sample.compose(model, vae, audio_vae, [c["caption"] for c in clips], 49, 64, cast, speech=[c["speech"] for c in clips], steps=12, shift=5., **given)
+    events, f1 = [c["events"] for c in clips], lambda a, b: cyclesync.event_scores(a, b)["f1_50"]
+    seen = lambda videos: [cyclesync.read_clip_events(v, c)[0] for v, c in zip(videos, clips)]
+    plain, hear = dict(sync_video=1., sync_audio=1.), lambda waves: [cyclesync.heard_events(w) for w in waves]
+    driven = seen(make(z_a=torch.cat([sample.encode_sound(audio_vae, c["audio"], "cpu") for c in clips]), pictures=truth[:, 0], **plain)[0])
+    assert f1(events, driven) > .6 and f1(events, driven) > 2 * f1(other(events), driven)
+    heard = hear(make(z_v=torch.cat([sample.encode_video(vae, v, "cpu") for v in truth]), sync_audio=2.)[1])
+    assert f1(events, heard) > .45 and f1(events, heard) > 2 * f1(other(events), heard)
+    videos, waves = make(pictures=truth[:, 0], sync_video=3., sync_audio=2.)
+    assert f1(seen(videos), hear(waves)) > .3 and f1(seen(videos), hear(waves)) > 1.5 * f1(other(seen(videos)), hear(waves))
