@@ -2815,7 +2815,7 @@ def test_the_shipped_harmony_moves_what_sounds_and_sounds_what_moves_and_synccfg
     """README: either stream drives the other, far above chance, and pairs agree with SyncCFG."""
     model, vae, audio_vae, ckpt = sample.load_t2av(sample.JOINT_FILE)
     _, cast, _ = sample.pick_device("cpu")
-    clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 300 + i) for i in range(24)) if len(c["events"])][:12]
+    clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 300 + i) for i in range(16)) if len(c["events"])][:8]
     truth, other = np.stack([c["video"] for c in clips]), lambda x: x[len(x) // 2:] + x[:len(x) // 2]
     make = lambda **given: sample.compose(model, vae, audio_vae, [c["caption"] for c in clips], 49, 64, cast, speech=[c["speech"] for c in clips], steps=12, shift=5., **given)
     events, f1 = [c["events"] for c in clips], lambda a, b: cyclesync.event_scores(a, b)["f1_50"]
