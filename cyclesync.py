@@ -346,7 +346,7 @@ def oracle(clip):
 
 
 def ours(path, args):
-    """A checkpoint of train.py --task t2av as f_v2a."""
+    """A checkpoint of train.py --task t2av or joint as f_v2a."""
     device, cast, _ = pick_device(args.device)
     model, vae, audio_vae, ckpt = load_t2av(path, args.vae, args.audio_vae, device)
 
@@ -1105,7 +1105,7 @@ def arguments():
     p.add_argument("--ablate", choices=tuple(RUNS), help="train and score the rows of the paper's ablation tables: an hour or two on 2 cores")
     p.add_argument("--init", metavar="FILE", help="--ablate harmony: towers to start from, of train.py --task joint --stage timbre; without it they are trained first")
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings; a first impression in under 20 minutes")
-    p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: make the sounds by this checkpoint of train.py --task t2av, in place of the oracle")
+    p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: make the sounds by this checkpoint of train.py --task t2av or joint, in place of the oracle")
     p.add_argument("--v2a-cmd", help="CycleSync: a program that makes a sound for a video, with {video} and {wav} in it")
     p.add_argument("--v2a-seconds", type=number(low=0), default=0., help="CycleSync: the least length of a video that this program takes")
     for what, file in (("fvd", "i3d_torchscript.pt"), ("fid", "inception-2015-12-05.pt"), ("fad", "a VGGish over waveforms")):
