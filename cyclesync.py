@@ -375,16 +375,20 @@ def outside(command, least=0.):
 
 def call(flag, command, **paths):
     """Run a program of the user's, with its paths put in and all of them there afterwards -> what it prints."""
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as why:
+        raise BadInput(f"{flag} {command!r}: cannot be read as a command line ({why})") from None
     for name, path in paths.items():
         words = [w.replace(f"{{{name}}}", str(path)) for w in words]
     try:
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     except OSError as why:
         raise BadInput(f"{flag}: {words[0]} cannot be run ({why.strerror})") from None
-    if done.returncode or not all(p.is_file() for p in paths.values()):
+    missing = [name for name, path in paths.items() if not path.is_file()]
+    if done.returncode or missing:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise BadInput(f"{flag}: {words[0]} ended with code {done.returncode} and left {'a' if all(p.is_file() for p in paths.values()) else 'no'} sound ({last})")
+        raise BadInput(f"{flag}: {words[0]} ended with code {done.returncode}{''.join(f' and left no {{{m}}}' for m in missing)} ({last})")
     return done.stdout
 
 
@@ -769,7 +773,7 @@ def score_maps(looks, clips):
 
 def timbre(wave):
     """What a sound sounds like, whenever: the most of every mel band, level and tilt taken out, which are the room's. (64,)
-    Of two takes of one toy by this, .94 are closer to each other than to a toy of the same kind and another material."""
+    Two takes of one toy are closer by this than toys of one kind and two materials in about nine cases of ten: no clone can do better."""
     most, band = data.log_mel(wave).max(0), np.linspace(-1, 1, data.MELS)
     return most - np.polyval(np.polyfit(band, most, 1), band)
 
@@ -892,6 +896,8 @@ def ablate(args):
     same command goes on where it was stopped, within a training too."""
     if args.data != "toybox":
         raise BadInput(f"--ablate with --data {args.data}: the ablations are scored by the toybox's truth; leave --data out")
+    if args.init and args.ablate != "harmony":
+        raise BadInput(f"--init {args.init}: --ablate {args.ablate} trains all that it needs; only --ablate harmony starts from given towers")
     seeds, steps, clips, n = (1, 400, 800, 48) if args.quick else (3, 800, 1500, args.clips)
     system, shown, scores = args.ablate, SHOWN[args.ablate], {}
     root = Path(args.out) / f"ablation-{system}-{steps}"
@@ -1058,7 +1064,7 @@ def score_speech(args):
     import soundfile
     path, folder = args.speech
     if not args.asr_cmd or "{wav}" not in args.asr_cmd:
-        raise BadInput("--speech: give --asr-cmd a program that prints what is said in {wav}, for example 'whisper-cli --no-timestamps -f {wav}'")
+        raise BadInput("--speech: give --asr-cmd a program that prints what is said in {wav} and nothing else")
     flags = dict.fromkeys(("prompt", "transcript", "audio", "image", "video", "ref_audio"))
     rates = {"words": [], "letters": []}
     for job in tqdm(list(read_jobs(argparse.Namespace(jsonl=path, **flags))), disable=None, leave=False):
@@ -1102,9 +1108,9 @@ def arguments():
     p.add_argument("--asr-cmd", help="a program that prints what is said in {wav}")
     p.add_argument("--shift-study", action="store_true", help="what every metric says of true clips whose sound is up to 0.5 s late (Syncphony figure 7)")
     p.add_argument("--resolution", type=data.picture_size, help="--shift-study, and two towers: side of the pictures in pixels, or height x width (64; what they were trained for)")
-    p.add_argument("--ablate", choices=tuple(RUNS), help="train and score the rows of the paper's ablation tables: an hour or two on 2 cores")
+    p.add_argument("--ablate", choices=tuple(RUNS), help="train and score the rows of the paper's ablation tables: an hour or two on 2 cores, harmony's a day")
     p.add_argument("--init", metavar="FILE", help="--ablate harmony: towers to start from, of train.py --task joint --stage timbre; without it they are trained first")
-    p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings; a first impression in under 20 minutes")
+    p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings; a first impression in 20 minutes, of harmony in an hour")
     p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: make the sounds by this checkpoint of train.py --task t2av or joint, in place of the oracle")
     p.add_argument("--v2a-cmd", help="CycleSync: a program that makes a sound for a video, with {video} and {wav} in it")
     p.add_argument("--v2a-seconds", type=number(low=0), default=0., help="CycleSync: the least length of a video that this program takes")

@@ -489,8 +489,8 @@ def both_or_sound(args, device, cast, words):
     if harmony:
         settings.update(shift=own["shift"], **{k: own[k] if getattr(args, k) is None else getattr(args, k) for k in ("sync_video", "sync_audio")})
     print(f"{words}\n{Path(name).name}: step {ckpt['step']} of stage {ckpt['stage']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
-    if harmony and not ckpt["args"].get("lambda_v", 1) and max(settings["sync_video"], settings["sync_audio"]) > 1:
-        print("this checkpoint was trained without the one-way tasks (--lambda-v 0): it does not know the silent and still partners of SyncCFG; better --sync-video 1 --sync-audio 1")
+    if harmony and 0 in (ckpt["args"]["lambda_v"], ckpt["args"]["lambda_a"]) and max(settings["sync_video"], settings["sync_audio"]) > 1:
+        print("this checkpoint was trained without the one-way tasks (--lambda-v 0, --lambda-a 0): it does not know the silent and still partners of SyncCFG; better --sync-video 1 --sync-audio 1")
     print(", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in settings.items()) + f", {'x'.join(map(str, data.sides(size)))} at {FPS} fps")
     jobs = list(read_jobs(args))
     for job in jobs:

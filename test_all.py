@@ -1192,7 +1192,7 @@ def test_another_program_gets_a_silent_video_long_enough_and_its_sound_is_cut(tm
     wave, rate = cyclesync.outside(run, 2.56)(clip["video"], 24)
     assert rate == 22050 and len(wave) == round(49 / 24 * 22050)
     assert cyclesync.video_cyclesync(clip["video"], 24, clip["audio"], 16000, lambda *_: (wave, rate))[1] > .6
-    for command, word in ((run, "short"), ("no-such-program {video} {wav}", "cannot be run"), ("echo {video}", "{wav}"), ("true {video} {wav}", "no sound")):
+    for command, word in ((run, "short"), ("no-such-program {video} {wav}", "cannot be run"), ("echo {video}", "{wav}"), ("true {video} {wav}", "left no {wav}")):
         with pytest.raises(data.BadInput, match=word):
             cyclesync.outside(command)(clip["video"], 24)
 
@@ -2508,6 +2508,9 @@ def test_cross_task_synergy_is_joint_plus_a_tenth_audio_driven_plus_three_tenths
     calls.clear()
     plain = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=0, lam_a=0, begun=0.)
     assert len(calls) == 1 and torch.allclose(plain[0], parts[0] + parts[1])  # eq. 1
+    calls.clear()
+    one_way = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0, begun=0., lam_joint=0)
+    assert len(calls) == 1 and torch.allclose(one_way[0], parts[2]) and calls[0][3].abs().max() == 0       # figure 3: audio drives video, and nothing else
     grads = lambda l, part: torch.autograd.grad(l, part.proj_out.weight, retain_graph=True, allow_unused=True)[0]
     alone = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0, begun=0.)[0] - plain[0]
     assert grads(alone, net.video).abs().max() > 0 and grads(alone, net.audio).abs().max() < 1e-12             # the audio-driven loss trains the video
@@ -2609,12 +2612,14 @@ def harmony_on_disk(towers_on_disk, toy):
 
 
 def test_harmony_trains_the_sound_then_its_timbre_then_both_and_leaves_alone_what_a_stage_is_not_about(harmony_on_disk):
-    d, *_ = harmony_on_disk
+    d, run, _ = harmony_on_disk
     stages = {s: torch.load(d / f"harmony/{s}/best.pt", weights_only=True) for s in ("video", "audio", "timbre", "joint")}
     assert [Path(c["args"]["init"]).parent.name for c in list(stages.values())[1:]] == ["video", "audio", "timbre"]
     changed = lambda a, b: {k.split(".")[0] for k, v in stages[a]["ema"].items() if not torch.equal(v, stages[b]["ema"][k])}
     assert changed("audio", "timbre") == {"audio", "speech"} and changed("timbre", "joint") == {"video", "audio", "text", "speech", "a2v_blocks", "v2a_blocks", "style_blocks"}
     assert stages["joint"]["guidance"] == dict(cfg=1., sync_video=3., sync_audio=2., shift=5.)
+    assert (d / "harmony/joint/scores.csv").read_text().splitlines()[0] == "step,video_driven,audio_driven,pairs"
+    assert run("nothing", "--task", "joint", "--lambda-joint", 0, "--lambda-v", 0, "--lambda-a", 0) == 2 and not (d / "nothing").exists()
 
 
 def test_references_are_one_to_three_seconds_of_the_clip_itself_and_later_of_another_that_does_not_overlap(harmony_on_disk):
@@ -2711,6 +2716,23 @@ def test_harmonys_ablation_scores_every_leave_one_out_row_on_one_audio_tower(har
     assert re.search(r"CTS: pairs +0.500 +0.500 +0.500 +0.500\n", printed) and (tmp_path / "ablation-harmony-400/learning.png").is_file()
     result = json.loads(printed.splitlines()[-1])
     assert set(result) == {row for row, *_ in cyclesync.ROWS["harmony"]} and all(set(r) == set(cyclesync.SHOWN["harmony"]) for r in result.values())
+
+
+def test_a_map_is_held_against_the_places_where_the_thing_can_move():
+    clip = data.toybox_clip(cyclesync.HELD_OUT + 3, kind="hammer")
+    drawn = data.toybox_draw(clip["scene"], np.linspace(*data.STATES["hammer"], 9), 64).astype(int)
+    moves = torch.from_numpy((drawn.max(0) - drawn.min(0)).max(-1) > 24).float()                  # (H, W)
+    score = lambda m: {k: v[0] for k, v in cyclesync.score_maps([dict(attention=m[None, None, None].expand(1, 103, 13, -1, -1) / 13 / m.sum(), heat=None)],
+                                                                [dict(clip, events=np.array([.6]))])["attention"].items()}
+    assert score(torch.ones(8, 8))["things that sound"] == pytest.approx(1, abs=1e-4)
+    assert score(moves)["things that sound"] == pytest.approx(1 / moves.mean().item(), rel=1e-3) and score(1 - moves)["things that sound"] == 0
+
+
+def test_takes_of_one_thing_are_closer_in_timbre_than_things_of_one_kind():
+    clips = [data.toybox_clip(cyclesync.HELD_OUT + i, video=False) for i in range(48)]
+    refs, sounds = cyclesync.other_takes(clips), [c["audio"] for c in clips]
+    other = [next((k for j, k in enumerate(clips) if j != i and k["kind"] == c["kind"] and len(k["events"])), c)["audio"] for i, c in enumerate(clips)]
+    assert cyclesync.score_timbre(sounds, refs, clips)["closer"] > .8 and cyclesync.score_timbre(other, refs, clips)["closer"] < .6
 
 
 def test_synccfg_without_cross_task_training_is_warned_of(harmony_on_disk, tmp_path, capsys):

@@ -936,6 +936,8 @@ def main():
         raise BadInput(f"--resolution {height}x{width}: --layout pyramid halves the latents twice; sides must be multiples of 64")
     if args.stage == "timbre" and args.task != "joint":
         raise BadInput(f"--stage timbre: is a stage of --task joint; --task {args.task} has none of that name")
+    if args.task == "joint" and not (args.lambda_joint or args.lambda_v or args.lambda_a):
+        raise BadInput("--lambda-joint 0 --lambda-v 0 --lambda-a 0: nothing is left to learn; leave one of them above 0")
     (in_stages if args.task in STAGES and args.stage == "all" else train)(args)
     if dist.is_initialized():
         dist.destroy_process_group()
