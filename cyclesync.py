@@ -186,6 +186,16 @@ def ratio(over, under=None, rounds=1000):
     return float(over.sum() / under.sum()), *np.quantile(tops[bottoms > 0] / bottoms[bottoms > 0], (.025, .975)).tolist()
 
 
+def gain(first, second, rounds=1000):
+    """How much more the first is than the second, both (over, under) of the same clips as in `ratio` -> (difference, low, high). Two intervals
+    may overlap where every clip gains: which clips were drawn moves both alike, and leaves their difference alone."""
+    tops, bottoms = np.asarray([first, second], float).transpose(1, 0, 2)     # (2, clips) each
+    drawn = np.random.default_rng(0).integers(tops.shape[1], size=(rounds, tops.shape[1]))
+    shares = tops[:, drawn].sum(2) / bottoms[:, drawn].sum(2).clip(min=1)     # (2, rounds)
+    whole = tops.sum(1) / bottoms.sum(1).clip(min=1)
+    return float(whole[0] - whole[1]), *np.quantile(shares[0] - shares[1], (.025, .975)).tolist()
+
+
 def event_scores(truth, read, residuals=()):
     """Lists of event times per clip -> precision, recall, F1 at 50 and 100 ms, mean |timing error| in ms, residual, and the
     `interval` of each (see `ratio`)."""
@@ -675,7 +685,7 @@ def score_both(videos, waves, clips, vae, known=True, scenes=None):
     """Videos with their sounds -> scores. Agreement: events seen in a picture, by a scene fitted to its first frame, against
     those heard in the sound made with it. `known`: they were made for these clips' events, so both are held against those too.
     False: events seen per clip of a silent scene, or of one whose only sound is off-screen; onsets heard per clip of a silent scene.
-    scenes: a dict that keeps fitted scenes, for rows of the same pictures."""
+    scenes: a dict that keeps fitted scenes, for rows of the same pictures. `agreed`: what the agreement of every clip is made of, for `gain`."""
     truth, heard = [c["events"] for c in clips], [heard_events(w) for w in waves]
     scenes, key = {} if scenes is None else scenes, lambda v: v[0].tobytes()
     scenes.update({key(v): fit_scene(v[0], c["kind"]) for v, c in zip(videos, clips) if key(v) not in scenes})
@@ -687,7 +697,8 @@ def score_both(videos, waves, clips, vae, known=True, scenes=None):
                frechet_mels=frechet(mel_features(waves), mel_features([c["audio"] for c in clips])), clips=len(clips),
                frechet_latent=frechet(latent_features(vae, videos), latent_features(vae, [c["video"] for c in clips])),
                interval=dict(agreement_f1_50=agree["interval"]["f1_50"]), false_silent=mean([s for off, s, _ in quiet if not off]),
-               false_off_screen=mean([s for off, s, _ in quiet if off]), false_heard=mean([h for off, _, h in quiet if not off]))
+               false_off_screen=mean([s for off, s, _ in quiet if off]), false_heard=mean([h for off, _, h in quiet if not off]),
+               agreed=tuple(zip(*((2 * match_events(s, h, .05)[0], len(s) + len(h)) for s, h in zip(seen, heard)))))
     if known:
         s, shuffled = event_scores(truth, heard), event_scores([truth[j] for j in other], heard)
         cs = ratio([cyclesync(onsets(c["audio"], RATE), onsets(w, RATE))[1] for c, w in zip(clips, waves)])
@@ -727,20 +738,25 @@ def evaluate_towers(args):
         rows += [("v2a", "sound for video", lambda: (truth, make(z_v=z_v, cfg=w)[1]), True), ("v2a_plain", "sound for video, w = 1", lambda: (truth, make(z_v=z_v, cfg=1.)[1]), True),
                  ("i2av", "both, from picture", lambda: make(cfg=w, **pictures), False), ("i2av_plain", "both, from picture, w = 1", lambda: make(cfg=1., **pictures), False)]
         rows += [("t2av" if v == w else f"t2av_{v:g}", f"both, from text, w = {v:g}", lambda v=v: make(cfg=v), False) for v in sorted({1., 2., 4., 6., w})]
-    result, scenes = {}, {}
+    result, scenes, agreed = {}, {}, {}
     for key, title, make_row, known in rows:
         start = time.perf_counter()
         videos, waves = make_row()
         result[key] = score_both(videos, waves, clips, vae, known, scenes)
+        agreed[key] = result[key].pop("agreed")
         print(line(title, result[key], PAIR_COLUMNS) + f"  {time.perf_counter() - start:.0f} s", flush=True)
         if key in ("v2a", "a2v", "i2av", "t2av"):
             shown = [next((i for i, c in enumerate(clips) if c["kind"] == k and len(c["events"])), 0) for k in KINDS]
             write_picture(Path(args.out) / f"{key}.png", np.concatenate([data.film_strip(videos[i], waves[i], events=heard_events(waves[i])) for i in shown]))
     print(f"strips, onsets marked: {Path(args.out)}/v2a.png, i2av.png, t2av.png")
+    for key, title, *_ in rows:
+        if f"{key}_plain" in agreed:
+            result[f"{key}_gain"] = gain(agreed[key], agreed[f"{key}_plain"])
+            print(f"{title}: guidance adds {result[f'{key}_gain'][0]:+.3f} [%+.2f, %+.2f] to the agreement of the same clips" % result[f"{key}_gain"][1:])
     if model.cfg.bridges:
         refs = other_takes(clips)
         z_r = torch.cat([encode_sound(audio_vae, r, device) for r in refs])
-        for key, words, waves in (("true", "true sounds", sounds), ("no_reference", "made for the video", make(z_v=z_v, **guided)[1]),
+        for key, words, waves in (("true", "true sounds", sounds), ("vae", "the same through the audio VAE", coded), ("no_reference", "made for the video", make(z_v=z_v, **guided)[1]),
                                   ("reference", "the same with a reference", make(z_v=z_v, refs=z_r, **guided)[1])):
             result[f"timbre_{key}"] = s = score_timbre(waves, refs, clips)
             print(f"{words}: {s['closer']:.2f} [%.2f, %.2f] are closer in timbre to another take of their thing than to another material; onset F1 {s['onsets_f1_50']:.3f}" % tuple(s["interval"]))

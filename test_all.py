@@ -2693,6 +2693,7 @@ def test_harmony_is_scored_with_and_without_synccfg_and_by_whose_timbre_it_has(h
     assert cli(cyclesync, *flags[:-1], 1, "--clips", 4, "--out", tmp_path) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {f"{mode}{plain}" for mode in ("v2a", "a2v", "i2av", "t2av") for plain in ("", "_plain")} < set(result) and 0 <= result["timbre_reference"]["closer"] <= 1
+    assert len(result["i2av_gain"]) == 3 and result["i2av_gain"][0] == pytest.approx(result["i2av"]["agreement_f1_50"] - result["i2av_plain"]["agreement_f1_50"])
     assert result["ground_truth"]["seen_f1_50"] > .9 and set(result["maps"]) == {"attention", "SyncCFG"}
 
 
@@ -2726,6 +2727,13 @@ def test_a_map_is_held_against_the_places_where_the_thing_can_move():
                                                                 [dict(clip, events=np.array([.6]))])["attention"].items()}
     assert score(torch.ones(8, 8))["things that sound"] == pytest.approx(1, abs=1e-4)
     assert score(moves)["things that sound"] == pytest.approx(1 / moves.mean().item(), rel=1e-3) and score(1 - moves)["things that sound"] == 0
+
+
+def test_a_gain_on_the_same_clips_is_seen_where_two_intervals_overlap():
+    without, total = np.tile([0., 3.], 30), np.full(60, 4.)
+    low, high = cyclesync.ratio(without, total), cyclesync.ratio(without + .5, total)
+    assert low[2] > high[1] and cyclesync.gain((without + .5, total), (without, total)) == pytest.approx((.125, .125, .125))
+    assert cyclesync.gain((without, total), (without[::-1], total))[1] < -.15 < .15 < cyclesync.gain((without, total), (without[::-1], total))[2]
 
 
 def test_takes_of_one_thing_are_closer_in_timbre_than_things_of_one_kind():
