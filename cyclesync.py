@@ -73,7 +73,7 @@ from tqdm import tqdm
 import data
 from data import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, BadInput, Parser, number, read_audio, read_clip, run_cli, temporary, toybox_clip,
                   toybox_draw, toybox_sound, toybox_state, write_picture, write_video)
-from sample import A2V_FILE, AUDIO_VAE_FILE, HERE, VAE_FILE, Deaf, animate, compose, dub, encode_sound, encode_video, equip, load_a2v, load_t2av, pick_device, read_jobs
+from sample import A2V_FILE, HERE, VAE_FILE, Deaf, animate, compose, dub, encode_sound, encode_video, equip, load_a2v, load_t2av, pick_device, read_jobs
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
 
@@ -930,7 +930,7 @@ def ablate(args):
                 command = [sys.executable, str(HERE / "train.py"), "--seed", seed, "--steps", steps, "--clips", clips, "--eval-clips", 24,
                            *(("--batch-size", 8) if system == "harmony" else ()),
                            "--sample-every", steps // 4 if system == "harmony" and run in {r for r, _ in CURVES.values()} else steps,
-                           "--device", args.device, "--data-root", args.data_root, "--vae", args.vae, "--audio-vae", args.audio_vae, "--out", folder, *flags]
+                           "--device", args.device, "--data-root", args.data_root, "--vae", args.vae, *(["--audio-vae", args.audio_vae] if args.audio_vae else []), "--out", folder, *flags]
                 code = subprocess.run([str(c) for c in command]).returncode
                 if code == 130:
                     raise KeyboardInterrupt
@@ -1136,7 +1136,7 @@ def arguments():
     p.add_argument("--trim-start", type=number(low=0), default=0., help="CycleSync: leave out onsets before so many seconds")
     p.add_argument("--ckpt", default=str(A2V_FILE), help="a checkpoint of train.py --task a2v, t2av or joint")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
-    p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="the audio VAE that a checkpoint of task t2av or joint was trained with")
+    p.add_argument("--audio-vae", help="the audio VAE that a checkpoint of task t2av or joint was trained with, if it is not the one in weights/")
     p.add_argument("--pretrained", help="of a checkpoint on Pyramid Flow: that folder")
     p.add_argument("--hubert", help="of such a checkpoint: its HuBERT, a folder or a name on the hub")
     p.add_argument("--data", default="toybox", help=f"on which data: toybox, {', '.join(data.DATASETS)}, or a folder of clips")

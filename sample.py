@@ -53,11 +53,11 @@ from data import (FPS, NEGATIVE, RATE, BadInput, Parser, add_sound, film_strip, 
                   read_video, run_cli, write_picture, write_sound, write_video)
 from losses import block_noise, double, guide, history, levels, noise_levels, sampling_grid, shift_sigma, stages
 from model import DualTower, DualTowerConfig, MMDiT, MMDiTConfig, text_bytes
-from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
+from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, MelVAE, MelVAEConfig, VAEConfig
 
 HERE = Path(__file__).parent
 GOOD = ", hyper quality, Ultra HD, 8K"                                        # Pyramid Flow adds this to every prompt
-VAE_FILE, A2V_FILE, AUDIO_VAE_FILE, T2AV_FILE, JOINT_FILE = (HERE / f"weights/{name}-toybox.pt" for name in ("vae", "a2v", "audio-vae", "t2av", "joint"))
+VAE_FILE, A2V_FILE, AUDIO_VAE_FILE, MEL_VAE_FILE, T2AV_FILE, JOINT_FILE = (HERE / f"weights/{name}-toybox.pt" for name in ("vae", "a2v", "audio-vae", "mel-vae", "t2av", "joint"))
 
 
 def pick_device(name="auto"):
@@ -101,14 +101,18 @@ def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
 
 
 def load_audio_vae(path=AUDIO_VAE_FILE, device="cpu"):
-    ckpt = load_checkpoint(path, "audio-vae", "the toybox's ships as weights/audio-vae-toybox.pt, or train one: python train.py --task audio-vae")
-    return load_weights(AudioVAE(AudioVAEConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval()
+    """Of waveforms, as SyncFlow's towers have it, or of spectra, as Harmony's."""
+    ckpt = load_checkpoint(path, "audio-vae or mel-vae", "the toybox's ship as weights/audio-vae-toybox.pt and mel-vae-toybox.pt, or train one: python train.py --task audio-vae")
+    vae = MelVAE(MelVAEConfig(**ckpt["config"])) if ckpt["task"] == "mel-vae" else AudioVAE(AudioVAEConfig(**ckpt["config"]))
+    return load_weights(vae, ckpt["ema"], path).to(device).eval()
 
 
-def load_t2av(path=T2AV_FILE, vae_path=VAE_FILE, audio_vae_path=AUDIO_VAE_FILE, device="cpu"):
-    """-> the two towers (SyncFlow's or Harmony's) with their averaged weights, the VAEs they were trained with, the checkpoint."""
+def load_t2av(path=T2AV_FILE, vae_path=VAE_FILE, audio_vae_path=None, device="cpu"):
+    """-> the two towers (SyncFlow's or Harmony's) with their averaged weights, the VAEs they were trained with, the checkpoint. Without
+    audio_vae_path it is the shipped one of their kind."""
     ckpt = load_checkpoint(path, "t2av or joint", "SyncFlow's for the toybox ships as weights/t2av-toybox.pt, or train one: python train.py --task t2av")
     model = load_weights(DualTower(DualTowerConfig(**ckpt["config"])), ckpt["ema"], path)
+    audio_vae_path = audio_vae_path or (MEL_VAE_FILE if model.cfg.bridges else AUDIO_VAE_FILE)
     vaes = load_vae(vae_path, device), load_audio_vae(audio_vae_path, device)
     for flag, name, vae in zip(("vae", "audio-vae"), (vae_path, audio_vae_path), vaes):
         if ckpt[flag.replace("-", "_")] != fingerprint(vae):
@@ -681,7 +685,7 @@ def arguments():
     p.add_argument("--n", type=number(int, 1, 256), default=1, help="so many versions")
     p.add_argument("--ckpt", help="a checkpoint of train.py, of task a2v (weights/ has one), t2av or joint")
     p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
-    p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="the audio VAE that two towers were trained with")
+    p.add_argument("--audio-vae", help="the audio VAE that two towers were trained with, if it is not the one in weights/")
     p.add_argument("--pretrained", help="of a model on Pyramid Flow: that folder, with its VAE and text encoders")
     p.add_argument("--hubert", help="of such a model: the HuBERT whose features it hears, a folder or a name on the hub")
     p.add_argument("--tiles", action="store_true", help="of such a model: decode in tiles of 256 pixels, for memory")

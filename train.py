@@ -3,6 +3,7 @@
     python train.py --task a2v                     # toybox, minutes on a CPU: renders, encodes, trains, evaluates
     python train.py --task vae                     # the VAE that turns its clips into latents (weights/ has a trained one)
     python train.py --task audio-vae               # the same for sounds
+    python train.py --task mel-vae                 # the same for their spectra
     python train.py --task t2av                    # SyncFlow: video tower, audio tower on top of it, both together
     python train.py --task joint                   # Harmony: video tower, audio tower, both with their bridges
     torchrun --nproc_per_node=2 train.py --task a2v --device cpu
@@ -51,7 +52,7 @@ import vae as autoencoders
 from cyclesync import HELD_OUT, event_scores, generate, heard_events, read_clip_events, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
 from losses import BUCKETS, a2v_loss, cts_loss, picture_loss, pyramid_loss, t2av_loss
-from sample import AUDIO_VAE_FILE, VAE_FILE, compose, fingerprint, load_audio_vae, load_vae, pick_device
+from sample import AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, compose, fingerprint, load_audio_vae, load_vae, pick_device
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
 
@@ -276,17 +277,19 @@ def toybox_line(words, videos, clips):
 
 
 class AudioVAE:
-    """Stretches of one second of sound -> reconstruction. From the toybox every sound is a new one; real ones are read as they are."""
+    """Stretches of one second of sound -> reconstruction, of the waveform (audio-vae) or of its spectrum (mel-vae). From the toybox every
+    sound is a new one; real ones are read as they are."""
 
     def __init__(self, args, device, cast, world):
-        if args.size not in autoencoders.AUDIO_SIZES:
-            raise BadInput(f"--size {args.size}: the audio VAE is {' or '.join(autoencoders.AUDIO_SIZES)}")
-        self.args, self.device, self.net = args, device, torch.nn.Module()
-        self.config = autoencoders.AudioVAEConfig(**autoencoders.AUDIO_SIZES[args.size])
+        self.mel, self.args, self.device, self.net = args.task == "mel-vae", args, device, torch.nn.Module()
+        sizes = autoencoders.MEL_SIZES if self.mel else autoencoders.AUDIO_SIZES
+        if args.size not in sizes:
+            raise BadInput(f"--size {args.size}: the audio VAE is {' or '.join(sizes)}")
+        self.config = (autoencoders.MelVAEConfig if self.mel else autoencoders.AudioVAEConfig)(**sizes[args.size])
         if args.data == "toybox" and self.config.rate != data.RATE:
             raise BadInput(f"--size {args.size}: codes sounds of {self.config.rate} Hz, the toybox has {data.RATE}; give recordings by --data")
-        self.net = autoencoders.AudioVAE(self.config)
-        if args.adversarial:                                                  # trained along, kept in last.pt, of no use afterwards
+        self.net = (autoencoders.MelVAE if self.mel else autoencoders.AudioVAE)(self.config)
+        if args.adversarial and not self.mel:                                                 # trained along, kept in last.pt, of no use afterwards
             self.net.critic = autoencoders.Critic()
         found = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
         self.files, self.tests = ([c for c in found if c["split"] == split] for split in ("train", "test"))
@@ -308,10 +311,12 @@ class AudioVAE:
 
     def loss(self, net, wave, g):
         noise = torch.randn(len(wave), net.cfg.latent, -(-wave.shape[1] // net.hop), generator=g).to(self.device)
+        if self.mel:
+            return autoencoders.mel_vae_loss(net, net.mel(wave), noise, self.args.kl)
         return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl, getattr(net, "critic", None), self.args.adversarial)
 
     def tell(self, report):
-        return f"|error| {report[0]:.4f}  spectral {report[1]:.3f}  {report[2]:.0f} nats per latent"
+        return f"|error| {report[0]:.4f}" + (f"  spectral {report[1]:.3f}" if not self.mel else "") + f"  {report[-1]:.0f} nats per latent"
 
     def held_out(self, n):
         if self.files:
@@ -468,7 +473,7 @@ class T2AV:
         return dict(size=args.resolution, vae=fingerprint(self.vae), audio_vae=fingerprint(self.audio_vae), guidance=guidance, stage=args.stage)
 
 
-TASKS = {"a2v": A2V, "vae": VAE, "audio-vae": AudioVAE, "t2av": T2AV, "joint": T2AV}
+TASKS = {"a2v": A2V, "vae": VAE, "audio-vae": AudioVAE, "mel-vae": AudioVAE, "t2av": T2AV, "joint": T2AV}
 
 
 # ------------------------------------------------------------------------------------------------ the parts of the loop
@@ -851,14 +856,14 @@ def arguments():
     p.add_argument("--resolution", type=data.picture_size, default=64, help="side of the pictures in pixels, or height x width: 384x640")
     p.add_argument("--clips", type=number(int, 1), default=2000, help="a2v: toybox clips to render and cache")
     p.add_argument("--vae", default=str(VAE_FILE), help="a2v: the VAE that makes the latents")
-    p.add_argument("--audio-vae", default=str(AUDIO_VAE_FILE), help="t2av, joint: the audio VAE")
+    p.add_argument("--audio-vae", help="the audio VAE that makes the latents (t2av: of waveforms, weights/audio-vae-toybox.pt; joint: of spectra, weights/mel-vae-toybox.pt)")
     p.add_argument("--pretrained", help="a2v: start from Pyramid Flow, downloaded to this folder (its VAE and text encoders too), as Syncphony did")
     p.add_argument("--hubert", help="a2v, with --pretrained: features by this HuBERT, a folder or a name on the hub")
     # how long, how fast
-    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, --pretrained 33000, vae 6000, audio-vae 4000, t2av, joint 1500 a stage)")
+    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, --pretrained 33000, vae 6000, audio-vae 4000, mel-vae 2000, t2av, joint 1500 a stage)")
     p.add_argument("--batch-size", type=number(int, 1), help="clips per step, over all processes and --accum (16; --pretrained 32)")
     p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
-    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v, t2av, joint 0.005, --pretrained 0.00005, vae 0.002, audio-vae 0.003)")
+    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v, t2av, joint 0.005, --pretrained 0.00005, vae 0.002, audio-vae, mel-vae 0.003)")
     p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
     p.add_argument("--weight-decay", type=number(low=0), default=.01, help="AdamW's, on matrices only")
     p.add_argument("--clip", type=number(low=0), default=1., help="largest gradient norm")
@@ -875,7 +880,7 @@ def arguments():
     p.add_argument("--shift", type=number(low=.01), help="shift of the noise levels towards noise; 1 = none (a2v 4, t2av 1, joint 5)")
     p.add_argument("--asg", type=number(low=0), help="w_a that the checkpoint will recommend to sample.py (1; --pretrained 2)")
     p.add_argument("--cfg", type=number(low=0), help="text guidance that the checkpoint will recommend to sample.py (0; --pretrained 4; t2av 2; joint 1, which is off)")
-    p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae, audio-vae .02)")
+    p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae, audio-vae .02, mel-vae .002)")
     p.add_argument("--adversarial", type=number(low=0), default=0., help="audio-vae: weight of a critic of spectra that is trained along; 0 = none")
     p.add_argument("--pictures", type=number(int, 0), default=8, help="t2av, joint: single pictures for the video tower to learn from, beside every clip")
     p.add_argument("--ot", action="store_true", help="t2av: minibatch optimal transport between noise and data")
@@ -909,8 +914,9 @@ DEFAULTS = {   # what a flag is that was not given
     "pretrained": dict(steps=33000, lr=5e-5, batch_size=32, ema=.9999, ema_every=20, asg=2., cfg=4., shift=4., kl=0.),
     "vae": dict(steps=6000, lr=2e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-2),
     "audio-vae": dict(steps=4000, lr=3e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-2),
-    "t2av": dict(steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=2., shift=1., kl=0.),
-    "joint": dict(steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=1., shift=5., kl=0.),
+    "mel-vae": dict(steps=2000, lr=3e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-3),
+    "t2av": dict(audio_vae=str(AUDIO_VAE_FILE), steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=2., shift=1., kl=0.),
+    "joint": dict(audio_vae=str(MEL_VAE_FILE), steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=1., shift=5., kl=0.),
 }
 
 
