@@ -1,4 +1,4 @@
-"""The two autoencoders: what a diffusion transformer sees instead of pixels and samples.
+"""The autoencoders: what a diffusion transformer sees instead of pixels and samples.
 
 **The video VAE**: frames to latents and back, one class from `tiny` to Pyramid Flow's published one.
 
@@ -589,9 +589,9 @@ MEL_SIZES = {"tiny": dict()}
 class MelVAE(nn.Module):
     """Waveforms <-> latents at 50 Hz, by way of log-mel spectra: MMAudio's idea, whose latents Harmony uses. Two frames of 64 bands are a latent.
 
-    A waveform is mostly phase, which nobody hears: 16 numbers a latent do not hold the partials of a bell (of the true sounds of
-    96 clips .88 are closest to their own material; .58 after the waveform VAE, as many as before after this one). Here the latents say only
-    what is heard, and phases are found afterwards: MMAudio trains a vocoder, we iterate as Griffin and Lim did (1984)."""
+    A waveform is mostly phase, which nobody hears: 16 numbers a latent cannot hold the partials of a bell. Of the true sounds of 96 clips
+    0.95 are closer to their own material than to another; coded as waveforms 0.62 are, and so 0.90, after a third of the training.
+    The latents say only what is heard, and phases are found afterwards: MMAudio trains a vocoder, we iterate as Griffin and Lim did (1984)."""
 
     def __init__(self, cfg):
         super().__init__()
