@@ -39,15 +39,7 @@ HERE = Path(__file__).parent
 HELD_OUT_TESTS = 7 * 10 ** 8                                                 # seeds of clips that nothing was tuned or trained on
 GOLDEN = HERE.parent / "shared/golden"
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="arrays of the original programs are not beside the checkout")
-weights = lambda test: pytest.mark.skipif(not (HERE / "weights/a2v-toybox.pt").is_file(), reason="no trained weights in this checkout")(pytest.mark.usefixtures("both_cores")(test))
-
-
-@pytest.fixture
-def both_cores():
-    torch.set_num_threads(min(2, os.cpu_count()))
-    yield
-    torch.set_num_threads(1)
-
+weights = pytest.mark.skipif(not (HERE / "weights/a2v-toybox.pt").is_file(), reason="no trained weights in this checkout")
 
 
 def shaken(net, std=.05):
