@@ -1729,6 +1729,14 @@ def test_two_processes_that_share_the_weights_train_as_one_does_and_go_on(pyrami
     assert set(torch.load(tmp_path / "two/best.pt", weights_only=True)["ema"]) == set(two["model"])
 
 
+def test_a_cache_keeps_two_frames_of_every_convolution_and_not_the_chunk_they_came_from():
+    vae, cache = CausalVideoVAE(VAEConfig(widths=(8, 8), space=(1, 0), time=(1, 0), layers=(1, 1), latent=4, groups=2)).eval(), {}
+    with torch.no_grad():
+        vae.decode(torch.randn(1, 4, 5, 4, 4), cache=cache)
+    kept = [x for x in cache.values() if isinstance(x, torch.Tensor)]
+    assert len(kept) > 5 and all(x.shape[2] == 2 and x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in kept)
+
+
 def test_tiles_are_blended_without_a_seam_and_stream(monkeypatch):
     vae, z = vae_of(PUBLISHED_KIND).float(), torch.randn(1, 4, 2, 6, 10)
     caches = {}

@@ -92,7 +92,7 @@ class CausalConv3d(nn.Module):
         else:
             padded = x
         if cache is not None and self.front:
-            cache[self] = padded[:, :, -self.front:]
+            cache[self] = padded[:, :, -self.front:].clone()                  # a view would keep the whole chunk in memory
         return self.conv(padded)
 
 
