@@ -289,7 +289,7 @@ class AudioVAE:
         if args.data == "toybox" and self.config.rate != data.RATE:
             raise BadInput(f"--size {args.size}: codes sounds of {self.config.rate} Hz, the toybox has {data.RATE}; give recordings by --data")
         self.net = (autoencoders.MelVAE if self.mel else autoencoders.AudioVAE)(self.config)
-        if args.adversarial and not self.mel:                                                 # trained along, kept in last.pt, of no use afterwards
+        if args.adversarial and not self.mel:                                 # trained along, kept in last.pt, of no use afterwards
             self.net.critic = autoencoders.Critic()
         found = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
         self.files, self.tests = ([c for c in found if c["split"] == split] for split in ("train", "test"))

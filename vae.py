@@ -613,7 +613,7 @@ class MelVAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z, samples=None):
-        """(B, A, S) -> (B, samples), S·hop if not given. Twice as long a sound takes twice as long, about a tenth of its length."""
+        """(B, A, S) -> (B, samples), S·hop if not given; about a tenth of the sound's length of computing."""
         mels = self.decoder(z).float().cpu().numpy()                          # (B, 64, 2S)
         return torch.from_numpy(np.stack([data.from_log_mel(m.T) for m in mels])).to(z.device)[:, :samples]
 
