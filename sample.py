@@ -102,7 +102,7 @@ def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
 
 def load_audio_vae(path=AUDIO_VAE_FILE, device="cpu"):
     """Of waveforms, as SyncFlow's towers have it, or of spectra, as Harmony's."""
-    ckpt = load_checkpoint(path, "audio-vae or mel-vae", "the toybox's ship as weights/audio-vae-toybox.pt and mel-vae-toybox.pt, or train one: python train.py --task audio-vae")
+    ckpt = load_checkpoint(path, "audio-vae or mel-vae", "the toybox's ship as weights/audio-vae-toybox.pt and mel-vae-toybox.pt, or train one: python train.py --task audio-vae, or mel-vae")
     vae = MelVAE(MelVAEConfig(**ckpt["config"])) if ckpt["task"] == "mel-vae" else AudioVAE(AudioVAEConfig(**ckpt["config"]))
     return load_weights(vae, ckpt["ema"], path).to(device).eval()
 

@@ -2310,7 +2310,9 @@ def test_the_vae_of_spectra_learns_and_is_saved_as_what_it_is(tmp_path, capsys):
     assert errors[-1] < .8 * errors[0] and "spectral error" in capsys.readouterr().out
     vae = sample.load_audio_vae(tmp_path / "mel/best.pt")
     assert isinstance(vae, MelVAE) and len(vae.cfg.shift) == len(vae.cfg.scale) == vae.cfg.latent
-    assert cli(train, "--task", "mel-vae", "--size", "small") == 2
+    for wrong in (("--size", "small"), ("--adversarial", .1)):
+        assert cli(train, "--task", "mel-vae", *wrong) == 2
+    assert np.isfinite(data.from_log_mel(np.full((10, 64), 1e4, np.float32))).all()               # of a network that has lost its way
 
 
 def test_what_is_heard_in_the_toybox_is_what_happens_and_noise_and_hums_are_not():

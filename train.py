@@ -286,10 +286,12 @@ class AudioVAE:
         if args.size not in sizes:
             raise BadInput(f"--size {args.size}: the audio VAE is {' or '.join(sizes)}")
         self.config = (autoencoders.MelVAEConfig if self.mel else autoencoders.AudioVAEConfig)(**sizes[args.size])
+        if args.adversarial and self.mel:
+            raise BadInput(f"--adversarial {args.adversarial:g}: the critic hears waveforms, --task mel-vae codes spectra; leave it out")
         if args.data == "toybox" and self.config.rate != data.RATE:
             raise BadInput(f"--size {args.size}: codes sounds of {self.config.rate} Hz, the toybox has {data.RATE}; give recordings by --data")
         self.net = (autoencoders.MelVAE if self.mel else autoencoders.AudioVAE)(self.config)
-        if args.adversarial and not self.mel:                                 # trained along, kept in last.pt, of no use afterwards
+        if args.adversarial:                                                  # trained along, kept in last.pt, of no use afterwards
             self.net.critic = autoencoders.Critic()
         found = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
         self.files, self.tests = ([c for c in found if c["split"] == split] for split in ("train", "test"))

@@ -590,7 +590,7 @@ class MelVAE(nn.Module):
     """Waveforms <-> latents at 50 Hz, by way of log-mel spectra: MMAudio's idea, whose latents Harmony uses. Two frames of 64 bands are a latent.
 
     A waveform is mostly phase, which nobody hears: 16 numbers a latent cannot hold the partials of a bell. Of the true sounds of 96 clips
-    0.95 are closer to their own material than to another; coded as waveforms 0.62 are, and so 0.90, after a third of the training.
+    0.95 are closer to their own material than to another; coded as waveforms 0.62 are, and so 0.90, after half the steps.
     The latents say only what is heard, and phases are found afterwards: MMAudio trains a vocoder, we iterate as Griffin and Lim did (1984)."""
 
     def __init__(self, cfg):
