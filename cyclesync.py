@@ -72,95 +72,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, BadInput, Parser, number, read_audio, read_clip, run_cli, temporary, toybox_clip,
-                  toybox_draw, toybox_sound, toybox_state, write_picture, write_video)
+from data import BadInput, Parser, number, read_audio, read_clip, run_cli, temporary, write_picture, write_video
 from sample import A2V_FILE, HERE, VAE_FILE, Deaf, animate, compose, dub, encode_sound, encode_video, equip, load_a2v, load_t2av, pick_device, read_jobs
+from toybox import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, fit_scene, read_clip_events, read_events, read_states, toybox_clip, toybox_draw,
+                    toybox_sound)
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
-
-
-# ------------------------------------------------------------------------------------------------ the reader
-
-def read_states(video, scene):
-    """Analysis by synthesis: video uint8 (F, H, W, 3) of a known scene -> states (F,), residuals (F,)."""
-    low, high = STATES[scene["kind"]]
-    grid = np.linspace(low, high, 61)                                         # (S,)
-    drawn = toybox_draw(scene, grid, video.shape[1]).reshape(len(grid), -1).astype(np.float32)
-    seen = video.reshape(len(video), -1).astype(np.float32)                   # (F, pixels)
-    error = (seen ** 2).sum(1)[:, None] - 2 * seen @ drawn.T + (drawn ** 2).sum(1)[None]             # (F, S)
-    best = error.argmin(1)
-    spanned = ((drawn - drawn.mean(0)) ** 2).sum(1).mean()
-    return grid[best], error[np.arange(len(video)), best].clip(0) / spanned
-
-
-def read_events(kind, s, sure=None, fps=FPS):
-    """State curve (F,) -> event times. Openings and flashes are risings through 0.5, all else are peaks.
-
-    sure (F,), booleans: which frames could be read. An event is left out unless every frame that tells of it could."""
-    found = []                                                                # (when, first and last frame that say so)
-    if kind in ("mouth", "lamp"):
-        up = False
-        for f in range(1, len(s)):
-            if not up and s[f] >= .5:
-                up = True                       # a lamp is lit at once; a mouth was at 0.5 somewhere between two frames
-                found.append((f if kind == "lamp" or s[f - 1] >= .5 else f - (s[f] - .5) / (s[f] - s[f - 1]), f - 1, f))
-            up = up and s[f] > .35
-    else:
-        height, f = np.abs(s) if kind == "bell" else s, 0
-        while f < len(s):
-            if height[f] < .6:
-                f += 1
-                continue
-            end = f                             # one stretch above 0.6 (on one side) is one event, at its top
-            while end + 1 < len(s) and height[end + 1] >= .6 and (s[end + 1] > 0) == (s[f] > 0):
-                end += 1
-            top = np.flatnonzero(height[f:end + 1] >= height[f:end + 1].max() - .02).mean() + f
-            if end + 1 < len(s) or height[end] < height[f:end + 1].max():     # cut off by the end while still rising: none
-                found.append((top, max(f - 1, 0), end + 1))
-            f = end + 1
-        found = [(_between_frames(kind, s, [t for t, *_ in found], i), a, b) for i, (_, a, b) in enumerate(found)]
-    return np.array([t for t, a, b in found if sure is None or sure[a:b + 1].all()]) / fps
-
-
-def _between_frames(kind, s, tops, i):
-    """The moment within a frame of tops[i] (all in frames) at which an event explains the states around it best: again
-    analysis by synthesis. A hammer falls fast and rises slowly, so its highest frame mostly comes after its strike."""
-    near = np.arange(max(0, round(tops[i]) - 3), min(len(s), round(tops[i]) + 4))
-    size = np.abs if kind == "bell" else np.asarray                           # a bell rings on either side
-    tries = tops[i] + np.arange(-10, 11) / 10
-    misfit = [np.square(size(toybox_state(kind, np.array([*tops[:i], t, *tops[i + 1:]]) / FPS, np.zeros(len(tops)), near / FPS)) - size(s[near])).sum()
-              for t in tries]
-    return tries[int(np.argmin(misfit))]
-
-
-def read_clip_events(video, clip):
-    """-> event times of a video of a clip's scene, the residuals of its moving frames, the share of frames that could be read.
-
-    Generated frames that can be recognised have residuals under 0.4, frames of something else over 1.3. At 1 a frame is as
-    far from every drawing as the mean of all drawings is: nothing is read from such a frame, right or wrong."""
-    s, residual = read_states(video, clip["scene"])
-    return read_events(clip["kind"], s, residual < 1), residual[np.abs(s) > .15], float((residual < 1).mean())
-
-
-def fit_scene(frame, kind, tries=150, rounds=120, seed=0):
-    """What a generated video shows, of which only the kind of thing is known: the scene whose drawing at rest is closest to its
-    first frame, uint8 (H, W, 3) -> scene. A drawing is linear in its five colours, so for a place, a scale and a size the best
-    colours are a least-squares solution; these four and the mirror image are searched at random, then nearer and nearer. On
-    48 true clips, events read by fitted scenes have F1 1.000 at 50 ms and residual .03."""
-    rng, size, pixels = np.random.default_rng(seed), len(frame), frame.reshape(-1, 3) / 255.
-    low, high, one = np.array([-.12, -.05, .85, 0.]), np.array([.12, .05, 1.12, 1.]), np.eye(3)
-
-    def attempt(p, flip):
-        scene = dict(kind=kind, x=p[0], y=p[1], scale=p[2], size=p[3], flip=flip)
-        back = toybox_draw(dict(scene, back=one[:2], colours=np.zeros((3, 3))), [0.], size)[0, ..., :2]
-        maps = np.concatenate([back, toybox_draw(dict(scene, back=np.zeros((2, 3)), colours=one), [0.], size)[0]], -1).reshape(-1, 5) / 255.
-        colours = np.linalg.solve(maps.T @ maps + 1e-4 * np.eye(5), maps.T @ pixels).clip(0, 1)   # (5, 3)
-        return ((maps @ colours - pixels) ** 2).sum(), p, dict(scene, back=colours[:2], colours=colours[2:])
-    best = min((attempt(rng.uniform(low, high), bool(i % 2)) for i in range(tries)), key=lambda t: t[0])
-    for i in range(rounds):
-        step = (high - low) / 4 * .97 ** i * rng.normal(size=4) * (rng.random(4) < .6)
-        best = min(best, attempt((best[1] + step).clip(low, high), best[2]["flip"]), key=lambda t: t[0])
-    return best[2]
 
 
 def match_events(a, b, tolerance):
@@ -559,7 +476,6 @@ def write_csv(path, rows):
     os.replace(part, path)
 
 
-
 # ------------------------------------------------------------------------------------------------ the table of a checkpoint
 
 COLUMNS = [   # title, key, width, format (none: with its interval); the first nine need to know the truth, as only the toybox does
@@ -796,7 +712,7 @@ def timbre(wave):
 
 def other_takes(clips, n=9):
     """For every toybox clip the sounds of n other takes of its thing in which something happens. The picture tells nothing of the material."""
-    takes = lambda c: (data.toybox_clip(c["seed"], video=False, take=k) for k in range(1, 100))
+    takes = lambda c: (toybox_clip(c["seed"], video=False, take=k) for k in range(1, 100))
     return [list(islice((t["audio"] for t in takes(c) if len(t["events"])), n)) for c in clips]
 
 

@@ -33,7 +33,6 @@ a block (`block_noise`) makes it white again, at the price of a step back up in 
 """
 import torch
 
-GAMMA = 1 / 3                                                                 # correlation of the repairing noise in a block: -gamma
 BUCKETS = 4                                                                   # the loss is reported for four noise levels
 
 
@@ -109,118 +108,6 @@ def a2v_loss(model, z, words, sound, g, deaf=False, lam=1., how="uniform", shift
     v_hat = model.parallel(clean, add_noise(target, eps, sigma), sigma, text, pooled, None if deaf else model.listen(sound))
     weight = motion_weight(z, lam, skip=2)[:, :, 1:]
     return flow_loss(v_hat, velocity(target, eps), sigma, weight)
-
-
-# ------------------------------------------------------------------------------------------------ the staged path of Pyramid Flow
-
-def stages(n=3, shift=1.):
-    """The n pieces into which the way from noise (1) to latent (0) is cut; piece s runs at 2^(s-n+1) of the full side.
-
-    -> dicts: noise levels `start` and `end`; `times` (from, to), what the network is told, of 1000 .. 1; `alpha`, `beta` of
-    the jump that begins it, x <- alpha up(x) + beta b. `shift` as in `shift_sigma`, on the grid of 1000 that is cut at thirds."""
-    grid = [shift_sigma((1000 - i) / 1000, shift) for i in range(1000)]
-    cuts = [grid[int(1000 * s / n)] for s in range(n)] + [0.]
-    pieces = []
-    for s in range(n):
-        p, root = 1 - cuts[s], (1 + 1 / GAMMA) ** .5                          # share of signal where the last piece ended; 2
-        alpha = 1 / (root * (1 - p) + p)
-        pieces.append(dict(start=1 - p * alpha, end=cuts[s + 1], alpha=alpha if s else 1., beta=alpha * (1 - p) / GAMMA ** .5 if s else 0.))
-    length, gone = sum(q["start"] - q["end"] for q in pieces), 0.
-    for q in pieces:                                                          # time is told in proportion to the way gone
-        first, gone = gone, gone + (q["start"] - q["end"]) / length
-        q["times"] = (1000 * grid[int(1000 * first)], 1000 * grid[min(int(1000 * gone), 999)])
-    return pieces
-
-
-def sampling_grid(piece, n):
-    """n network calls within a piece -> times (n,), sigmas (n + 1,), both float64. The last sigma before 0 is 0.001, so the
-    last call moves next to nothing. That is how the published loop runs; it is kept."""
-    hi, lo = piece["times"]
-    return (torch.linspace(hi, hi + (lo - hi) * .999, n, dtype=torch.float64),
-            torch.cat([torch.linspace(1, .001, n, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]))
-
-
-def halve(z):                                                                 # (B, C, L, h, w) -> half the side, 2x2 means
-    return torch.nn.functional.avg_pool3d(z, (1, 2, 2))
-
-
-def double(z):
-    return z.repeat_interleave(2, -1).repeat_interleave(2, -2)
-
-
-def levels(z, n=3):
-    """Latents at n resolutions, coarsest first."""
-    out = [z]
-    for _ in range(n - 1):
-        out.insert(0, halve(out[0]))
-    return out
-
-
-def noise_levels(eps, n=3):
-    """The same for noise: a mean of four has half the deviation, so it is doubled, and stays N(0, 1)."""
-    out = [eps]
-    for _ in range(n - 1):
-        out.insert(0, 2 * halve(out[0]))
-    return out
-
-
-def block_noise(shape, g=None):
-    """b: unit variance, correlation -1/3 within each 2x2 block, which therefore sums to zero. (B, C, L, h, w)
-
-    N(0, 1) minus the mean of its block has variance 3/4 and covariance -1/4: times (4/3)^(1/2) it is b, exactly."""
-    x = torch.randn(shape, generator=g)
-    return (4 / 3) ** .5 * (x - double(halve(x)))
-
-
-def history(z_levels, u, s):
-    """What the latent number u sees of those before it while it is made at level s, oldest first: the last one as sharp as
-    itself, every earlier one a level coarser, and all the rest at the coarsest. -> list of (B, C, L_k, h_k, w_k)"""
-    clips, l = [], u
-    for level in range(s, 0, -1) or (0,):
-        if l > 0:
-            l -= 1
-            clips.insert(0, z_levels[level][:, :, l:l + 1])
-    return ([z_levels[0][:, :, :l]] if l > 0 else []) + clips
-
-
-def stage_ends(z_levels, eps_levels, piece, s):
-    """The straight line of stage s, from its noisy start to its less noisy end, with the SAME noise in both -> start, end."""
-    z, eps = z_levels[s], eps_levels[s]
-    start = eps if s == 0 else piece["start"] * eps + (1 - piece["start"]) * double(z_levels[s - 1])
-    end = z if piece["end"] == 0 else piece["end"] * eps + (1 - piece["end"]) * z
-    return start, end
-
-
-def pyramid_loss(model, z, words, sound, numbers, g, deaf=False, lam=1., corrupt=1 / 3, columns=(0, 1, 1, 2)):
-    """Syncphony's objective in Pyramid Flow's own layout: of every clip ONE latent, at one stage -> loss, report of the stages.
-
-    z (B, C, L, h, w) normalised latents, words, sound, g and deaf as in `a2v_loss`. Clip number r of the whole batch, of which these
-    are the `numbers`, trains stage columns[r mod 4]. Coarse stages are cheap, so where the fine stage stands late in a clip and sees a long history, they
-    stand early, and the other way round: u fine, L - u coarse. The history is noised by c <= `corrupt`, untold.
-    Eq. 1 speaks of the difference of neighbouring latents: here of the clean ones at the resolution of the stage."""
-    B, _, L = z.shape[:3]
-    to, n = lambda t: t.to(z.device), max(columns) + 1
-    u_fine = int(torch.randint(1, L, (), generator=g))
-    (text, mask, pooled), audio = model.read(words), None if deaf else model.listen(sound)
-    losses, report = [], torch.full((n,), float("nan"), device=z.device)
-    for s, piece in enumerate(stages(n)):
-        rows = torch.tensor([i for i, r in enumerate(numbers) if columns[r % len(columns)] == s], dtype=torch.long)
-        if len(rows) == 0:
-            continue
-        u, z_levels = u_fine if s == n - 1 else L - u_fine, levels(z[rows], n)
-        now = [zk[:, :, u:u + 1] for zk in z_levels]
-        eps = noise_levels(to(torch.randn(now[-1].shape, generator=g)), n)
-        c = to(corrupt * torch.rand(len(rows), 1, generator=g))
-        before = [add_noise(h, to(torch.randn(h.shape, generator=g)), c.expand(-1, h.shape[2])) for h in history(z_levels, u, s)]
-        i = to(torch.randint(1000, (len(rows), 1), generator=g))
-        (start, end), sigma, (hi, lo) = stage_ends(now, eps, piece, s), 1 - i / 1000, piece["times"]
-        v_hat = model([*before, add_noise(end, start, sigma)], (hi + (lo - hi) * i / 1000)[:, 0], text[rows], mask[rows], pooled[rows],
-                      None if deaf else audio[rows])
-        weight = motion_weight(z_levels[s][:, :, u - 1:u + 1], lam, skip=2 if u == 1 else 1)[:, :, 1:]
-        loss, _ = flow_loss(v_hat, start - end, sigma, weight)
-        report[s] = (v_hat.detach().float() - (start - end)).square().mean()
-        losses.append(loss * len(rows))
-    return sum(losses) / B, report
 
 
 # ------------------------------------------------------------------------------------------------ two streams (SyncFlow)

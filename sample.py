@@ -49,14 +49,16 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import (FPS, NEGATIVE, RATE, BadInput, Parser, add_sound, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
+from data import (FPS, RATE, BadInput, Parser, add_sound, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
                   read_video, run_cli, write_picture, write_sound, write_video)
-from losses import block_noise, double, guide, history, levels, noise_levels, sampling_grid, shift_sigma, stages
-from model import DualTower, DualTowerConfig, MMDiT, MMDiTConfig, text_bytes
+from losses import guide, shift_sigma
+from model import MMDiT, MMDiTConfig, text_bytes
+import pyramid
+from pyramid import GOOD, NEGATIVE, block_noise, guided, load_pyramid_flow, load_pyramid_vae, rollout_pyramid
+from towers import DualTower, DualTowerConfig
 from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, MelVAE, MelVAEConfig, VAEConfig
 
 HERE = Path(__file__).parent
-GOOD = ", hyper quality, Ultra HD, 8K"                                        # Pyramid Flow adds this to every prompt
 VAE_FILE, A2V_FILE, AUDIO_VAE_FILE, MEL_VAE_FILE, T2AV_FILE, JOINT_FILE = (HERE / f"weights/{name}-toybox.pt" for name in ("vae", "a2v", "audio-vae", "mel-vae", "t2av", "joint"))
 
 
@@ -76,7 +78,7 @@ def pick_device(name="auto"):
 def load_vae(path=VAE_FILE, device="cpu"):
     """A checkpoint of ours, or the folder of Pyramid Flow's VAE."""
     if Path(path).is_dir():
-        return CausalVideoVAE.from_pretrained(path, device)
+        return load_pyramid_vae(path, device)
     ckpt = load_checkpoint(path, "vae", "the toybox VAE ships as weights/vae-toybox.pt, or train one: python train.py --task vae")
     return load_weights(CausalVideoVAE(VAEConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval()
 
@@ -91,7 +93,7 @@ def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
     elif not pretrained:
         raise BadInput(f"{path}: trained on top of Pyramid Flow; give its downloaded folder by --pretrained, and --hubert facebook/hubert-large-ls960-ft")
     else:
-        model = MMDiT.from_pretrained(Path(pretrained) / "diffusion_transformer_384p", audio_dim=config.audio_dim, audio_rope=config.audio_rope)
+        model = load_pyramid_flow(Path(pretrained) / "diffusion_transformer_384p", audio_dim=config.audio_dim, audio_rope=config.audio_rope)
         load_weights(model, {**model.state_dict(), **ckpt["ema"]}, path)
         vae_path = Path(pretrained) / "causal_video_vae"
     vae = load_vae(vae_path, device)
@@ -127,8 +129,8 @@ def equip(model, args, captions, device):
     if not args.hubert:
         raise BadInput(f"{args.ckpt}: hears by HuBERT; give --hubert facebook/hubert-large-ls960-ft")
     captions = sorted(set(captions))
-    states = data.prompt_states(args.pretrained, [*(c + GOOD if c else "" for c in captions), NEGATIVE], device)
-    model.hubert, model.prompts = data.hubert(args.hubert, device), dict(zip([*captions, NEGATIVE], zip(*(torch.from_numpy(a).float() for a in states))))
+    states = pyramid.prompt_states(args.pretrained, [*(c + GOOD if c else "" for c in captions), NEGATIVE], device)
+    model.hubert, model.prompts = pyramid.hubert(args.hubert, device), dict(zip([*captions, NEGATIVE], zip(*(torch.from_numpy(a).float() for a in states))))
 
 
 def fingerprint(vae):
@@ -187,48 +189,6 @@ def rollout(model, z0, latents, sound, words, nothing=None, steps=30, asg=2., cf
                 bar.update()
         model.extend(context, x.repeat(1 + null, 1, 1, 1, 1))
         yield x
-
-
-def rollout_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=None, jump=block_noise, keep=30, bar=None):
-    """Generate latents as Pyramid Flow does: each from coarse to fine, within sight of ever coarser earlier ones. Yields them.
-
-    call(clips, t, S, gone) -> velocity (B, C, 1, h, w), guided with text scale S, see `guided`; clips have B rows.
-    z0: the first latent (B, C, 1, h, w), normalised, or None: then it is made too, with (steps, scale) of its own, `first`.
-    noise (B, C, >= latents to make, h, w): N(0, 1) at full resolution; its coarse levels begin the coarse pieces.
-    jump(shape) -> the noise that repairs a doubling (`losses.block_noise`). The first latent and the last
-    `keep` are looked back on, so memory stays bounded."""
-    pieces, done = stages(len(steps)), [] if z0 is None else [z0]
-    for number in range(len(done), latents):
-        u = len(done)
-        n_steps, S = first if first and u == 0 else (steps, 1 + cfg)
-        before = levels(torch.cat(done, 2), len(steps)) if done else None     # all earlier latents, coarsest first
-        x = noise_levels(noise[:, :, number - (z0 is not None):][:, :, :1], len(steps))[0]
-        for s, (piece, n) in enumerate(zip(pieces, n_steps)):
-            if s:                                                             # to the next resolution, and its noise level
-                x = double(x)
-                x = piece["alpha"] * x + piece["beta"] * jump(x.shape).to(x)
-            context = history(before, u, s) if done else []
-            times, sigmas = sampling_grid(piece, n)
-            for t, a, b in zip(times.tolist(), sigmas.tolist(), sigmas[1:].tolist()):
-                x = x + (b - a) * call([*context, x], t, S, number - u).to(x) # Euler; v = start - end of this piece
-                if bar is not None:
-                    bar.update()
-        done = done[:1] + done[1:][-(keep - 1):] + [x]
-        yield x
-
-
-def guided(model, text, mask, pooled, audio=None, asg=0.):
-    """A network of the published kind as `rollout_pyramid` calls it. text (R·B, T, D), mask (R·B, T), pooled (R·B, P): for B
-    clips their prompts and, where there is text guidance (R = 2), as many times the negative prompt. audio (B, S, A) or
-    None; asg: w_a. All branches run in one batch."""
-    def call(clips, t, S, gone=0):
-        B = len(clips[-1])
-        R = len(text) // B
-        heard = None if audio is None else audio.repeat(R, 1, 1)
-        v = model([c.repeat(R, 1, 1, 1, 1) for c in clips], torch.full((R * B,), t, device=text.device), text, mask, pooled, heard,
-                  B if asg > 0 and audio is not None else 0, gone)
-        return guide(v[:B], (1 + asg if audio is not None else 1, v[-B:]), (S if R > 1 else 1, v[B:2 * B]))                # Syncphony eq. 6
-    return call
 
 
 def conditions(model, waves, captions, samples):

@@ -28,10 +28,15 @@ import cyclesync
 import data
 import losses
 import model as networks
+import pyramid
 import sample
+import towers
+import toybox
 import train
 import vae as vae_module
-from model import DualTower, DualTowerConfig, MMDiT, MMDiTConfig, grid_ids, patchify, rotary, rotate, text_bytes, unpatchify
+from model import MMDiT, MMDiTConfig, grid_ids, patchify, rotary, rotate, text_bytes, unpatchify
+from pyramid import load_pyramid_flow, load_pyramid_vae
+from towers import DualTower, DualTowerConfig
 from vae import AUDIO_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE, MelVAE, MelVAEConfig, VAEConfig, vae_loss
 
 torch.set_num_threads(1)                                                      # these networks are too small to be shared
@@ -307,7 +312,7 @@ def test_attention_on_a_cpu_equals_the_fused_kernel():
 # ------------------------------------------------------------------------------------------------ the published backbone
 
 def write_safetensors(path, state):
-    """The other side of `data.read_safetensors`, as simple as the format is."""
+    """The other side of `pyramid.read_safetensors`, as simple as the format is."""
     header, at, names = {}, 0, {torch.float32: "F32", torch.bfloat16: "BF16"}
     for k, v in state.items():
         header[k] = dict(dtype=names[v.dtype], shape=list(v.shape), data_offsets=[at, at := at + v.nbytes])
@@ -359,8 +364,8 @@ def test_published_folders_load_in_every_layout_they_come_in(tmp_path):
     torch.save(state, tmp_path / "c/diffusion_pytorch_model.bin")
     write_safetensors(tmp_path / "d/diffusion_pytorch_model.safetensors", {"dit." + k: v for k, v in state.items()})
     for name in "abcd":
-        assert torch.equal(MMDiT.from_pretrained(tmp_path / name)(*x), want)
-    assert {p.dtype for p in MMDiT.from_pretrained(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+        assert torch.equal(load_pyramid_flow(tmp_path / name)(*x), want)
+    assert {p.dtype for p in load_pyramid_flow(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     vae = vae_of(PUBLISHED_KIND).float()
     config = dict(encoder_block_out_channels=[8, 8, 16, 16], encoder_out_channels=4, encoder_norm_num_groups=4, encoder_layers_per_block=[2] * 4, decoder_layers_per_block=[3] * 4)
     (tmp_path / "v").mkdir()
@@ -368,7 +373,7 @@ def test_published_folders_load_in_every_layout_they_come_in(tmp_path):
     old = {"vae." + k.replace("attentions.0.to_q", "attentions.0.query").replace("attentions.0.to_out.0", "attentions.0.proj_attn"): v for k, v in vae.state_dict().items()}
     torch.save(dict(old, **{"loss.discriminator.weight": torch.zeros(3)}), tmp_path / "v/diffusion_pytorch_model.bin")
     video = torch.rand(1, 3, 9, 16, 16)
-    assert torch.equal(CausalVideoVAE.from_pretrained(tmp_path / "v").encode(video)[0], vae.encode(video)[0])
+    assert torch.equal(load_pyramid_vae(tmp_path / "v").encode(video)[0], vae.encode(video)[0])
 
 
 def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
@@ -382,7 +387,7 @@ def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
         if text is not None:
             (folder / "config.json").write_text(text)
         with pytest.raises(data.BadInput, match=word) as caught:
-            MMDiT.from_pretrained(folder)
+            load_pyramid_flow(folder)
         assert "\n" not in str(caught.value)
         return str(caught.value)
     several = {("x_embedder.odd" if k == "x_embedder.bias" else k): v[:1] if k == "proj_out.bias" else v for k, v in state.items()}
@@ -401,13 +406,13 @@ def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
     (folder / file).unlink()
     refused("missing", text="{}")
     with pytest.raises(data.BadInput, match="no config.json"):
-        MMDiT.from_pretrained(tmp_path / "nowhere")
+        load_pyramid_flow(tmp_path / "nowhere")
 
 
 def test_new_audio_layers_leave_the_published_model_as_it_was(tmp_path):
     folder, x = published_folder(tmp_path / "a", little_flux()), flux_inputs(A=6)
-    net = MMDiT.from_pretrained(folder, audio_dim=6)
-    want = MMDiT.from_pretrained(folder)(*x[:-1])
+    net = load_pyramid_flow(folder, audio_dim=6)
+    want = load_pyramid_flow(folder)(*x[:-1])
     assert torch.equal(net(*x), want) and torch.equal(net(*x[:-1]), want)
     for block in net.single_transformer_blocks:
         torch.nn.init.normal_(block.audio.to_out.weight)
@@ -431,35 +436,35 @@ def test_the_published_key_lists_are_ours():
 def test_stages_and_grids_are_those_of_pyramid_flows_scheduler():
     g = np.load(GOLDEN / "scheduler.npz")
     for name, shift in (("", 1.), ("shift3/", 3.)):
-        pieces = losses.stages(3, shift)
+        pieces = pyramid.stages(3, shift)
         for key, there in (("start", f"{name or 'stage/'}start_sigma"), ("end", f"{name or 'stage/'}end_sigma")):
             assert np.allclose([p[key] for p in pieces], g[there], atol=1e-6)
         for n in (10, 20, 30) if not name else (20,):
             for s, piece in enumerate(pieces):
-                times, sigmas = losses.sampling_grid(piece, n)
+                times, sigmas = pyramid.sampling_grid(piece, n)
                 assert np.allclose(times, g[f"{name}infer/{n}/timesteps/{s}"], atol=1e-4)
                 assert name or np.allclose(sigmas, g[f"infer/{n}/sigmas/{s}"], atol=1e-9)
-    assert np.allclose([p["alpha"] for p in losses.stages()], g["renoise/alpha"], atol=1e-7)
-    assert np.allclose([p["beta"] for p in losses.stages()], g["renoise/beta"], atol=1e-7)
+    assert np.allclose([p["alpha"] for p in pyramid.stages()], g["renoise/alpha"], atol=1e-7)
+    assert np.allclose([p["beta"] for p in pyramid.stages()], g["renoise/beta"], atol=1e-7)
 
 
 def test_the_jump_between_stages_gives_white_noise_of_the_next_ones_level():
     """alpha up(x) + beta b: the 2x2 copies of the noise in x and the anti-correlated b add up to independent noise."""
     g = torch.Generator().manual_seed(0)
-    b = losses.block_noise((1, 1, 1, 600, 600), g)
+    b = pyramid.block_noise((1, 1, 1, 600, 600), g)
     blocks = b.unflatten(3, (-1, 2)).unflatten(5, (-1, 2)).permute(0, 1, 2, 3, 5, 4, 6).reshape(-1, 4)
     assert blocks.sum(1).abs().max() < 1e-5 and torch.allclose(blocks.T.cov(), torch.full((4, 4), -1 / 3) + torch.eye(4) * 4 / 3, atol=.02)
-    pieces = losses.stages()
+    pieces = pyramid.stages()
     for last, piece in zip(pieces, pieces[1:]):
-        noise = losses.double(torch.randn(1, 1, 1, 300, 300, generator=g)) * last["end"]
+        noise = pyramid.double(torch.randn(1, 1, 1, 300, 300, generator=g)) * last["end"]
         x = (piece["alpha"] * noise + piece["beta"] * b).unflatten(3, (-1, 2)).unflatten(5, (-1, 2)).permute(0, 1, 2, 3, 5, 4, 6).reshape(-1, 4)
         assert torch.allclose(x.T.cov(), torch.eye(4) * piece["start"] ** 2, atol=.01)
         assert piece["alpha"] * (1 - last["end"]) == pytest.approx(1 - piece["start"], abs=1e-6)  # and the signal's share is right
 
 
 def test_a_latent_sees_the_last_one_sharp_and_earlier_ones_ever_coarser():
-    z = losses.levels(torch.arange(6.).view(1, 1, 6, 1, 1).expand(1, 1, 6, 8, 8))
-    seen = lambda u, s: [(c[0, 0, :, 0, 0].tolist(), c.shape[-1]) for c in losses.history(z, u, s)]
+    z = pyramid.levels(torch.arange(6.).view(1, 1, 6, 1, 1).expand(1, 1, 6, 8, 8))
+    seen = lambda u, s: [(c[0, 0, :, 0, 0].tolist(), c.shape[-1]) for c in pyramid.history(z, u, s)]
     assert seen(5, 2) == [([0, 1, 2], 2), ([3], 4), ([4], 8)] and seen(5, 1) == [([0, 1, 2, 3], 2), ([4], 4)]
     assert seen(5, 0) == [([0, 1, 2, 3], 2), ([4], 2)] and seen(1, 2) == [([0], 8)] and seen(0, 2) == [] and seen(2, 2) == [([0], 4), ([1], 8)]
 
@@ -475,14 +480,14 @@ def test_the_roll_out_is_pyramid_flows_call_for_call(kind):
         calls.append(([list(c.shape) for c in clips], t[0].item()))
         add = .2 * t / 1000 + .5 * pooled.mean(1) + .25 * (text * mask[..., None]).sum((1, 2)) / mask.sum(1) / text.shape[2]
         return .3 * clips[-1] + add.view(-1, 1, 1, 1, 1) + sum(.1 * (j + 1) * h.mean((2, 3, 4), keepdim=True) for j, h in enumerate(clips[:-1]))
-    call = sample.guided(stand_in, *(array(f"in/{k}").flip(0) for k in ("text", "text_mask", "pooled")))               # ours: prompt first
+    call = pyramid.guided(stand_in, *(array(f"in/{k}").flip(0) for k in ("text", "text_mask", "pooled")))               # ours: prompt first
     jumps = iter([array(k.removeprefix(f"{kind}/")) for k in sorted(g.files) if k.startswith(f"{kind}/in/block_noise")])
     jump, noise = lambda shape: next(jumps), array("in/init_noise_fullres")
     if kind == "t2v":
-        made = list(sample.rollout_pyramid(call, None, 5, noise, (2, 3, 2), 4., ((3, 4, 3), 7.), jump))
+        made = list(pyramid.rollout_pyramid(call, None, 5, noise, (2, 3, 2), 4., ((3, 4, 3), 7.), jump))
     else:
         z0 = CausalVideoVAE(VAEConfig(**PUBLISHED_KIND)).normalise(array("in/raw_image_latent"))
-        made = [z0, *sample.rollout_pyramid(call, z0, 4, noise, (3, 2, 3), 3., jump=jump)]
+        made = [z0, *pyramid.rollout_pyramid(call, z0, 4, noise, (3, 2, 3), 3., jump=jump)]
     assert (torch.cat(made, 2) - array("out/latent")).abs().max() < 1e-5
     theirs = json.loads(str(g[f"{kind}/out/calls_json"]))
     assert [c[0] for c in calls] == [c[0] for c in theirs] and max(abs(a[1] - b[1][0]) for a, b in zip(calls, theirs)) < 1e-4
@@ -498,25 +503,25 @@ def test_a_roll_out_that_forgets_its_oldest_latents_hears_the_sound_where_it_is(
     def call(clips, t, S, gone):
         seen.append((sum(c.shape[2] for c in clips), gone))
         return torch.zeros_like(clips[-1])
-    made = list(sample.rollout_pyramid(call, torch.zeros(1, 2, 1, 8, 8), 12, torch.randn(1, 2, 11, 8, 8), (1, 1, 1), keep=4))
+    made = list(pyramid.rollout_pyramid(call, torch.zeros(1, 2, 1, 8, 8), 12, torch.randn(1, 2, 11, 8, 8), (1, 1, 1), keep=4))
     assert len(made) == 11 and max(n for n, _ in seen) == 6 and seen[-1] == (6, 6)                # latent 11: the first, and 7 to 10
 
 
 def test_a_stage_begins_where_the_jump_from_the_last_one_leads():
     """With the very noise of a jump, alpha up(end) + beta b has the stage's start point's signal, and noise of its level."""
     g = torch.Generator().manual_seed(0)
-    z = losses.levels(torch.randn(1, 4, 1, 256, 256, generator=g))
-    eps = losses.noise_levels(torch.randn(1, 4, 1, 256, 256, generator=g))
-    pieces = losses.stages()
+    z = pyramid.levels(torch.randn(1, 4, 1, 256, 256, generator=g))
+    eps = pyramid.noise_levels(torch.randn(1, 4, 1, 256, 256, generator=g))
+    pieces = pyramid.stages()
     assert [e.std().item() for e in eps] == pytest.approx([1, 1, 1], abs=.02)
     for s in (1, 2):
-        _, end = losses.stage_ends(z, eps, pieces[s - 1], s - 1)
-        start, _ = losses.stage_ends(z, eps, pieces[s], s)
-        jumped = pieces[s]["alpha"] * losses.double(end) + pieces[s]["beta"] * losses.block_noise(start.shape, g)
-        signal = (1 - pieces[s]["start"]) * losses.double(z[s - 1])
+        _, end = pyramid.stage_ends(z, eps, pieces[s - 1], s - 1)
+        start, _ = pyramid.stage_ends(z, eps, pieces[s], s)
+        jumped = pieces[s]["alpha"] * pyramid.double(end) + pieces[s]["beta"] * pyramid.block_noise(start.shape, g)
+        signal = (1 - pieces[s]["start"]) * pyramid.double(z[s - 1])
         for x in (start, jumped):
             assert (x - signal).std().item() == pytest.approx(pieces[s]["start"], rel=.02) and ((x - signal) * signal).mean().abs() < .01
-    assert torch.equal(losses.stage_ends(z, eps, pieces[2], 2)[1], z[2]) and torch.equal(losses.stage_ends(z, eps, pieces[0], 0)[0], eps[0])
+    assert torch.equal(pyramid.stage_ends(z, eps, pieces[2], 2)[1], z[2]) and torch.equal(pyramid.stage_ends(z, eps, pieces[0], 0)[0], eps[0])
 
 
 def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch():
@@ -533,7 +538,7 @@ def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch():
             return torch.zeros_like(clips[-1])
     z, letters, mel = torch.randn(8, 2, 13, 8, 8), torch.ones(8, 4, dtype=torch.long), torch.zeros(8, 4, 3)
     for i in range(20):
-        loss, report = losses.pyramid_loss(Net(), z, letters, mel, range(8), torch.Generator().manual_seed(i))
+        loss, report = pyramid.pyramid_loss(Net(), z, letters, mel, range(8), torch.Generator().manual_seed(i))
         assert loss > 0 and report.isfinite().all()
     assert {(side, n) for side, n, *_ in seen} == {(2, 2), (4, 4), (8, 2)}
     for coarse, middle, fine in zip(seen[::3], seen[1::3], seen[2::3]):
@@ -618,7 +623,7 @@ def test_a_tuned_decoder_keeps_the_fingerprint_and_another_encoder_changes_it():
 
 def motion_twice(n, size=32, blocks=2):
     """n clips of VAE training data, each done by two things of a kind, 2 x (n, 3, F, size, size) in [-1, 1]."""
-    videos = torch.from_numpy(np.stack([data.toybox_windows(i, size, blocks) for i in range(n)]))
+    videos = torch.from_numpy(np.stack([toybox.toybox_windows(i, size, blocks) for i in range(n)]))
     return (videos.permute(1, 0, 5, 2, 3, 4).float() / 127.5 - 1).unbind(0)
 
 
@@ -654,7 +659,7 @@ def test_the_decoder_has_to_take_looks_from_the_first_frame():
 
 def test_the_two_things_of_a_training_clip_move_alike():
     for seed in range(12):
-        a, b = data.toybox_windows(seed, 64).astype(int)
+        a, b = toybox.toybox_windows(seed, 64).astype(int)
         left = [np.abs(v - v[0]).mean((1, 2, 3)) for v in (a, b)]             # how far each frame is from rest
         assert np.corrcoef(*left)[0, 1] > .9 or max(left[0]) == max(left[1]) == 0
         assert (a[0] != b[0]).mean() > .9
@@ -663,15 +668,15 @@ def test_the_two_things_of_a_training_clip_move_alike():
 # ------------------------------------------------------------------------------------------------ data.py: the toybox
 
 def test_a_clip_is_a_function_of_its_seed_and_its_sound_is_as_long_as_its_picture():
-    a, b, c = data.toybox_clip(7, 32), data.toybox_clip(7, 32), data.toybox_clip(8, 32, frames=25)
+    a, b, c = toybox.toybox_clip(7, 32), toybox.toybox_clip(7, 32), toybox.toybox_clip(8, 32, frames=25)
     assert np.array_equal(a["video"], b["video"]) and np.array_equal(a["audio"], b["audio"]) and a["caption"] == b["caption"]
     assert a["video"].shape == (49, 32, 32, 3) and len(a["audio"]) == round(49 / 24 * 16000) and a["audio"].dtype == np.float32
     assert c["video"].shape == (25, 32, 32, 3) and np.abs(a["audio"]).max() <= 1 and len(a["state"]) == 49
 
 
 def test_six_kinds_silence_and_off_screen_sounds_all_occur():
-    clips = [data.toybox_clip(i, video=False) for i in range(300)]
-    assert {c["kind"] for c in clips} == set(data.KINDS) and {len(c["events"]) for c in clips} >= set(range(5))
+    clips = [toybox.toybox_clip(i, video=False) for i in range(300)]
+    assert {c["kind"] for c in clips} == set(toybox.KINDS) and {len(c["events"]) for c in clips} >= set(range(5))
     quiet = [c for c in clips if len(c["events"]) == 0]
     assert all((c["state"] == 0).all() for c in quiet) and {c["off_screen"] for c in quiet} == {True, False}
     assert len({c["caption"] for c in clips}) > 80
@@ -679,7 +684,7 @@ def test_six_kinds_silence_and_off_screen_sounds_all_occur():
 
 def test_the_first_frame_never_tells_when():
     """First frames of silent and of eventful clips are alike: a linear probe is at chance."""
-    clips = [data.toybox_clip(i, 16) for i in range(700)]
+    clips = [toybox.toybox_clip(i, 16) for i in range(700)]
     assert all(c["state"][0] == 0 for c in clips)
     x = np.stack([c["video"][0].reshape(-1) / 255 - .5 for c in clips])
     x = np.c_[x, np.ones(len(x))]
@@ -690,7 +695,7 @@ def test_the_first_frame_never_tells_when():
 
 def test_hammers_announce_their_strike_mouths_stay_open_and_lamps_outlive_their_sound():
     t = np.arange(97) / 48
-    state = lambda kind, d=0.: data.toybox_state(kind, np.array([1.]), np.array([d]), t)
+    state = lambda kind, d=0.: toybox.toybox_state(kind, np.array([1.]), np.array([d]), t)
     at = lambda s, when: s[round(when * 48)]
     assert at(state("hammer"), .8) < -.3 and at(state("hammer"), 1) == 1
     assert at(state("mouth", .5), 1.4) == 1 and at(state("mouth", .5), 1.65) == 0
@@ -699,23 +704,23 @@ def test_hammers_announce_their_strike_mouths_stay_open_and_lamps_outlive_their_
 
 
 def test_the_reader_finds_every_event_of_real_renders():
-    clips = [data.toybox_clip(cyclesync.HELD_OUT + i, 32) for i in range(40)]
+    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, 32) for i in range(40)]
     scores, kinds, shuffled, _ = cyclesync.score_toybox([c["video"] for c in clips], clips)
     assert scores["f1_50"] == 1 and scores["residual"] < .01 and scores["false_per_quiet_clip"] == 0
     assert shuffled["f1_50"] < .3 and scores["timing_ms"] < 21
 
 
 def test_the_readers_residual_tells_a_smear_from_a_strike():
-    clip = data.toybox_clip(3, 32, kind="ball")
+    clip = toybox.toybox_clip(3, 32, kind="ball")
     blurred = torch.nn.functional.avg_pool2d(torch.from_numpy(clip["video"]).permute(0, 3, 1, 2).float(), 9, 1, 4).permute(0, 2, 3, 1)
-    s, residual = cyclesync.read_states(blurred.numpy().astype(np.uint8), clip["scene"])
-    assert residual.mean() > .2 and cyclesync.read_states(clip["video"], clip["scene"])[1].max() < .02
+    s, residual = toybox.read_states(blurred.numpy().astype(np.uint8), clip["scene"])
+    assert residual.mean() > .2 and toybox.read_states(clip["video"], clip["scene"])[1].max() < .02
 
 
 def test_the_reader_is_right_to_half_a_frame():
     for i in range(36):
-        clip = data.toybox_clip(cyclesync.HELD_OUT + 300 + i, 64)
-        read = cyclesync.read_clip_events(clip["video"], clip)[0]
+        clip = toybox.toybox_clip(cyclesync.HELD_OUT + 300 + i, 64)
+        read = toybox.read_clip_events(clip["video"], clip)[0]
         assert len(read) == len(clip["events"]) and np.abs(read - clip["events"]).max(initial=0) < .5 / 24 + .005, clip["kind"]
 
 
@@ -729,9 +734,9 @@ def corrupted(video, clip, how, rng):
     elif how == "colour":
         x = x + torch.from_numpy(rng.choice([-1, 1], (1, 3, 1, 1)) * rng.uniform(40, 90, (1, 3, 1, 1))).float()
     else:
-        kind = data.KINDS[(data.KINDS.index(clip["kind"]) + rng.integers(1, 6)) % 6]
-        scene = dict(data.toybox_scene(rng, kind), **{k: clip["scene"][k] for k in ("back", "colours", "x", "y", "scale", "flip")})
-        return data.toybox_draw(scene, rng.uniform(*data.STATES[kind], len(video)), video.shape[1])
+        kind = toybox.KINDS[(toybox.KINDS.index(clip["kind"]) + rng.integers(1, 6)) % 6]
+        scene = dict(toybox.toybox_scene(rng, kind), **{k: clip["scene"][k] for k in ("back", "colours", "x", "y", "scale", "flip")})
+        return toybox.toybox_draw(scene, rng.uniform(*toybox.STATES[kind], len(video)), video.shape[1])
     return x.clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
 
 
@@ -739,10 +744,10 @@ def test_the_reader_abstains_where_frames_cannot_be_read_rather_than_invent_even
     """100 clips, half of whose frames are spoilt: one half of the clip, or frames here and there."""
     rng, invented, clean, found = np.random.default_rng(0), 0, 0, 0
     for i in range(100):
-        clip = data.toybox_clip(cyclesync.HELD_OUT + 600 + i, 64)
+        clip = toybox.toybox_clip(cyclesync.HELD_OUT + 600 + i, 64)
         spoilt, at = corrupted(clip["video"], clip, ("blur", "noise", "colour", "object")[i % 4], rng), np.zeros(49, bool)
         at[rng.permutation(49)[:24] if i % 8 < 4 else slice(25, 49)] = True
-        read, _, readable = cyclesync.read_clip_events(np.where(at[:, None, None, None], spoilt, clip["video"]), clip)
+        read, _, readable = toybox.read_clip_events(np.where(at[:, None, None, None], spoilt, clip["video"]), clip)
         invented += len(read) - cyclesync.match_events(clip["events"], read, .1)[0]
         if i % 8 >= 4:
             early = clip["events"][clip["events"] < .8]
@@ -862,7 +867,7 @@ def toy(tmp_path_factory):
     net = shaken(small(latent=16)).float()
     data.save_checkpoint(d / "a2v.pt", task="a2v", config=asdict(net.cfg), ema={k: v.half() for k, v in net.state_dict().items()}, step=0, size=32,
                          vae=sample.fingerprint(vae), guidance=dict(asg=2., cfg=4.))
-    clip = data.toybox_clip(0, 32)
+    clip = toybox.toybox_clip(0, 32)
     iio.imwrite(d / "f.png", clip["video"][0])
     soundfile.write(d / "x.wav", clip["audio"], 16000)
     soundfile.write(d / "silent.wav", np.zeros(16000), 16000)
@@ -971,7 +976,7 @@ def test_weight_zero_is_the_plain_model_and_weights_change_the_video():
 
 def test_clip_i_does_not_depend_on_the_batch_around_it(toy):
     net, vae, _ = sample.load_a2v(toy / "a2v.pt", toy / "vae.pt")
-    clips = [data.toybox_clip(i, 32) for i in range(3)]
+    clips = [toybox.toybox_clip(i, 32) for i in range(3)]
     run = lambda some, seeds: np.concatenate(list(sample.animate(net, vae, np.stack([c["video"][0] for c in some]), [c["audio"] for c in some],
                                              [c["caption"] for c in some], 14, steps=2, seeds=seeds, cfg=4.)), 1).astype(int)
     together = run(clips, [4, 5, 6])
@@ -1028,8 +1033,8 @@ def test_clear_onsets_are_where_one_would_tap():
 def test_agreement_with_a_recording_is_one_for_things_that_move_at_its_onsets(toy, monkeypatch, capsys, tmp_path, move, met, followed):
     """The command that scores recordings, with videos that are drawn from the onsets themselves, or stand still."""
     def drawn(model, vae, clips, *a, **k):
-        states = [data.toybox_state(c["kind"], cyclesync.clear_onsets(c["audio"]), np.full(9, .2), np.arange(len(c["video"])) / 24) for c in clips]
-        return [data.toybox_draw(c["scene"], move * s, 32) for c, s in zip(clips, states)]
+        states = [toybox.toybox_state(c["kind"], cyclesync.clear_onsets(c["audio"]), np.full(9, .2), np.arange(len(c["video"])) / 24) for c in clips]
+        return [toybox.toybox_draw(c["scene"], move * s, 32) for c, s in zip(clips, states)]
     monkeypatch.setattr(cyclesync, "generate", drawn)
     wave = np.zeros(48000, np.float32)
     for t in (1., 2.):
@@ -1037,7 +1042,7 @@ def test_agreement_with_a_recording_is_one_for_things_that_move_at_its_onsets(to
     soundfile.write(tmp_path / "x.wav", wave, 16000)
     assert cli(cyclesync, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--audio", tmp_path / "x.wav", "--clips", 6) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result) == set(data.KINDS) and all(r["onsets"] == 2 and r["met"] == met and r["followed"] == followed for r in result.values())
+    assert set(result) == set(toybox.KINDS) and all(r["onsets"] == 2 and r["met"] == met and r["followed"] == followed for r in result.values())
 
 
 def test_the_ears_reach_farther_than_anything_has_to_move_ahead_of_its_sound():
@@ -1110,7 +1115,7 @@ def test_a_hit_is_reported_once_whatever_the_sample_rate():
 
 
 def test_the_cyclesync_of_a_video_asks_the_model_for_a_sound_of_the_silent_frames():
-    clip = data.toybox_clip(cyclesync.HELD_OUT, 32)
+    clip = toybox.toybox_clip(cyclesync.HELD_OUT, 32)
     asked = []
     score = cyclesync.video_cyclesync(clip["video"], 24, clip["audio"], 16000, lambda frames, fps: asked.append((frames.shape, fps)) or (clip["audio"], 16000))
     assert asked == [((49, 32, 32, 3), 24)] and score == (1, 1)
@@ -1133,7 +1138,7 @@ def test_the_lag_of_a_video_is_how_much_later_it_moves_than_it_sounds():
 
 def test_two_folders_of_sounds_are_scored_beside_chance(tmp_path, capsys):
     for i in range(4):
-        wave = data.toybox_clip(i, video=False, kind="ball")["audio"]
+        wave = toybox.toybox_clip(i, video=False, kind="ball")["audio"]
         for folder in ("true", "remade"):
             (tmp_path / folder).mkdir(exist_ok=True)
             soundfile.write(tmp_path / folder / f"{i}.wav", wave, 16000)
@@ -1176,7 +1181,7 @@ def test_the_true_video_scores_95_with_the_oracle_and_less_than_half_when_its_so
 
 def test_a_mouth_sounds_as_long_for_the_oracle_as_it_did():
     for seed in range(20):
-        clip = data.toybox_clip(seed, 32, kind="mouth")
+        clip = toybox.toybox_clip(seed, 32, kind="mouth")
         (made, _), loud = cyclesync.oracle(clip)(clip["video"], 24), lambda w: np.abs(w).max() * .02
         if len(clip["events"]) == 1 and not clip["off_screen"] and np.abs(clip["audio"][:4000]).max() < loud(clip["audio"]):
             spans = [np.flatnonzero(np.abs(w) > loud(w))[[0, -1]] / 16000 for w in (clip["audio"], made)]
@@ -1184,7 +1189,7 @@ def test_a_mouth_sounds_as_long_for_the_oracle_as_it_did():
 
 
 def test_another_program_gets_a_silent_video_long_enough_and_its_sound_is_cut(tmp_path, capsys):
-    clip, tool = data.toybox_clip(5, 32, kind="ball"), tmp_path / "tool.py"
+    clip, tool = toybox.toybox_clip(5, 32, kind="ball"), tmp_path / "tool.py"
     soundfile.write(tmp_path / "long.wav", np.tile(clip["audio"], 2), 16000)
     tool.write_text("import shutil, sys, imageio.v3 as iio\n"
                     f"assert len(iio.imread(sys.argv[1], plugin='FFMPEG')) == 62, 'short'\nshutil.copy(r'{tmp_path / 'long.wav'}', sys.argv[2])\n")
@@ -1235,7 +1240,7 @@ def test_fvd_fid_and_fad_by_files_of_the_user(toy, tmp_path, capsys):
 def test_one_table_holds_the_rows_of_the_protocol_for_toybox_and_for_real_clips(toy, tmp_path, capsys):
     """Generated, true, reconstructed, off-sync and shuffled; every clip in a CSV; strips; the last line is JSON."""
     for i in range(4):
-        clip = data.toybox_clip(i, 32, 72, kind="lamp")
+        clip = toybox.toybox_clip(i, 32, 72, kind="lamp")
         (tmp_path / "clips/test/lamp").mkdir(parents=True, exist_ok=True)
         data.write_video(tmp_path / f"clips/test/lamp/{i}.mp4", clip["video"], clip["audio"])
     soundfile.write(tmp_path / "made.wav", np.random.default_rng(0).standard_normal(40000) / 9, 16000)
@@ -1574,7 +1579,7 @@ def test_a_cache_made_otherwise_is_refused_and_a_damaged_shard_is_named(tmp_path
 
 
 def test_real_clips_are_looked_at_prepared_trained_on_and_sampled_from(tmp_path, toy, capsys):
-    """data.py --show, data.py, train.py --data FOLDER (the first two commands may be left out), sample.py with the result."""
+    """data.py --show, train.py --data FOLDER, sample.py with the result."""
     clips, root = tmp_path / "my clips", tmp_path / "root"
     for i in range(3):
         (clips / "a class").mkdir(parents=True, exist_ok=True)
@@ -1589,7 +1594,8 @@ def test_real_clips_are_looked_at_prepared_trained_on_and_sampled_from(tmp_path,
     said = capsys.readouterr().out
     assert "skipped 1: its picture is damaged" in said and "test windows" in said and (tmp_path / "run/best.pt").is_file()
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*.npy")}
-    assert cli(data, *flags) == 0 and {p: p.stat().st_mtime_ns for p in root.rglob("*.npy")} == before       # nothing is made twice
+    assert cli(train, "--task", "a2v", *flags, "--steps", 1, "--batch-size", 2, "--eval-clips", 0, "--out", tmp_path / "again") == 0
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*.npy")} == before                                  # nothing is made twice
     soundfile.write(tmp_path / "s.wav", np.zeros(16000), 16000)
     assert cli(sample, "--audio", tmp_path / "s.wav", "--image", tmp_path / "look.png", "--ckpt", tmp_path / "run/best.pt", "--vae", toy / "vae.pt",
                "--steps", 1, "--out", tmp_path) == 0 and (tmp_path / "s.mp4").is_file()
@@ -1622,13 +1628,13 @@ def test_hubert_features_are_fifty_a_second(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     transformers.HubertModel(transformers.HubertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(tmp_path)
-    assert data.hubert(str(tmp_path), torch.device("cpu"))(np.random.default_rng(0).standard_normal(32000).astype(np.float32)).shape == (100, 16)
+    assert pyramid.hubert(str(tmp_path), torch.device("cpu"))(np.random.default_rng(0).standard_normal(32000).astype(np.float32)).shape == (100, 16)
 
 
 def test_hubert_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(data.BadInput, match="pip install transformers"):
-        data.hubert("x", torch.device("cpu"))
+        pyramid.hubert("x", torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ train.py
@@ -1677,11 +1683,11 @@ def pyramid_flow(tmp_path, monkeypatch):
         rows = [np.random.default_rng(len(c)).standard_normal((128 * 12 + 8)) for c in captions]
         return (np.stack([r[:-8].reshape(128, 12) for r in rows]).astype(np.float16), np.repeat((np.arange(128) < 5)[None], len(rows), 0).astype(np.float32),
                 np.stack([r[-8:] for r in rows]).astype(np.float32))
-    monkeypatch.setattr(data, "prompt_states", states)
-    monkeypatch.setattr(data, "hubert", lambda name, device: lambda wave: np.repeat(np.abs(wave[:len(wave) // 320 * 320]).reshape(-1, 320).mean(1)[:, None], 6, 1).astype(np.float32))
+    monkeypatch.setattr(pyramid, "prompt_states", states)
+    monkeypatch.setattr(pyramid, "hubert", lambda name, device: lambda wave: np.repeat(np.abs(wave[:len(wave) // 320 * 320]).reshape(-1, 320).mean(1)[:, None], 6, 1).astype(np.float32))
     for i, split in enumerate(("train", "train", "test")):
         (tmp_path / f"clips/{split}/lamp").mkdir(parents=True, exist_ok=True)
-        clip = data.toybox_clip(i, 64, kind="lamp")
+        clip = toybox.toybox_clip(i, 64, kind="lamp")
         data.write_video(tmp_path / f"clips/{split}/lamp/{i}.mp4", clip["video"], clip["audio"])
     return folder, tmp_path / "clips"
 
@@ -1695,12 +1701,12 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(p
     assert cli(train, *flags) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("memory      weights", "most memory held", "stage 2", "test windows"))
-    ckpt, published = torch.load(tmp_path / "run/best.pt", weights_only=True), MMDiT.from_pretrained(folder / "diffusion_transformer_384p").state_dict()
+    ckpt, published = torch.load(tmp_path / "run/best.pt", weights_only=True), load_pyramid_flow(folder / "diffusion_transformer_384p").state_dict()
     model = sample.load_a2v(tmp_path / "run/best.pt", pretrained=folder)[0].state_dict()
     moved = {k for k in published if not torch.equal(published[k], model[k])}
     assert moved and all(k.startswith("single_transformer_blocks") for k in moved) and len(moved) > 15
     assert ckpt["guidance"] == dict(asg=2., cfg=4.) and any(".audio." in k for k in ckpt["ema"])
-    clip = data.toybox_clip(5, 64)
+    clip = toybox.toybox_clip(5, 64)
     iio.imwrite(tmp_path / "f.png", clip["video"][0]), soundfile.write(tmp_path / "x.wav", clip["audio"], 16000)
     assert cli(sample, "--ckpt", tmp_path / "run/best.pt", "--pretrained", folder, "--hubert", "any", "--audio", tmp_path / "x.wav", "--image", tmp_path / "f.png", "--prompt", "lamp",
                "--steps", 6, "--out", tmp_path) == 0
@@ -1721,7 +1727,7 @@ def test_two_processes_that_share_the_weights_train_as_one_does_and_go_on(pyrami
         two_processes(*flags, "--fsdp", "--steps", steps, "--out", out)
     shared(tmp_path / "two", 1), shared(tmp_path / "two", 2)
     one, two = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("one", "two"))
-    start = MMDiT.from_pretrained(folder / "diffusion_transformer_384p").state_dict()
+    start = load_pyramid_flow(folder / "diffusion_transformer_384p").state_dict()
     felt = [k for k in one["model"] if ".audio." not in k or "to_out" in k]   # behind an output of zero there is nothing but rounding
     distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in felt if k in b).sqrt()
     assert set(one["model"]) == set(two["model"]) and distance(one["model"], two["model"]) < .2 * distance(one["model"], start)
@@ -1935,10 +1941,10 @@ def test_the_counted_flops_are_those_of_the_matrix_products():
 
 # ------------------------------------------------------------------------------------------------ SyncFlow: two towers, the audio VAE
 
-def towers(std=.05, **changes):
+def small_towers(std=.05, **changes):
     """Two towers of `tiny`'s kind that run in milliseconds, nothing in them zero."""
     torch.manual_seed(0)
-    net = DualTower(DualTowerConfig(**{**networks.TOWERS["tiny"], "depth": 2, "width": 32, "heads": 2, "latent": 4, "audio_latent": 3, "text_dim": 16, **changes}))
+    net = DualTower(DualTowerConfig(**{**towers.TOWERS["tiny"], "depth": 2, "width": 32, "heads": 2, "latent": 4, "audio_latent": 3, "text_dim": 16, **changes}))
     return shaken(net, std)
 
 
@@ -1950,14 +1956,14 @@ def two_streams(B=2, L=5, S=37, side=4, C=4, A=3, seed=0):
 
 def test_syncflows_towers_have_open_soras_width_because_sixteen_heads_do_not_divide_1142():
     with torch.device("meta"):
-        net = DualTower(DualTowerConfig(**networks.TOWERS["syncflow"]))
+        net = DualTower(DualTowerConfig(**towers.TOWERS["syncflow"]))
     assert 1142 % 16 and net.cfg.width == 1152 and net.cfg.depth == 28 and net.cfg.heads == 16
     assert len(net.video.space_blocks) == len(net.video.time_blocks) == len(net.audio.blocks) == 28
     assert net.video.embed.kernel_size == net.video.embed.stride == (1, 2, 2)
 
 
 def test_a_token_of_the_video_tower_is_one_by_two_by_two_of_the_latent():
-    net, z = towers(), two_streams()[0]
+    net, z = small_towers(), two_streams()[0]
     tokens = net.video.embed(z).flatten(3).permute(0, 2, 3, 1)
     with torch.no_grad():
         z[:, :, 1, 2, 3] += 1                                                 # latent 1, row 2, column 3: patch (1, 1)
@@ -1968,9 +1974,9 @@ def test_a_token_of_the_video_tower_is_one_by_two_by_two_of_the_latent():
 
 @pytest.mark.parametrize("axis", ["space", "time"])
 def test_spatial_attention_stays_in_its_frame_and_temporal_attention_at_its_place(axis):
-    block = towers().video.space_blocks[0] if axis == "space" else towers().video.time_blocks[0]
+    block = small_towers().video.space_blocks[0] if axis == "space" else small_towers().video.time_blocks[0]
     x, text, t6 = torch.randn(1, 12, 32, dtype=torch.float64), torch.randn(1, 3, 32, dtype=torch.float64), torch.randn(1, 1, 192, dtype=torch.float64)
-    p = networks.Stream(None, t6, rotary(torch.arange(3)[:, None], (16,)), 3, text, torch.ones(1, 1, 1, 3, dtype=torch.bool))
+    p = towers.Stream(None, t6, rotary(torch.arange(3)[:, None], (16,)), 3, text, torch.ones(1, 1, 1, 3, dtype=torch.bool))
     far = x.clone()
     far[:, 5] += torch.randn(32)                                              # 3 latents of 4 places: latent 1, place 1
     changed = (block.mix(far, p) - block.mix(x, p)).abs().amax((0, 2)) > 1e-9
@@ -1978,7 +1984,7 @@ def test_spatial_attention_stays_in_its_frame_and_temporal_attention_at_its_plac
 
 
 def test_text_reaches_the_video_in_both_kinds_of_block_and_its_padding_does_not():
-    net, (x_v, x_a, sigma) = towers(), two_streams()
+    net, (x_v, x_a, sigma) = small_towers(), two_streams()
     text, mask = net.read(text_bytes(["a ball drops onto the floor", "a hammer"]))
     before = net(x_v, None, sigma, text, mask)[0]
     assert mask.sum(1).tolist() == [4, 1] and net.read(text_bytes([""]))[1].sum() == 1
@@ -1994,7 +2000,7 @@ def test_text_reaches_the_video_in_both_kinds_of_block_and_its_padding_does_not(
 
 
 def test_the_video_never_hears_and_the_audio_sees():
-    net, (x_v, x_a, sigma) = towers(), two_streams()
+    net, (x_v, x_a, sigma) = small_towers(), two_streams()
     said = net.read(text_bytes(["a", "b"]))
     v_v, v_a = net(x_v, x_a, sigma, *said)
     again_v, other_a = net(x_v, two_streams(seed=1)[1], sigma, *said)
@@ -2005,7 +2011,7 @@ def test_the_video_never_hears_and_the_audio_sees():
 
 def test_layer_l_of_the_audio_looks_at_the_temporal_attention_of_layer_l_and_at_nothing_above():
     """SyncFlow: F_l, the output of the temporal attention of layer l, conditions layer l."""
-    net, (x_v, x_a, sigma) = towers(depth=3), two_streams()
+    net, (x_v, x_a, sigma) = small_towers(depth=3), two_streams()
     told, (_, features) = net.read(text_bytes(["a", "b"])), net.video(x_v, sigma, *net.read(text_bytes(["a", "b"])))
     block, a = net.audio.blocks[1], net.audio.embed(x_a.transpose(1, 2))
     turn = lambda t: rotary(t[:, None], (16,), 4.)
@@ -2021,7 +2027,7 @@ def test_layer_l_of_the_audio_looks_at_the_temporal_attention_of_layer_l_and_at_
 
 
 def test_the_adaptor_is_attention_norm_linear_and_can_be_left_out():
-    with_it, without = towers(), towers(adaptor=False)
+    with_it, without = small_towers(), small_towers(adaptor=False)
     adaptor, x = with_it.audio.blocks[0].adaptor, torch.randn(2, 20, 32, dtype=torch.float64)
     inside = []
     adaptor.linear.register_forward_hook(lambda m, given, out: inside.append(given[0]))
@@ -2035,7 +2041,7 @@ def test_the_adaptor_is_attention_norm_linear_and_can_be_left_out():
 
 
 def test_the_audio_tower_is_told_the_noise_level_by_a_token_beside_the_video():
-    net, (x_v, x_a, sigma) = towers(precondition=False), two_streams()
+    net, (x_v, x_a, sigma) = small_towers(precondition=False), two_streams()
     said = net.read(text_bytes(["a", "b"]))
     _, features = net.video(x_v, sigma, *said)
     early, late = (net.audio(x_a, torch.full_like(sigma, s), *said, 5, features) for s in (.9, .1))
@@ -2045,7 +2051,7 @@ def test_the_audio_tower_is_told_the_noise_level_by_a_token_beside_the_video():
 def test_sound_and_picture_share_one_clock_in_latent_units_and_without_it_order_is_lost():
     """Audio latent i stands at (i + 0.5)/alpha - 0.5. Video that moves by one latent while the sound moves by alpha changes nothing;
     and with positions off, the order of the latents cannot be seen at all."""
-    net = towers(adaptor=False, alpha=4., depth=1, precondition=False)
+    net = small_towers(adaptor=False, alpha=4., depth=1, precondition=False)
     block, D = net.audio.blocks[0], 32
     seen, a = torch.randn(1, 6, D, dtype=torch.float64), torch.randn(1, 9, D, dtype=torch.float64)
     turn = lambda t: rotary(t[:, None], (16,), 4.)
@@ -2056,8 +2062,8 @@ def test_sound_and_picture_share_one_clock_in_latent_units_and_without_it_order_
     blind = block.cross(a, block.cross.keys_values(seen))
     assert torch.allclose(block.cross(a, block.cross.keys_values(seen[:, mixed])), blind)
     assert not torch.allclose(block.cross(a, block.cross.keys_values(seen[:, mixed], turn(torch.arange(6.))), turn(torch.arange(9.) / 4)), see(0.), atol=1e-4)
-    net, (x_v, x_a, sigma) = towers(), two_streams()
-    off = towers(xrope=False)
+    net, (x_v, x_a, sigma) = small_towers(), two_streams()
+    off = small_towers(xrope=False)
     off.load_state_dict(net.state_dict())
     said = net.read(text_bytes(["a", "b"]))
     assert not torch.allclose(net(x_v, x_a, sigma, *said)[1], off(x_v, x_a, sigma, *said)[1])
@@ -2065,15 +2071,15 @@ def test_sound_and_picture_share_one_clock_in_latent_units_and_without_it_order_
 
 @pytest.mark.parametrize("side", [2, 8])
 def test_the_same_weights_make_half_and_double_the_resolution(side):
-    net, (x_v, x_a, sigma) = towers(), two_streams(side=side)
+    net, (x_v, x_a, sigma) = small_towers(), two_streams(side=side)
     v_v, v_a = net(x_v, x_a, sigma, *net.read(text_bytes(["a", "b"])))
     assert v_v.shape == x_v.shape and v_a.shape == x_a.shape
     sizes = {p.shape for p in net.parameters()}
-    assert sizes == {p.shape for p in towers(grid=7).parameters()}
+    assert sizes == {p.shape for p in small_towers(grid=7).parameters()}
 
 
 def test_text_alone_makes_sound_where_there_is_no_video():
-    net, (_, x_a, sigma) = towers(blind=True), two_streams()
+    net, (_, x_a, sigma) = small_towers(blind=True), two_streams()
     made = [net(None, x_a, sigma, *net.read(text_bytes([c, "b"]))) for c in ("a ball", "a hammer")]
     assert made[0][0] is None and not torch.allclose(made[0][1][0], made[1][1][0]) and torch.allclose(made[0][1][1], made[1][1][1])
 
@@ -2094,7 +2100,7 @@ def test_the_coupling_permutes_the_noise_alone_by_one_order_for_both_streams(mon
     order = losses.couple(noise, clips)
     cost = lambda o: sum((e[o] - z).square().mean(1).sum() for e, z in zip(noise, clips))
     assert sorted(order.tolist()) == list(range(8)) and cost(order) < cost(torch.arange(8))
-    net, (z_v, z_a, _) = towers(), two_streams(B=4)
+    net, (z_v, z_a, _) = small_towers(), two_streams(B=4)
     fed = []
     monkeypatch.setattr(net, "forward", lambda x_v, x_a, sigma, text, mask: (fed.append((x_v, x_a, sigma, text)), (torch.zeros_like(x_v), torch.zeros_like(x_a)))[1])
     words = text_bytes(["a", "b", "c", "d"])
@@ -2106,7 +2112,7 @@ def test_the_coupling_permutes_the_noise_alone_by_one_order_for_both_streams(mon
 
 
 def test_both_streams_are_trained_on_one_clock_with_equal_weight():
-    net, (z_v, z_a, _) = towers(), two_streams()
+    net, (z_v, z_a, _) = small_towers(), two_streams()
     words, seen = text_bytes(["a", "b"]), []
     forward = net.forward
     net.forward = lambda x_v, x_a, sigma, *said: seen.append((x_v, x_a, sigma)) or forward(x_v, x_a, sigma, *said)
@@ -2131,7 +2137,7 @@ def test_stage_two_leaves_the_video_tower_as_it_is_and_builds_no_graph_for_it(to
     one = torch.load(d / "one/last.pt", weights_only=True)["model"]
     same = {k for k, v in parts["video"]["model"].items() if torch.equal(v, one[k])}
     assert {k for k in one if k.startswith("audio.")} <= same and not any("_blocks" in k for k in same if not k.startswith("audio."))
-    net, (z_v, z_a, _) = towers(), two_streams()
+    net, (z_v, z_a, _) = small_towers(), two_streams()
     for name, p in net.named_parameters():
         p.requires_grad_(name.startswith("audio."))
     seen, video = [], net.video.forward
@@ -2142,7 +2148,7 @@ def test_stage_two_leaves_the_video_tower_as_it_is_and_builds_no_graph_for_it(to
 
 def test_video_to_audio_feeds_the_true_latents_at_each_steps_noise_level_and_keeps_them():
     """SyncFlow section 5: at every step the video is replaced by its noised truth; with one noise its path is the straight line."""
-    net, z_v = towers().float(), two_streams()[0].float()
+    net, z_v = small_towers().float(), two_streams()[0].float()
     fed, forward = [], net.forward
     net.forward = lambda x_v, x_a, sigma, *said: fed.append((x_v[:2], sigma[0].item())) or forward(x_v, x_a, sigma, *said)
     words = text_bytes(["a ball", "a hammer"])
@@ -2160,7 +2166,7 @@ def test_video_to_audio_feeds_the_true_latents_at_each_steps_noise_level_and_kee
 
 def test_the_towers_text_cannot_fall_silent():
     """A gelu at the end of the encoder did, in training: the towers then made anything, whatever they were told."""
-    net = towers()
+    net = small_towers()
     for p in net.text.parameters():
         p.data *= .3
     net.text.token.bias.data.fill_(-1)
@@ -2172,7 +2178,7 @@ def test_the_towers_text_cannot_fall_silent():
 
 
 def test_the_first_stage_learns_from_single_pictures_beside_the_clips(towers_on_disk):
-    net, (z_v, _, sigma), words = towers(), two_streams(), text_bytes(["a", "b"])
+    net, (z_v, _, sigma), words = small_towers(), two_streams(), text_bytes(["a", "b"])
     g = torch.Generator().manual_seed(0)
     s, eps = torch.rand(2, generator=g), torch.randn(2, 4, 1, 4, 4, generator=g)
     z, by = z_v[:, :, :1], s.view(2, 1, 1, 1, 1)
@@ -2186,7 +2192,7 @@ def test_the_first_stage_learns_from_single_pictures_beside_the_clips(towers_on_
 
 def test_guidance_of_two_towers_is_equation_three_on_both_streams():
     """v = v_unc + w (v_cond - v_unc); w = 1 is the conditional, w = 0 the unconditional model, and 1 costs one row."""
-    net, (x_v, x_a, _) = towers().float(), two_streams(B=1)
+    net, (x_v, x_a, _) = small_towers().float(), two_streams(B=1)
     words, nothing, rows = text_bytes(["a ball"]), text_bytes([""]), []
     forward = net.forward
     net.forward = lambda x_v, *a: rows.append(len(x_v)) or forward(x_v, *a)
@@ -2199,7 +2205,7 @@ def test_guidance_of_two_towers_is_equation_three_on_both_streams():
 
 
 def test_a_long_video_gets_its_sound_in_windows_that_keep_what_sounds_already():
-    net, calls = towers().float(), []
+    net, calls = small_towers().float(), []
     vae = SimpleNamespace(cfg=SimpleNamespace(rate=16000, latent=3), hop=320, denormalise=lambda z: z, decode_pieces=lambda z, n: calls.append(z) or torch.zeros(1, n))
     frames = np.random.default_rng(0).integers(0, 255, (24 * 6 + 1, 32, 32, 3), dtype=np.uint8)
     pair, seen = sample.pair, []
@@ -2267,7 +2273,7 @@ def test_the_critic_learns_from_detached_sounds_and_the_decoder_from_a_frozen_cr
 
 def test_the_audio_vae_learns_with_and_without_its_critic():
     torch.manual_seed(0)
-    vae, wave = AudioVAE(AudioVAEConfig(**{**AUDIO_SIZES["tiny"], "width": 4, "latent": 8})), torch.from_numpy(data.toybox_clip(3, video=False)["audio"][None, :16000])
+    vae, wave = AudioVAE(AudioVAEConfig(**{**AUDIO_SIZES["tiny"], "width": 4, "latent": 8})), torch.from_numpy(toybox.toybox_clip(3, video=False)["audio"][None, :16000])
     for critic in (None, vae_module.Critic((256,), 4)):
         adam, noise = torch.optim.Adam([*vae.parameters(), *(critic.parameters() if critic else [])], 3e-3), torch.zeros(1, 8, 50)
         for i in range(30):
@@ -2294,7 +2300,7 @@ def test_the_vae_of_spectra_makes_fifty_latents_a_second_and_sounds_of_exact_len
 
 def test_a_sound_comes_back_from_its_spectrum_with_its_timbre_and_in_time():
     """Nothing of it but the phases is lost."""
-    waves = [data.toybox_clip(HELD_OUT_TESTS + seed, video=False)["audio"] for seed in range(12)]
+    waves = [toybox.toybox_clip(HELD_OUT_TESTS + seed, video=False)["audio"] for seed in range(12)]
     back = [data.from_log_mel(data.log_mel(w)) for w in waves]
     assert all(b.dtype == np.float32 and len(b) == 160 * (len(w) // 160) for b, w in zip(back, waves))
     far = lambda what: np.mean([np.abs(what(b) - what(w[:len(b)])).mean() for b, w in zip(back, waves)])
@@ -2316,18 +2322,18 @@ def test_the_vae_of_spectra_learns_and_is_saved_as_what_it_is(tmp_path, capsys):
 
 
 def test_what_is_heard_in_the_toybox_is_what_happens_and_noise_and_hums_are_not():
-    clips = [data.toybox_clip(HELD_OUT_TESTS + i, video=False) for i in range(60)]
+    clips = [toybox.toybox_clip(HELD_OUT_TESTS + i, video=False) for i in range(60)]
     heard = [cyclesync.heard_events(c["audio"]) for c in clips]
     assert cyclesync.event_scores([c["events"] for c in clips], heard)["f1_50"] > .97
 
 
 def test_a_scene_is_found_again_from_its_first_frame():
-    clips = [data.toybox_clip(HELD_OUT_TESTS + i, 32, kind=k) for i, k in enumerate(data.KINDS)]
-    reads = [cyclesync.read_clip_events(c["video"], dict(kind=c["kind"], scene=cyclesync.fit_scene(c["video"][0], c["kind"]))) for c in clips]
+    clips = [toybox.toybox_clip(HELD_OUT_TESTS + i, 32, kind=k) for i, k in enumerate(toybox.KINDS)]
+    reads = [toybox.read_clip_events(c["video"], dict(kind=c["kind"], scene=toybox.fit_scene(c["video"][0], c["kind"]))) for c in clips]
     s = cyclesync.event_scores([c["events"] for c in clips], [r[0] for r in reads], [r[1] for r in reads])
     assert s["f1_50"] > .95 and s["residual"] < .2
-    wrong = cyclesync.fit_scene(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8), "ball")
-    assert len(cyclesync.read_clip_events(np.random.default_rng(1).integers(0, 255, (49, 32, 32, 3), dtype=np.uint8), dict(kind="ball", scene=wrong))[0]) == 0
+    wrong = toybox.fit_scene(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8), "ball")
+    assert len(toybox.read_clip_events(np.random.default_rng(1).integers(0, 255, (49, 32, 32, 3), dtype=np.uint8), dict(kind="ball", scene=wrong))[0]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -2336,7 +2342,7 @@ def towers_on_disk(toy, tmp_path_factory):
     d = tmp_path_factory.mktemp("towers")
     vae = little_audio_vae().float().eval()
     data.save_checkpoint(d / "audio-vae.pt", task="audio-vae", config=asdict(vae.cfg), ema={k: v.half() for k, v in vae.state_dict().items()}, step=0)
-    networks.TOWERS["little"] = {**networks.TOWERS["tiny"], "depth": 1, "width": 32, "heads": 2, "audio_latent": 3, "text_dim": 16}
+    towers.TOWERS["little"] = {**towers.TOWERS["tiny"], "depth": 1, "width": 32, "heads": 2, "audio_latent": 3, "text_dim": 16}
     flags = ["--task", "t2av", "--size", "little", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--resolution", 32, "--clips", 24, "--steps", 2, "--batch-size", 4,
              "--eval-clips", 2, "--log-every", 1, "--warmup", 1, "--data-root", d / "data"]
 
@@ -2415,7 +2421,7 @@ def harmony(std=.05, **changes):
     """Harmony's towers of `tiny`'s kind that run in milliseconds, nothing in them zero."""
     torch.manual_seed(0)
     little = dict(depth=2, width=32, heads=2, axes=(8, 4, 4), latent=4, audio_latent=3, text_dim=16)
-    return shaken(DualTower(DualTowerConfig(**{**networks.HARMONY["tiny"], **little, **changes})), std)
+    return shaken(DualTower(DualTowerConfig(**{**towers.HARMONY["tiny"], **little, **changes})), std)
 
 
 def told(net, captions=("a ball drops", "a bell rings"), speech=("u i", "")):
@@ -2425,14 +2431,14 @@ def told(net, captions=("a ball drops", "a bell rings"), speech=("u i", "")):
 
 def test_harmonys_size_is_that_of_wan_and_every_layer_has_its_three_bridges():
     with torch.device("meta"):
-        net = DualTower(DualTowerConfig(**networks.HARMONY["harmony"]))
+        net = DualTower(DualTowerConfig(**towers.HARMONY["harmony"]))
     assert (net.cfg.width, net.cfg.heads, net.cfg.depth) == (3072, 24, 30) and sum(net.cfg.axes) == 128
     assert len(net.a2v_blocks) == len(net.v2a_blocks) == len(net.style_blocks) == len(net.audio.blocks) == len(net.video.time_blocks) == 30
 
 
 def test_a_fresh_bridge_adds_nothing():
     torch.manual_seed(0)
-    net = DualTower(DualTowerConfig(**{**networks.HARMONY["tiny"], "latent": 4, "audio_latent": 3, "precondition": False})).double()
+    net = DualTower(DualTowerConfig(**{**towers.HARMONY["tiny"], "latent": 4, "audio_latent": 3, "precondition": False})).double()
     torch.nn.init.normal_(net.video.proj_out.weight), torch.nn.init.normal_(net.audio.proj_out.weight)
     x_v, x_a, s = two_streams()
     both, video, audio = (net.converse(v, a, s, s, *told(net)) for v, a in ((x_v, x_a), (x_v, None), (None, x_a)))
@@ -2450,8 +2456,8 @@ def test_the_bridges_join_towers_of_either_kind():
 
 def test_places_on_another_timeline_are_multiplied_by_the_ratio_of_the_lengths():
     ids = torch.arange(157).double()
-    assert torch.allclose(networks.rescale(ids, 31 / 157), ids * 31 / 157) and torch.equal(networks.rescale(ids, 1, .5), ids)
-    assert torch.allclose(networks.rescale(torch.arange(40).double(), 1 / 8, .5).unflatten(0, (5, 8)).mean(1), torch.arange(5).double())
+    assert torch.allclose(towers.rescale(ids, 31 / 157), ids * 31 / 157) and torch.equal(towers.rescale(ids, 1, .5), ids)
+    assert torch.allclose(towers.rescale(torch.arange(40).double(), 1 / 8, .5).unflatten(0, (5, 8)).mean(1), torch.arange(5).double())
     (q, k, _), (q_a, k_v, _) = harmony().bridge_times(5, 40, 1, "cpu")        # frame 2 and step 16 are at one place: one rotation
     assert torch.allclose(q[0][2], k[0][16]) and torch.allclose(q_a[1][16], k_v[1][2])
     raw = harmony(align=False).bridge_times(5, 40, 1, "cpu")[0]
@@ -2461,9 +2467,9 @@ def test_places_on_another_timeline_are_multiplied_by_the_ratio_of_the_lengths()
 
 
 def test_frame_wise_attention_sees_its_window_and_always_the_nearest():
-    near = networks.near(torch.arange(31.), networks.rescale(torch.arange(157.), 31 / 157), 1.5)
+    near = towers.near(torch.arange(31.), towers.rescale(torch.arange(157.), 31 / 157), 1.5)
     assert near.any(1).all() and near.sum(1).max() <= 16
-    steps = networks.near(torch.arange(157.), networks.rescale(torch.arange(31.), 157 / 31), .1)
+    steps = towers.near(torch.arange(157.), towers.rescale(torch.arange(31.), 157 / 31), .1)
     assert steps.any(1).all() and steps.sum(1).min() == 1                     # even where the window holds nothing
     net, (x_v, x_a, s) = harmony(depth=1), two_streams(L=6, S=48)
     far_sound, far_frame = x_a.clone(), x_v.clone()
@@ -2640,19 +2646,19 @@ def test_the_anchors_are_what_the_vaes_make_of_silence_and_stillness(toy):
 
 
 def test_another_take_is_of_the_same_thing_but_other_things_happen_to_it():
-    takes = [data.toybox_clip(7, 32, kind="mouth", take=k) for k in range(3)]
+    takes = [toybox.toybox_clip(7, 32, kind="mouth", take=k) for k in range(3)]
     for t in takes[1:]:
         assert str(t["scene"]) == str(takes[0]["scene"]) and not np.array_equal(t["events"], takes[0]["events"])
-    many = [data.toybox_clip(i, 32, kind="mouth", video=False) for i in range(40)]
+    many = [toybox.toybox_clip(i, 32, kind="mouth", video=False) for i in range(40)]
     assert all(len(c["speech"].split()) == len(c["events"]) for c in many) and {v for c in many for v in c["speech"].split()} == set("uioa")
-    assert all(c["speech"] == "" for c in (data.toybox_clip(i, 32, kind="bell", video=False) for i in range(5)))
+    assert all(c["speech"] == "" for c in (toybox.toybox_clip(i, 32, kind="bell", video=False) for i in range(5)))
 
 
 @pytest.fixture(scope="module")
 def harmony_on_disk(towers_on_disk, toy):
     """All four stages of Harmony, two steps each, 32 px."""
     d, run = towers_on_disk
-    networks.HARMONY["little"] = {**networks.TOWERS["little"], "axes": (8, 4, 4), "bridges": True}
+    towers.HARMONY["little"] = {**towers.TOWERS["little"], "axes": (8, 4, 4), "bridges": True}
     assert run("harmony", "--task", "joint", "--eval-clips", 9) == 0         # more than are shown
     return d, run, ["--ckpt", d / "harmony/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--steps", 2]
 
@@ -2766,8 +2772,8 @@ def test_harmonys_ablation_scores_every_leave_one_out_row_on_one_audio_tower(har
 
 
 def test_a_map_is_held_against_the_places_where_the_thing_can_move():
-    clip = data.toybox_clip(cyclesync.HELD_OUT + 3, kind="hammer")
-    drawn = data.toybox_draw(clip["scene"], np.linspace(*data.STATES["hammer"], 9), 64).astype(int)
+    clip = toybox.toybox_clip(cyclesync.HELD_OUT + 3, kind="hammer")
+    drawn = toybox.toybox_draw(clip["scene"], np.linspace(*toybox.STATES["hammer"], 9), 64).astype(int)
     moves = torch.from_numpy((drawn.max(0) - drawn.min(0)).max(-1) > 24).float()                  # (H, W)
     score = lambda m: {k: v[0] for k, v in cyclesync.score_maps([dict(attention=m[None, None, None].expand(1, 103, 13, -1, -1) / 13 / m.sum(), heat=None)],
                                                                 [dict(clip, events=np.array([.6]))])["attention"].items()}
@@ -2783,7 +2789,7 @@ def test_a_gain_on_the_same_clips_is_seen_where_two_intervals_overlap():
 
 
 def test_takes_of_one_thing_are_closer_in_timbre_than_things_of_one_kind():
-    clips = [data.toybox_clip(cyclesync.HELD_OUT + i, video=False) for i in range(48)]
+    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, video=False) for i in range(48)]
     takes, sounds = cyclesync.other_takes(clips, 4), [c["audio"] for c in clips]
     other = [next((k for j, k in enumerate(clips) if j != i and k["kind"] == c["kind"] and len(k["events"])), c)["audio"] for i, c in enumerate(clips)]
     assert cyclesync.score_timbre(sounds, takes, clips)["closer"] > .85 and cyclesync.score_timbre(other, takes, clips)["closer"] < .6
@@ -2842,7 +2848,7 @@ def test_the_shipped_weights_move_things_on_their_sounds():
     """README: generated things of every kind move on their sound, far above chance, and look it; deaf, they do not."""
     net, vae, ckpt = sample.load_a2v()
     _, cast, _ = sample.pick_device("cpu")
-    clips = [data.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=data.KINDS[i % 6]) for i in range(18)]
+    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=toybox.KINDS[i % 6]) for i in range(18)]
     made = cyclesync.generate(net, vae, clips, cast, steps=10, asg=2., cfg=0.)
     scores, _, shuffled, _ = cyclesync.score_toybox(made, clips)
     assert scores["f1_50"] > .9 and scores["f1_50"] > 2 * shuffled["f1_50"] and scores["residual"] < .2 and scores["false_per_quiet_clip"] == 0
@@ -2863,7 +2869,7 @@ def test_moving_the_sound_moves_the_motion():
     """The paper's demonstration: same picture, the sound 0.25 s later, the events 0.25 s later."""
     net, vae, ckpt = sample.load_a2v()
     _, cast, _ = sample.pick_device("cpu")
-    clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 500 + i, ckpt["size"], kind="lamp") for i in range(40)) if 1 <= len(c["events"]) and c["events"][-1] < 1.6][:6]
+    clips = [c for c in (toybox.toybox_clip(cyclesync.HELD_OUT + 500 + i, ckpt["size"], kind="lamp") for i in range(40)) if 1 <= len(c["events"]) and c["events"][-1] < 1.6][:6]
     later = [dict(c, audio=np.pad(c["audio"], (4000, 0))[:len(c["audio"])], events=c["events"] + .25) for c in clips]
     scores = cyclesync.score_toybox(cyclesync.generate(net, vae, later, cast, steps=10, asg=1., cfg=0.), later)[0]
     assert scores["f1_50"] > .85
@@ -2874,7 +2880,7 @@ def test_the_shipped_towers_give_a_video_its_sound_and_two_that_are_made_togethe
     """README: sounds made for true videos come when things happen, and a made pair agrees with itself, better than with another pair."""
     model, vae, audio_vae, ckpt = sample.load_t2av()
     _, cast, _ = sample.pick_device("cpu")
-    clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 700 + i, kind=data.KINDS[i % 6]) for i in range(12)) if len(c["events"])]
+    clips = [c for c in (toybox.toybox_clip(cyclesync.HELD_OUT + 700 + i, kind=toybox.KINDS[i % 6]) for i in range(12)) if len(c["events"])]
     captions, truth, make = [c["caption"] for c in clips], np.stack([c["video"] for c in clips]), dict(steps=12, cfg=ckpt["guidance"]["cfg"])
     z = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth])
     waves = sample.compose(model, vae, audio_vae, captions, 49, 64, cast, z_v=z, **make)[1]
@@ -2882,7 +2888,7 @@ def test_the_shipped_towers_give_a_video_its_sound_and_two_that_are_made_togethe
     f1 = lambda a, b: cyclesync.event_scores(a, b)["f1_50"]
     assert f1(events, heard) > .55 and f1(events, heard) > 2 * f1(other(events), heard)
     videos, waves = sample.compose(model, vae, audio_vae, captions, 49, 64, cast, pictures=truth[:, 0], **make)
-    seen, heard = [cyclesync.read_clip_events(v, c)[0] for v, c in zip(videos, clips)], [cyclesync.heard_events(w) for w in waves]
+    seen, heard = [toybox.read_clip_events(v, c)[0] for v, c in zip(videos, clips)], [cyclesync.heard_events(w) for w in waves]
     assert f1(seen, heard) > .35 and f1(seen, heard) > 1.5 * f1(other(seen), heard)
 
 
@@ -2891,11 +2897,11 @@ def test_the_shipped_harmony_moves_what_sounds_and_sounds_what_moves_and_synccfg
     """README: either stream drives the other, far above chance, and pairs agree with SyncCFG."""
     model, vae, audio_vae, ckpt = sample.load_t2av(sample.JOINT_FILE)
     _, cast, _ = sample.pick_device("cpu")
-    clips = [c for c in (data.toybox_clip(cyclesync.HELD_OUT + 300 + i) for i in range(16)) if len(c["events"])][:8]
+    clips = [c for c in (toybox.toybox_clip(cyclesync.HELD_OUT + 300 + i) for i in range(16)) if len(c["events"])][:8]
     truth, other = np.stack([c["video"] for c in clips]), lambda x: x[len(x) // 2:] + x[:len(x) // 2]
     make = lambda **given: sample.compose(model, vae, audio_vae, [c["caption"] for c in clips], 49, 64, cast, speech=[c["speech"] for c in clips], steps=10, shift=5., **given)
     events, f1 = [c["events"] for c in clips], lambda a, b: cyclesync.event_scores(a, b)["f1_50"]
-    seen = lambda videos: [cyclesync.read_clip_events(v, c)[0] for v, c in zip(videos, clips)]
+    seen = lambda videos: [toybox.read_clip_events(v, c)[0] for v, c in zip(videos, clips)]
     plain, hear = dict(sync_video=1., sync_audio=1.), lambda waves: [cyclesync.heard_events(w) for w in waves]
     driven = seen(make(z_a=torch.cat([sample.encode_sound(audio_vae, c["audio"], "cpu") for c in clips]), pictures=truth[:, 0], **plain)[0])
     assert f1(events, driven) > .6 and f1(events, driven) > 2 * f1(other(events), driven)

@@ -48,11 +48,15 @@ from tqdm import tqdm
 
 import data
 import model as networks
+import towers
 import vae as autoencoders
-from cyclesync import HELD_OUT, event_scores, generate, heard_events, read_clip_events, reconstruct, score_toybox
+from cyclesync import HELD_OUT, event_scores, generate, heard_events, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
-from losses import BUCKETS, a2v_loss, cts_loss, picture_loss, pyramid_loss, t2av_loss
+from losses import BUCKETS, a2v_loss, cts_loss, picture_loss, t2av_loss
+import pyramid
+from pyramid import load_pyramid_flow, pyramid_loss
 from sample import AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, compose, fingerprint, load_audio_vae, load_vae, pick_device
+from toybox import read_clip_events, toybox_clip, toybox_windows
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
 
@@ -102,7 +106,7 @@ class A2V:
     def __init__(self, args, device, cast, world):
         self.args, self.device, self.toybox, rank = args, device, args.data == "toybox", int(os.environ.get("RANK", 0))
         self.vae = load_vae(Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae, device)
-        ears = cache(lambda: data.hubert(args.hubert, device))                # made when first needed: a finished cache needs none
+        ears = cache(lambda: pyramid.hubert(args.hubert, device))                # made when first needed: a finished cache needs none
         hear = (lambda wave: ears()(wave)) if args.hubert else None
         cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast,
                                                     args.clips, hear, say=print if rank == 0 else lambda _: None)
@@ -110,7 +114,7 @@ class A2V:
         def make():
             caches, prompts = [cached(split) for split in (("train",) if self.toybox else ("train", "test"))], {}
             for prepared in caches if args.pretrained else []:
-                prompts.update(data.cached_prompts(prepared["folder"], prepared["captions"], args.pretrained, device))
+                prompts.update(pyramid.cached_prompts(prepared["folder"], prepared["captions"], args.pretrained, device))
             return caches, prompts
         (self.cache, *self.test), self.prompts = first_prepares(world, make)
         self.test = self.test[0] if self.test else None
@@ -129,7 +133,7 @@ class A2V:
         """Syncphony: Pyramid Flow's network and new audio layers. Blocks 0-7 and everything outside the blocks stay as they are
         published (and, where bfloat16 is native, lie in memory as that); blocks 8-23 and the audio layers are trained."""
         width = self.cache["arrays"]["features"][0].shape[-1]
-        net = networks.MMDiT.from_pretrained(Path(args.pretrained) / "diffusion_transformer_384p", audio_dim=width, audio_rope=not args.no_audio_rope)
+        net = load_pyramid_flow(Path(args.pretrained) / "diffusion_transformer_384p", audio_dim=width, audio_rope=not args.no_audio_rope)
         native = not isinstance(cast(), nullcontext)
         for name, p in net.named_parameters():
             p.requires_grad_(name.startswith("single_transformer_blocks"))
@@ -216,7 +220,7 @@ class VAE:
             self.net = load_vae(args.tune_decoder).train()                    # them stays valid, and looks can still improve
             for name, p in self.net.named_parameters():
                 p.requires_grad_(not name.startswith(("encoder", "quant_conv")))
-        self.paint = Painter(lambda s, r: data.toybox_windows([args.seed, s * args.batch_size + r], args.resolution), args.steps)
+        self.paint = Painter(lambda s, r: toybox_windows([args.seed, s * args.batch_size + r], args.resolution), args.steps)
 
     def batch(self, step, rows):
         videos = self.paint(step, rows)                                       # (B, 2, F, H, W, 3)
@@ -241,7 +245,7 @@ class VAE:
 
     def settle(self, net):
         """The normalisation, measured: shift and scale that give latent 0 and the later latents unit variance."""
-        clips = [data.toybox_clip(HELD_OUT // 2 + i, self.args.resolution)["video"] for i in range(64)]
+        clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution)["video"] for i in range(64)]
         with torch.no_grad():
             z = torch.cat([net.encode(torch.from_numpy(c)[None].to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)[0] for c in clips])
         for name, part in (("image", z[:, :, :1]), ("video", z[:, :, 1:])):
@@ -265,7 +269,7 @@ def held_out_windows(cache, n):
 
 
 def toybox_held_out(args, n):
-    return [data.toybox_clip(HELD_OUT + 10 ** 6 + i, args.resolution) for i in range(n)]
+    return [toybox_clip(HELD_OUT + 10 ** 6 + i, args.resolution) for i in range(n)]
 
 
 def toybox_line(words, videos, clips):
@@ -301,7 +305,7 @@ class AudioVAE:
         """Sample number s: a second of it, of a toybox clip or of one of the files."""
         rng, n = np.random.default_rng([self.args.seed, 4, s]), self.config.rate
         if not files:
-            wave = data.toybox_clip(int(rng.integers(HELD_OUT)), video=False)["audio"]
+            wave = toybox_clip(int(rng.integers(HELD_OUT)), video=False)["audio"]
         else:
             clip = files[rng.integers(len(files))]
             wave = data.read_audio(clip["sound"] or clip["path"], n)
@@ -323,7 +327,7 @@ class AudioVAE:
     def held_out(self, n):
         if self.files:
             return [dict(audio=self.sound(10 ** 12 + i, self.tests)) for i in range(n)]
-        return [data.toybox_clip(HELD_OUT + 10 ** 6 + i, video=False) for i in range(n)]
+        return [toybox_clip(HELD_OUT + 10 ** 6 + i, video=False) for i in range(n)]
 
     def evaluate(self, net, clips, cast, last):
         with torch.no_grad(), cast():
@@ -353,20 +357,20 @@ class T2AV:
 
     def __init__(self, args, device, cast, world):
         self.harmony = args.task == "joint"
-        sizes = networks.HARMONY if self.harmony else networks.TOWERS
+        sizes = towers.HARMONY if self.harmony else towers.TOWERS
         if args.size not in sizes:
             raise BadInput(f"--size {args.size}: two towers are {', '.join(sizes)}")
         self.args, self.device, rank = args, device, int(os.environ.get("RANK", 0))
         self.vae, self.audio_vae = load_vae(args.vae, device), load_audio_vae(args.audio_vae, device)
         switches = dict(align=not args.no_rope_align, local=not args.no_gldi) if self.harmony else dict(adaptor=not args.no_adaptor, blind=args.no_video)
-        config = networks.DualTowerConfig(**sizes[args.size] | switches)
+        config = towers.DualTowerConfig(**sizes[args.size] | switches)
         for name, vae, channels in (("vae", self.vae, config.latent), ("audio-vae", self.audio_vae, config.audio_latent)):
             if vae.cfg.latent != channels:
                 raise BadInput(f"--{name}: makes latents of {vae.cfg.latent} channels, --size {args.size} takes {channels}")
         cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast, args.clips,
                                                     self.hear, fingerprint(self.audio_vae), 2 if self.harmony else 1, say=print if rank == 0 else lambda _: None)
         self.cache, *self.test = first_prepares(world, lambda: [cached(split) for split in (("train",) if args.data == "toybox" else ("train", "test"))])
-        self.config, self.net = config, networks.DualTower(config)
+        self.config, self.net = config, towers.DualTower(config)
         if args.init:
             before = data.load_checkpoint(args.init, args.task)               # of stage 1 it knows no audio, whatever its audio tower looked like
             known = {k: v for k, v in before["ema"].items() if before["stage"] != "video" or not k.startswith("audio.")}
@@ -852,7 +856,7 @@ def arguments():
     p.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
     p.add_argument("--data", default="toybox", help=f"a2v: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
     p.add_argument("--data-root", default="data", help="where datasets and caches lie")
-    p.add_argument("--size", default="tiny", choices=[*dict.fromkeys([*networks.SIZES, *networks.TOWERS, *networks.HARMONY])], help="size of the network")
+    p.add_argument("--size", default="tiny", choices=[*dict.fromkeys([*networks.SIZES, *towers.TOWERS, *towers.HARMONY])], help="size of the network")
     p.add_argument("--stage", default="all", choices=("video", "audio", "timbre", "joint", "all"), help="t2av, joint: one tower, the other, both together (timbre: Harmony's, with references out of other clips); or one after the other")
     p.add_argument("--init", help="t2av, joint: the checkpoint a stage starts from (that of the stage before, in --out)")
     p.add_argument("--resolution", type=data.picture_size, default=64, help="side of the pictures in pixels, or height x width: 384x640")

@@ -45,7 +45,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from data import BadInput, adopt, read_published
 
 
 @dataclass
@@ -251,26 +250,6 @@ class CausalVideoVAE(nn.Module):
         nn.init.constant_(self.quant_conv.conv.bias[cfg.latent:], -6)         # start with little noise, or nothing is ever coded
         self.stride_t = cfg.patch[0] * 2 ** sum(cfg.time)                     # frames per latent
         self.stride = cfg.patch[1] * 2 ** sum(cfg.space)                      # pixels per latent position
-
-    @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=None):
-        """Pyramid Flow's published VAE (rain1011/pyramid-flow-miniflux, causal_video_vae), mapped as the transformer's file is."""
-        config, state = read_published(folder)
-        for new, old in zip(("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn")):      # names before 2023
-            state = {k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v for k, v in state.items()}
-        try:
-            widths = tuple(config["encoder_block_out_channels"])
-            flags = lambda key, default: tuple(int(f) for f in config.get(key, default))
-            three = (1,) * (len(widths) - 1) + (0,)
-            cfg = VAEConfig(widths=widths, latent=config["encoder_out_channels"], groups=config["encoder_norm_num_groups"],
-                            layers=(config["encoder_layers_per_block"][0], config["decoder_layers_per_block"][0]),
-                            space=flags("encoder_spatial_down_sample", three), time=flags("encoder_temporal_down_sample", three))
-        except KeyError as why:
-            raise BadInput(f"{folder}/config.json: no {why}; expected the configuration of a CausalVideoVAE") from None
-        with torch.device("meta"):
-            vae = cls(cfg)
-        state = {k: v[..., 0, 0] if "attentions" in k and v.dim() == 4 else v for k, v in state.items()}
-        return adopt(vae, state, folder, device, dtype).eval()
 
     def patchify(self, x, t):                                                 # (B, 3, F, H, W) -> (B, 3·t·p·p, F/t, H/p, W/p)
         p = self.cfg.patch[1]
