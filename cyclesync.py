@@ -15,7 +15,7 @@ trained. Where a frame is as far from every drawing as their mean is, the reader
 
 **Pictures and sounds made together** (SyncFlow) have no true events to be held against, and of their scene only the kind is known. The
 scene is fitted to the first frame (`fit_scene`), the events that are then SEEN are held against those that are HEARD
-(`heard_events`): the agreement of a clip with itself, beside that of everybody with somebody else's sound.
+(`onsets_in_sound`): the agreement of a clip with itself, beside that of everybody with somebody else's sound.
 
 **CycleSync** (Syncphony section 4) needs no truth: a video-to-audio model f makes a sound from the silent video; the better
 that sound's onsets agree with those of the real one, the better the video was synchronised. With A and A' the two sets,
@@ -72,10 +72,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import BadInput, Parser, number, read_audio, read_clip, run_cli, temporary, write_picture, write_video
-from sample import A2V_FILE, HERE, VAE_FILE, Deaf, animate, compose, dub, encode_sound, encode_video, equip, load_a2v, load_t2av, pick_device, read_jobs
-from toybox import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, fit_scene, read_clip_events, read_events, read_states, toybox_clip, toybox_draw,
-                    toybox_sound)
+from data import BadInput, Parser, number, read_audio, read_clip, run_cli, temp_path, write_picture, write_video
+from sample import A2V_FILE, HERE, VAE_FILE, WithoutAudio, generate_video, generate_audio_video, video_to_audio, encode_sound, encode_video, attach_external_encoders, load_a2v, load_t2av, pick_device, read_jobs
+from toybox import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, fit_scene, detect_clip_events, detect_events, track_states, toybox_clip, draw_scene,
+                    synthesise)
 
 HELD_OUT = 10 ** 9                                                            # seeds of evaluation clips start here
 
@@ -91,7 +91,7 @@ def match_events(a, b, tolerance):
     return len(paired), paired
 
 
-def ratio(over, under=None, rounds=1000):
+def bootstrap_ratio(over, under=None, rounds=1000):
     """Sum of `over` by sum of `under` (figures per clip; 1 each if not given), and its 95 % interval over clips: the same of
     as many clips drawn with replacement (bootstrap) -> (value, low, high). Clips without a value (nan) are left out."""
     over = np.asarray(over, float)
@@ -104,7 +104,7 @@ def ratio(over, under=None, rounds=1000):
     return float(over.sum() / under.sum()), *np.quantile(tops[bottoms > 0] / bottoms[bottoms > 0], (.025, .975)).tolist()
 
 
-def gain(first, second, rounds=1000):
+def paired_bootstrap(first, second, rounds=1000):
     """How much more the first is than the second, both (over, under) of the same clips as in `ratio` -> (difference, low, high). Two intervals
     may overlap where every clip gains: which clips were drawn moves both alike, and leaves their difference alone."""
     tops, bottoms = np.asarray([first, second], float).transpose(1, 0, 2)     # (2, clips) each
@@ -121,9 +121,9 @@ def event_scores(truth, read, residuals=()):
     for ms in (50, 100):
         pairs = [match_events(t, r, ms / 1000) for t, r in zip(truth, read)]
         hits = np.array([h for h, _ in pairs])
-        out.update({f"precision_{ms}": ratio(hits, m), f"recall_{ms}": ratio(hits, n), f"f1_{ms}": ratio(2 * hits, n + m)})
-    out["timing_ms"] = ratio([1000 * np.abs(lags).sum() for _, lags in pairs], hits)
-    out["residual"] = ratio([np.sum(r) for r in residuals], [len(r) for r in residuals])
+        out.update({f"precision_{ms}": bootstrap_ratio(hits, m), f"recall_{ms}": bootstrap_ratio(hits, n), f"f1_{ms}": bootstrap_ratio(2 * hits, n + m)})
+    out["timing_ms"] = bootstrap_ratio([1000 * np.abs(lags).sum() for _, lags in pairs], hits)
+    out["residual"] = bootstrap_ratio([np.sum(r) for r in residuals], [len(r) for r in residuals])
     intervals = {k: v[1:] for k, v in out.items()}
     out = {k: v[0] if np.isfinite(v[0]) or k in ("timing_ms", "residual") else 0. for k, v in out.items()}      # nothing to find: 0
     return dict(out, interval=intervals)
@@ -139,7 +139,7 @@ def lag_curve(truth, read):
     return curve
 
 
-def others(clips):
+def shuffled_partner(clips):
     """For every clip with events the next one with events: whose sound it is given to find out what chance does."""
     eventful = [i for i, c in enumerate(clips) if len(c["events"])]
     return dict(zip(eventful, eventful[1:] + eventful[:1]))
@@ -147,8 +147,8 @@ def others(clips):
 
 def score_toybox(videos, clips):
     """Videos uint8 (F, H, W, 3) against the clips they were made for -> scores over all, per kind, of shuffled events; and
-    what was read of every video, as `read_clip_events` gives it."""
-    reads, truth = [read_clip_events(v, c) for v, c in zip(videos, clips)], [c["events"] for c in clips]
+    what was read of every video, as `detect_clip_events` gives it."""
+    reads, truth = [detect_clip_events(v, c) for v, c in zip(videos, clips)], [c["events"] for c in clips]
     read, residuals, readable = (list(part) for part in zip(*reads))
     scores = event_scores(truth, read, residuals)
     quiet = [len(r) for r, t in zip(read, truth) if len(t) == 0]
@@ -157,7 +157,7 @@ def score_toybox(videos, clips):
     for kind in KINDS:
         mine = [i for i, c in enumerate(clips) if c["kind"] == kind]
         kinds[kind] = event_scores([truth[i] for i in mine], [read[i] for i in mine], [residuals[i] for i in mine])
-    other = others(clips)
+    other = shuffled_partner(clips)
     return scores, kinds, event_scores([truth[j] for j in other.values()], [read[i] for i in other]), reads
 
 
@@ -173,7 +173,7 @@ def onsets(wave, rate):
     return librosa.onset.onset_detect(y=wave, sr=22050, hop_length=512, units="time") if len(wave) >= 2048 else np.zeros(0)
 
 
-def heard_events(wave):
+def onsets_in_sound(wave):
     """When something begins to sound in the toybox (16 kHz) -> seconds (n,). Of every band the rise of log10 energy over 30 ms,
     falls not counted, averaged over the bands: at least 0.5 (5 dB), three tenths of the clip's steepest, and the highest within
     0.1 s. Noise and hums do not rise so in many bands at once. On 400 true sounds F1 at 50 ms is .99; librosa's onsets have .55,
@@ -260,31 +260,31 @@ def lag(frames, fps, wave, rate, most=.5):
 # ------------------------------------------------------------------------------------------------ models that make a sound for a video
 
 def oracle(clip):
-    """The best video-to-audio model there can be, for videos of a toybox clip's scene: `read_clip_events` tells when something
+    """The best video-to-audio model there can be, for videos of a toybox clip's scene: `detect_clip_events` tells when something
     happens, and that is given the sound of this thing in this room. So of all that may differ from the true sound, only
     the timing does. -> f_v2a(frames, fps) -> waveform (samples,), rate"""
     def f_v2a(frames, fps):
-        lead, (s, residual) = clip.get("lead", 0.), read_states(frames, clip["scene"])
-        events = read_events(clip["kind"], s, residual < 1)
+        audio_lead, (s, residual) = clip.get("audio_lead", 0.), track_states(frames, clip["scene"])
+        events = detect_events(clip["kind"], s, residual < 1)
         shut = [np.flatnonzero(s[math.ceil(t * fps):] < .5) for t in events]                     # a mouth sounds until it closes
         durations = [max(.05, (gap[0] + math.ceil(t * fps) - .5 if len(gap) else len(s)) / fps - t - .04) for t, gap in zip(events, shut)]
-        wave = toybox_sound(clip["scene"], events + lead, durations, lead + len(frames) / fps, clip["seed"], clip["off_screen"])
-        return wave[round(lead * RATE):], RATE
+        wave = synthesise(clip["scene"], events + audio_lead, durations, audio_lead + len(frames) / fps, clip["seed"], clip["off_screen"])
+        return wave[round(audio_lead * RATE):], RATE
     return f_v2a
 
 
-def ours(path, args):
+def v2a_from_checkpoint(path, args):
     """A checkpoint of train.py --task t2av or joint as f_v2a."""
-    device, cast, _ = pick_device(args.device)
+    device, autocast, _ = pick_device(args.device)
     model, vae, audio_vae, ckpt = load_t2av(path, args.vae, args.audio_vae, device)
 
     def f_v2a(frames, fps):
         small = F.interpolate(torch.tensor(frames).permute(0, 3, 1, 2).float(), data.sides(ckpt["size"]), mode="bicubic", antialias=True)
-        return dub(model, vae, audio_vae, small.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy(), "", cast, steps=25, cfg=1.), audio_vae.cfg.rate
+        return video_to_audio(model, vae, audio_vae, small.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy(), "", autocast, steps=25, cfg=1.), audio_vae.cfg.rate
     return f_v2a
 
 
-def outside(command, least=0.):
+def v2a_from_command(command, least=0.):
     """Any program as f_v2a. In `command` {video} becomes the path of an mp4 without sound (H.264), {wav} the path at which the
     program has to leave its sound. Models want a certain length (V-AURA 2.56 s): a video shorter than `least` seconds is
     held at its last frame, and the sound is cut to the video's own length."""
@@ -296,12 +296,12 @@ def outside(command, least=0.):
         with tempfile.TemporaryDirectory() as folder:
             video, wav = Path(folder) / "video.mp4", Path(folder) / "sound.wav"
             write_video(video, np.concatenate([frames, held]), None, fps)
-            call("--v2a-cmd", command, video=video, wav=wav)
+            run_command("--v2a-cmd", command, video=video, wav=wav)
             return read_audio(wav, 22050)[:round(len(frames) / fps * 22050)], 22050
     return f_v2a
 
 
-def call(flag, command, **paths):
+def run_command(flag, command, **paths):
     """Run a program of the user's, with its paths put in and all of them there afterwards -> what it prints."""
     try:
         words = shlex.split(command)
@@ -344,7 +344,7 @@ def latent_features(vae, videos):
     return np.concatenate(rows)
 
 
-def outside_features(what, path, videos, sounds):
+def torchscript_features(what, path, videos, sounds):
     """Features by the TorchScript files that everybody uses. 'fvd': i3d_torchscript.pt (StyleGAN-V's), 224x224 clips in [-1, 1]
     -> a row per clip; 'fid': inception-2015-12-05.pt (StyleGAN's), uint8 frames -> a row per frame; 'fad': a VGGish that takes
     a waveform (samples,) at 16 kHz and gives (n, 128). sounds: (waveform, rate) each."""
@@ -368,23 +368,23 @@ def outside_features(what, path, videos, sounds):
 
 # ------------------------------------------------------------------------------------------------ videos to score
 
-def generate(model, vae, clips, cast=nullcontext, bar=None, seed=0, batch=48, **settings):
+def generate(model, vae, clips, autocast=nullcontext, bar=None, seed=0, batch=48, **settings):
     """Generate a video for the first frame, sound and caption of every clip -> list of uint8 (F, H, W, 3)."""
     videos = []
     for i in range(0, len(clips), batch):
         some = clips[i:i + batch]
-        pieces = animate(model, vae, np.stack([c["video"][0] for c in some]), [c["audio"] for c in some], [c["caption"] for c in some],
-                         len(some[0]["video"]), cast, bar, seeds=[seed + i + j for j in range(len(some))], **settings)
+        pieces = generate_video(model, vae, np.stack([c["video"][0] for c in some]), [c["audio"] for c in some], [c["caption"] for c in some],
+                         len(some[0]["video"]), autocast, bar, seeds=[seed + i + j for j in range(len(some))], **settings)
         videos += list(np.concatenate(list(pieces), 1))
     return videos
 
 
-def reconstruct(vae, clips, cast=nullcontext):
+def reconstruct(vae, clips, autocast=nullcontext):
     """What the VAE alone makes of the clips: the ceiling of everything that is generated with it."""
     device, videos = next(vae.parameters()).device, []
     for c in clips:
         x = torch.tensor(c["video"], device=device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        with torch.no_grad(), cast():
+        with torch.no_grad(), autocast():
             z, cache = (vae.encode(x) if x.shape[3] <= 256 else vae.encode_chunks(x))[0], {}
             y = torch.cat([vae.decode(part, x[:, :, :1], cache) for part in z.split(1, 2)], 2).float()             # latent for latent
         y = (y[0].clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
@@ -394,22 +394,22 @@ def reconstruct(vae, clips, cast=nullcontext):
 
 # ------------------------------------------------------------------------------------------------ what every table is made of
 
-def held_out_clips(args, size, lead=0.):
+def held_out_clips(args, size, audio_lead=0.):
     """The clips of the protocol: toybox clips that nobody trained on, or three windows of every test clip of a dataset.
-    Each sound begins `lead` seconds before its pictures (in the toybox with the noise of the room), so that it can be delayed
+    Each sound begins `audio_lead` seconds before its pictures (in the toybox with the noise of the room), so that it can be delayed
     and stays a whole one."""
     if args.data == "toybox":
         data.only_square(size)
         clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + i, size) for i in range(args.clips)]
-        earlier = lambda c: toybox_sound(c["scene"], c["events"] + lead, c["durations"], lead + FRAMES / FPS, c["seed"], c["off_screen"])
-        return [dict(c, name=str(c["seed"]), audio=earlier(c), lead=lead) if lead else dict(c, name=str(c["seed"])) for c in clips]
+        earlier = lambda c: synthesise(c["scene"], c["events"] + audio_lead, c["durations"], audio_lead + FRAMES / FPS, c["seed"], c["off_screen"])
+        return [dict(c, name=str(c["seed"]), audio=earlier(c), audio_lead=audio_lead) if audio_lead else dict(c, name=str(c["seed"])) for c in clips]
     found, words = data.find_clips(args.data, args.data_root)
     tests, clips, unusable = [c for c in found if c["split"] == "test"], [], []
     for i in np.random.default_rng(args.seed).permutation(len(tests)):
         if len(clips) >= args.clips:
             break
         try:
-            clips += [dict(w, name=f"{tests[i]['name']}@{w['start']:.2f}", kind=tests[i]["kind"]) for w in data.clip_windows(tests[i], size, lead=lead)]
+            clips += [dict(w, name=f"{tests[i]['name']}@{w['start']:.2f}", kind=tests[i]["kind"]) for w in data.clip_windows(tests[i], size, audio_lead=audio_lead)]
         except BadInput as why:
             unusable.append(str(why))
     print(f"{words}; {len(clips)} windows are scored" + (f", {len(unusable)} clips cannot be used, for instance {unusable[0]}" if unusable else ""))
@@ -418,57 +418,57 @@ def held_out_clips(args, size, lead=0.):
     return clips[:args.clips]
 
 
-def remakers(args, clips):
+def v2a_models(args, clips):
     """A video-to-audio model per clip, or None where there is none."""
     if args.v2a_cmd:
-        return [outside(args.v2a_cmd, args.v2a_seconds)] * len(clips)
+        return [v2a_from_command(args.v2a_cmd, args.v2a_seconds)] * len(clips)
     if args.v2a_ckpt:
-        return [ours(args.v2a_ckpt, args)] * len(clips)
+        return [v2a_from_checkpoint(args.v2a_ckpt, args)] * len(clips)
     return [oracle(c) for c in clips] if args.data == "toybox" else [None] * len(clips)
 
 
-def by_what(args):
+def v2a_name(args):
     return args.v2a_cmd or args.v2a_ckpt or ("the oracle" if args.data == "toybox" else "no model: give one by --v2a-ckpt or --v2a-cmd")
 
 
-def watch(video, f_v2a, trim=0.):
+def analyse_video(video, f_v2a, trim=0.):
     """What a silent video tells of its sound: the sound that f_v2a makes of it and its onsets; the peaks of its optical flow."""
     made = (None, None) if f_v2a is None else f_v2a(video, FPS)
-    return dict(sound=made, onsets=None if f_v2a is None else after(onsets(*made), trim),
+    return dict(sound=made, onsets=None if f_v2a is None else drop_before(onsets(*made), trim),
                 peaks=flow_peaks(flow_curve(video), FPS) if find_spec("cv2") else None)
 
 
-def after(times, start):
+def drop_before(times, start):
     return times[times >= start]
 
 
-def agreement(heard, seen, tolerance):
-    """Onsets (n,) of a sound and what `watch` saw in a video -> CycleSync, both unions, and AV-Align; nan where not to be had."""
+def sync_scores(heard, seen, tolerance):
+    """Onsets (n,) of a sound and what `analyse_video` saw in a video -> CycleSync, both unions, and AV-Align; nan where not to be had."""
     union = (float("nan"),) * 2 if seen["onsets"] is None else cyclesync(heard, seen["onsets"], tolerance)
     return dict(cyclesync_set=union[0], cyclesync_merged=union[1],
                 av_align=float("nan") if seen["peaks"] is None else av_align(heard, seen["peaks"], FPS))
 
 
-OUTSIDE = ("fvd", "fid", "fad")                                               # measured by networks that the user hands in
+TORCHSCRIPT = ("fvd", "fid", "fad")                                               # measured by networks that the user hands in
 
 
-def means(records):
+def mean_scores(records):
     """Records of clips -> mean of every figure, and `interval`."""
-    figures = {k: ratio([r[k] for r in records]) for k in ("cyclesync_set", "cyclesync_merged", "av_align")}
+    figures = {k: bootstrap_ratio([r[k] for r in records]) for k in ("cyclesync_set", "cyclesync_merged", "av_align")}
     return {k: v[0] for k, v in figures.items()} | dict(interval={k: v[1:] for k, v in figures.items()})
 
 
-def plain(v):
+def to_json(v):
     """For JSON: rounded, nan as null."""
     if isinstance(v, dict):
-        return {k: plain(x) for k, x in v.items()}
+        return {k: to_json(x) for k, x in v.items()}
     if isinstance(v, (list, tuple)):
-        return [plain(x) for x in v]
+        return [to_json(x) for x in v]
     return v if not isinstance(v, float) else round(v, 4) if np.isfinite(v) else None
 
 
 def write_csv(path, rows):
-    part = temporary(path)
+    part = temp_path(path)
     with open(part, "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
@@ -485,7 +485,7 @@ COLUMNS = [   # title, key, width, format (none: with its interval); the first n
     ("AV-Align", "av_align", 21, ""), ("Frechet", "frechet_latent", 9, ".3g"), ("FVD", "fvd", 9, ".4g"), ("FID", "fid", 9, ".4g"), ("FAD", "fad", 9, ".4g")]
 
 
-def line(words, row, columns):
+def table_row(words, row, columns):
     """A line of a table; row=None: its head. Figures that a row has not got are left blank."""
     cells = []
     for title, key, width, form in columns:
@@ -499,63 +499,63 @@ def line(words, row, columns):
 
 def evaluate(args):
     """Generated, true and reconstructed videos of the held-out clips, without audio layers, with other sounds: one table."""
-    device, cast, words = pick_device(args.device)
+    device, autocast, words = pick_device(args.device)
     model, vae, ckpt = load_a2v(args.ckpt, args.vae, device, args.pretrained)
     clips, default, toybox = held_out_clips(args, ckpt["size"]), ckpt["guidance"], args.data == "toybox"
-    equip(model, args, [c["caption"] for c in clips], device)
+    attach_external_encoders(model, args, [c["caption"] for c in clips], device)
     print(f"{words}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of {len(clips[0]['video'])} frames at {'x'.join(map(str, data.sides(ckpt['size'])))} px"
           + (f", {sum(len(c['events']) for c in clips)} events, {sum(len(c['events']) == 0 for c in clips)} clips without any" if toybox else "")
           + f"; {args.steps} steps")
     rows = [("ground_truth", "ground truth", None), ("vae", "VAE reconstruction", None), ("off_sync", "off-sync", 0.)]
     rows += [(f"asg_{w:g}", f"generated, w_a = {w:g}" + ("*" if w == default["asg"] else ""), w) for w in sorted({0., 1., 2., 4., float(default["asg"])})]
-    judge, result, records = Judge(clips, vae, args), {}, []
-    have = {"cyclesync_set": judge.models[0], "cyclesync_merged": judge.models[0], "av_align": find_spec("cv2"), **{k: getattr(args, k) for k in OUTSIDE}}
+    evaluator, result, records = Evaluator(clips, vae, args), {}, []
+    have = {"cyclesync_set": evaluator.models[0], "cyclesync_merged": evaluator.models[0], "av_align": find_spec("cv2"), **{k: getattr(args, k) for k in TORCHSCRIPT}}
     columns = [c for c in COLUMNS[0 if toybox else 9:] if have.get(c[1], True)]
-    print(line("", None, columns))
+    print(table_row("", None, columns))
     total = math.ceil((len(clips[0]["video"]) - 1) / vae.stride_t) * args.steps * math.ceil(len(clips) / 48)
     for key, words, w in rows:
         start = time.perf_counter()
         if w is None:
-            videos = [c["video"] for c in clips] if key == "ground_truth" else reconstruct(vae, clips, cast)
+            videos = [c["video"] for c in clips] if key == "ground_truth" else reconstruct(vae, clips, autocast)
         else:
             with tqdm(total=total, desc=words, disable=None, leave=False) as bar:
-                videos = generate(Deaf(model) if key == "off_sync" else model, vae, clips, cast, bar, args.seed, steps=args.steps, asg=w, cfg=default["cfg"])
-        result[key], shuffled = judge.row(key, videos, records)
+                videos = generate(WithoutAudio(model) if key == "off_sync" else model, vae, clips, autocast, bar, args.seed, steps=args.steps, asg=w, cfg=default["cfg"])
+        result[key], shuffled = evaluator.row(key, videos, records)
         if key == f"asg_{default['asg']:g}":
             result["generated"], result["shuffled"] = result[key], shuffled
-            write_picture(Path(args.out) / "strips.png", judge.strips(videos))
-        print(line(words, result[key], columns) + f"  {time.perf_counter() - start:.0f} s")
-    print(line("shuffled sounds (chance)", result["shuffled"], columns))
+            write_picture(Path(args.out) / "strips.png", evaluator.strips(videos))
+        print(table_row(words, result[key], columns) + f"  {time.perf_counter() - start:.0f} s")
+    print(table_row("shuffled sounds (chance)", result["shuffled"], columns))
     print(f"* the checkpoint's own guidance; w_t = {default['cfg']:g} in all rows. In brackets: 95 % intervals over clips. Frechet: distance of latents. CycleSync by "
-          + by_what(args)
+          + v2a_name(args)
           + ("" if find_spec("cv2") else ". AV-Align needs OpenCV: pip install opencv-python-headless"))
     write_csv(Path(args.out) / "clips.csv", records)
     print(f"every clip: {Path(args.out) / 'clips.csv'}; strips: {Path(args.out) / 'strips.png'}")
-    print(json.dumps(plain(result)))
+    print(json.dumps(to_json(result)))
 
 
-class Judge:
+class Evaluator:
     """Scores rows of videos, all of the same clips; what only depends on the clips is computed once."""
 
     def __init__(self, clips, vae, args):
-        self.clips, self.vae, self.args, self.models = clips, vae, args, remakers(args, clips)
+        self.clips, self.vae, self.args, self.models = clips, vae, args, v2a_models(args, clips)
         if args.fad and not self.models[0]:
             raise BadInput(f"--fad {args.fad}: measures sounds made from the videos; give a model that makes them, --v2a-cmd")
-        self.heard = [after(onsets(c["audio"], RATE), args.trim_start) for c in clips]
+        self.heard = [drop_before(onsets(c["audio"], RATE), args.trim_start) for c in clips]
         self.shuffle = [(i + len(clips) // 2) % len(clips) for i in range(len(clips))]           # windows of one clip are neighbours
         self.truth = self.features([c["video"] for c in clips], [(c["audio"], RATE) for c in clips])
 
     def features(self, videos, sounds):
-        paths = {what: getattr(self.args, what) for what in OUTSIDE}
+        paths = {what: getattr(self.args, what) for what in TORCHSCRIPT}
         return dict(frechet_latent=latent_features(self.vae, videos)) | {
-            what: outside_features(what, path, videos, sounds) for what, path in paths.items() if path}
+            what: torchscript_features(what, path, videos, sounds) for what, path in paths.items() if path}
 
     def row(self, key, videos, records):
         """-> the scores of this row and of the same videos with shuffled sounds; a record per clip is added to `records`."""
         clips, a = self.clips, self.args
-        seen = [watch(v, m, a.trim_start) for v, m in zip(videos, self.models)]
-        mine = [agreement(h, s, a.tolerance) for h, s in zip(self.heard, seen)]
-        result, shuffled = means(mine), means([agreement(self.heard[j], s, a.tolerance) for j, s in zip(self.shuffle, seen)])
+        seen = [analyse_video(v, m, a.trim_start) for v, m in zip(videos, self.models)]
+        mine = [sync_scores(h, s, a.tolerance) for h, s in zip(self.heard, seen)]
+        result, shuffled = mean_scores(mine), mean_scores([sync_scores(self.heard[j], s, a.tolerance) for j, s in zip(self.shuffle, seen)])
         result.update({k: frechet(v, self.truth[k]) for k, v in self.features(videos, [s["sound"] for s in seen]).items()})
         read = [dict() for _ in clips]
         if a.data == "toybox":
@@ -570,7 +570,7 @@ class Judge:
                 hits, lags = match_events(c["events"], events, .05)
                 read[i] = dict(events=len(c["events"]), read=len(events), matched_50=hits, timing_ms=1000 * np.mean(np.abs(lags)) if hits else None,
                                residual=float(residual.mean()) if len(residual) else None, readable=readable)
-        records += [plain(dict(row=key, clip=c["name"], kind=c["kind"], **r, **m)) for c, r, m in zip(clips, read, mine)]
+        records += [to_json(dict(row=key, clip=c["name"], kind=c["kind"], **r, **m)) for c, r, m in zip(clips, read, mine)]
         return result, shuffled
 
     def strips(self, videos):
@@ -579,7 +579,7 @@ class Judge:
         chosen = [next((i for i, c in enumerate(clips) if c["kind"] == k and len(c["events"])), None) for k in KINDS] if toybox else range(0, len(clips), max(1, len(clips) // 6))
         strips = []
         for i in [i for i in chosen if i is not None][:6]:
-            marks = read_clip_events(videos[i], clips[i])[0] if toybox else watch(videos[i], self.models[i])["onsets"]
+            marks = detect_clip_events(videos[i], clips[i])[0] if toybox else analyse_video(videos[i], self.models[i])["onsets"]
             strips += [data.film_strip(clips[i]["video"], clips[i]["audio"], events=clips[i]["events"] if toybox else self.heard[i]),
                        data.film_strip(videos[i], clips[i]["audio"], events=() if marks is None else marks)]
         return np.concatenate(strips)
@@ -603,10 +603,10 @@ def score_both(videos, waves, clips, vae, known=True, scenes=None):
     those heard in the sound made with it. `known`: they were made for these clips' events, so both are held against those too.
     False: events seen per clip of a silent scene, or of one whose only sound is off-screen; onsets heard per clip of a silent scene.
     scenes: a dict that keeps fitted scenes, for rows of the same pictures. `agreed`: what the agreement of every clip is made of, for `gain`."""
-    truth, heard = [c["events"] for c in clips], [heard_events(w) for w in waves]
+    truth, heard = [c["events"] for c in clips], [onsets_in_sound(w) for w in waves]
     scenes, key = {} if scenes is None else scenes, lambda v: v[0].tobytes()
     scenes.update({key(v): fit_scene(v[0], c["kind"]) for v, c in zip(videos, clips) if key(v) not in scenes})
-    reads = [read_clip_events(v, dict(kind=c["kind"], scene=scenes[key(v)])) for v, c in zip(videos, clips)]
+    reads = [detect_clip_events(v, dict(kind=c["kind"], scene=scenes[key(v)])) for v, c in zip(videos, clips)]
     seen, other = [r[0] for r in reads], [(i + len(clips) // 2) % len(clips) for i in range(len(clips))]
     agree, quiet = event_scores(seen, heard, [r[1] for r in reads]), [(c["off_screen"], s, h) for c, s, h in zip(clips, seen, heard) if len(c["events"]) == 0]
     mean = lambda found: float(np.mean([len(x) for x in found])) if found else float("nan")
@@ -618,7 +618,7 @@ def score_both(videos, waves, clips, vae, known=True, scenes=None):
                agreed=tuple(zip(*((2 * match_events(s, h, .05)[0], len(s) + len(h)) for s, h in zip(seen, heard)))))
     if known:
         s, shuffled = event_scores(truth, heard), event_scores([truth[j] for j in other], heard)
-        cs = ratio([cyclesync(onsets(c["audio"], RATE), onsets(w, RATE))[1] for c, w in zip(clips, waves)])
+        cs = bootstrap_ratio([cyclesync(onsets(c["audio"], RATE), onsets(w, RATE))[1] for c, w in zip(clips, waves)])
         out.update(seen_f1_50=event_scores(truth, seen)["f1_50"], onsets_f1_50=s["f1_50"], onsets_f1_100=s["f1_100"], onsets_shuffled=shuffled["f1_50"], cyclesync_merged=cs[0])
         out["interval"].update(onsets_f1_50=s["interval"]["f1_50"], cyclesync_merged=cs[1:])
     return out
@@ -627,7 +627,7 @@ def score_both(videos, waves, clips, vae, known=True, scenes=None):
 def evaluate_towers(args):
     """The table of two towers: true clips, both VAEs, a sound made for the true video, with Harmony a video made for the true sound, and
     pairs made from captions, with and without the clip's first picture. Every row with and without the guidance it depends on."""
-    device, cast, words = pick_device(args.device)
+    device, autocast, words = pick_device(args.device)
     model, vae, audio_vae, ckpt = load_t2av(args.ckpt, args.vae, args.audio_vae, device)
     if args.data != "toybox":
         raise BadInput(f"--data {args.data}: two towers are scored by the toybox's truth; leave --data out")
@@ -635,15 +635,15 @@ def evaluate_towers(args):
     clips = held_out_clips(args, size)
     captions, truth, sounds = [c["caption"] for c in clips], np.stack([c["video"] for c in clips]), [c["audio"] for c in clips]
     print(f"{words}\n{args.ckpt}: step {ckpt['step']} of stage {ckpt['stage']}; {len(clips)} held-out clips, {sum(len(c['events']) for c in clips)} events; {args.steps} steps")
-    print(line("", None, PAIR_COLUMNS))
+    print(table_row("", None, PAIR_COLUMNS))
     z_v = torch.cat([encode_video(vae, v, device) for v in truth])
     z_a = torch.cat([encode_sound(audio_vae, w, device) for w in sounds])
     with torch.no_grad():
         coded = [audio_vae.decode(audio_vae.denormalise(z[None]), len(w))[0].clamp(-1, 1).cpu().numpy() for z, w in zip(z_a, sounds)]
     said = dict(speech=[c["speech"] for c in clips], shift=own["shift"]) if model.cfg.bridges else {}
-    make = lambda **given: compose(model, vae, audio_vae, captions, truth.shape[1], size, cast, seeds=[args.seed + i for i in range(len(clips))], steps=args.steps, **said, **given)
+    make = lambda **given: generate_audio_video(model, vae, audio_vae, captions, truth.shape[1], size, autocast, seeds=[args.seed + i for i in range(len(clips))], steps=args.steps, **said, **given)
     pictures = dict(pictures=truth[:, 0])
-    rows = [("ground_truth", "ground truth", lambda: (truth, sounds), True), ("vae", "both VAEs", lambda: (reconstruct(vae, clips, cast), coded), True)]
+    rows = [("ground_truth", "ground truth", lambda: (truth, sounds), True), ("vae", "both VAEs", lambda: (reconstruct(vae, clips, autocast), coded), True)]
     if model.cfg.bridges:
         guided = {k: own[k] for k in ("cfg", "sync_video", "sync_audio")}
         for key, words, S in (("", "", guided), ("_plain", ", no SyncCFG", dict(guided, sync_video=1., sync_audio=1.))):
@@ -661,27 +661,27 @@ def evaluate_towers(args):
         videos, waves = make_row()
         result[key] = score_both(videos, waves, clips, vae, known, scenes)
         agreed[key] = result[key].pop("agreed")
-        print(line(title, result[key], PAIR_COLUMNS) + f"  {time.perf_counter() - start:.0f} s", flush=True)
+        print(table_row(title, result[key], PAIR_COLUMNS) + f"  {time.perf_counter() - start:.0f} s", flush=True)
         if key in ("v2a", "a2v", "i2av", "t2av"):
             shown = [next((i for i, c in enumerate(clips) if c["kind"] == k and len(c["events"])), 0) for k in KINDS]
-            write_picture(Path(args.out) / f"{key}.png", np.concatenate([data.film_strip(videos[i], waves[i], events=heard_events(waves[i])) for i in shown]))
+            write_picture(Path(args.out) / f"{key}.png", np.concatenate([data.film_strip(videos[i], waves[i], events=onsets_in_sound(waves[i])) for i in shown]))
     print(f"strips, onsets marked: {Path(args.out)}/v2a.png, i2av.png, t2av.png")
     for key, title, *_ in rows:
         if f"{key}_plain" in agreed:
-            result[f"{key}_gain"] = gain(agreed[key], agreed[f"{key}_plain"])
+            result[f"{key}_gain"] = paired_bootstrap(agreed[key], agreed[f"{key}_plain"])
             print(f"{title}: guidance adds {result[f'{key}_gain'][0]:+.3f} [%+.2f, %+.2f] to the agreement of the same clips" % result[f"{key}_gain"][1:])
     if model.cfg.bridges:
-        refs, takes = zip(*((first, rest) for first, *rest in other_takes(clips)))                    # one to be heard, the rest to be held against
+        refs, takes = zip(*((first, rest) for first, *rest in other_variations(clips)))                    # one to be heard, the rest to be held against
         z_r = torch.cat([encode_sound(audio_vae, r, device) for r in refs])
         for key, words, waves in (("true", "true sounds", sounds), ("vae", "the same through the audio VAE", coded), ("no_reference", "made for the video", make(z_v=z_v, **guided)[1]),
                                   ("reference", "the same with a reference", make(z_v=z_v, refs=z_r, **guided)[1])):
             result[f"timbre_{key}"] = s = score_timbre(waves, takes, clips)
             print(f"{words}: {s['closer']:.2f} [%.2f, %.2f] are closer in timbre to other takes of their thing than to another material; onset F1 {s['onsets_f1_50']:.3f}" % tuple(s["interval"]))
-        make(z_a=z_a, **pictures, **guided, looks=(looks := []))
+        make(z_a=z_a, **pictures, **guided, attention_maps=(looks := []))
         result["maps"] = score_maps(looks, clips)
         for key, figures in result["maps"].items():
             print(f"{key} on the places where the thing can move, 1 = no more than elsewhere: " + ", ".join(f"{who} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for who, v in figures.items()))
-    print(json.dumps(plain(result)))
+    print(json.dumps(to_json(result)))
 
 
 def score_maps(looks, clips):
@@ -693,14 +693,14 @@ def score_maps(looks, clips):
     for what, maps in (("attention", attention), ("SyncCFG", pulls)):
         gains = {"things that sound": [], "off-screen sounds": []}
         for c, m in zip(clips, maps):
-            drawn = toybox_draw(c["scene"], np.linspace(*STATES[c["kind"]], 9), c["video"].shape[1]).astype(int)
+            drawn = draw_scene(c["scene"], np.linspace(*STATES[c["kind"]], 9), c["video"].shape[1]).astype(int)
             moves = torch.from_numpy(drawn.max(0) - drawn.min(0)).amax(-1).gt(24).float()[None]   # (1, H, W)
             at = [int(e * S / (len(c["video"]) / FPS)) + k for e in c["events"] for k in range(5)] if len(c["events"]) else range(S)
             m = m[[min(i, len(m) - 1) for i in at]].mean(0) if len(m) else torch.full(moves.shape[1:], float("nan"))
             share = (m / m.sum() * F.adaptive_avg_pool2d(moves, m.shape)[0]).sum() / moves.mean()
             if len(c["events"]) or c["off_screen"]:
                 gains["things that sound" if len(c["events"]) else "off-screen sounds"].append(share.item())
-        found[what] = {who: ratio(g) for who, g in gains.items()}
+        found[what] = {who: bootstrap_ratio(g) for who, g in gains.items()}
     return found
 
 
@@ -710,9 +710,9 @@ def timbre(wave):
     return most - np.polyval(np.polyfit(band, most, 1), band)
 
 
-def other_takes(clips, n=9):
+def other_variations(clips, n=9):
     """For every toybox clip the sounds of n other takes of its thing in which something happens. The picture tells nothing of the material."""
-    takes = lambda c: (toybox_clip(c["seed"], video=False, take=k) for k in range(1, 100))
+    takes = lambda c: (toybox_clip(c["seed"], video=False, variation=k) for k in range(1, 100))
     return [list(islice((t["audio"] for t in takes(c) if len(t["events"])), n)) for c in clips]
 
 
@@ -724,8 +724,8 @@ def score_timbre(waves, takes, clips):
         mine, others = timbre(waves[i]), [j for j in loud if j != i and clips[j]["kind"] == clips[i]["kind"]]
         far = [np.abs(mine - voices[j]).mean() for j in (i, *others)]
         closer += [np.mean([far[0] < f for f in far[1:]])] if others else []  # one figure a clip
-    share, *interval = ratio(closer)
-    return dict(closer=share, interval=interval, clips=len(closer), onsets_f1_50=event_scores([c["events"] for c in clips], [heard_events(w) for w in waves])["f1_50"])
+    share, *interval = bootstrap_ratio(closer)
+    return dict(closer=share, interval=interval, clips=len(closer), onsets_f1_50=event_scores([c["events"] for c in clips], [onsets_in_sound(w) for w in waves])["f1_50"])
 
 
 # ------------------------------------------------------------------------------------------------ the shift study
@@ -754,30 +754,30 @@ def draw_curves(path, x, curves, xlabel, ylabel):
 def shift_study(args):
     """Syncphony figure 7, tables 5 and 6: true videos whose sound comes 0.0-0.5 s late, by every metric. The sound is not moved
     within the clip, which would leave a gap: what precedes the clip is known, and is heard instead."""
-    lead, delays = .5, np.arange(6) / 10
-    clips = held_out_clips(args, args.resolution or 64, lead)
-    models, n, toybox = remakers(args, clips), round(len(clips[0]["video"]) / FPS * RATE), args.data == "toybox"
-    seen = [watch(c["video"], m, args.trim_start) for c, m in zip(tqdm(clips, desc="videos", disable=None, leave=False), models)]
-    read = [read_clip_events(c["video"], c)[0] for c in clips] if toybox else None
+    audio_lead, delays = .5, np.arange(6) / 10
+    clips = held_out_clips(args, args.resolution or 64, audio_lead)
+    models, n, toybox = v2a_models(args, clips), round(len(clips[0]["video"]) / FPS * RATE), args.data == "toybox"
+    seen = [analyse_video(c["video"], m, args.trim_start) for c, m in zip(tqdm(clips, desc="videos", disable=None, leave=False), models)]
+    read = [detect_clip_events(c["video"], c)[0] for c in clips] if toybox else None
     result, records = {}, []
     for d in [*delays, None]:                                                 # None: everybody with somebody else's sound
-        sounds = [c["audio"][round((lead - (d or 0.)) * RATE):][:n] for c in clips]
+        sounds = [c["audio"][round((audio_lead - (d or 0.)) * RATE):][:n] for c in clips]
         events = [c["events"] + (d or 0.) for c in clips] if toybox else None
         if d is None:
             sounds, events = (v[len(v) // 2:] + v[:len(v) // 2] if v else v for v in (sounds, events))
-        heard = [after(onsets(s, RATE), args.trim_start) for s in sounds]
-        mine = [agreement(h, s, args.tolerance) for h, s in zip(heard, seen)]
+        heard = [drop_before(onsets(s, RATE), args.trim_start) for s in sounds]
+        mine = [sync_scores(h, s, args.tolerance) for h, s in zip(heard, seen)]
         late, sure = np.array([lag(c["video"], FPS, s, RATE) for c, s in zip(clips, sounds)]).T
-        row = dict(means(mine), lag_ms=1000 * float(np.nanmedian(late[sure > 3])) if (sure > 3).any() else float("nan"))
+        row = dict(mean_scores(mine), lag_ms=1000 * float(np.nanmedian(late[sure > 3])) if (sure > 3).any() else float("nan"))
         if toybox:
             scores = event_scores([e[e < n / RATE] for e in events], read)
             row = row | {k: scores[k] for k in ("f1_50", "f1_100", "timing_ms")} | dict(interval=row["interval"] | scores["interval"])
         key = "shuffled" if d is None else f"{d:.1f}"
         result[key] = row
-        records += [plain(dict(delay=key, clip=c["name"], kind=c["kind"], **m, lag_s=float(l), lag_confidence=float(s))) for c, m, l, s in zip(clips, mine, late, sure)]
+        records += [to_json(dict(delay=key, clip=c["name"], kind=c["kind"], **m, lag_s=float(l), lag_confidence=float(s))) for c, m, l, s in zip(clips, mine, late, sure)]
     names = {"f1_50": "F1 at 50 ms", "cyclesync_set": "CycleSync, set", "cyclesync_merged": "CycleSync, merged", "av_align": "AV-Align"}
     curves = {k: [result[f"{d:.1f}"][k] for d in delays] for k in names if np.isfinite(result["0.0"].get(k, np.nan))}
-    print(f"{len(clips)} true clips; CycleSync by {by_what(args)}; mean, 95 % interval, change from delay 0")
+    print(f"{len(clips)} true clips; CycleSync by {v2a_name(args)}; mean, 95 % interval, change from delay 0")
     print(f"{'sound is late by':26s}" + "".join(f"{names[k]:>30s}" for k in curves) + f"{'median lag':>14s}")
     for key, row in result.items():
         cells = [f"{row[k]:.3f} [%.2f, %.2f]{100 * (row[k] / curves[k][0] - 1):+7.1f} %%" % tuple(row["interval"][k]) for k in curves]
@@ -785,7 +785,7 @@ def shift_study(args):
     draw_curves(Path(args.out) / "shift.png", delays, {names[k]: np.array(v) / v[0] for k, v in curves.items()}, "delay of the sound, seconds", "score / score at 0")
     write_csv(Path(args.out) / "shift.csv", records)
     print(f"{Path(args.out) / 'shift.png'}, {Path(args.out) / 'shift.csv'}")
-    print(json.dumps(plain(result)))
+    print(json.dumps(to_json(result)))
 
 
 # ------------------------------------------------------------------------------------------------ the ablations
@@ -854,8 +854,8 @@ def ablate(args):
                     raise BadInput(f"the training above ended with code {code}; the same command tries again")
                 rows = [(row, w) for row, source, w, _ in ROWS[system] if source == run]
                 score = dict(syncphony=score_a2v, syncflow=score_towers, harmony=score_harmony)[system]
-                part = temporary(scored)
-                part.write_text(json.dumps(plain(score(folder / "best.pt", rows, argparse.Namespace(**dict(vars(args), clips=n, seed=seed))) if rows else {})))
+                part = temp_path(scored)
+                part.write_text(json.dumps(to_json(score(folder / "best.pt", rows, argparse.Namespace(**dict(vars(args), clips=n, seed=seed))) if rows else {})))
                 os.replace(part, scored)
             for row, values in json.loads(scored.read_text()).items():
                 scores.setdefault(row, []).append(values)
@@ -872,45 +872,45 @@ def ablate(args):
         draw_curves(root / "learning.png", quarters, learned, "steps", "F1 at 50 ms, without guidance")
         print(f"{'learned after steps':28s}" + "".join(f"{q:8d}" for q in quarters) + f"   {root / 'learning.png'}")
         print("\n".join(f"{name:28s}" + "".join(f"{x:8.3f}" for x in v) for name, v in learned.items()))
-    print(json.dumps(plain({row: {k: [s[k] for s in v] for k in shown} for row, v in scores.items()})))
+    print(json.dumps(to_json({row: {k: [s[k] for s in v] for k in shown} for row, v in scores.items()})))
 
 
 def score_a2v(ckpt, rows, args):
     """Sample and score the rows (name, w_a) of one trained variant; every training seed meets other clips."""
-    device, cast, _ = pick_device(args.device)
+    device, autocast, _ = pick_device(args.device)
     model, vae, ckpt = load_a2v(ckpt, args.vae, device)
     clips = held_out_clips(args, ckpt["size"])
-    judge = Judge(clips, vae, args)
-    return {row: judge.row(row, generate(Deaf(model) if w is None else model, vae, clips, cast, steps=args.steps, asg=w or 0., cfg=0., seed=args.seed), [])[0]
+    evaluator = Evaluator(clips, vae, args)
+    return {row: evaluator.row(row, generate(WithoutAudio(model) if w is None else model, vae, clips, autocast, steps=args.steps, asg=w or 0., cfg=0., seed=args.seed), [])[0]
             for row, w in tqdm(rows, desc="scoring", disable=None, leave=False)}
 
 
 def score_towers(ckpt, rows, args):
     """The same of two towers, rows (name, w): the sounds they make for true videos, or from the captions alone."""
-    device, cast, _ = pick_device(args.device)
+    device, autocast, _ = pick_device(args.device)
     model, vae, audio_vae, ckpt = load_t2av(ckpt, args.vae, args.audio_vae, device)
     clips = held_out_clips(args, ckpt["size"])
     truth, scores = np.stack([c["video"] for c in clips]), {}
     z = None if model.cfg.blind else torch.cat([encode_video(vae, v, device) for v in truth])
     for row, w in tqdm(rows, desc="scoring", disable=None, leave=False):
-        waves = compose(model, vae, audio_vae, [c["caption"] for c in clips], truth.shape[1], ckpt["size"], cast, z_v=z, cfg=w, steps=args.steps)[1]
+        waves = generate_audio_video(model, vae, audio_vae, [c["caption"] for c in clips], truth.shape[1], ckpt["size"], autocast, z_v=z, cfg=w, steps=args.steps)[1]
         scores[row] = score_both(truth, waves, clips, vae)
     return scores
 
 
 def score_harmony(ckpt, rows, args):
     """The same of Harmony's, rows (name, (s_v, s_a)): pairs made from captions and first pictures, and either stream made for the other."""
-    device, cast, _ = pick_device(args.device)
+    device, autocast, _ = pick_device(args.device)
     model, vae, audio_vae, ckpt = load_t2av(ckpt, args.vae, args.audio_vae, device)
     clips, scores, shift = held_out_clips(args, ckpt["size"]), {}, ckpt["guidance"]["shift"]
     truth, captions, said, scenes = np.stack([c["video"] for c in clips]), [c["caption"] for c in clips], [c["speech"] for c in clips], {}
     z_v = torch.cat([encode_video(vae, v, device) for v in truth])
     z_a = torch.cat([encode_sound(audio_vae, c["audio"], device) for c in clips])
     for row, (s_v, s_a) in tqdm(rows, desc="scoring", disable=None, leave=False):
-        make = lambda **given: compose(model, vae, audio_vae, captions, truth.shape[1], ckpt["size"], cast, steps=args.steps, speech=said, shift=shift, sync_video=s_v, sync_audio=s_a, **given)
+        make = lambda **given: generate_audio_video(model, vae, audio_vae, captions, truth.shape[1], ckpt["size"], autocast, steps=args.steps, speech=said, shift=shift, sync_video=s_v, sync_audio=s_a, **given)
         pair = score_both(*make(pictures=truth[:, 0]), clips, vae, False, scenes)
         driven = score_toybox(make(pictures=truth[:, 0], z_a=z_a)[0], clips)[0]
-        heard = event_scores([c["events"] for c in clips], [heard_events(w) for w in make(z_v=z_v)[1]])
+        heard = event_scores([c["events"] for c in clips], [onsets_in_sound(w) for w in make(z_v=z_v)[1]])
         scores[row] = dict(pair, a2v_f1_50=driven["f1_50"], v2a_f1_50=heard["f1_50"])
     return scores
 
@@ -927,7 +927,7 @@ def clear_onsets(wave):
 
 def evaluate_recording(args):
     """Toybox pictures and a real sound: do things move at its onsets, and later when the sound is 0.3 s later?"""
-    device, cast, words = pick_device(args.device)
+    device, autocast, words = pick_device(args.device)
     model, vae, ckpt = load_a2v(args.ckpt, args.vae, device)
     wave, delay = read_audio(args.audio), .3
     frames, heard, each = max(2, round(len(wave) / RATE * FPS)), clear_onsets(wave), max(1, args.clips // len(KINDS))
@@ -941,8 +941,8 @@ def evaluate_recording(args):
             sound = np.pad(wave, (round(shift * RATE), 0))[:len(wave)]
             clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + 500 + i, ckpt["size"], kind=kind) for i in range(each)]
             clips = [dict(c, audio=sound, caption="", video=np.broadcast_to(c["video"][0], (frames, *c["video"].shape[1:]))) for c in clips]
-            videos = generate(model, vae, clips, cast, seed=args.seed, steps=args.steps, asg=ckpt["guidance"]["asg"])
-            read.append([read_clip_events(v, c)[0] for v, c in zip(videos, clips)])
+            videos = generate(model, vae, clips, autocast, seed=args.seed, steps=args.steps, asg=ckpt["guidance"]["asg"])
+            read.append([detect_clip_events(v, c)[0] for v, c in zip(videos, clips)])
         possible = heard[(heard >= TIMING[kind][0]) & (heard < frames / FPS - .1)]                    # nothing falls in 0.1 s
         met = [np.abs(events[:, None] - possible[None]).min(0, initial=9.) <= .1 for events in read[0] if len(possible)]
         kept = [before[before + delay < frames / FPS - .1] + delay for before in read[0]]             # what should be seen later
@@ -971,11 +971,11 @@ def score_pairs(args):
           f"mean and its 95 % interval, literal union and merged union")
     for row, pairs in (("cyclesync", heard), ("shuffled", chance)):
         scores = np.array([cyclesync(a, b, args.tolerance) for a, b in pairs])
-        result[row] = {union: dict(zip(("mean", "low", "high"), ratio(scores[:, i])), undefined=int(np.isnan(scores[:, i]).sum()))
+        result[row] = {union: dict(zip(("mean", "low", "high"), bootstrap_ratio(scores[:, i])), undefined=int(np.isnan(scores[:, i]).sum()))
                        for i, union in enumerate(("set", "merged"))}
         show = lambda r: f"{r['mean']:.4f} [{r['low']:.4f}, {r['high']:.4f}]"
         print(f"{row:12s}{show(result[row]['set']):>28s}{show(result[row]['merged']):>28s}   {result[row]['set']['undefined']} pairs without any onset left out")
-    print(json.dumps(plain(result)))
+    print(json.dumps(to_json(result)))
 
 
 def error_rate(said, heard, letters=False):
@@ -1003,15 +1003,15 @@ def score_speech(args):
         if job["transcript"]:
             with tempfile.TemporaryDirectory() as temp:
                 soundfile.write(wav := Path(temp) / "sound.wav", read_audio(Path(folder) / f"{job['stem']}.mp4"), RATE)
-                heard = call("--asr-cmd", args.asr_cmd, wav=wav)
+                heard = run_command("--asr-cmd", args.asr_cmd, wav=wav)
             chinese = any("\u3400" <= c <= "\u9fff" for c in job["transcript"])
             rates["letters" if chinese else "words"].append(error_rate(job["transcript"], heard, chinese))
     if not any(rates.values()):
         raise BadInput(f"{path}: no record has a transcript (or spoken_word_en, spoken_word_zh)")
-    result = {k: dict(zip(("mean", "low", "high"), ratio(v)), clips=len(v)) for k, v in rates.items() if v}
+    result = {k: dict(zip(("mean", "low", "high"), bootstrap_ratio(v)), clips=len(v)) for k, v in rates.items() if v}
     for k, r in result.items():
         print(f"error rate of {k}: {r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}] of {r['clips']} clips")
-    print(json.dumps(plain(result)))
+    print(json.dumps(to_json(result)))
 
 
 def score_clip(args):
@@ -1029,7 +1029,7 @@ def score_clip(args):
         print(f"AV-Align {result['av_align']:.3f} (at {FPS} fps and 256 px: it depends on both), older rule {av_align(heard, flow_peaks(curve, FPS, 0.), FPS, once=False):.3f}")
     except BadInput as why:
         print(why)
-    print(json.dumps(plain(result)))
+    print(json.dumps(to_json(result)))
 
 
 def arguments():

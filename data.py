@@ -2,7 +2,7 @@
 
     python data.py --data avsync15 --show look.png      # some clips as film strips over their sounds: look before you train
 
-**The toybox.** Real clips that move with their sound are gigabytes, and nobody can say exactly when something in them
+**The toybox.** Real clips that move with their sound are gigabytes, and nobody can log exactly when something in them
 happens. The toybox is a world that can: six things that sound, drawn and synthesised from a seed, nothing to download.
 Each is one audio-motion relation that the Syncphony paper discusses (appendix A):
 
@@ -14,7 +14,7 @@ Each is one audio-motion relation that the Syncphony paper discusses (appendix A
     bell     swings and rings where it turns      the sound sits where motion is slowest
 
 Everything that moves is drawn from ONE number per frame, the state s(t): 0 at rest, 1 at the event (a bell uses -1..1, a
-hammer is negative while it winds up). So `toybox_draw(scene, s)` is the whole physics of a clip, and cyclesync.py can
+hammer is negative while it winds up). So `draw_scene(scene, s)` is the whole physics of a clip, and cyclesync.py can
 read any video of this world back: draw some sixty states, take the closest. Scenes (what, where, which colours, which
 material) are drawn before and independently of events, and every clip starts at rest: the first frame never tells WHEN.
 Some clips are silent, some have sounds from off screen (a hum, a sweep, distant babble); in both nothing moves.
@@ -121,7 +121,7 @@ def run_cli(main):
 
 # ------------------------------------------------------------------------------------------------ media in
 
-def existing(path, what):
+def check_file(path, what):
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such {what} file; check the path")
@@ -134,7 +134,7 @@ def read_audio(path, rate=RATE):
     """Any sound file or clip with sound (wav flac ogg mp3 by soundfile, the rest by ffmpeg) -> float32 (samples,), mono."""
     import librosa
     import soundfile
-    path = existing(path, "audio")
+    path = check_file(path, "audio")
     try:
         wave, found = soundfile.read(path, dtype="float32", always_2d=True)   # (samples, channels)
         wave = wave.mean(1)
@@ -159,7 +159,7 @@ def read_audio(path, rate=RATE):
 def read_image(path, size=64):
     """Any picture -> uint8 (H, W, 3) of a `size` (see `sides`): centre crop to its aspect, antialiased resize. Alpha lies on white."""
     from PIL import Image                                                     # comes with imageio
-    path = existing(path, "image")
+    path = check_file(path, "image")
     Image.MAX_IMAGE_PIXELS = None                                             # large pictures are welcome
     try:
         picture = Image.open(path)
@@ -357,12 +357,12 @@ def _stamps(log, name):
 
 def _pictures(path, height, width, fps, most):
     """The picture track of a file -> video uint8 (F, height, width, 3), when its own frames and when these frames lie (seconds)."""
-    path = existing(path, "video")
+    path = check_file(path, "video")
     crop = f"crop=w='min(iw,ih*{width / height}/if(sar,sar,1))':h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1"
     picture = f"showinfo=checksum=0,fps={fps},format=rgb24,{crop},scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0"
     raw, log = _ffmpeg(path, most, ["-map", "0:V:0", "-vf", picture, "-f", "rawvideo", "-fps_mode", "passthrough"])
     seen, shown = _stamps(log, "showinfo_0"), _stamps(log, "showinfo_6")
-    _trust(path, log, "picture")
+    raise_on_decode_error(path, log, "picture")
     video = np.frombuffer(raw, np.uint8)
     video = video[:len(shown) * height * width * 3].reshape(-1, height, width, 3)
     if len(video) < 2:
@@ -383,7 +383,7 @@ def add_sound(path, video, wave, rate=RATE):
     """Write the video file `video`, its pictures untouched, with `wave` (samples,) as its sound to `path` (mp4)."""
     import imageio_ffmpeg
     import soundfile
-    part = temporary(path)
+    part = temp_path(path)
     sound = part.with_suffix(".wav")
     try:
         soundfile.write(sound, wave, rate)
@@ -412,7 +412,7 @@ def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, most=60
     if sound and "matches no streams" in log:
         raw, log = _ffmpeg(sound, most, ["-map", "0:a:0", "-af", tone, "-f", "f32le"])
         shown = [t - seen[0] for t in shown]                                  # a wav knows no time but its own: both begin at 0
-    _trust(path, log, "sound")
+    raise_on_decode_error(path, log, "sound")
     wave, heard = np.frombuffer(raw, np.float32), _stamps(log, "ashowinfo_2")
     if not np.isfinite(wave).all():
         raise BadInput(f"{path}: its sound has NaN samples")
@@ -430,7 +430,7 @@ def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, most=60
     return video, wave.clip(-1, 1)
 
 
-def _trust(path, log, what):
+def raise_on_decode_error(path, log, what):
     """Any error in ffmpeg's log means that what came out is not what was recorded."""
     if "matches no streams" in log:
         raise BadInput(f"{path}: no {what} in it")
@@ -441,7 +441,7 @@ def _trust(path, log, what):
 
 # ------------------------------------------------------------------------------------------------ media out
 
-def temporary(path):
+def temp_path(path):
     """Where to write before renaming to `path`: same folder, same suffix. Half a file never carries the real name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -456,7 +456,7 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
     import imageio_ffmpeg
     import soundfile
     pieces = iter([frames] if isinstance(frames, np.ndarray) else frames)
-    piece, part, count = next(pieces), temporary(path), 0
+    piece, part, count = next(pieces), temp_path(path), 0
     if piece.shape[1] % 2 or piece.shape[2] % 2:
         raise BadInput(f"{path}: H.264 needs an even height and width, got {piece.shape[1]}x{piece.shape[2]}")
     silent, sound = part.with_suffix(".silent.mp4"), part.with_suffix(".wav")
@@ -487,14 +487,14 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
 
 def write_picture(path, picture):
     import imageio.v3 as iio
-    part = temporary(path)
+    part = temp_path(path)
     iio.imwrite(part, picture)
     os.replace(part, path)
 
 
 def write_sound(path, wave, rate=RATE):
     import soundfile
-    part = temporary(path)
+    part = temp_path(path)
     soundfile.write(part, wave, rate)
     os.replace(part, path)
 
@@ -522,7 +522,7 @@ def film_strip(video, wave, shown=12, fps=FPS, rate=RATE, events=()):
 
 def save_checkpoint(path, **content):
     """Plain types and tensors only, written whole or not at all."""
-    part = temporary(path)
+    part = temp_path(path)
     torch.save(dict(content, torch=str(torch.__version__)), part)
     os.replace(part, path)
 
@@ -536,7 +536,7 @@ def load_checkpoint(path, task, hint=""):
     Never runs code from the file."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such checkpoint; {hint or 'check the path, or train one with train.py'}")
-    existing(path, "checkpoint")
+    check_file(path, "checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as why:                                                  # torch raises half a dozen kinds here
@@ -560,23 +560,23 @@ def load_weights(model, state, path):
 
 # ------------------------------------------------------------------------------------------------ windows: what is trained on
 
-def clip_windows(clip, size=64, frames=FRAMES, hop=.5, lead=0.):
+def clip_windows(clip, size=64, frames=FRAMES, hop=.5, audio_lead=0.):
     """A real clip -> its windows, dicts of video, audio, caption, start (seconds). BadInput if the clip cannot be used.
 
     For training a window begins every `hop` seconds and the last one ends with the clip. These are the temporal crops, each
     with a first frame of its own: a causal VAE codes a crop otherwise than the same stretch within a clip. For evaluation
-    (split 'test') there are three, evenly spaced: 450 for AVSync15, 732 for The Greatest Hits. lead=0.5 is the protocol of
+    (split 'test') there are three, evenly spaced: 450 for AVSync15, 732 for The Greatest Hits. audio_lead=0.5 is the protocol of
     the CycleSync study (Syncphony C.2): the first begins at 0.5 s, each sound begins so much before its pictures (it can be
     delayed and stays real), and clips too short for that are left out, which leaves AVSync15 with 438."""
     video, wave = read_clip(clip["path"], *sides(size), sound=clip["sound"])
-    first, short = round(lead * FPS), 1 if lead else frames // 8
+    first, short = round(audio_lead * FPS), 1 if audio_lead else frames // 8
     spare = len(video) - frames
     if spare < first - short:
         raise BadInput(f"{clip['path']}: {len(video) / FPS:.2f} s long; at least {(first + frames - short) / FPS:.2f} s are needed")
     if spare < first:                                                         # a little short: the last frame stays
         video, spare = np.concatenate([video, np.repeat(video[-1:], first - spare, 0)]), first
     starts = np.linspace(first, spare, 3).round() if clip["split"] == "test" else np.union1d(np.arange(first, spare, round(hop * FPS)), spare)
-    n, wave = round((lead + frames / FPS) * RATE), np.pad(wave, (0, round(frames / FPS * RATE)))
+    n, wave = round((audio_lead + frames / FPS) * RATE), np.pad(wave, (0, round(frames / FPS * RATE)))
     cut = lambda s: wave[round((s - first) / FPS * RATE):][:n]                # exactly n samples
     return [dict(video=video[s:s + frames], audio=cut(s), caption=clip["prompt"], start=s / FPS) for s in starts.astype(int)]
 
@@ -595,18 +595,18 @@ def _worker():
 
 def _prepared(job):
     """In a worker: an item (a toybox seed, or a real clip) -> its windows with their log-mels, or why there are none."""
-    item, size, takes = job
+    item, size, variations = job
     try:
-        windows = [dict(toybox_clip(item, size, take=k), start=k * FRAMES / FPS) for k in range(takes)] if isinstance(item, int) else clip_windows(item, size)
+        windows = [dict(toybox_clip(item, size, variation=k), start=k * FRAMES / FPS) for k in range(variations)] if isinstance(item, int) else clip_windows(item, size)
     except BadInput as why:
         return str(why).removeprefix(f"{item['path']}: ")
     return [{k: w.get(k, "") for k in ("video", "audio", "caption", "start", "speech")} | dict(mel=log_mel(w["audio"])) for w in windows]
 
 
-def prepare(folder, settings, items, vae, device, cast, hear=None, raw=False):
+def prepare(folder, settings, items, vae, device, autocast, audio_encoder=None, raw=False):
     """Fill a cache with the windows of `items`, or go on filling it; then `open_cache` reads it.
 
-    Shard after shard: latents (n, 2, C, L, h, w) (posterior mean and log-variance), mels (n, 2S, 64), with `hear` also
+    Shard after shard: latents (n, 2, C, L, h, w) (posterior mean and log-variance), mels (n, 2S, 64), with `audio_encoder` also
     features (n, S, A), with `raw` also videos and sounds; a .json written last makes a shard complete. A shard depends on
     its items alone, so a run that was killed at any moment and started again leaves the same bytes as one that was not.
     settings: what the cache depends on; one made with others is refused."""
@@ -624,16 +624,16 @@ def prepare(folder, settings, items, vae, device, cast, hear=None, raw=False):
         return                                                                # several processes may open a finished cache at once
     for leftover in folder.glob(".*"):                                        # of a run that was killed
         leftover.unlink()
-    jobs = [(item, settings["resolution"], settings.get("takes", 1)) for k in todo for item in shards[k]]
-    with workers() if len(jobs) > 64 else nullcontext() as pool, torch.no_grad(), cast(), tqdm(
+    jobs = [(item, settings["resolution"], settings.get("variations", 1)) for k in todo for item in shards[k]]
+    with workers() if len(jobs) > 64 else nullcontext() as pool, torch.no_grad(), autocast(), tqdm(
             total=len(items), initial=len(items) - len(jobs), desc=f"preparing {folder.parent.name}", unit="clip", disable=None) as bar:
-        results = _ahead(pool, jobs, bar)
+        results = imap_bounded(pool, jobs, bar)
         for k in todo:
-            _write_shard(folder, k, shards[k], results, vae, device, hear, raw)
+            _write_shard(folder, k, shards[k], results, vae, device, audio_encoder, raw)
     _write(folder / "manifest.json", json.dumps(dict(settings, shards=len(shards)), sort_keys=True))
 
 
-def _ahead(pool, jobs, bar, most=16):
+def imap_bounded(pool, jobs, bar, most=16):
     """What `_prepared` makes of the jobs, in order; workers run at most so many jobs ahead (videos are large)."""
     waiting = deque()
     for job in jobs:
@@ -650,9 +650,9 @@ def _name(item):
     return item if isinstance(item, int) else item["name"]
 
 
-def _write_shard(folder, k, items, results, vae, device, hear, raw):
+def _write_shard(folder, k, items, results, vae, device, audio_encoder, raw):
     rows, skipped, codes, batch = [], {}, [], []
-    arrays = dict(mels=[], **({"features": []} if hear else {}), **({"videos": [], "sounds": []} if raw else {}))
+    arrays = dict(mels=[], **({"features": []} if audio_encoder else {}), **({"videos": [], "sounds": []} if raw else {}))
 
     def encode():
         video = torch.from_numpy(np.stack(batch)).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1         # (n, 3, F, H, W)
@@ -664,7 +664,7 @@ def _write_shard(folder, k, items, results, vae, device, hear, raw):
             skipped[_name(item)] = windows
             continue
         for w in windows:
-            made = dict(mels=w["mel"], videos=w["video"], sounds=w["audio"], features=hear(w["audio"]) if hear else None)
+            made = dict(mels=w["mel"], videos=w["video"], sounds=w["audio"], features=audio_encoder(w["audio"]) if audio_encoder else None)
             for name, rows_of in arrays.items():
                 rows_of.append(made[name] if name == "videos" else made[name].astype(np.float16))
             rows.append([_name(item), w["caption"], w["start"], w["speech"]]), batch.append(w["video"])
@@ -675,7 +675,7 @@ def _write_shard(folder, k, items, results, vae, device, hear, raw):
     arrays = {name: np.array(values) for name, values in arrays.items()} | dict(latents=np.concatenate(codes) if codes else np.zeros((0, 2)))
     sums = {}
     for key, array in arrays.items():
-        part = temporary(folder / f"{k:05d}-{key}.npy")
+        part = temp_path(folder / f"{k:05d}-{key}.npy")
         np.save(part, array)
         sums[key] = zlib.crc32(part.read_bytes())
         os.replace(part, folder / f"{k:05d}-{key}.npy")
@@ -683,7 +683,7 @@ def _write_shard(folder, k, items, results, vae, device, hear, raw):
 
 
 def _write(path, text):
-    part = temporary(path)
+    part = temp_path(path)
     part.write_text(text)
     os.replace(part, path)
 
@@ -715,41 +715,41 @@ def open_cache(folder):
     return dict(folder=folder, arrays=arrays, at=np.array(at).reshape(-1, 2), captions=captions, starts=np.array(starts), speech=speech, clips=list(clips.values()), skipped=skipped)
 
 
-def pick(cache, name, index):
+def gather(cache, name, index):
     """Rows of an array of a cache -> tensor (len(index), ...)."""
     return torch.from_numpy(np.stack([cache["arrays"][name][k][row] for k, row in cache["at"][index]]))
 
 
 # ------------------------------------------------------------------------------------------------ the command: look and prepare
 
-def source(name, root="data", clips=2000, takes=1):
+def list_clips(name, root="data", clips=2000, variations=1):
     """--data -> a label for its cache, its items by split, and a line on what was found."""
     if name == "toybox":
-        return f"toybox-{clips}{f'x{takes}' if takes > 1 else ''}", dict(train=list(range(clips)), test=[]), f"toybox: {clips} clips, drawn from their seeds"
+        return f"toybox-{clips}{f'x{variations}' if variations > 1 else ''}", dict(train=list(range(clips)), test=[]), f"toybox: {clips} clips, drawn from their seeds"
     found, words = find_clips(name, root)
     splits = {s: [c for c in found if c["split"] == s] for s in ("train", "test")}
     return dataset_folder(name, root).resolve().name, splits, words
 
 
-def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000, hear=None, ears="hubert", takes=1, say=print):
-    """The cache of a dataset's split, made first where it is absent or unfinished. `tag` names the VAE that codes it, `ears` what
-    `hear` makes of every sound; `takes`: of toybox clips; `say` gets the report: what was found, what was skipped and why."""
+def load_or_prepare(name, root, split, size, vae, vae_id, device, autocast, clips=2000, audio_encoder=None, audio_tag="hubert", variations=1, log=print):
+    """The cache of a dataset's split, made first where it is absent or unfinished. `vae_id` names the VAE that codes it, `audio_tag` what
+    `audio_encoder` makes of every sound; `variations`: of toybox clips; `log` gets the report: what was found, what was skipped and why."""
     if name == "toybox":
         only_square(size)
-    label, splits, words = source(name, root, clips, takes)
+    label, splits, words = list_clips(name, root, clips, variations)
     if not splits[split]:
         raise BadInput(f"--data {name}: no clips for {'training' if split == 'train' else 'testing'} in it; give at least two clips, or lists that name some of both")
     shown = "x".join(map(str, sides(size))) if not isinstance(size, int) else size
-    folder = Path(root) / "cache" / f"{label}-{shown}px-{tag}{f'-{ears}' if hear else ''}" / split
-    settings = dict(data=label, split=split, resolution=size if isinstance(size, int) else list(size), vae=tag, fps=FPS, frames=FRAMES, **dict(takes=takes) if takes > 1 else {})
-    prepare(folder, settings, splits[split], vae, device, cast, hear, raw=name != "toybox" and split == "test")
+    folder = Path(root) / "cache" / f"{label}-{shown}px-{vae_id}{f'-{audio_tag}' if audio_encoder else ''}" / split
+    settings = dict(data=label, split=split, resolution=size if isinstance(size, int) else list(size), vae=vae_id, fps=FPS, frames=FRAMES, **dict(variations=variations) if variations > 1 else {})
+    prepare(folder, settings, splits[split], vae, device, autocast, audio_encoder, raw=name != "toybox" and split == "test")
     cache = open_cache(folder)
-    say(f"{words}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of {FRAMES} frames")
+    log(f"{words}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of {FRAMES} frames")
     reasons = {}
     for clip, why in cache["skipped"].items():
         reasons.setdefault(why, []).append(clip)
     for why, named in sorted(reasons.items(), key=lambda r: -len(r[1])):
-        say(f"  skipped {len(named)}: {why}; for instance {', '.join(named[:3])}")
+        log(f"  skipped {len(named)}: {why}; for instance {', '.join(named[:3])}")
     _write(folder / "skipped.txt", "".join(f"{clip}\t{why}\n" for clip, why in sorted(cache["skipped"].items())))
     if not cache["clips"]:
         raise BadInput(f"--data {name}: not one of its {len(splits[split])} {split} clips can be used; {folder / 'skipped.txt'} says why")
@@ -759,7 +759,7 @@ def load_or_prepare(name, root, split, size, vae, tag, device, cast, clips=2000,
 def contact_sheet(name, root, path, size=64, rows=8):
     """What one looks at before training: some clips as film strips over their sounds, event times marked where they are known."""
     from PIL import Image, ImageDraw
-    _, splits, words = source(name, root)
+    _, splits, words = list_clips(name, root)
     items, strips = splits["train"] + splits["test"], []
     for item in [items[i] for i in np.random.default_rng(0).permutation(len(items))]:
         if len(strips) == rows:

@@ -55,7 +55,7 @@ def shift_sigma(sigma, k):
     return k * sigma / (1 + (k - 1) * sigma)
 
 
-def draw_sigma(u, how="uniform", shift=1.):
+def sample_sigma(u, how="uniform", shift=1.):
     """Noise levels for training from u ~ U(0, 1), any shape. 'logit-normal' (SD3) favours the middle of the path."""
     if how == "logit-normal":
         u = torch.special.ndtri(u.clamp(1e-5, 1 - 1e-5)).sigmoid()            # a standard normal through a sigmoid
@@ -81,7 +81,7 @@ def flow_loss(v_hat, v, sigma, weight=None):
     return (error if weight is None else error * weight).mean(), report
 
 
-def guide(v_pos, *terms):
+def combine_guidance(v_pos, *terms):
     """v_pos + sum (S - 1)(v_pos - v_neg) over terms (S, v_neg). A term whose S is 1 needs no v_neg."""
     v = v_pos
     for S, v_neg in terms:
@@ -90,29 +90,29 @@ def guide(v_pos, *terms):
     return v
 
 
-def a2v_loss(model, z, words, sound, g, deaf=False, lam=1., how="uniform", shift=4., corrupt=.2):
+def syncphony_loss(model, z, words, sound, g, deaf=False, lam=1., how="uniform", shift=4., corrupt=.2):
     """Syncphony's training objective in the parallel layout -> loss, report of four noise buckets.
 
-    z (B, C, L, h, w) normalised latents, words and sound of the same clips as `MMDiT.read` and `MMDiT.listen` take them, g: a
+    z (B, C, L, h, w) normalised latents, words and sound of the same clips as `MMDiT.encode_text` and `MMDiT.encode_audio` take them, g: a
     CPU generator from which everything random is drawn. The context is lightly noised, and the network is not told: in a roll-out it will
     stand on its own small errors. Audio is never dropped (silence is information), but in a few steps the audio LAYERS are
     skipped (`deaf`): guidance will run that path, and without a pretrained backbone it would be one the network never took."""
     B, C, L, h, w = z.shape
     to = lambda t: t.to(z.device)
-    sigma = to(draw_sigma(torch.rand(B, L - 1, generator=g), how, shift))     # every latent has a noise level of its own
+    sigma = to(sample_sigma(torch.rand(B, L - 1, generator=g), how, shift))     # every latent has a noise level of its own
     eps = to(torch.randn(B, C, L - 1, h, w, generator=g))
     history = to(corrupt * torch.rand(B, 1, generator=g)).expand(B, L)
     clean = add_noise(z, to(torch.randn(B, C, L, h, w, generator=g)), history)
     target = z[:, :, 1:]
-    text, _, pooled = model.read(words)
-    v_hat = model.parallel(clean, add_noise(target, eps, sigma), sigma, text, pooled, None if deaf else model.listen(sound))
+    text, _, pooled = model.encode_text(words)
+    v_hat = model.forward_teacher_forced(clean, add_noise(target, eps, sigma), sigma, text, pooled, None if deaf else model.encode_audio(sound))
     weight = motion_weight(z, lam, skip=2)[:, :, 1:]
     return flow_loss(v_hat, velocity(target, eps), sigma, weight)
 
 
 # ------------------------------------------------------------------------------------------------ two streams (SyncFlow)
 
-def couple(noise, data):
+def ot_permutation(noise, data):
     """Minibatch optimal transport (Tong et al. 2024): which noise goes to which sample, so that the squared distances sum to the
     least -> order (B,), noise[order] goes with data. Exact, every noise used once. noise, data: (B, ...), or lists of such for
     several streams, whose costs are summed after dividing by their sizes: there is ONE order for all of them.
@@ -126,38 +126,38 @@ def couple(noise, data):
     return torch.as_tensor(columns).argsort()
 
 
-def t2av_loss(net, z_v, z_a, words, g, stage="joint", ot=False, how="uniform", shift=1.):
+def syncflow_loss(net, z_v, z_a, words, g, stage="joint", ot=False, how="uniform", shift=1.):
     """SyncFlow's objective: rectified flow on both streams with one clock -> loss, report (video, audio).
 
-    z_v (B, C, L, h, w), z_a (B, A, S) normalised latents; words as `DualTower.read` takes them; g: a CPU generator. stage 'video':
+    z_v (B, C, L, h, w), z_a (B, A, S) normalised latents; words as `DualTower.encode_text` takes them; g: a CPU generator. stage 'video':
     the video stream alone; 'audio': the loss is audio's alone, on video features at the same noise level; 'joint': both."""
     to = lambda t: t.to(z_v.device)
-    sigma = to(draw_sigma(torch.rand(len(z_v), generator=g), how, shift))     # (B,): tau = 1 - sigma in the paper
+    sigma = to(sample_sigma(torch.rand(len(z_v), generator=g), how, shift))     # (B,): tau = 1 - sigma in the paper
     eps_v, eps_a = to(torch.randn(z_v.shape, generator=g)), to(torch.randn(z_a.shape, generator=g))
     if ot:
-        order = couple([eps_v, eps_a], [z_v, z_a])
+        order = ot_permutation([eps_v, eps_a], [z_v, z_a])
         eps_v, eps_a = eps_v[order], eps_a[order]
     x_v = add_noise(z_v, eps_v, sigma[:, None])
     x_a = add_noise(z_a[..., None, None], eps_a[..., None, None], sigma[:, None])[..., 0, 0]
-    v_v, v_a = net(None if net.cfg.blind else x_v, None if stage == "video" else x_a, sigma, *net.read(words))
+    v_v, v_a = net(None if net.cfg.blind else x_v, None if stage == "video" else x_a, sigma, *net.encode_text(words))
     error_v, error_a = (z_v.new_zeros(()) if v is None else (v.float() - velocity(z, eps)).square().mean()
                         for v, z, eps in ((v_v, z_v, eps_v), (v_a, z_a, eps_a)))
     loss = dict(video=error_v, audio=error_a, joint=error_v + error_a)[stage]
     return loss, torch.stack([error_v.detach(), error_a.detach()])
 
 
-def picture_loss(net, z, words, g, how="uniform", shift=1.):
+def image_loss(net, z, words, g, how="uniform", shift=1.):
     """Rectified flow on single pictures, the first latents z (B, C, 1, h, w) of clips -> loss. Most of what a text-to-video tower has to learn is how
     things look, and that every clip shows only once: Open-Sora's, which SyncFlow starts from, had seen images first."""
-    sigma = draw_sigma(torch.rand(len(z), generator=g), how, shift).to(z.device)
+    sigma = sample_sigma(torch.rand(len(z), generator=g), how, shift).to(z.device)
     eps = torch.randn(z.shape, generator=g).to(z.device)
-    v = net(add_noise(z, eps, sigma[:, None]), None, sigma, *net.read(words))[0]
+    v = net(add_noise(z, eps, sigma[:, None]), None, sigma, *net.encode_text(words))[0]
     return (v.float() - velocity(z, eps)).square().mean()
 
 
 # ------------------------------------------------------------------------------------------------ cross-task synergy (Harmony)
 
-def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", lam_v=.1, lam_a=.3, shift=5., how="uniform", begun=.5, lam_joint=1.):
+def harmony_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", lam_v=.1, lam_a=.3, shift=5., how="uniform", begun=.5, lam_joint=1.):
     """Harmony's objective: the joint task, and beside it the two one-way tasks, in which the other stream is given, clean (eqs. 3, 4)
 
         L = L_joint + lambda_v L_driven^audio + lambda_a L_driven^video
@@ -172,7 +172,7 @@ def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", la
     of the clips the first latent is given, as Wan2.2 learned it: it is clean, and not part of the loss. stage 'video', 'audio'
     or 'timbre': one stream alone, before they meet."""
     to = lambda t: t.to(z_v.device)
-    sigma = to(draw_sigma(torch.rand(len(z_v), generator=g), how, shift))     # (B,)
+    sigma = to(sample_sigma(torch.rand(len(z_v), generator=g), how, shift))     # (B,)
     eps_v, eps_a = to(torch.randn(z_v.shape, generator=g)), to(torch.randn(z_a.shape, generator=g))
     sigma_v = sigma[:, None].repeat(1, z_v.shape[2])                          # (B, L)
     sigma_v[:, 0] *= to(torch.rand(len(z_v), generator=g) >= begun)           # a picture to begin with
@@ -181,16 +181,16 @@ def cts_loss(net, z_v, z_a, words, g, ref=None, ref_mask=None, stage="joint", la
     video_error = lambda v: ((v.float() - velocity(z_v, eps_v)).square().mean((1, 3, 4)) * made).sum() / made.sum()
     audio_error = lambda v: (v.float() - velocity(z_a, eps_a)).square().mean()
     if stage == "video":
-        loss = video_error(net.converse(x_v, None, sigma_v, None, *words)[0])
+        loss = video_error(net.forward_joint(x_v, None, sigma_v, None, *words)[0])
         return loss, torch.stack([loss.detach(), none, none, none])
     if stage != "joint":
-        loss = audio_error(net.converse(None, x_a, None, sigma, *words, ref, ref_mask)[1])
+        loss = audio_error(net.forward_joint(None, x_a, None, sigma, *words, ref, ref_mask)[1])
         return loss, torch.stack([none, loss.detach(), none, none])
     joint_v = joint_a = none
     if lam_joint:
-        v_v, v_a = net.converse(x_v, x_a, sigma_v, sigma, *words, ref, ref_mask)
+        v_v, v_a = net.forward_joint(x_v, x_a, sigma_v, sigma, *words, ref, ref_mask)
         joint_v, joint_a = video_error(v_v), audio_error(v_a)                 # eq. 4: L_joint is their sum
-    driven_v = video_error(net.converse(x_v, z_a, sigma_v, clean, *words, ref, ref_mask)[0]) if lam_v else none         # by clean audio
-    driven_a = audio_error(net.converse(z_v, x_a, clean, sigma, *words, ref, ref_mask)[1]) if lam_a else none         # by clean video
+    driven_v = video_error(net.forward_joint(x_v, z_a, sigma_v, clean, *words, ref, ref_mask)[0]) if lam_v else none         # by clean audio
+    driven_a = audio_error(net.forward_joint(z_v, x_a, clean, sigma, *words, ref, ref_mask)[1]) if lam_a else none         # by clean video
     loss = lam_joint * (joint_v + joint_a) + lam_v * driven_v + lam_a * driven_a                  # eq. 3
     return loss, torch.stack([t.detach() for t in (joint_v, joint_a, driven_v, driven_a)])

@@ -8,9 +8,9 @@ pairs of query and key channels (RoPE, three axes); how noisy it is, by scaling 
 **Autoregression.** Latent l is made given text, audio and the clean latents before it, so attention is causal over
 latents. Three calls, one meaning:
 
-    `parallel`          training: [text; all clean latents; all noisy latents] in ONE pass; noisy latent l sees clean
+    `forward_teacher_forced`          training: [text; all clean latents; all noisy latents] in ONE pass; noisy latent l sees clean
                         latents < l and itself, so every latent of a clip is a target in every step
-    `extend`, `denoise` sampling: keys and values of the clean context are kept; a step runs only the latent being made
+    `append_latent`, `denoise_step` sampling: keys and values of the clean context are kept; a step runs only the latent being made
     `forward`           Pyramid Flow's own call: a list of clean clips at falling resolutions, then one noisy clip
 
 The cache is exact because the clean context keeps its own clock (`context_clock="own"`): text and clean latents are
@@ -55,7 +55,7 @@ class MMDiTConfig:
     text_dim: int = 4096                      # width of the text states (T5-XXL)
     pooled_dim: int = 768                     # width of the pooled text vector (CLIP-L)
     context_clock: str = "shared"             # "own": clean tokens are modulated with sigma = 0, and can be cached
-    precondition: bool = False                # the last layer gives what x does not tell yet, see `preconditioned`
+    precondition: bool = False                # the last layer gives what x does not tell yet, see `velocity_from_output`
     text: str = "external"                    # "bytes": a small text encoder of our own, trained along
     audio_dim: int = 0                        # width of the audio features; 0 = no audio layers
     audio: str = "external"                   # "mel": a small convolutional encoder of our own over log-mels
@@ -87,7 +87,7 @@ def unpatchify(x, L, h, w, p=2):                                              # 
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
 
-def grid_ids(times, h, w, fine=None):
+def position_ids(times, h, w, fine=None):
     """Ids (time, row, column) of the tokens of some latents -> (len(times)·h·w, 3), h w in patches. A grid coarser than
     `fine` (the grid that is being made) is laid over it: cell i covers r fine cells, its centre is (i + 0.5) r - 0.5."""
     r = 1. if fine is None else fine / h
@@ -95,7 +95,7 @@ def grid_ids(times, h, w, fine=None):
     return torch.stack(torch.meshgrid(torch.as_tensor(times).float(), rows, cols, indexing="ij"), -1).flatten(0, 2)
 
 
-def rotary(ids, axes, time_scale=1.):
+def rope_table(ids, axes, time_scale=1.):
     """Rotation table of positions ids (..., 3) -> cos, sin (..., d), fp32, the sine signed for the pairs (2j, 2j+1).
     Id 0 is no rotation; ids may be fractions."""
     angles = []
@@ -107,16 +107,16 @@ def rotary(ids, axes, time_scale=1.):
     return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
 
-def rotate(x, table):                                                         # (u, v) -> (u cos - v sin, v cos + u sin)
+def apply_rope(x, table):                                                         # (u, v) -> (u cos - v sin, v cos + u sin)
     cos, sin = table                                                          # x (B, K, N, d), table (N, d)
     return torch.addcmul(x * cos, x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
 
 
-def heads(x, K):                                                              # (B, N, D) -> (B, K, N, d)
+def split_heads(x, K):                                                              # (B, N, D) -> (B, K, N, d)
     return x.unflatten(2, (K, -1)).transpose(1, 2)
 
 
-def attend(q, k, v, mask=None):                                               # (B, K, N, d) -> (B, N, D)
+def attention(q, k, v, mask=None):                                               # (B, K, N, d) -> (B, N, D)
     q, k = q.to(v.dtype), k.to(v.dtype)
     if v.device.type == "cpu" and torch.is_grad_enabled():                    # the fused kernel's backward is slow at these sizes
         s = (q * q.shape[-1] ** -.5) @ k.transpose(2, 3)                      # (B, K, N, M)
@@ -167,7 +167,7 @@ class MLP(nn.Module):
 # ------------------------------------------------------------------------------------------------ attention and blocks
 
 @dataclass
-class Pass:
+class Conditioning:
     """What all blocks of one pass over the network share."""
     c: torch.Tensor                           # (B, G, D) conditioning vectors; row 0 is the text's
     table: tuple                              # rotation of [text; video] tokens
@@ -195,16 +195,16 @@ class JointAttention(nn.Module):
         """x (B, N, D) video (or everything, in single blocks), y (B, T, D) text or None; past: keys and values of a clean context
         -> output (B, T+N, D), keys and values of this pass."""
         K = self.K
-        q, k, v = self.norm_q(heads(self.to_q(x), K)), self.norm_k(heads(self.to_k(x), K)), heads(self.to_v(x), K)
+        q, k, v = self.norm_q(split_heads(self.to_q(x), K)), self.norm_k(split_heads(self.to_k(x), K)), split_heads(self.to_v(x), K)
         if y is not None:                                                     # text first, then video
-            q = torch.cat([self.norm_added_q(heads(self.add_q_proj(y), K)), q], 2)
-            k = torch.cat([self.norm_added_k(heads(self.add_k_proj(y), K)), k], 2)
-            v = torch.cat([heads(self.add_v_proj(y), K), v], 2)
-        q, k = rotate(q, p.table), rotate(k, p.table).to(v.dtype)
+            q = torch.cat([self.norm_added_q(split_heads(self.add_q_proj(y), K)), q], 2)
+            k = torch.cat([self.norm_added_k(split_heads(self.add_k_proj(y), K)), k], 2)
+            v = torch.cat([split_heads(self.add_v_proj(y), K), v], 2)
+        q, k = apply_rope(q, p.table), apply_rope(k, p.table).to(v.dtype)
         made = k, v
         if past is not None:                                                  # the clean context, rotated long ago
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        return attend(q, k, v, p.mask), made
+        return attention(q, k, v, p.mask), made
 
 
 class Attention(nn.Module):
@@ -217,19 +217,19 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(D // K), RMSNorm(D // K)
         self.to_out = nn.Linear(D, D)
 
-    def keys_values(self, a, table=None):
+    def project_kv(self, a, table=None):
         """Source (B, S, A) -> k, v (B, K, S, d). They depend on the source alone: what is not being made is asked once."""
-        k, v = self.norm_k(heads(self.to_k(a), self.K)), heads(self.to_v(a), self.K)
-        k = k if table is None else rotate(k, table)                          # eq. 8 and, for the keys, eq. 9
+        k, v = self.norm_k(split_heads(self.to_k(a), self.K)), split_heads(self.to_v(a), self.K)
+        k = k if table is None else apply_rope(k, table)                          # eq. 8 and, for the keys, eq. 9
         return k.to(v.dtype), v
 
     def forward(self, x, kv, table=None, mask=None, maps=None):               # x (B, N, D), mask (N, S) or wider; -> (B, N, D)
-        q = self.norm_q(heads(self.to_q(x), self.K))
-        q = q if table is None else rotate(q, table)                          # Syncphony eqs. 8, 9
+        q = self.norm_q(split_heads(self.to_q(x), self.K))
+        q = q if table is None else apply_rope(q, table)                          # Syncphony eqs. 8, 9
         if maps is not None:                                                  # somebody wants to see who looks where: (B, K, N, S)
             s = q @ kv[0].to(q.dtype).transpose(2, 3) * q.shape[-1] ** -.5
             maps.append((s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(-1))
-        return self.to_out(attend(q, *kv, mask))                              # eq. 10 (with values W_V a_i)
+        return self.to_out(attention(q, *kv, mask))                              # eq. 10 (with values W_V a_i)
 
 
 class AudioCrossAttention(Attention):
@@ -355,7 +355,7 @@ class MelEncoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ the transformer
 
-def initialise(module):
+def init_weights(module):
     """Xavier for every linear layer, but zero for the ones that would be heard at once: adaLN (so that every block starts as
     the identity) and the output of the audio layers. -> module"""
     for m in module.modules():
@@ -367,7 +367,7 @@ def initialise(module):
     return module
 
 
-def preconditioned(out, x, sigma):
+def velocity_from_output(out, x, sigma):
     """The last layer's output F as a velocity (EDM's idea, on the straight path): of z with unit variance x already tells
     (1-s) x / d, with d = (1-s)^2 + s^2, and what it does not tell has the size s / sqrt(d). The network gives that rest in units
     of its size, z = ((1-s) x + s sqrt(d) F) / d, hence v = (x - z) / s as below.
@@ -390,22 +390,22 @@ class MMDiT(nn.Module):
             self.text = ByteText(cfg.text_dim, cfg.pooled_dim)
         if cfg.audio == "mel" and cfg.audio_dim:
             self.ears = MelEncoder(cfg.audio_dim)
-        initialise(self)
+        init_weights(self)
         nn.init.zeros_(self.proj_out.weight)
 
-    def read(self, words):
+    def encode_text(self, words):
         """Text -> states (B, T, text_dim), mask (B, T), pooled (B, pooled_dim): letters (B, 96) by the encoder that is trained
-        along, or, of a network that was trained with others, these three themselves (data.prompt_states)."""
+        along, or, of a network that was trained with others, these three themselves (data.t5_clip_states)."""
         if self.cfg.text != "bytes":
             return words
         states, pooled = self.text(words)
         return states, torch.ones_like(states[..., 0]), pooled
 
-    def listen(self, sound):
+    def encode_audio(self, sound):
         """Log-mels (B, 2S, 64), or features that were made elsewhere -> features (B, S, A) at 50 Hz."""
         return self.ears(sound) if self.cfg.audio == "mel" else sound
 
-    def blocks(self, x, y, p, past=None, heard=None):
+    def run_blocks(self, x, y, p, past=None, heard=None):
         """Tokens x (B, N, D), text y (B, T, D) or None -> x after all blocks; the keys and values of every block.
 
         past: per block, keys and values of the clean context. heard: per single block, those of the audio; None: audio layers
@@ -424,36 +424,36 @@ class MMDiT(nn.Module):
             made.append(kv)
         return x, made
 
-    def layers(self):
+    def all_blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
-    def tokens(self, *clips):                   # latents, in the order given -> (B, N, D)
+    def embed_latents(self, *clips):                   # latents, in the order given -> (B, N, D)
         return self.x_embedder(torch.cat([patchify(z, self.cfg.patch) for z in clips], 1))
 
-    def head(self, x, shape, c, rows=None):     # scale before shift here, unlike in the blocks
+    def final_layer(self, x, shape, c, rows=None):     # scale before shift here, unlike in the blocks
         scale, shift = self.norm_out(c, rows)
         return unpatchify(self.proj_out(modulate(x, shift, scale)), *shape, self.cfg.patch)
 
-    def velocity(self, out, x, sigma):
-        return preconditioned(out, x, sigma) if self.cfg.precondition else out
+    def to_velocity(self, out, x, sigma):
+        return velocity_from_output(out, x, sigma) if self.cfg.precondition else out
 
-    def grid(self, z):                          # patches in a column and a row of latents z
+    def token_grid(self, z):                          # patches in a column and a row of latents z
         return z.shape[3] // self.cfg.patch, z.shape[4] // self.cfg.patch
 
-    def rotary(self, ids):
-        return rotary(ids, self.cfg.axes, self.cfg.time_scale)
+    def rope(self, ids):
+        return rope_table(ids, self.cfg.axes, self.cfg.time_scale)
 
     def audio_times(self, S):
         """t_i of audio steps, in latent units: step i begins at i/alpha latents; the middle of a latent's own steps is l."""
         return (torch.arange(S) + .5) / self.cfg.alpha - .5
 
-    def hear(self, a, start=0):
+    def project_audio_kv(self, a, start=0):
         """Audio features a (B, S, A), the first of which is step `start` -> keys and values for every single block."""
         t = self.audio_times(start + a.shape[1])[start:]
-        table = self.rotary(F.pad(t[:, None], (0, 2)).to(a.device)) if self.cfg.audio_rope else self.rotary(a.new_zeros(a.shape[1], 3))
-        return [b.audio.keys_values(a, table) for b in self.single_transformer_blocks]
+        table = self.rope(F.pad(t[:, None], (0, 2)).to(a.device)) if self.cfg.audio_rope else self.rope(a.new_zeros(a.shape[1], 3))
+        return [b.audio.project_kv(a, table) for b in self.single_transformer_blocks]
 
-    def window(self, l, S):
+    def audio_window(self, l, S):
         """Which audio steps latents l (N,) see -> (N, S): |t_i - l| < Delta + 0.5, and always the nearest.     eq. 7"""
         distance = (self.audio_times(S).to(l.device)[None] - l[:, None]).abs()
         return (distance < self.cfg.window) | (distance == distance.min(1, keepdim=True).values)
@@ -464,31 +464,31 @@ class MMDiT(nn.Module):
         clips: list of (B, C, L, h, w); timestep (B,) in 0..1000; text (B, T, text_dim) with mask (B, T); pooled
         (B, pooled_dim); audio (B, S, A) features of the whole clip or None = audio layers skipped. -> like clips[-1], and
         behind them the first `off_sync` rows once more, unheard. gone: so many latents were before the first of `clips`."""
-        x, y, T = self.tokens(*clips), self.context_embedder(text), text.shape[1]                   # (B, N, D), (B, T, D)
+        x, y, T = self.embed_latents(*clips), self.context_embedder(text), text.shape[1]                   # (B, N, D), (B, T, D)
         starts = [sum(z.shape[2] for z in clips[:i]) for i in range(len(clips))]
-        fine, width = self.grid(clips[-1])
-        ids = torch.cat([grid_ids(range(s, s + z.shape[2]), *self.grid(z), fine) for s, z in zip(starts, clips)])
+        fine, width = self.token_grid(clips[-1])
+        ids = torch.cat([position_ids(range(s, s + z.shape[2]), *self.token_grid(z), fine) for s, z in zip(starts, clips)])
         ids = torch.cat([torch.zeros(T, 3), ids]).to(x.device)                # text stands at (0, 0, 0)
         real = F.pad(text_mask.bool(), (0, x.shape[1]), value=True)           # padding sees padding, real sees real ...
         mask = (real[:, None] == real[:, :, None]) & (ids[:, None, 0] >= ids[None, :, 0])        # ... and nobody the future
-        p, heard = Pass(self.time_text_embed(timestep[:, None], pooled), self.rotary(ids), mask=mask[:, None], off_sync=off_sync), None
+        p, heard = Conditioning(self.time_text_embed(timestep[:, None], pooled), self.rope(ids), mask=mask[:, None], off_sync=off_sync), None
         if audio is not None:
             at = ids[T:] + torch.tensor([gone, 0, 0], device=x.device)        # the sound runs on, whatever was forgotten
-            heard, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(at), self.window(at[:, 0], audio.shape[1])
+            heard, p.audio_table, p.audio_mask = self.project_audio_kv(audio), self.rope(at), self.audio_window(at[:, 0], audio.shape[1])
         n = clips[-1].shape[2] * fine * width
-        x, _ = self.blocks(x, y, p, heard=heard)
-        return self.head(x[:, -n:], clips[-1].shape[2:], p.c)
+        x, _ = self.run_blocks(x, y, p, heard=heard)
+        return self.final_layer(x[:, -n:], clips[-1].shape[2:], p.c)
 
     # ---- the same network for a model whose context keeps its own clock
 
-    def parallel(self, clean, noisy, sigma, text, pooled, audio=None, start=1):
+    def forward_teacher_forced(self, clean, noisy, sigma, text, pooled, audio=None, start=1):
         """Velocities of many latents in one pass.
 
         clean (B, C, L, h, w): latents 0..L-1; noisy (B, C, M, h, w): latents start..start+M-1 at sigma (B, M); text,
-        pooled as `self.text` gives them; audio (B, S, A) or None -> like noisy. The same as `denoise`, one by one."""
-        L, M, T, (h, w) = clean.shape[2], noisy.shape[2], text.shape[1], self.grid(noisy)
-        x, y, n = self.tokens(clean, noisy), self.context_embedder(text), h * w                      # n tokens per latent
-        ids = grid_ids([*range(L), *range(start, start + M)], h, w).to(x.device)
+        pooled as `self.text` gives them; audio (B, S, A) or None -> like noisy. The same as `denoise_step`, one by one."""
+        L, M, T, (h, w) = clean.shape[2], noisy.shape[2], text.shape[1], self.token_grid(noisy)
+        x, y, n = self.embed_latents(clean, noisy), self.context_embedder(text), h * w                      # n tokens per latent
+        ids = position_ids([*range(L), *range(start, start + M)], h, w).to(x.device)
         t = F.pad(ids[:, 0], (T, 0))                                          # (T+N,) text counts as latent 0
         new = torch.arange(len(t), device=x.device) >= T + L * n              # which tokens are noisy
         past = (t[None] < t[:, None]) & (t[:, None] - t[None] <= self.cfg.context) | (t[None] == 0)
@@ -497,43 +497,43 @@ class MMDiT(nn.Module):
         rows = torch.arange(M).repeat_interleave(n) + 1                       # each noisy latent has its own sigma
         rows = F.pad(rows, (T + L * n, 0)).to(x.device)                       # text and clean latents: row 0, sigma = 0
         c = self.time_text_embed(1000 * F.pad(sigma, (1, 0)), pooled)         # (B, 1+M, D)
-        p, heard = Pass(c, self.rotary(torch.cat([ids.new_zeros(T, 3), ids])), rows, mask), None
+        p, heard = Conditioning(c, self.rope(torch.cat([ids.new_zeros(T, 3), ids])), rows, mask), None
         if audio is not None:
-            heard, p.audio_table, p.audio_mask = self.hear(audio), self.rotary(ids), self.window(ids[:, 0], audio.shape[1])
-        x, _ = self.blocks(x, y, p, heard=heard)
-        out = self.head(x[:, L * n:], noisy.shape[2:], c, rows[T + L * n:])
-        return self.velocity(out, noisy, sigma[:, None, :, None, None])
+            heard, p.audio_table, p.audio_mask = self.project_audio_kv(audio), self.rope(ids), self.audio_window(ids[:, 0], audio.shape[1])
+        x, _ = self.run_blocks(x, y, p, heard=heard)
+        out = self.final_layer(x[:, L * n:], noisy.shape[2:], c, rows[T + L * n:])
+        return self.to_velocity(out, noisy, sigma[:, None, :, None, None])
 
-    def begin(self, first, text, pooled, audio=None, off_sync=0):
+    def prefill(self, first, text, pooled, audio=None, off_sync=0):
         """Start a roll-out: latent 0 (R, C, 1, h, w), text (R, T, ·), audio features (R, S, A) of the whole sound.
 
         R rows are the guidance branches of one or more clips; the first `off_sync` of them are repeated after the
-        double blocks as rows that hear nothing. -> the context that `extend` and `denoise` read and grow"""
+        double blocks as rows that hear nothing. -> the context that `append_latent` and `denoise_step` read and grow"""
         context = dict(pooled=pooled, audio=audio, off_sync=off_sync, l=0, at=(-1,), T=text.shape[1], cache=None)
-        self.extend(context, first, self.context_embedder(text))
+        self.append_latent(context, first, self.context_embedder(text))
         return context
 
     def _pass(self, context, z, sigma):
-        """The Pass of latent l = context['l'], and what it hears. What does not depend on the step is made once per latent: its
+        """The Conditioning of latent l = context['l'], and what it hears. What does not depend on the step is made once per latent: its
         rotation, and the keys and values of the audio in its window (of no other steps, so no mask is needed)."""
         l, a = context["l"], context["audio"]
         if context["at"][0] != l:
-            ids, kv = grid_ids([l], *self.grid(z)).to(z.device), None
+            ids, kv = position_ids([l], *self.token_grid(z)).to(z.device), None
             if a is not None:
-                seen = self.window(ids[:1, 0], a.shape[1])[0].nonzero().flatten()
-                kv = self.hear(a[:, seen[0]:seen[-1] + 1], int(seen[0]))
-            context["at"] = (l, self.rotary(ids), kv)
+                seen = self.audio_window(ids[:1, 0], a.shape[1])[0].nonzero().flatten()
+                kv = self.project_audio_kv(a[:, seen[0]:seen[-1] + 1], int(seen[0]))
+            context["at"] = (l, self.rope(ids), kv)
         _, table, kv = context["at"]
         c = self.time_text_embed(torch.full((len(z), 1), 1000. * sigma, device=z.device), context["pooled"])
-        return Pass(c, table, off_sync=context["off_sync"], audio_table=table), kv
+        return Conditioning(c, table, off_sync=context["off_sync"], audio_table=table), kv
 
-    def extend(self, context, z, y=None):
+    def append_latent(self, context, z, y=None):
         """Append the finished latent z (R, C, 1, h, w) to the context, and with the first one the text y."""
-        (p, heard), n = self._pass(context, z, 0.), math.prod(self.grid(z))   # clean: sigma = 0; n tokens per latent
+        (p, heard), n = self._pass(context, z, 0.), math.prod(self.token_grid(z))   # clean: sigma = 0; n tokens per latent
         if y is not None:                       # [text; latent 0]: text has no position, and both see each other
-            p.table = tuple(torch.cat([t0, t]) for t0, t in zip(self.rotary(torch.zeros(y.shape[1], 3, device=z.device)), p.table))
+            p.table = tuple(torch.cat([t0, t]) for t0, t in zip(self.rope(torch.zeros(y.shape[1], 3, device=z.device)), p.table))
             context["all"] = None
-        _, made = self.blocks(self.tokens(z), y, p, context["cache"], heard)
+        _, made = self.run_blocks(self.embed_latents(z), y, p, context["cache"], heard)
         old, sink, W = context["all"], context["T"] + n, self.cfg.context * n
         grown = made if old is None else [tuple(torch.cat(kv, 2) for kv in zip(a, b)) for a, b in zip(old, made)]
         # bounded memory: the text and latent 0 stay for ever, of the rest the last `context` latents
@@ -541,14 +541,14 @@ class MMDiT(nn.Module):
         context["l"] += 1
         # and never farther away than in training: past that distance their keys turn along (rotations add up)
         away = max(0, context["l"] - self.cfg.context)
-        turn = self.rotary(torch.tensor([[away, 0., 0.]], device=z.device))
+        turn = self.rope(torch.tensor([[away, 0., 0.]], device=z.device))
         context["cache"] = context["all"] if not away else [
-            (torch.cat([rotate(k[:, :, :sink].float(), turn).to(k.dtype), k[:, :, sink:]], 2), v) for k, v in context["all"]]
+            (torch.cat([apply_rope(k[:, :, :sink].float(), turn).to(k.dtype), k[:, :, sink:]], 2), v) for k, v in context["all"]]
 
-    def denoise(self, context, x, sigma):
+    def denoise_step(self, context, x, sigma):
         """Velocity of the noisy latent x (R, C, 1, h, w) at sigma (a number) -> (R + off_sync, C, 1, h, w)."""
         p, heard = self._pass(context, x, sigma)
-        out, _ = self.blocks(self.tokens(x), None, p, context["cache"], heard)         # may change p.c: off-sync rows join
-        out = self.head(out, x.shape[2:], p.c)
-        return self.velocity(out, torch.cat([x, x[:len(out) - len(x)]]), sigma)
+        out, _ = self.run_blocks(self.embed_latents(x), None, p, context["cache"], heard)         # may change p.c: off-sync rows join
+        out = self.final_layer(out, x.shape[2:], p.c)
+        return self.to_velocity(out, torch.cat([x, x[:len(out) - len(x)]]), sigma)
 

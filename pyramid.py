@@ -7,18 +7,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, temporary
-from losses import add_noise, flow_loss, guide, motion_weight, shift_sigma
-from model import AudioCrossAttention, MelEncoder, MMDiT, MMDiTConfig, initialise
+from data import BadInput, temp_path
+from losses import add_noise, flow_loss, combine_guidance, motion_weight, shift_sigma
+from model import AudioCrossAttention, MelEncoder, MMDiT, MMDiTConfig, init_weights
 from vae import CausalVideoVAE, VAEConfig
 
 GAMMA = 1 / 3                                                                 # correlation of the repairing noise in a block: -gamma
-GOOD = ", hyper quality, Ultra HD, 8K"                                        # Pyramid Flow adds this to every prompt
+QUALITY_SUFFIX = ", hyper quality, Ultra HD, 8K"                                        # Pyramid Flow adds this to every prompt
 
 
 # ------------------------------------------------------------------------------------------------ the staged path of Pyramid Flow
 
-def stages(n=3, shift=1.):
+def make_stages(n=3, shift=1.):
     """The n pieces into which the way from noise (1) to latent (0) is cut; piece s runs at 2^(s-n+1) of the full side.
 
     -> dicts: noise levels `start` and `end`; `times` (from, to), what the network is told, of 1000 .. 1; `alpha`, `beta` of
@@ -45,27 +45,27 @@ def sampling_grid(piece, n):
             torch.cat([torch.linspace(1, .001, n, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]))
 
 
-def halve(z):                                                                 # (B, C, L, h, w) -> half the side, 2x2 means
+def downsample2(z):                                                                 # (B, C, L, h, w) -> half the side, 2x2 means
     return torch.nn.functional.avg_pool3d(z, (1, 2, 2))
 
 
-def double(z):
+def upsample2(z):
     return z.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
-def levels(z, n=3):
+def latent_pyramid(z, n=3):
     """Latents at n resolutions, coarsest first."""
     out = [z]
     for _ in range(n - 1):
-        out.insert(0, halve(out[0]))
+        out.insert(0, downsample2(out[0]))
     return out
 
 
-def noise_levels(eps, n=3):
+def noise_pyramid(eps, n=3):
     """The same for noise: a mean of four has half the deviation, so it is doubled, and stays N(0, 1)."""
     out = [eps]
     for _ in range(n - 1):
-        out.insert(0, 2 * halve(out[0]))
+        out.insert(0, 2 * downsample2(out[0]))
     return out
 
 
@@ -74,10 +74,10 @@ def block_noise(shape, g=None):
 
     N(0, 1) minus the mean of its block has variance 3/4 and covariance -1/4: times (4/3)^(1/2) it is b, exactly."""
     x = torch.randn(shape, generator=g)
-    return (4 / 3) ** .5 * (x - double(halve(x)))
+    return (4 / 3) ** .5 * (x - upsample2(downsample2(x)))
 
 
-def history(z_levels, u, s):
+def pyramid_history(z_levels, u, s):
     """What the latent number u sees of those before it while it is made at level s, oldest first: the last one as sharp as
     itself, every earlier one a level coarser, and all the rest at the coarsest. -> list of (B, C, L_k, h_k, w_k)"""
     clips, l = [], u
@@ -88,10 +88,10 @@ def history(z_levels, u, s):
     return ([z_levels[0][:, :, :l]] if l > 0 else []) + clips
 
 
-def stage_ends(z_levels, eps_levels, piece, s):
+def stage_endpoints(z_levels, eps_levels, piece, s):
     """The straight line of stage s, from its noisy start to its less noisy end, with the SAME noise in both -> start, end."""
     z, eps = z_levels[s], eps_levels[s]
-    start = eps if s == 0 else piece["start"] * eps + (1 - piece["start"]) * double(z_levels[s - 1])
+    start = eps if s == 0 else piece["start"] * eps + (1 - piece["start"]) * upsample2(z_levels[s - 1])
     end = z if piece["end"] == 0 else piece["end"] * eps + (1 - piece["end"]) * z
     return start, end
 
@@ -99,26 +99,26 @@ def stage_ends(z_levels, eps_levels, piece, s):
 def pyramid_loss(model, z, words, sound, numbers, g, deaf=False, lam=1., corrupt=1 / 3, columns=(0, 1, 1, 2)):
     """Syncphony's objective in Pyramid Flow's own layout: of every clip ONE latent, at one stage -> loss, report of the stages.
 
-    z (B, C, L, h, w) normalised latents, words, sound, g and deaf as in `a2v_loss`. Clip number r of the whole batch, of which these
+    z (B, C, L, h, w) normalised latents, words, sound, g and deaf as in `syncphony_loss`. Clip number r of the whole batch, of which these
     are the `numbers`, trains stage columns[r mod 4]. Coarse stages are cheap, so where the fine stage stands late in a clip and sees a long history, they
     stand early, and the other way round: u fine, L - u coarse. The history is noised by c <= `corrupt`, untold.
     Eq. 1 speaks of the difference of neighbouring latents: here of the clean ones at the resolution of the stage."""
     B, _, L = z.shape[:3]
     to, n = lambda t: t.to(z.device), max(columns) + 1
     u_fine = int(torch.randint(1, L, (), generator=g))
-    (text, mask, pooled), audio = model.read(words), None if deaf else model.listen(sound)
+    (text, mask, pooled), audio = model.encode_text(words), None if deaf else model.encode_audio(sound)
     losses, report = [], torch.full((n,), float("nan"), device=z.device)
-    for s, piece in enumerate(stages(n)):
+    for s, piece in enumerate(make_stages(n)):
         rows = torch.tensor([i for i, r in enumerate(numbers) if columns[r % len(columns)] == s], dtype=torch.long)
         if len(rows) == 0:
             continue
-        u, z_levels = u_fine if s == n - 1 else L - u_fine, levels(z[rows], n)
+        u, z_levels = u_fine if s == n - 1 else L - u_fine, latent_pyramid(z[rows], n)
         now = [zk[:, :, u:u + 1] for zk in z_levels]
-        eps = noise_levels(to(torch.randn(now[-1].shape, generator=g)), n)
+        eps = noise_pyramid(to(torch.randn(now[-1].shape, generator=g)), n)
         c = to(corrupt * torch.rand(len(rows), 1, generator=g))
-        before = [add_noise(h, to(torch.randn(h.shape, generator=g)), c.expand(-1, h.shape[2])) for h in history(z_levels, u, s)]
+        before = [add_noise(h, to(torch.randn(h.shape, generator=g)), c.expand(-1, h.shape[2])) for h in pyramid_history(z_levels, u, s)]
         i = to(torch.randint(1000, (len(rows), 1), generator=g))
-        (start, end), sigma, (hi, lo) = stage_ends(now, eps, piece, s), 1 - i / 1000, piece["times"]
+        (start, end), sigma, (hi, lo) = stage_endpoints(now, eps, piece, s), 1 - i / 1000, piece["times"]
         v_hat = model([*before, add_noise(end, start, sigma)], (hi + (lo - hi) * i / 1000)[:, 0], text[rows], mask[rows], pooled[rows],
                       None if deaf else audio[rows])
         weight = motion_weight(z_levels[s][:, :, u - 1:u + 1], lam, skip=2 if u == 1 else 1)[:, :, 1:]
@@ -128,7 +128,7 @@ def pyramid_loss(model, z, words, sound, numbers, g, deaf=False, lam=1., corrupt
     return sum(losses) / B, report
 
 
-def rollout_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=None, jump=block_noise, keep=30, bar=None):
+def sample_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=None, jump=block_noise, keep=30, bar=None):
     """Generate latents as Pyramid Flow does: each from coarse to fine, within sight of ever coarser earlier ones. Yields them.
 
     call(clips, t, S, gone) -> velocity (B, C, 1, h, w), guided with text scale S, see `guided`; clips have B rows.
@@ -136,17 +136,17 @@ def rollout_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=
     noise (B, C, >= latents to make, h, w): N(0, 1) at full resolution; its coarse levels begin the coarse pieces.
     jump(shape) -> the noise that repairs a doubling (`losses.block_noise`). The first latent and the last
     `keep` are looked back on, so memory stays bounded."""
-    pieces, done = stages(len(steps)), [] if z0 is None else [z0]
+    pieces, done = make_stages(len(steps)), [] if z0 is None else [z0]
     for number in range(len(done), latents):
         u = len(done)
         n_steps, S = first if first and u == 0 else (steps, 1 + cfg)
-        before = levels(torch.cat(done, 2), len(steps)) if done else None     # all earlier latents, coarsest first
-        x = noise_levels(noise[:, :, number - (z0 is not None):][:, :, :1], len(steps))[0]
+        before = latent_pyramid(torch.cat(done, 2), len(steps)) if done else None     # all earlier latents, coarsest first
+        x = noise_pyramid(noise[:, :, number - (z0 is not None):][:, :, :1], len(steps))[0]
         for s, (piece, n) in enumerate(zip(pieces, n_steps)):
             if s:                                                             # to the next resolution, and its noise level
-                x = double(x)
+                x = upsample2(x)
                 x = piece["alpha"] * x + piece["beta"] * jump(x.shape).to(x)
-            context = history(before, u, s) if done else []
+            context = pyramid_history(before, u, s) if done else []
             times, sigmas = sampling_grid(piece, n)
             for t, a, b in zip(times.tolist(), sigmas.tolist(), sigmas[1:].tolist()):
                 x = x + (b - a) * call([*context, x], t, S, number - u).to(x) # Euler; v = start - end of this piece
@@ -156,8 +156,8 @@ def rollout_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=
         yield x
 
 
-def guided(model, text, mask, pooled, audio=None, asg=0.):
-    """A network of the published kind as `rollout_pyramid` calls it. text (R·B, T, D), mask (R·B, T), pooled (R·B, P): for B
+def with_guidance(model, text, mask, pooled, audio=None, asg=0.):
+    """A network of the published kind as `sample_pyramid` calls it. text (R·B, T, D), mask (R·B, T), pooled (R·B, P): for B
     clips their prompts and, where there is text guidance (R = 2), as many times the negative prompt. audio (B, S, A) or
     None; asg: w_a. All branches run in one batch."""
     def call(clips, t, S, gone=0):
@@ -166,7 +166,7 @@ def guided(model, text, mask, pooled, audio=None, asg=0.):
         heard = None if audio is None else audio.repeat(R, 1, 1)
         v = model([c.repeat(R, 1, 1, 1, 1) for c in clips], torch.full((R * B,), t, device=text.device), text, mask, pooled, heard,
                   B if asg > 0 and audio is not None else 0, gone)
-        return guide(v[:B], (1 + asg if audio is not None else 1, v[-B:]), (S if R > 1 else 1, v[B:2 * B]))                # Syncphony eq. 6
+        return combine_guidance(v[:B], (1 + asg if audio is not None else 1, v[-B:]), (S if R > 1 else 1, v[B:2 * B]))                # Syncphony eq. 6
     return call
 
 
@@ -229,7 +229,7 @@ def read_published(folder, name="diffusion_pytorch_model"):
     return config, {k.removeprefix("dit.").removeprefix("vae."): v for k, v in state.items() if not k.startswith("loss.")}
 
 
-def adopt(model, state, where, device="cpu", dtype=None, fresh=()):
+def load_published_state(model, state, where, device="cpu", dtype=None, fresh=()):
     """Put published weights into a model made on the meta device, in `dtype` (None: their own). Parameters whose name holds one
     of `fresh` may be missing. Every name or shape that does not fit is named, in one line."""
     wanted, here = model.state_dict(), {}
@@ -260,10 +260,10 @@ def load_pyramid_flow(folder, device="cpu", dtype=None, **changes):
         raise BadInput(f"{folder}/config.json: no {why}; expected the configuration of a PyramidFluxTransformer") from None
     with torch.device("meta"):
         net = MMDiT(cfg)
-    adopt(net, state, folder, device, dtype, fresh=(".audio.", "ears."))
+    load_published_state(net, state, folder, device, dtype, fresh=(".audio.", "ears."))
     if cfg.audio_dim:
         for block in net.single_transformer_blocks:
-            block.audio = initialise(AudioCrossAttention(cfg.heads * cfg.head_dim, cfg.heads, cfg.audio_dim)).to(device, dtype)
+            block.audio = init_weights(AudioCrossAttention(cfg.heads * cfg.head_dim, cfg.heads, cfg.audio_dim)).to(device, dtype)
         if cfg.audio == "mel":
             net.ears = MelEncoder(cfg.audio_dim).to(device, dtype)
     return net
@@ -286,7 +286,7 @@ def load_pyramid_vae(folder, device="cpu", dtype=None):
     with torch.device("meta"):
         vae = CausalVideoVAE(cfg)
     state = {k: v[..., 0, 0] if "attentions" in k and v.dim() == 4 else v for k, v in state.items()}
-    return adopt(vae, state, folder, device, dtype).eval()
+    return load_published_state(vae, state, folder, device, dtype).eval()
 
 
 def _optional(flag, build, name):
@@ -301,7 +301,7 @@ def _optional(flag, build, name):
         raise BadInput(f"{flag} {name}: {str(why).splitlines()[0]}") from None
 
 
-def hubert(name, device):
+def load_hubert(name, device):
     """-> a function from a waveform (samples,) at 16 kHz to HuBERT's last states (samples / 320, 1024): 50 Hz, as DenseAV has it."""
     net = _optional("--hubert", lambda t: t.HubertModel.from_pretrained(name), name).to(device).eval()
 
@@ -314,11 +314,11 @@ def hubert(name, device):
     return features
 
 
-NEGATIVE = ("cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, extra limbs, extra digits, "
+NEGATIVE_PROMPT = ("cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, extra limbs, extra digits, "
             "misplaced objects, mutated anatomy, monochrome, horror")             # what Pyramid Flow is steered away from
 
 
-def prompt_states(folder, captions, device):
+def t5_clip_states(folder, captions, device):
     """What Pyramid Flow reads of captions: T5-XXL's states of 128 tokens and CLIP-L's pooled vector, by the encoders that lie in
     its folder -> states (n, 128, 4096) float16, mask (n, 128), pooled (n, 768). 11 GB on disk, needed once: then cached."""
     def build(t):
@@ -336,16 +336,16 @@ def prompt_states(folder, captions, device):
     return states.astype(np.float16), mask, pooled
 
 
-def cached_prompts(folder, captions, pretrained, device):
+def cached_text_states(folder, captions, pretrained, device):
     """The same, kept in a cache's folder: captions are few. -> dict: caption -> (states, mask, pooled) tensors; '' is the null text."""
-    path, wanted = Path(folder) / "prompts.npz", sorted({"", NEGATIVE, *captions})
+    path, wanted = Path(folder) / "prompts.npz", sorted({"", NEGATIVE_PROMPT, *captions})
     if path.is_file():
         with np.load(path) as z:
             found = {name: z[name] for name in z.files}
         if set(wanted) <= set(found["captions"].tolist()):
             return {c: tuple(torch.from_numpy(found[k][i]).float() for k in ("states", "mask", "pooled")) for i, c in enumerate(found["captions"].tolist())}
-    states, mask, pooled = prompt_states(pretrained, wanted, device)
-    part = temporary(path)
+    states, mask, pooled = t5_clip_states(pretrained, wanted, device)
+    part = temp_path(path)
     np.savez(part, captions=np.array(wanted), states=states, mask=mask, pooled=pooled)
     os.replace(part, path)
-    return cached_prompts(folder, captions, pretrained, device)
+    return cached_text_states(folder, captions, pretrained, device)

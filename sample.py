@@ -6,7 +6,7 @@ Latent 0 is the given picture. Every later latent starts as noise and takes `ste
 
 looking back on the finished latents (kept as keys and values, exactly; see model.py) and into the sound around it. When it
 is done it joins the context and the next one starts: a minute of sound makes a minute of video in constant memory.
-A model of Pyramid Flow's layout goes its three stages instead, from coarse to fine (`rollout_pyramid`); its checkpoint says so.
+A model of Pyramid Flow's layout goes its three stages instead, from coarse to fine (`sample_pyramid`); its checkpoint says so.
 
 v is guided (Syncphony eq. 6). Three evaluations of the same weights share one batch:
 
@@ -17,14 +17,14 @@ v is guided (Syncphony eq. 6). Three evaluations of the same weights share one b
     v = v(c) + w_a [v(c) - v_off(c)] + w_t [v(c) - v(null)]
 
 Full and off-sync are the same up to the first audio layer, so those blocks run once for both. --asg is w_a and --cfg is
-w_t; in the form of losses.guide they are S - 1. A weight of 0 leaves its branch out. Without a prompt there is no text to
+w_t; in the form of losses.combine_guidance they are S - 1. A weight of 0 leaves its branch out. Without a prompt there is no text to
 guide by, and --cfg rests.
 
 **Both at once** (SyncFlow). Two towers on one clock: picture and sound go from noise to clean together, every step in one call
-(`pair`). Adding sound to a GIVEN video needs no training: at every step the video's latents are replaced by the true ones at
+(`sample_syncflow`). Adding sound to a GIVEN video needs no training: at every step the video's latents are replaced by the true ones at
 this step's noise level, (1 - s) z + s eps with one eps, and the audio tower sees what it has always seen.
 
-**Harmony** (`harmonise`): the given stream is simply clean. Guidance is against a partner who does nothing (SyncCFG), so it strengthens
+**Harmony** (`sample_harmony`): the given stream is simply clean. Guidance is against a partner who does nothing (SyncCFG), so it strengthens
 not the text and not the partner, but that the two agree.
 
     python sample.py --audio assets/hammer.wav --image assets/hammer.png
@@ -51,10 +51,10 @@ from tqdm import tqdm
 import data
 from data import (FPS, RATE, BadInput, Parser, add_sound, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
                   read_video, run_cli, write_picture, write_sound, write_video)
-from losses import guide, shift_sigma
+from losses import combine_guidance, shift_sigma
 from model import MMDiT, MMDiTConfig, text_bytes
 import pyramid
-from pyramid import GOOD, NEGATIVE, block_noise, guided, load_pyramid_flow, load_pyramid_vae, rollout_pyramid
+from pyramid import QUALITY_SUFFIX, NEGATIVE_PROMPT, block_noise, with_guidance, load_pyramid_flow, load_pyramid_vae, sample_pyramid
 from towers import DualTower, DualTowerConfig
 from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, MelVAE, MelVAEConfig, VAEConfig
 
@@ -122,15 +122,15 @@ def load_t2av(path=T2AV_FILE, vae_path=VAE_FILE, audio_vae_path=None, device="cp
     return model.to(device).eval(), *vaes, ckpt
 
 
-def equip(model, args, captions, device):
+def attach_external_encoders(model, args, captions, device):
     """Give a model on Pyramid Flow the ears and the reader that it was trained with: `model.hubert`, `model.prompts`."""
     if model.cfg.text == "bytes":
         return
     if not args.hubert:
         raise BadInput(f"{args.ckpt}: hears by HuBERT; give --hubert facebook/hubert-large-ls960-ft")
     captions = sorted(set(captions))
-    states = pyramid.prompt_states(args.pretrained, [*(c + GOOD if c else "" for c in captions), NEGATIVE], device)
-    model.hubert, model.prompts = pyramid.hubert(args.hubert, device), dict(zip([*captions, NEGATIVE], zip(*(torch.from_numpy(a).float() for a in states))))
+    states = pyramid.t5_clip_states(args.pretrained, [*(c + QUALITY_SUFFIX if c else "" for c in captions), NEGATIVE_PROMPT], device)
+    model.hubert, model.prompts = pyramid.load_hubert(args.hubert, device), dict(zip([*captions, NEGATIVE_PROMPT], zip(*(torch.from_numpy(a).float() for a in states))))
 
 
 def fingerprint(vae):
@@ -142,7 +142,7 @@ def fingerprint(vae):
     return digest.hexdigest()[:16]
 
 
-class Deaf:
+class WithoutAudio:
     """A model without its audio layers: what it would do if it had never heard. The off-sync row of every table."""
 
     def __init__(self, model):
@@ -151,43 +151,43 @@ class Deaf:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def begin(self, first, text, pooled, audio, off_sync=0):
-        return self.model.begin(first, text, pooled)
+    def prefill(self, first, text, pooled, audio, off_sync=0):
+        return self.model.prefill(first, text, pooled)
 
     def __call__(self, clips, timestep, text, mask, pooled, audio, off_sync=0, gone=0):
         return self.model(clips, timestep, text, mask, pooled)
 
 
-def rollout(model, z0, latents, sound, words, nothing=None, steps=30, asg=2., cfg=0., seeds=(0,), bar=None):
+def sample_autoregressive(model, z0, latents, sound, words, nothing=None, steps=30, asg=2., cfg=0., seeds=(0,), bar=None):
     """Generate latents 1.. one after another, yielding each as (B, C, 1, h, w), normalised.
 
-    z0 (B, C, 1, h, w): the picture's latent; sound: the whole of it, words, and nothing to say, as `MMDiT.listen` and
-    `MMDiT.read` take them (nothing=None: no text guidance). asg, cfg: w_a, w_t >= 0. Clip i draws its noise from seeds[i]
+    z0 (B, C, 1, h, w): the picture's latent; sound: the whole of it, words, and nothing to say, as `MMDiT.encode_audio` and
+    `MMDiT.encode_text` take them (nothing=None: no text guidance). asg, cfg: w_a, w_t >= 0. Clip i draws its noise from seeds[i]
     alone, so it does not depend on the batch around it."""
     B, noise = len(z0), [torch.Generator().manual_seed(int(s)) for s in seeds]
-    (text, mask, pooled), audio = model.read(words), model.listen(sound)      # (B, T, ·), (B, T), (B, ·); (B, S, A)
+    (text, mask, pooled), audio = model.encode_text(words), model.encode_audio(sound)      # (B, T, ·), (B, T), (B, ·); (B, S, A)
     null = cfg > 0 and nothing is not None
     if null:                                                                  # rows: full, null text (, off-sync)
-        text, mask, pooled = (torch.cat(pair) for pair in zip((text, mask, pooled), model.read(nothing)))
+        text, mask, pooled = (torch.cat(pair) for pair in zip((text, mask, pooled), model.encode_text(nothing)))
     if model.cfg.context_clock == "shared":                                   # Pyramid Flow's way; `steps` in all three stages
         each, draw = lambda f: torch.stack([f(g) for g in noise]), (z0.shape[1], latents - 1, *z0.shape[3:])
-        yield from rollout_pyramid(guided(model, text, mask, pooled, audio, asg), z0, latents,
+        yield from sample_pyramid(with_guidance(model, text, mask, pooled, audio, asg), z0, latents,
                                    each(lambda g: torch.randn(draw, generator=g)).to(z0), [len(p) for p in np.array_split(range(steps), 3)], cfg,
                                    jump=lambda shape: each(lambda g: block_noise(shape[1:], g)), keep=model.cfg.context, bar=bar)
         return
     if null:
         audio, z0 = audio.repeat(2, 1, 1), z0.repeat(2, 1, 1, 1, 1)
-    context = model.begin(z0, text, pooled, audio, off_sync=B if asg > 0 else 0)
+    context = model.prefill(z0, text, pooled, audio, off_sync=B if asg > 0 else 0)
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for _ in range(1, latents):
         x = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in noise]).to(z0)              # fp32 all the way
         for s, s_next in zip(sigmas[:-1], sigmas[1:]):
-            v = model.denoise(context, x.repeat(1 + null, 1, 1, 1, 1), s).to(x)
-            v = guide(v[:B], (1 + asg, v[-B:]), (1 + cfg if null else 1, v[B:2 * B]))                # Syncphony eq. 6
+            v = model.denoise_step(context, x.repeat(1 + null, 1, 1, 1, 1), s).to(x)
+            v = combine_guidance(v[:B], (1 + asg, v[-B:]), (1 + cfg if null else 1, v[B:2 * B]))                # Syncphony eq. 6
             x = x + (s_next - s) * v                                          # Euler
             if bar is not None:
                 bar.update()
-        model.extend(context, x.repeat(1 + null, 1, 1, 1, 1))
+        model.append_latent(context, x.repeat(1 + null, 1, 1, 1, 1))
         yield x
 
 
@@ -205,26 +205,26 @@ def conditions(model, waves, captions, samples):
         words = text_bytes(captions).to(device)
         return sound, words, torch.zeros_like(words) if said else None
     look_up = lambda keys: tuple(torch.stack(column).to(device) for column in zip(*(model.prompts[k] for k in keys)))
-    return sound, look_up(captions), look_up([NEGATIVE] * len(captions))
+    return sound, look_up(captions), look_up([NEGATIVE_PROMPT] * len(captions))
 
 
-def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar=None, tiles=False, **settings):
+def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullcontext, bar=None, tiles=False, **settings):
     """Pictures uint8 (B, H, W, 3) and waveforms (samples,) -> yields video uint8 (B, f, H, W, 3), `frames` in all.
 
-    Frame 0 is the picture itself. `settings` go to `rollout`; sounds are padded with silence to the video's length. tiles:
+    Frame 0 is the picture itself. `settings` go to `sample_autoregressive`; sounds are padded with silence to the video's length. tiles:
     decode large pictures in pieces (`CausalVideoVAE.decode_tiles`)."""
     device = next(model.parameters()).device
     t, left = vae.stride_t, frames
     latents = math.ceil((frames - 1) / t) + 1
     sound, words, nothing = conditions(model, waves, captions, math.ceil(((latents - 1) * t + 1) / FPS * RATE) + RATE // 50)
     first = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1      # (B, 3, 1, H, W)
-    with torch.no_grad(), cast():
+    with torch.no_grad(), autocast():
         z0, cache = vae.normalise(vae.encode(first)[0].float()), {}
         decode = (lambda z: vae.decode_tiles(z, cache)) if tiles else lambda z: vae.decode(z, first, cache)
         decode(vae.denormalise(z0))
         yield np.stack(pictures)[:, None]
         left -= 1
-        for z in rollout(model, z0, latents, sound, words, nothing, bar=bar, **settings):
+        for z in sample_autoregressive(model, z0, latents, sound, words, nothing, bar=bar, **settings):
             video = decode(vae.denormalise(z, start=False))[:, :, :left].float()                  # (B, 3, t, H, W)
             left -= video.shape[2]
             yield (video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
@@ -232,10 +232,10 @@ def animate(model, vae, pictures, waves, captions, frames, cast=nullcontext, bar
 
 # ------------------------------------------------------------------------------------------------ both streams at once
 
-def pair(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(0,), z_v=None, z_a=None, first=None, bar=None):
+def sample_syncflow(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(0,), z_v=None, z_a=None, first=None, bar=None):
     """Generate both streams together -> latents of video (B, *shape_v) and audio (B, *shape_a), normalised; None for a shape of None.
 
-    words, nothing: a text and the null text as `DualTower.read` takes them. cfg: w of SyncFlow eq. 3, which is S itself; 1 = no
+    words, nothing: a text and the null text as `DualTower.encode_text` takes them. cfg: w of SyncFlow eq. 3, which is S itself; 1 = no
     guidance. z_v (B, *shape_v): the video is given and only its sound is made. first (B, C, 1, h, w): its first latent is given, the
     picture that both begin with. z_a (B, A, n): so are the first n audio latents, for a sound that goes on. What is given is replaced
     at every step by itself at that step's noise level, always with the same noise, so its path is the straight line and
@@ -244,9 +244,9 @@ def pair(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(
     draw = lambda shape: None if shape is None else torch.stack([torch.randn(shape, generator=g) for g in noise]).to(device)
     eps_v, eps_a = draw(shape_v), draw(shape_a)
     x_v, x_a, null = eps_v, eps_a, cfg != 1 and nothing is not None
-    text, mask = model.read(words)
+    text, mask = model.encode_text(words)
     if null:
-        text, mask = (torch.cat(both) for both in zip((text, mask), model.read(nothing)))
+        text, mask = (torch.cat(both) for both in zip((text, mask), model.encode_text(nothing)))
     twice = lambda x: x if x is None or not null else torch.cat([x, x])
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for s, s_next in zip(sigmas[:-1], sigmas[1:]):
@@ -258,7 +258,7 @@ def pair(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(
             n = z_a.shape[2]
             x_a = torch.cat([(1 - s) * z_a + s * eps_a[:, :, :n], x_a[:, :, n:]], 2)
         made = model(twice(x_v), twice(x_a), torch.full((B * (1 + null),), s, device=device), text, mask)
-        v_v, v_a = (None if v is None else guide(v[:B].float(), (cfg if null else 1, v[B:].float())) for v in made)       # SyncFlow eq. 3
+        v_v, v_a = (None if v is None else combine_guidance(v[:B].float(), (cfg if null else 1, v[B:].float())) for v in made)       # SyncFlow eq. 3
         x_v, x_a = (None if x is None else x + (s_next - s) * v for x, v in ((x_v, v_v), (x_a, v_a)))
         if bar is not None:
             bar.update()
@@ -266,8 +266,8 @@ def pair(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(
     return x_v, x_a if z_a is None or x_a is None else torch.cat([z_a, x_a[:, :, z_a.shape[2]:]], 2)
 
 
-def harmonise(model, shape_v, shape_a, words, nothing=None, steps=40, sync_video=3., sync_audio=2., cfg=1., shift=5., seeds=(0,),
-              z_v=None, z_a=None, first=None, kept=None, ref=None, mute=None, still=None, bar=None, heat=None):
+def sample_harmony(model, shape_v, shape_a, words, nothing=None, steps=40, sync_video=3., sync_audio=2., cfg=1., shift=5., seeds=(0,),
+              z_v=None, z_a=None, first=None, kept=None, ref=None, mute=None, still=None, bar=None, guidance_maps=None):
     """Harmony's sampler -> latents of video (B, *shape_v) and audio (B, *shape_a), normalised.
 
     SyncCFG: what is to be strengthened is neither the text nor the partner itself but that both AGREE. So the negatives have a
@@ -278,7 +278,7 @@ def harmonise(model, shape_v, shape_a, words, nothing=None, steps=40, sync_video
     Joint and negatives of a step run in one batch. words, nothing: (text, mask, told, told_mask), the null text's for text guidance
     (cfg = 1: none). mute (1, A, S), still (1, C, L, h, w): the anchors. z_v or z_a (B, ...): that stream is given, clean, and drives
     the other, guided by the same anchor. first (B, C, 1, h, w): the first latent is given. kept (B, A, n): so are the first n
-    audio latents, for a sound that goes on. ref (B, A, R): whose timbre it shall be. heat: a list that gets every step's
+    audio latents, for a sound that goes on. ref (B, A, R): whose timbre it shall be. guidance_maps: a list that gets every step's
     |joint - mute| (B, L, h, w), where guidance pulls."""
     B, device, noise = len(words[0]), next(model.parameters()).device, [torch.Generator().manual_seed(int(s)) for s in seeds]
     draw = lambda shape: torch.stack([torch.randn(shape, generator=g) for g in noise]).to(device)
@@ -304,27 +304,27 @@ def harmonise(model, shape_v, shape_a, words, nothing=None, steps=40, sync_video
         sigma_v = sigma_v[:, None].repeat(1, x_v.shape[2])                    # (R·B, L)
         if first is not None:
             sigma_v[:, 0] = 0
-        made = model.converse(torch.cat(videos), torch.cat(sounds), sigma_v, sigma_a, *(torch.cat(t) for t in zip(*told)),
+        made = model.forward_joint(torch.cat(videos), torch.cat(sounds), sigma_v, sigma_a, *(torch.cat(t) for t in zip(*told)),
                               None if ref is None else ref.repeat(len(rows), 1, 1))
         v_v, v_a = (dict(zip(rows, v.float().unflatten(0, (-1, B)))) for v in made)
         text = cfg if "null" in rows else 1
-        if heat is not None and "mute" in rows:
-            heat.append((v_v["joint"] - v_v["mute"]).abs().mean(1))
+        if guidance_maps is not None and "mute" in rows:
+            guidance_maps.append((v_v["joint"] - v_v["mute"]).abs().mean(1))
         if z_v is None:
-            x_v = x_v + (s_next - s) * guide(v_v["joint"], (sync_video, v_v.get("mute")), (text, v_v.get("null")))                 # eq. 9
+            x_v = x_v + (s_next - s) * combine_guidance(v_v["joint"], (sync_video, v_v.get("mute")), (text, v_v.get("null")))                 # eq. 9
         if z_a is None:
-            x_a = x_a + (s_next - s) * guide(v_a["joint"], (sync_audio, v_a.get("still")), (text, v_a.get("null")))                # eq. 10
+            x_a = x_a + (s_next - s) * combine_guidance(v_a["joint"], (sync_audio, v_a.get("still")), (text, v_a.get("null")))                # eq. 10
         if bar is not None:
             bar.update()
     return x_v if first is None else torch.cat([first, x_v[:, :, 1:]], 2), x_a if kept is None else torch.cat([kept, x_a[:, :, kept.shape[2]:]], 2)
 
 
-def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v=None, seeds=None, bar=None, some=16, z_a=None, pictures=None,
-            sound_captions=None, speech=None, refs=None, looks=None, **settings):
+def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast=nullcontext, z_v=None, seeds=None, bar=None, some=16, z_a=None, pictures=None,
+            sound_captions=None, speech=None, refs=None, attention_maps=None, **settings):
     """Captions -> videos uint8 (B, F, H, W, 3) (None if they are given, as normalised latents z_v (B, C, L, h, w), or if the model
     makes sound alone), waveforms (B, samples) (None without an audio VAE, or if given, as z_a (B, A, S)). pictures, uint8 (B, H, W, 3):
-    what they begin with. `settings` go to `pair` or, with a Harmony model, to `harmonise`; clip i has seed seeds[i]. Harmony's
-    alone: z_a; sound_captions, where the sound has words of its own; speech: what is said; refs (B, A, R): latents of references; looks: a list
+    what they begin with. `settings` go to `sample_syncflow` or, with a Harmony model, to `sample_harmony`; clip i has seed seeds[i]. Harmony's
+    alone: z_a; sound_captions, where the sound has words of its own; speech: what is said; refs (B, A, R): latents of references; attention_maps: a list
     that gets what `write_maps` shows, of every batch."""
     device, (h, w), seeds = next(model.parameters()).device, data.sides(size), range(len(captions)) if seeds is None else seeds
     shape_v = None if model.cfg.blind else (model.cfg.latent, math.ceil((frames - 1) / vae.stride_t) + 1, h // vae.stride, w // vae.stride)
@@ -332,21 +332,21 @@ def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v
     shape_a, videos, waves = audio_vae and (model.cfg.audio_latent, math.ceil(samples / audio_vae.hop)), [], []
     for i in range(0, len(captions), some):
         part = lambda given: None if given is None else given[i:i + some]
-        with torch.no_grad(), cast():
+        with torch.no_grad(), autocast():
             picture = None if pictures is None else torch.tensor(pictures[i:i + some]).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
             given = dict(seeds=part(seeds), z_v=part(z_v), first=None if picture is None else vae.normalise(vae.encode(picture)[0].float()), bar=bar, **settings)
             if not model.cfg.bridges or not audio_vae:                        # a video tower alone knows no bridges
                 words = text_bytes(captions[i:i + some]).to(device)
-                x_v, x_a = pair(model, shape_v, shape_a, words, torch.zeros_like(words) if any(captions) else None, **given)
+                x_v, x_a = sample_syncflow(model, shape_v, shape_a, words, torch.zeros_like(words) if any(captions) else None, **given)
             else:
-                told, nothing = briefing(model, part(captions), part(sound_captions), part(speech))
-                mute, still = anchors(vae, audio_vae, shape_v[1], samples, size, device, picture)
-                heat = [] if looks is not None else None
-                x_v, x_a = harmonise(model, shape_v, shape_a, told, nothing, mute=mute, still=still, z_a=part(z_a), ref=part(refs), heat=heat, **given)
-                if looks is not None:                                         # who looks where in the finished clip
+                told, nothing = encode_prompts(model, part(captions), part(sound_captions), part(speech))
+                mute, still = synccfg_negatives(vae, audio_vae, shape_v[1], samples, size, device, picture)
+                guidance_maps = [] if attention_maps is not None else None
+                x_v, x_a = sample_harmony(model, shape_v, shape_a, told, nothing, mute=mute, still=still, z_a=part(z_a), ref=part(refs), guidance_maps=guidance_maps, **given)
+                if attention_maps is not None:                                         # who attention_maps where in the finished clip
                     maps, clean = [], torch.zeros(len(told[0]), device=device)
-                    model.converse(x_v, x_a, clean, clean, *told, part(refs), maps=maps)
-                    looks.append(dict(heat=torch.stack(heat).mean(0).float().cpu() if heat else None,
+                    model.forward_joint(x_v, x_a, clean, clean, *told, part(refs), maps=maps)
+                    attention_maps.append(dict(heat=torch.stack(guidance_maps).mean(0).float().cpu() if guidance_maps else None,
                                       attention=torch.stack(maps).mean((0, 2)).float().cpu()       # over layers and heads: (B, S, N), rows sum to 1
                                       .unflatten(2, (x_v.shape[2], *(n // model.cfg.patch for n in x_v.shape[3:])))))
             if audio_vae and z_a is None:
@@ -359,14 +359,14 @@ def compose(model, vae, audio_vae, captions, frames, size, cast=nullcontext, z_v
     return np.stack(videos) if videos else None, np.stack(waves) if waves else None
 
 
-def briefing(model, captions, sound_captions=None, speech=None):
+def encode_prompts(model, captions, sound_captions=None, speech=None):
     """What Harmony's towers are told, and the same without a word -> two tuples (text, mask, told, told_mask)."""
     device = next(model.parameters()).device
     seen, heard, said = (text_bytes(t).to(device) for t in (captions, sound_captions or captions, speech or [""] * len(captions)))
-    return (*model.read(seen), *model.tell(heard, said)), (*model.read(0 * seen), *model.tell(0 * heard, 0 * said))
+    return (*model.encode_text(seen), *model.encode_audio_text(heard, said)), (*model.encode_text(0 * seen), *model.encode_audio_text(0 * heard, 0 * said))
 
 
-def anchors(vae, audio_vae, L, samples, size, device, picture=None):
+def synccfg_negatives(vae, audio_vae, L, samples, size, device, picture=None):
     """Partners who do nothing, as normalised latents: a sound that is silent (1, A, S) and a video that stands still (1 or B, C, L, h, w),
     of the picture (B, 3, 1, H, W) that the clip begins with, or grey. They are what the VAEs make of silence and stillness,
     which is not zero."""
@@ -391,10 +391,10 @@ def encode_sound(audio_vae, wave, device):
         return audio_vae.normalise(audio_vae.encode(torch.from_numpy(wave)[None].to(device))[0].float())
 
 
-def dub(model, vae, audio_vae, frames, prompt, cast=nullcontext, window=13, overlap=3, seed=0, bar=None, sound_captions=None, speech=None, refs=None, **settings):
+def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, window=13, overlap=3, seed=0, bar=None, sound_captions=None, speech=None, refs=None, **settings):
     """A sound for a video uint8 (F, H, W, 3) of any length -> waveform. The towers see `window` latents at a time, the picture
     and what follows; the next window begins `overlap` latents before the end of the last, and keeps what sounds there. Harmony's are
-    told as in `compose`; to them the video is simply clean."""
+    told as in `generate_audio_video`; to them the video is simply clean."""
     device = next(model.parameters()).device
     z, samples = encode_video(vae, frames, device), round(len(frames) / FPS * audio_vae.cfg.rate)
     S, made, words, last = math.ceil(samples / audio_vae.hop), None, text_bytes([prompt]).to(device), max(1, z.shape[2] - window + 1)
@@ -404,22 +404,22 @@ def dub(model, vae, audio_vae, frames, prompt, cast=nullcontext, window=13, over
         kept = None if made is None else made[:, :, start:]
         length = min(S - start, math.ceil((seen.shape[2] - 1) * model.cfg.alpha) + 3)
         shapes, given = (seen.shape[1:], (model.cfg.audio_latent, length)), dict(seeds=[seed + 10 ** 6 * k], z_v=seen, bar=bar, **settings)
-        with torch.no_grad(), cast():
+        with torch.no_grad(), autocast():
             if model.cfg.bridges:
-                told, nothing = briefing(model, [prompt], sound_captions, speech)
+                told, nothing = encode_prompts(model, [prompt], sound_captions, speech)
                 picture = torch.from_numpy(frames[:1].copy()).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-                still = anchors(vae, audio_vae, seen.shape[2], audio_vae.hop, None, device, picture)[1]
-                x = harmonise(model, *shapes, told, nothing, still=still, kept=kept, ref=refs, **given)[1]
+                still = synccfg_negatives(vae, audio_vae, seen.shape[2], audio_vae.hop, None, device, picture)[1]
+                x = sample_harmony(model, *shapes, told, nothing, still=still, kept=kept, ref=refs, **given)[1]
             else:
-                x = pair(model, *shapes, words, torch.zeros_like(words) if prompt else None, z_a=kept, **given)[1]
+                x = sample_syncflow(model, *shapes, words, torch.zeros_like(words) if prompt else None, z_a=kept, **given)[1]
         made = x if made is None else torch.cat([made[:, :, :start], x.to(made)], 2)
     with torch.no_grad():
         return audio_vae.decode_pieces(audio_vae.denormalise(made), samples)[0].clamp(-1, 1).cpu().numpy()
 
 
-def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings):
+def skip_probe(model, vae, picture, wave, prompt, frames, autocast, path, **settings):
     """Leave out one block after the other (Syncphony figures 10, 11): what breaks shows what a block is for. The paper saw
-    the looks break without early blocks and the motion change without late ones, and so put the audio into the late ones.
+    the attention_maps break without early blocks and the motion change without late ones, and so put the audio into the late ones.
     Writes one strip per block, the whole model's first, and prints how far each video is from the whole model's."""
     K, d = model.cfg.heads, model.cfg.head_dim
     nothing = lambda x, y, *_: (x, y, (x.new_zeros(len(x), K, 0, d),) * 2)    # and no keys and values to look back on
@@ -427,7 +427,7 @@ def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings
     for i, block in [(None, None), *enumerate(blocks)]:
         if block is not None:
             block.forward = nothing
-        video = np.concatenate(list(animate(model, vae, picture[None], [wave], [prompt], frames, cast, **settings)), 1)[0]
+        video = np.concatenate(list(generate_video(model, vae, picture[None], [wave], [prompt], frames, autocast, **settings)), 1)[0]
         if block is not None:
             del block.forward
         whole = video if whole is None else whole
@@ -438,17 +438,17 @@ def skip_probe(model, vae, picture, wave, prompt, frames, cast, path, **settings
     print(f"{path}: the whole model, then one strip for every block left out")
 
 
-def both_or_sound(args, device, cast, words):
+def both_or_sound(args, device, autocast, words):
     """The command with two towers: --prompt alone (picture and sound), --video (its sound); with Harmony's also --audio (its picture),
     a picture to begin with, words to say and a voice to say them in, and many at once by --jsonl."""
     model, vae, audio_vae, ckpt = load_t2av(args.ckpt, args.vae, args.audio_vae, device)
     harmony, name = model.cfg.bridges, args.ckpt
     if args.compile:
-        for block in model.layers():
+        for block in model.all_blocks():
             block.compile(dynamic=True)
     size, own = args.resolution or ckpt["size"], ckpt["guidance"]
     if args.bench:
-        return bench_towers(model, vae, audio_vae, size, cast)
+        return bench_towers(model, vae, audio_vae, size, autocast)
     settings = dict(steps=args.steps or (40 if harmony else 50), cfg=own["cfg"] if args.cfg is None else args.cfg)
     if harmony:
         settings.update(shift=own["shift"], **{k: own[k] if getattr(args, k) is None else getattr(args, k) for k in ("sync_video", "sync_audio")})
@@ -466,7 +466,7 @@ def both_or_sound(args, device, cast, words):
         if not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
             raise BadInput(f"{f'{args.jsonl} record ' + job['stem'] + ': ' if args.jsonl else ''}--prompt is empty; say what is to be seen, or give a --video that gets a sound")
         if args.maps and job["video"]:
-            raise BadInput(f"--maps: shows where a clip that is made looks; leave it out with --video {job['video']}")
+            raise BadInput(f"--maps: shows where a clip that is made attention_maps; leave it out with --video {job['video']}")
         if job["audio"] and job["video"]:
             raise BadInput(f"--audio {job['audio']}: with --video there is nothing left to make; leave one of them out")
     for k, job in enumerate(jobs):
@@ -479,7 +479,7 @@ def both_or_sound(args, device, cast, words):
                 continue
             start = time.perf_counter()
             with tqdm(disable=None, leave=False, unit="step", desc=f"{k + 1} of {len(jobs)}" if args.jsonl else None) as bar:
-                frames = make_one(model, vae, audio_vae, job, name, args, size, cast, args.seed + i, dict(settings, bar=bar))
+                frames = make_one(model, vae, audio_vae, job, name, args, size, autocast, args.seed + i, dict(settings, bar=bar))
             print(f"{name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s, seed {args.seed + i}")
 
 
@@ -490,7 +490,7 @@ def read_jobs(args):
     if not args.jsonl:
         yield dict(flags, sound_prompt=args.prompt, stem=None)
         return
-    path, stems = data.existing(args.jsonl, "list"), set()
+    path, stems = data.check_file(args.jsonl, "list"), set()
     for k, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
@@ -518,39 +518,39 @@ def file_name(args, job, i, suffix):
     return name.with_stem(f"{name.stem}-{i}") if args.n > 1 else name
 
 
-def make_one(model, vae, audio_vae, job, name, args, size, cast, seed, settings):
+def make_one(model, vae, audio_vae, job, name, args, size, autocast, seed, settings):
     """One clip with two towers, written to `name`, with its film strip. -> its frames"""
-    device, rate, more, looks = next(model.parameters()).device, audio_vae.cfg.rate, {}, [] if args.maps else None
+    device, rate, more, attention_maps = next(model.parameters()).device, audio_vae.cfg.rate, {}, [] if args.maps else None
     given = read_video(job["video"], size) if job["video"] else None
     wave = read_audio(job["audio"], rate) if job["audio"] else None
     frames = len(given) if given is not None else max(2, round((args.seconds or (data.FRAMES / FPS if wave is None else len(wave) / rate)) * FPS))
     if model.cfg.bridges:
         more = dict(speech=[job["transcript"]], sound_captions=[job["sound_prompt"]], refs=read_reference(job["ref_audio"], audio_vae, device))
     if job["video"]:
-        video, sound = given, dub(model, vae, audio_vae, given, job["prompt"], cast, seed=seed, **more, **settings)
+        video, sound = given, video_to_audio(model, vae, audio_vae, given, job["prompt"], autocast, seed=seed, **more, **settings)
         add_sound(name, job["video"], sound, rate)
     else:
         if wave is not None:
             sound = np.pad(wave, (0, max(0, round(frames / FPS * rate) - len(wave))))[:round(frames / FPS * rate)]
             more["z_a"] = encode_sound(audio_vae, sound, device)
         pictures = read_image(job["image"], size)[None] if job["image"] else None
-        video, made = (None if x is None else x[0] for x in compose(model, vae, audio_vae, [job["prompt"]], frames, size, cast, seeds=[seed], pictures=pictures, looks=looks,
+        video, made = (None if x is None else x[0] for x in generate_audio_video(model, vae, audio_vae, [job["prompt"]], frames, size, autocast, seeds=[seed], pictures=pictures, attention_maps=attention_maps,
                                                                     **more, **settings))
         sound = made if wave is None else sound
         write_video(name, video, sound, rate=rate) if video is not None else write_sound(name, sound, rate)
     if video is not None:
         strip = film_strip(video[:60 * FPS], sound, rate=rate)
-        write_picture(name.with_suffix(".png"), np.concatenate([write_maps(video, looks[0]), strip]) if looks else strip)
+        write_picture(name.with_suffix(".png"), np.concatenate([write_maps(video, attention_maps[0]), strip]) if attention_maps else strip)
     return frames
 
 
-def write_maps(video, looks):
-    """Harmony's figures 3 and 5 as rows to stand above the film strip of video (F, H, W, 3) uint8: where the sound of each moment looks in its
+def write_maps(video, attention_maps):
+    """Harmony's figures 3 and 5 as rows to stand above the film strip of video (F, H, W, 3) uint8: where the sound of each moment attention_maps in its
     frame, and where SyncCFG pulls. Prints which share of either lies on what moves."""
-    attention, L = looks["attention"][0], looks["attention"].shape[2]         # (S, L, h, w)
+    attention, L = attention_maps["attention"][0], attention_maps["attention"].shape[2]         # (S, L, h, w)
     cells = dict(attention=torch.stack([attention[max(0, round((l - .5) / L * len(attention))):round((l + .5) / L * len(attention)) + 1, l].mean(0) for l in range(L)]))
-    if looks["heat"] is not None:
-        cells["SyncCFG"] = looks["heat"][0]
+    if attention_maps["heat"] is not None:
+        cells["SyncCFG"] = attention_maps["heat"][0]
     moves = torch.from_numpy(np.abs(video - np.median(video, 0)).max((0, 3)) > 24).float()               # (H, W): pixels that ever change
     rows = []
     for name, cell in cells.items():                                          # (L, h, w)
@@ -575,7 +575,7 @@ def read_reference(path, audio_vae, device):
     return encode_sound(audio_vae, wave, device)
 
 
-def clock(runs, rounds):
+def median_times(runs, rounds):
     """name -> function: medians of seconds. They take turns, so a machine that slows down slows all of them down."""
     spans = {name: [] for name in runs}
     for i in range(rounds + 1):                                               # the first round warms up
@@ -588,23 +588,23 @@ def clock(runs, rounds):
     return {name: sorted(times)[rounds // 2] for name, times in spans.items()}
 
 
-def bench(model, vae, cast):
+def bench(model, vae, autocast):
     """What guidance, audio layers and the cache cost: ratios of whole roll-outs of one 2 s clip."""
     side, seconds = 2 * model.cfg.patch * vae.stride, 49 / FPS
     picture, wave, text = np.full((1, side, side, 3), 128, np.uint8), np.zeros(round(seconds * RATE), np.float32), ["a ball drops"]
-    clip = lambda net=model, **settings: lambda: list(animate(net, vae, picture, [wave], text, 49, cast, steps=30, **settings))
-    t = clock(dict(both=clip(asg=2., cfg=4.), no_asg=clip(asg=0., cfg=4.), plain=clip(asg=0., cfg=0.), deaf=clip(Deaf(model), asg=0., cfg=0.)), 7)
+    clip = lambda net=model, **settings: lambda: list(generate_video(net, vae, picture, [wave], text, 49, autocast, steps=30, **settings))
+    t = median_times(dict(both=clip(asg=2., cfg=4.), no_asg=clip(asg=0., cfg=4.), plain=clip(asg=0., cfg=0.), deaf=clip(WithoutAudio(model), asg=0., cfg=0.)), 7)
     device, C = next(model.parameters()).device, model.cfg.latent
     g = torch.Generator().manual_seed(0)
     z, x = (torch.randn(1, C, k, side // vae.stride, side // vae.stride, generator=g).to(device) for k in (13, 1))
-    with torch.no_grad(), cast():
+    with torch.no_grad(), autocast():
         y, pooled = model.text(text_bytes(text).to(device))
         a = model.ears(torch.zeros(1, 220, 64, device=device))
-        context = model.begin(z[:, :, :1], y, pooled, a)
+        context = model.prefill(z[:, :, :1], y, pooled, a)
         for l in range(1, 13):
-            model.extend(context, z[:, :, l:l + 1])
-        t |= clock(dict(step=lambda: model.denoise(context, x, .5),
-                        again=lambda: model.parallel(z, x, torch.full((1, 1), .5, device=device), y, pooled, a, start=13)), 31)
+            model.append_latent(context, z[:, :, l:l + 1])
+        t |= median_times(dict(step=lambda: model.denoise_step(context, x, .5),
+                        again=lambda: model.forward_teacher_forced(z, x, torch.full((1, 1), .5, device=device), y, pooled, a, start=13)), 31)
     ratios = dict(asg_on_off=t["both"] / t["no_asg"], audio_on_off=t["plain"] / t["deaf"], context_recomputed_cached=t["again"] / t["step"])
     for name, words in (("asg_on_off", f"ASG + CFG {t['both']:.2f} s, CFG alone {t['no_asg']:.2f} s"),
                         ("audio_on_off", f"audio layers on {t['plain']:.2f} s, off {t['deaf']:.2f} s"),
@@ -613,11 +613,11 @@ def bench(model, vae, cast):
     print(json.dumps({k: round(r, 3) for k, r in ratios.items()}))
 
 
-def bench_towers(model, vae, audio_vae, size, cast):
+def bench_towers(model, vae, audio_vae, size, autocast):
     """What guidance (SyncFlow's by text, Harmony's SyncCFG) and the audio tower cost: ratios of 2 s clips with 50 steps."""
-    make = lambda audio, **guidance: lambda: compose(model, vae, audio, ["a ball drops"], data.FRAMES, size, cast, steps=50, **guidance)
+    make = lambda audio, **guidance: lambda: generate_audio_video(model, vae, audio, ["a ball drops"], data.FRAMES, size, autocast, steps=50, **guidance)
     on, off = (dict(sync_video=3., sync_audio=2.), dict(sync_video=1., sync_audio=1.)) if model.cfg.bridges else (dict(cfg=2.), dict(cfg=1.))
-    t = clock(dict(both=make(audio_vae, **on), plain=make(audio_vae, **off), video=make(None, cfg=1.)), 5)
+    t = median_times(dict(both=make(audio_vae, **on), plain=make(audio_vae, **off), video=make(None, cfg=1.)), 5)
     ratios = dict(guidance_on_off=t["both"] / t["plain"], audio_tower_on_off=t["plain"] / t["video"])
     print(f"guidance_on_off {ratios['guidance_on_off']:.2f}: {t['both']:.2f} s, {t['plain']:.2f} s\naudio_tower_on_off {ratios['audio_tower_on_off']:.2f}: {t['plain']:.2f} s, {t['video']:.2f} s")
     print(json.dumps({k: round(r, 3) for k, r in ratios.items()}))
@@ -632,7 +632,7 @@ def arguments():
     p.add_argument("--transcript", default="", help="Harmony: what is said")
     p.add_argument("--ref-audio", help="Harmony: whose voice, or what thing, it shall sound like: 1 to 3 s of it")
     p.add_argument("--jsonl", help="two towers: many at once, a JSON object a line: prompt (or video_caption, audio_caption), transcript (spoken_word_en), audio, image, video, ref_audio, id")
-    p.add_argument("--maps", action="store_true", help="Harmony: pictures of where each moment of the sound looks in the video, and where SyncCFG pulls")
+    p.add_argument("--maps", action="store_true", help="Harmony: pictures of where each moment of the sound attention_maps in the video, and where SyncCFG pulls")
     p.add_argument("--sync-video", type=number(low=0), help="Harmony: s_v of SyncCFG, 1 = off; the checkpoint's own (3) if not given")
     p.add_argument("--sync-audio", type=number(low=0), help="Harmony: s_a of SyncCFG, 1 = off; the checkpoint's own (2) if not given")
     p.add_argument("--asg", type=number(low=0), help="w_a, Audio Sync Guidance; 0 = off (S = 1 + w_a); the checkpoint's own if not given")
@@ -659,12 +659,12 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    device, cast, words = pick_device(args.device)
+    device, autocast, words = pick_device(args.device)
     task = data.task_of(args.ckpt) if args.ckpt else None
     harmonys = args.jsonl or args.transcript or args.ref_audio or args.maps
     if task in ("t2av", "joint") or args.video or task != "a2v" and (harmonys or args.prompt and not (args.audio or args.skip_probe)):
         args.ckpt = args.ckpt or str(JOINT_FILE if harmonys else T2AV_FILE)
-        return both_or_sound(args, device, cast, words)
+        return both_or_sound(args, device, autocast, words)
     jobs = [] if args.bench else list(read_jobs(args))
     for job in jobs:
         missing = [flag for flag in ("audio", "image") if not job[flag]]
@@ -673,24 +673,24 @@ def main():
                            f"--{missing[0]} is missing; give both: python sample.py --audio x.wav --image f.png, or --prompt, alone or with --image, or --video")
     args.ckpt, args.steps = args.ckpt or str(A2V_FILE), args.steps or 30
     model, vae, ckpt = load_a2v(args.ckpt, args.vae, device, args.pretrained)
-    equip(model, args, [job["prompt"] for job in jobs], device)
+    attach_external_encoders(model, args, [job["prompt"] for job in jobs], device)
     if args.compile and not args.skip_probe:
-        for block in model.layers():
+        for block in model.all_blocks():
             block.compile(dynamic=True)
     if args.bench and model.cfg.context_clock == "shared":
         raise BadInput(f"--bench: measures models of the parallel layout; {args.ckpt} is of Pyramid Flow's, which keeps no context")
     if args.bench:
-        return bench(model, vae, cast)
+        return bench(model, vae, autocast)
     asg, cfg = (ckpt["guidance"][k] if getattr(args, k) is None else getattr(args, k) for k in ("asg", "cfg"))
     settings = dict(steps=args.steps, asg=asg, cfg=cfg, tiles=args.tiles)
     print(f"{words}\n{Path(args.ckpt).name}: step {ckpt['step']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
     print(f"{'x'.join(map(str, data.sides(ckpt['size'])))} at {FPS} fps, {args.steps} steps per latent, w_a = {asg:g}, w_t = {cfg:g} where there is a prompt")
     for job in jobs:
-        wave, picture = hear(job["audio"], args.shift_audio), read_image(job["image"], ckpt["size"])
+        wave, picture = read_audio_delayed(job["audio"], args.shift_audio), read_image(job["image"], ckpt["size"])
         frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
         if args.skip_probe:
             out = Path(args.out)
-            return skip_probe(model, vae, picture, wave, job["prompt"], frames, cast, (out.parent if out.suffix == ".mp4" else out) / "skip-probe.png",
+            return skip_probe(model, vae, picture, wave, job["prompt"], frames, autocast, (out.parent if out.suffix == ".mp4" else out) / "skip-probe.png",
                               seeds=[args.seed], **settings)
         for i in range(args.n):
             name, start, kept = file_name(args, job, i, ".mp4"), time.perf_counter(), []
@@ -699,7 +699,7 @@ def main():
                 continue
             with tqdm(total=math.ceil((frames - 1) / vae.stride_t) * args.steps, disable=None, leave=False, unit="step") as bar:
                 def pieces():
-                    for piece in animate(model, vae, picture[None], [wave], [job["prompt"]], frames, cast, bar, seeds=[args.seed + i], **settings):
+                    for piece in generate_video(model, vae, picture[None], [wave], [job["prompt"]], frames, autocast, bar, seeds=[args.seed + i], **settings):
                         if sum(map(len, kept)) < 60 * FPS:                    # the strip shows the first minute at most
                             kept.append(piece[0])
                         yield piece[0]
@@ -708,7 +708,7 @@ def main():
             print(f"{name} and {name.with_suffix('.png').name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed + i}")
 
 
-def hear(path, delay):
+def read_audio_delayed(path, delay):
     """A sound file -> waveform, delayed by so many seconds (earlier, if negative)."""
     wave, n = read_audio(path), round(abs(delay) * RATE)
     return wave if not n else np.pad(wave, (n, 0))[:len(wave)] if delay > 0 else np.pad(wave, (0, n))[n:]

@@ -34,7 +34,7 @@ import towers
 import toybox
 import train
 import vae as vae_module
-from model import MMDiT, MMDiTConfig, grid_ids, patchify, rotary, rotate, text_bytes, unpatchify
+from model import MMDiT, MMDiTConfig, position_ids, patchify, rope_table, apply_rope, text_bytes, unpatchify
 from pyramid import load_pyramid_flow, load_pyramid_vae
 from towers import DualTower, DualTowerConfig
 from vae import AUDIO_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE, MelVAE, MelVAEConfig, VAEConfig, vae_loss
@@ -92,8 +92,8 @@ def test_the_shift_fixes_the_ends_is_off_at_one_and_is_five_sixths_at_a_half_for
 def test_guidance_is_syncphony_equation_six_typed_literally_and_scale_one_is_off():
     v, off, null = torch.randn(3, 2, 4, 1, 4, 4, dtype=torch.float64)
     literal = v + 2 * (v - off) + 4 * (v - null)
-    assert torch.allclose(losses.guide(v, (1 + 2, off), (1 + 4, null)), literal)
-    assert losses.guide(v, (1, None), (1., None)) is v
+    assert torch.allclose(losses.combine_guidance(v, (1 + 2, off), (1 + 4, null)), literal)
+    assert losses.combine_guidance(v, (1, None), (1., None)) is v
 
 
 def test_motion_weight_by_hand():
@@ -119,7 +119,7 @@ def test_the_loss_of_the_true_velocity_is_zero_and_buckets_hold_their_noise_leve
 def test_noise_levels_logit_normal_favours_the_middle():
     u = torch.rand(20000, generator=torch.Generator().manual_seed(0))
     middle = lambda s: ((s > .3) & (s < .7)).float().mean()
-    assert abs(middle(losses.draw_sigma(u)) - .4) < .02 and middle(losses.draw_sigma(u, "logit-normal")) > .55
+    assert abs(middle(losses.sample_sigma(u)) - .4) < .02 and middle(losses.sample_sigma(u, "logit-normal")) > .55
 
 
 # ------------------------------------------------------------------------------------------------ model.py
@@ -130,8 +130,8 @@ def test_the_preconditioned_network_is_asked_for_what_the_noisy_latent_does_not_
     net = small(precondition=True)
     for s in (0., .3, .8, 1.):
         x, v = (1 - s) * z + s * eps, eps - z
-        F = (net.velocity(torch.zeros_like(x), x, s) - v) / (net.velocity(torch.zeros_like(x), x, s) - net.velocity(torch.ones_like(x), x, s))
-        assert abs(F.std() - 1) < .01 and abs((F * x).mean()) < .01 and torch.allclose(net.velocity(F, x, s), v)
+        F = (net.to_velocity(torch.zeros_like(x), x, s) - v) / (net.to_velocity(torch.zeros_like(x), x, s) - net.to_velocity(torch.ones_like(x), x, s))
+        assert abs(F.std() - 1) < .01 and abs((F * x).mean()) < .01 and torch.allclose(net.to_velocity(F, x, s), v)
 
 
 def test_patchify_puts_channels_fastest_and_unpatchify_undoes_it():
@@ -143,16 +143,16 @@ def test_patchify_puts_channels_fastest_and_unpatchify_undoes_it():
 
 def test_rotary_keeps_norms_depends_on_differences_only_and_is_nothing_at_zero():
     q, k, ids = torch.randn(1, 1, 7, 64).double(), torch.randn(1, 1, 7, 64).double(), torch.rand(7, 3) * 9
-    turn = lambda x, shift: rotate(x, rotary(ids + torch.tensor(shift), (16, 24, 24)))
+    turn = lambda x, shift: apply_rope(x, rope_table(ids + torch.tensor(shift), (16, 24, 24)))
     score = lambda shift: turn(q, shift) @ turn(k, shift).transpose(2, 3)
     assert torch.allclose(turn(q, [0., 0, 0]).norm(dim=-1), q.norm(dim=-1))
     assert torch.allclose(score([0., 0, 0]), score([3.25, 1.5, -2.]), atol=1e-5)
-    assert torch.equal(rotate(q, rotary(torch.zeros(7, 3), (16, 24, 24))), q)
+    assert torch.equal(apply_rope(q, rope_table(torch.zeros(7, 3), (16, 24, 24))), q)
 
 
 def test_history_ids_lie_on_the_grid_that_is_being_made():
     """Cell i of a grid r times coarser stands at (i + 0.5) r - 0.5."""
-    assert grid_ids([3], 2, 2, 4)[:, 1].unique().tolist() == [.5, 2.5] and grid_ids([3], 1, 1, 4)[0].tolist() == [3, 1.5, 1.5]
+    assert position_ids([3], 2, 2, 4)[:, 1].unique().tolist() == [.5, 2.5] and position_ids([3], 1, 1, 4)[0].tolist() == [3, 1.5, 1.5]
 
 
 def test_the_published_size_has_the_published_number_of_parameters():
@@ -182,11 +182,11 @@ def test_a_fresh_audio_model_is_the_backbone_exactly():
     z, x, a = (t.float() for t in inputs())
     text = net.text(text_bytes(["a", "b"]))
     s = torch.rand(2, 4)
-    assert torch.equal(net.parallel(z, x, s, *text, a), net.parallel(z, x, s, *text))
+    assert torch.equal(net.forward_teacher_forced(z, x, s, *text, a), net.forward_teacher_forced(z, x, s, *text))
     net = shaken(net)
     z, x, a = inputs()
     text = net.text(text_bytes(["a", "b"]))
-    assert not torch.allclose(net.parallel(z, x, s.double(), *text, a), net.parallel(z, x, s.double(), *text))
+    assert not torch.allclose(net.forward_teacher_forced(z, x, s.double(), *text, a), net.forward_teacher_forced(z, x, s.double(), *text))
 
 
 def hearing_layer(net, a, times):
@@ -194,8 +194,8 @@ def hearing_layer(net, a, times):
     layer, n = net.single_transformer_blocks[0].audio, len(times)
     ids = torch.nn.functional.pad(torch.tensor(times).float()[:, None], (0, 2))
     x = torch.ones(1, n, net.cfg.heads * net.cfg.head_dim).double() * torch.linspace(-1, 1, net.cfg.heads * net.cfg.head_dim).double()
-    kv = net.hear(a)[len(net.transformer_blocks)]
-    return layer(x, kv, net.rotary(ids), net.window(ids[:, 0], a.shape[1]))
+    kv = net.project_audio_kv(a)[len(net.transformer_blocks)]
+    return layer(x, kv, net.rope(ids), net.audio_window(ids[:, 0], a.shape[1]))
 
 
 def test_audio_outside_the_window_of_a_latent_cannot_change_it():
@@ -207,8 +207,8 @@ def test_audio_outside_the_window_of_a_latent_cannot_change_it():
         b[:, 5 * chunk:5 * chunk + 5] += 1
         changed = [l for l, d in enumerate((hearing_layer(net, b, range(8)) - before).abs().amax((0, 2))) if d > 1e-9]
         assert changed == [l for l in range(8) if abs(l - chunk) <= 1]
-    window = net.window(torch.arange(8.), 40)
-    assert window.sum(1).tolist() == [10, 15, 15, 15, 15, 15, 15, 10] and net.window(torch.tensor([30.]), 40)[0].nonzero().tolist() == [[39]]
+    window = net.audio_window(torch.arange(8.), 40)
+    assert window.sum(1).tolist() == [10, 15, 15, 15, 15, 15, 15, 10] and net.audio_window(torch.tensor([30.]), 40)[0].nonzero().tolist() == [[39]]
 
 
 def test_shifting_sound_and_picture_together_changes_nothing_and_order_inside_a_window_counts():
@@ -228,25 +228,25 @@ def test_audio_positions_centre_every_latents_own_chunk_on_it():
     net = small(alpha=6.)
     t = net.audio_times(48).view(8, 6)
     assert torch.allclose(t.mean(1), torch.arange(8.), atol=1e-5)
-    key, query = net.rotary(torch.tensor([[3., 0, 0]])), net.rotary(grid_ids([3], 2, 2)[:1])
+    key, query = net.rope(torch.tensor([[3., 0, 0]])), net.rope(position_ids([3], 2, 2)[:1])
     assert all(torch.equal(a, b) for a, b in zip(key, query))
 
 
 def test_one_pass_over_all_latents_equals_one_latent_at_a_time():
-    """`parallel`, cached `denoise` and their off-sync rows are one model (DESIGN: two layouts, one meaning)."""
+    """`forward_teacher_forced`, cached `denoise_step` and their off-sync rows are one model (DESIGN: two layouts, one meaning)."""
     net = shaken(small())
     z, x, a = inputs()
     text, pooled = net.text(text_bytes(["a ball", "a bell"]))
     sigma = torch.full((2, 4), .37, dtype=torch.float64)
     with torch.no_grad():
-        whole, deaf = net.parallel(z, x, sigma, text, pooled, a), net.parallel(z, x, sigma, text, pooled)
-        context = net.begin(z[:, :, :1], text, pooled, a, off_sync=2)
+        whole, deaf = net.forward_teacher_forced(z, x, sigma, text, pooled, a), net.forward_teacher_forced(z, x, sigma, text, pooled)
+        context = net.prefill(z[:, :, :1], text, pooled, a, off_sync=2)
         for l in range(1, 5):
-            v = net.denoise(context, x[:, :, l - 1:l], .37)
-            alone = net.parallel(z[:, :, :l], x[:, :, l - 1:l], sigma[:, :1], text, pooled, a, start=l)
+            v = net.denoise_step(context, x[:, :, l - 1:l], .37)
+            alone = net.forward_teacher_forced(z[:, :, :l], x[:, :, l - 1:l], sigma[:, :1], text, pooled, a, start=l)
             assert torch.allclose(v[:2], whole[:, :, l - 1:l], atol=1e-10) and torch.allclose(alone, v[:2], atol=1e-10)
             assert torch.allclose(v[2:], deaf[:, :, l - 1:l], atol=1e-10)     # off-sync = the model without audio layers
-            net.extend(context, z[:, :, l:l + 1])
+            net.append_latent(context, z[:, :, l:l + 1])
     assert (whole - deaf).abs().max() > 1e-3
 
 
@@ -255,18 +255,18 @@ def test_a_latent_depends_on_nothing_later_and_on_everything_before():
     z, x, a = inputs()
     text, s = net.text(text_bytes(["a", "b"])), torch.rand(2, 4).double()
     with torch.no_grad():
-        before = net.parallel(z, x, s, *text, a)
+        before = net.forward_teacher_forced(z, x, s, *text, a)
         later = z.clone()
         later[:, :, 3:] += 1
-        d = (net.parallel(later, x, s, *text, a) - before).abs().amax((0, 1, 3, 4))
+        d = (net.forward_teacher_forced(later, x, s, *text, a) - before).abs().amax((0, 1, 3, 4))
         assert (d[:3] == 0).all() and d[3] > 0                                # noisy latents 1, 2, 3 see clean latents < 3
         other = x.clone()
         other[:, :, 1] += 1
-        d = (net.parallel(z, other, s, *text, a) - before).abs().amax((0, 1, 3, 4))
+        d = (net.forward_teacher_forced(z, other, s, *text, a) - before).abs().amax((0, 1, 3, 4))
         assert d[1] > 0 and (d[[0, 2, 3]] == 0).all()                         # a noisy latent is seen by itself alone
         early = z.clone()
         early[:, :, 0] += 1
-        assert ((net.parallel(early, x, s, *text, a) - before).abs().amax((0, 1, 3, 4)) > 0).all()
+        assert ((net.forward_teacher_forced(early, x, s, *text, a) - before).abs().amax((0, 1, 3, 4)) > 0).all()
 
 
 def test_sigma_of_one_latent_changes_that_latent_only():
@@ -275,18 +275,18 @@ def test_sigma_of_one_latent_changes_that_latent_only():
     text, s = net.text(text_bytes(["a", "b"])), torch.rand(2, 4).double()
     t = s.clone()
     t[:, 2] += .1
-    d = (net.parallel(z, x, t, *text, a) - net.parallel(z, x, s, *text, a)).abs().amax((0, 1, 3, 4))
+    d = (net.forward_teacher_forced(z, x, t, *text, a) - net.forward_teacher_forced(z, x, s, *text, a)).abs().amax((0, 1, 3, 4))
     assert d[2] > 0 and (d[[0, 1, 3]] == 0).all()
 
 
 def test_the_context_is_bounded_however_long_the_sound():
     net = shaken(small(context=3))
     z, x, a = inputs(L=12, S=100)
-    context = net.begin(z[:, :, :1], *net.text(text_bytes(["a", "b"])), a)
+    context = net.prefill(z[:, :, :1], *net.text(text_bytes(["a", "b"])), a)
     sizes = []
     for l in range(1, 12):
-        v = net.denoise(context, x[:, :, l - 1:l], .5)
-        net.extend(context, z[:, :, l:l + 1])
+        v = net.denoise_step(context, x[:, :, l - 1:l], .5)
+        net.append_latent(context, z[:, :, l:l + 1])
         sizes.append(context["cache"][0][0].shape[2])
     assert sizes[3:] == [12 + 4 + 3 * 4] * 8 and torch.isfinite(v).all()
 
@@ -296,7 +296,7 @@ def test_silence_is_not_the_absence_of_audio_layers():
     z, x, _ = inputs()
     text, s = net.text(text_bytes(["a", "b"])), torch.rand(2, 4).double()
     silent = net.ears(torch.full((2, 90, 64), -1.9).double())
-    assert (net.parallel(z, x, s, *text, silent) - net.parallel(z, x, s, *text)).abs().max() > 1e-3
+    assert (net.forward_teacher_forced(z, x, s, *text, silent) - net.forward_teacher_forced(z, x, s, *text)).abs().max() > 1e-3
 
 
 def test_attention_on_a_cpu_equals_the_fused_kernel():
@@ -305,8 +305,8 @@ def test_attention_on_a_cpu_equals_the_fused_kernel():
     mask |= torch.eye(10).bool()
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     with torch.no_grad():
-        assert torch.allclose(networks.attend(q, k, v, mask), fused)
-    assert torch.allclose(networks.attend(q, k, v, mask), fused)
+        assert torch.allclose(networks.attention(q, k, v, mask), fused)
+    assert torch.allclose(networks.attention(q, k, v, mask), fused)
 
 
 # ------------------------------------------------------------------------------------------------ the published backbone
@@ -349,7 +349,7 @@ def flux_inputs(B=2, sizes=((2, 2), (1, 4), (1, 8)), A=None):
 
 
 def test_published_folders_load_in_every_layout_they_come_in(tmp_path):
-    """One safetensors file, shards with an index, a .bin, training checkpoints with prefixes; cast on load."""
+    """One safetensors file, shards with an index, a .bin, training checkpoints with prefixes; autocast on load."""
     net, x = little_flux(), flux_inputs()
     folder, state = published_folder(tmp_path / "a", net), net.state_dict()
     want, half = net(*x), len(state) // 2
@@ -436,7 +436,7 @@ def test_the_published_key_lists_are_ours():
 def test_stages_and_grids_are_those_of_pyramid_flows_scheduler():
     g = np.load(GOLDEN / "scheduler.npz")
     for name, shift in (("", 1.), ("shift3/", 3.)):
-        pieces = pyramid.stages(3, shift)
+        pieces = pyramid.make_stages(3, shift)
         for key, there in (("start", f"{name or 'stage/'}start_sigma"), ("end", f"{name or 'stage/'}end_sigma")):
             assert np.allclose([p[key] for p in pieces], g[there], atol=1e-6)
         for n in (10, 20, 30) if not name else (20,):
@@ -444,8 +444,8 @@ def test_stages_and_grids_are_those_of_pyramid_flows_scheduler():
                 times, sigmas = pyramid.sampling_grid(piece, n)
                 assert np.allclose(times, g[f"{name}infer/{n}/timesteps/{s}"], atol=1e-4)
                 assert name or np.allclose(sigmas, g[f"infer/{n}/sigmas/{s}"], atol=1e-9)
-    assert np.allclose([p["alpha"] for p in pyramid.stages()], g["renoise/alpha"], atol=1e-7)
-    assert np.allclose([p["beta"] for p in pyramid.stages()], g["renoise/beta"], atol=1e-7)
+    assert np.allclose([p["alpha"] for p in pyramid.make_stages()], g["renoise/alpha"], atol=1e-7)
+    assert np.allclose([p["beta"] for p in pyramid.make_stages()], g["renoise/beta"], atol=1e-7)
 
 
 def test_the_jump_between_stages_gives_white_noise_of_the_next_ones_level():
@@ -454,17 +454,17 @@ def test_the_jump_between_stages_gives_white_noise_of_the_next_ones_level():
     b = pyramid.block_noise((1, 1, 1, 600, 600), g)
     blocks = b.unflatten(3, (-1, 2)).unflatten(5, (-1, 2)).permute(0, 1, 2, 3, 5, 4, 6).reshape(-1, 4)
     assert blocks.sum(1).abs().max() < 1e-5 and torch.allclose(blocks.T.cov(), torch.full((4, 4), -1 / 3) + torch.eye(4) * 4 / 3, atol=.02)
-    pieces = pyramid.stages()
+    pieces = pyramid.make_stages()
     for last, piece in zip(pieces, pieces[1:]):
-        noise = pyramid.double(torch.randn(1, 1, 1, 300, 300, generator=g)) * last["end"]
+        noise = pyramid.upsample2(torch.randn(1, 1, 1, 300, 300, generator=g)) * last["end"]
         x = (piece["alpha"] * noise + piece["beta"] * b).unflatten(3, (-1, 2)).unflatten(5, (-1, 2)).permute(0, 1, 2, 3, 5, 4, 6).reshape(-1, 4)
         assert torch.allclose(x.T.cov(), torch.eye(4) * piece["start"] ** 2, atol=.01)
         assert piece["alpha"] * (1 - last["end"]) == pytest.approx(1 - piece["start"], abs=1e-6)  # and the signal's share is right
 
 
 def test_a_latent_sees_the_last_one_sharp_and_earlier_ones_ever_coarser():
-    z = pyramid.levels(torch.arange(6.).view(1, 1, 6, 1, 1).expand(1, 1, 6, 8, 8))
-    seen = lambda u, s: [(c[0, 0, :, 0, 0].tolist(), c.shape[-1]) for c in pyramid.history(z, u, s)]
+    z = pyramid.latent_pyramid(torch.arange(6.).view(1, 1, 6, 1, 1).expand(1, 1, 6, 8, 8))
+    seen = lambda u, s: [(c[0, 0, :, 0, 0].tolist(), c.shape[-1]) for c in pyramid.pyramid_history(z, u, s)]
     assert seen(5, 2) == [([0, 1, 2], 2), ([3], 4), ([4], 8)] and seen(5, 1) == [([0, 1, 2, 3], 2), ([4], 4)]
     assert seen(5, 0) == [([0, 1, 2, 3], 2), ([4], 2)] and seen(1, 2) == [([0], 8)] and seen(0, 2) == [] and seen(2, 2) == [([0], 4), ([1], 8)]
 
@@ -480,14 +480,14 @@ def test_the_roll_out_is_pyramid_flows_call_for_call(kind):
         calls.append(([list(c.shape) for c in clips], t[0].item()))
         add = .2 * t / 1000 + .5 * pooled.mean(1) + .25 * (text * mask[..., None]).sum((1, 2)) / mask.sum(1) / text.shape[2]
         return .3 * clips[-1] + add.view(-1, 1, 1, 1, 1) + sum(.1 * (j + 1) * h.mean((2, 3, 4), keepdim=True) for j, h in enumerate(clips[:-1]))
-    call = pyramid.guided(stand_in, *(array(f"in/{k}").flip(0) for k in ("text", "text_mask", "pooled")))               # ours: prompt first
+    call = pyramid.with_guidance(stand_in, *(array(f"in/{k}").flip(0) for k in ("text", "text_mask", "pooled")))               # ours: prompt first
     jumps = iter([array(k.removeprefix(f"{kind}/")) for k in sorted(g.files) if k.startswith(f"{kind}/in/block_noise")])
     jump, noise = lambda shape: next(jumps), array("in/init_noise_fullres")
     if kind == "t2v":
-        made = list(pyramid.rollout_pyramid(call, None, 5, noise, (2, 3, 2), 4., ((3, 4, 3), 7.), jump))
+        made = list(pyramid.sample_pyramid(call, None, 5, noise, (2, 3, 2), 4., ((3, 4, 3), 7.), jump))
     else:
         z0 = CausalVideoVAE(VAEConfig(**PUBLISHED_KIND)).normalise(array("in/raw_image_latent"))
-        made = [z0, *pyramid.rollout_pyramid(call, z0, 4, noise, (3, 2, 3), 3., jump=jump)]
+        made = [z0, *pyramid.sample_pyramid(call, z0, 4, noise, (3, 2, 3), 3., jump=jump)]
     assert (torch.cat(made, 2) - array("out/latent")).abs().max() < 1e-5
     theirs = json.loads(str(g[f"{kind}/out/calls_json"]))
     assert [c[0] for c in calls] == [c[0] for c in theirs] and max(abs(a[1] - b[1][0]) for a, b in zip(calls, theirs)) < 1e-4
@@ -503,25 +503,25 @@ def test_a_roll_out_that_forgets_its_oldest_latents_hears_the_sound_where_it_is(
     def call(clips, t, S, gone):
         seen.append((sum(c.shape[2] for c in clips), gone))
         return torch.zeros_like(clips[-1])
-    made = list(pyramid.rollout_pyramid(call, torch.zeros(1, 2, 1, 8, 8), 12, torch.randn(1, 2, 11, 8, 8), (1, 1, 1), keep=4))
+    made = list(pyramid.sample_pyramid(call, torch.zeros(1, 2, 1, 8, 8), 12, torch.randn(1, 2, 11, 8, 8), (1, 1, 1), keep=4))
     assert len(made) == 11 and max(n for n, _ in seen) == 6 and seen[-1] == (6, 6)                # latent 11: the first, and 7 to 10
 
 
 def test_a_stage_begins_where_the_jump_from_the_last_one_leads():
     """With the very noise of a jump, alpha up(end) + beta b has the stage's start point's signal, and noise of its level."""
     g = torch.Generator().manual_seed(0)
-    z = pyramid.levels(torch.randn(1, 4, 1, 256, 256, generator=g))
-    eps = pyramid.noise_levels(torch.randn(1, 4, 1, 256, 256, generator=g))
-    pieces = pyramid.stages()
+    z = pyramid.latent_pyramid(torch.randn(1, 4, 1, 256, 256, generator=g))
+    eps = pyramid.noise_pyramid(torch.randn(1, 4, 1, 256, 256, generator=g))
+    pieces = pyramid.make_stages()
     assert [e.std().item() for e in eps] == pytest.approx([1, 1, 1], abs=.02)
     for s in (1, 2):
-        _, end = pyramid.stage_ends(z, eps, pieces[s - 1], s - 1)
-        start, _ = pyramid.stage_ends(z, eps, pieces[s], s)
-        jumped = pieces[s]["alpha"] * pyramid.double(end) + pieces[s]["beta"] * pyramid.block_noise(start.shape, g)
-        signal = (1 - pieces[s]["start"]) * pyramid.double(z[s - 1])
+        _, end = pyramid.stage_endpoints(z, eps, pieces[s - 1], s - 1)
+        start, _ = pyramid.stage_endpoints(z, eps, pieces[s], s)
+        jumped = pieces[s]["alpha"] * pyramid.upsample2(end) + pieces[s]["beta"] * pyramid.block_noise(start.shape, g)
+        signal = (1 - pieces[s]["start"]) * pyramid.upsample2(z[s - 1])
         for x in (start, jumped):
             assert (x - signal).std().item() == pytest.approx(pieces[s]["start"], rel=.02) and ((x - signal) * signal).mean().abs() < .01
-    assert torch.equal(pyramid.stage_ends(z, eps, pieces[2], 2)[1], z[2]) and torch.equal(pyramid.stage_ends(z, eps, pieces[0], 0)[0], eps[0])
+    assert torch.equal(pyramid.stage_endpoints(z, eps, pieces[2], 2)[1], z[2]) and torch.equal(pyramid.stage_endpoints(z, eps, pieces[0], 0)[0], eps[0])
 
 
 def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch():
@@ -530,8 +530,8 @@ def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch():
     seen = []
 
     class Net:
-        read = staticmethod(lambda words: (torch.zeros(len(words), 2, 3), torch.ones(len(words), 2), torch.zeros(len(words), 3)))
-        listen = staticmethod(lambda sound: sound)
+        encode_text = staticmethod(lambda words: (torch.zeros(len(words), 2, 3), torch.ones(len(words), 2), torch.zeros(len(words), 3)))
+        encode_audio = staticmethod(lambda sound: sound)
 
         def __call__(self, clips, t, text, mask, pooled, audio):
             seen.append((clips[-1].shape[-1], len(t), sum(c.shape[2] for c in clips) - 1, t.min().item(), t.max().item()))
@@ -623,7 +623,7 @@ def test_a_tuned_decoder_keeps_the_fingerprint_and_another_encoder_changes_it():
 
 def motion_twice(n, size=32, blocks=2):
     """n clips of VAE training data, each done by two things of a kind, 2 x (n, 3, F, size, size) in [-1, 1]."""
-    videos = torch.from_numpy(np.stack([toybox.toybox_windows(i, size, blocks) for i in range(n)]))
+    videos = torch.from_numpy(np.stack([toybox.vae_training_pair(i, size, blocks) for i in range(n)]))
     return (videos.permute(1, 0, 5, 2, 3, 4).float() / 127.5 - 1).unbind(0)
 
 
@@ -659,7 +659,7 @@ def test_the_decoder_has_to_take_looks_from_the_first_frame():
 
 def test_the_two_things_of_a_training_clip_move_alike():
     for seed in range(12):
-        a, b = toybox.toybox_windows(seed, 64).astype(int)
+        a, b = toybox.vae_training_pair(seed, 64).astype(int)
         left = [np.abs(v - v[0]).mean((1, 2, 3)) for v in (a, b)]             # how far each frame is from rest
         assert np.corrcoef(*left)[0, 1] > .9 or max(left[0]) == max(left[1]) == 0
         assert (a[0] != b[0]).mean() > .9
@@ -695,7 +695,7 @@ def test_the_first_frame_never_tells_when():
 
 def test_hammers_announce_their_strike_mouths_stay_open_and_lamps_outlive_their_sound():
     t = np.arange(97) / 48
-    state = lambda kind, d=0.: toybox.toybox_state(kind, np.array([1.]), np.array([d]), t)
+    state = lambda kind, d=0.: toybox.state_curve(kind, np.array([1.]), np.array([d]), t)
     at = lambda s, when: s[round(when * 48)]
     assert at(state("hammer"), .8) < -.3 and at(state("hammer"), 1) == 1
     assert at(state("mouth", .5), 1.4) == 1 and at(state("mouth", .5), 1.65) == 0
@@ -713,14 +713,14 @@ def test_the_reader_finds_every_event_of_real_renders():
 def test_the_readers_residual_tells_a_smear_from_a_strike():
     clip = toybox.toybox_clip(3, 32, kind="ball")
     blurred = torch.nn.functional.avg_pool2d(torch.from_numpy(clip["video"]).permute(0, 3, 1, 2).float(), 9, 1, 4).permute(0, 2, 3, 1)
-    s, residual = toybox.read_states(blurred.numpy().astype(np.uint8), clip["scene"])
-    assert residual.mean() > .2 and toybox.read_states(clip["video"], clip["scene"])[1].max() < .02
+    s, residual = toybox.track_states(blurred.numpy().astype(np.uint8), clip["scene"])
+    assert residual.mean() > .2 and toybox.track_states(clip["video"], clip["scene"])[1].max() < .02
 
 
 def test_the_reader_is_right_to_half_a_frame():
     for i in range(36):
         clip = toybox.toybox_clip(cyclesync.HELD_OUT + 300 + i, 64)
-        read = toybox.read_clip_events(clip["video"], clip)[0]
+        read = toybox.detect_clip_events(clip["video"], clip)[0]
         assert len(read) == len(clip["events"]) and np.abs(read - clip["events"]).max(initial=0) < .5 / 24 + .005, clip["kind"]
 
 
@@ -735,8 +735,8 @@ def corrupted(video, clip, how, rng):
         x = x + torch.from_numpy(rng.choice([-1, 1], (1, 3, 1, 1)) * rng.uniform(40, 90, (1, 3, 1, 1))).float()
     else:
         kind = toybox.KINDS[(toybox.KINDS.index(clip["kind"]) + rng.integers(1, 6)) % 6]
-        scene = dict(toybox.toybox_scene(rng, kind), **{k: clip["scene"][k] for k in ("back", "colours", "x", "y", "scale", "flip")})
-        return toybox.toybox_draw(scene, rng.uniform(*toybox.STATES[kind], len(video)), video.shape[1])
+        scene = dict(toybox.sample_scene(rng, kind), **{k: clip["scene"][k] for k in ("back", "colours", "x", "y", "scale", "flip")})
+        return toybox.draw_scene(scene, rng.uniform(*toybox.STATES[kind], len(video)), video.shape[1])
     return x.clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
 
 
@@ -747,7 +747,7 @@ def test_the_reader_abstains_where_frames_cannot_be_read_rather_than_invent_even
         clip = toybox.toybox_clip(cyclesync.HELD_OUT + 600 + i, 64)
         spoilt, at = corrupted(clip["video"], clip, ("blur", "noise", "colour", "object")[i % 4], rng), np.zeros(49, bool)
         at[rng.permutation(49)[:24] if i % 8 < 4 else slice(25, 49)] = True
-        read, _, readable = toybox.read_clip_events(np.where(at[:, None, None, None], spoilt, clip["video"]), clip)
+        read, _, readable = toybox.detect_clip_events(np.where(at[:, None, None, None], spoilt, clip["video"]), clip)
         invented += len(read) - cyclesync.match_events(clip["events"], read, .1)[0]
         if i % 8 >= 4:
             early = clip["events"][clip["events"] < .8]
@@ -897,20 +897,20 @@ class Straight:
 
     cfg = MMDiTConfig(**networks.SIZES["tiny"])
 
-    def read(self, words):
+    def encode_text(self, words):
         return words, words, words
 
-    def listen(self, sound):
+    def encode_audio(self, sound):
         return sound
 
-    def begin(self, z, *_, off_sync=0):
+    def prefill(self, z, *_, off_sync=0):
         return dict(l=1)
 
-    def denoise(self, context, x, sigma):
+    def denoise_step(self, context, x, sigma):
         self.calls += 1
         return (x - self.target[:, :, context["l"]:context["l"] + 1]) / sigma
 
-    def extend(self, context, z):
+    def append_latent(self, context, z):
         context["l"] += 1
 
 
@@ -918,7 +918,7 @@ class Straight:
 def test_euler_on_a_straight_path_is_exact_in_any_number_of_steps(steps):
     z, a = inputs(B=1)[0].float(), inputs(B=1)[2]
     net = Straight(z)
-    made = list(sample.rollout(net, z[:, :, :1], 5, a, torch.zeros(1, 8).long(), steps=steps, asg=0.))
+    made = list(sample.sample_autoregressive(net, z[:, :, :1], 5, a, torch.zeros(1, 8).long(), steps=steps, asg=0.))
     assert net.calls == 4 * steps and torch.allclose(torch.cat(made, 2), z[:, :, 1:], atol=1e-5)
 
 
@@ -933,7 +933,7 @@ def test_one_step_evaluates_all_branches_in_one_call_and_early_blocks_once_for_f
     for (asg, cfg), expected in {(0, 0): (2, 2, 2), (2, 0): (2, 4, 2), (0, 4): (4, 4, 4), (2, 4): (4, 6, 4)}.items():
         rows.clear()
         with torch.no_grad():
-            list(sample.rollout(net, z, 2, mel, text_bytes(["a", "b"]), text_bytes(["", ""]), steps=3, asg=asg, cfg=cfg, seeds=(0, 1)))
+            list(sample.sample_autoregressive(net, z, 2, mel, text_bytes(["a", "b"]), text_bytes(["", ""]), steps=3, asg=asg, cfg=cfg, seeds=(0, 1)))
         assert [set(rows[k]) for k in ("double", "single", "audio")] == [{e} for e in expected]
         assert len(rows["double"]) == 1 + 3 + 1                               # begin, three steps, extend
 
@@ -943,13 +943,13 @@ def test_sampling_equals_the_equation_evaluated_without_cache_or_batching():
     net = shaken(small())
     z, mel, letters = torch.randn(1, 4, 1, 4, 4).double(), torch.randn(1, 80, 64).double(), text_bytes(["a ball"])
     with torch.no_grad():
-        made = list(sample.rollout(net, z, 4, mel, letters, 0 * letters, steps=3, asg=2., cfg=4., seeds=(5,)))
+        made = list(sample.sample_autoregressive(net, z, 4, mel, letters, 0 * letters, steps=3, asg=2., cfg=4., seeds=(5,)))
         g, a, text, null = torch.Generator().manual_seed(5), net.ears(mel), net.text(letters), net.text(0 * letters)
         clean = z
         for l in range(1, 4):
             x = torch.randn(4, 1, 4, 4, generator=g)[None].double()
             for s, s_next in ((1, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0)):
-                run = lambda words, audio: net.parallel(clean, x, torch.full((1, 1), float(s)).double(), *words, audio, start=l)
+                run = lambda words, audio: net.forward_teacher_forced(clean, x, torch.full((1, 1), float(s)).double(), *words, audio, start=l)
                 v = run(text, a)
                 v = v + 2 * (v - run(text, None)) + 4 * (v - run(null, a))    # the off-sync and null branches have contexts of their own
                 x = x + (s_next - s) * v
@@ -960,14 +960,14 @@ def test_sampling_equals_the_equation_evaluated_without_cache_or_batching():
 def test_the_null_branch_hears_and_the_off_sync_branch_reads():
     net = shaken(small())
     z, x, a = inputs(B=1)
-    run = lambda caption, audio: net.parallel(z, x, torch.rand(1, 4, generator=torch.Generator().manual_seed(0)).double(), *net.text(text_bytes([caption])), audio)
+    run = lambda caption, audio: net.forward_teacher_forced(z, x, torch.rand(1, 4, generator=torch.Generator().manual_seed(0)).double(), *net.text(text_bytes([caption])), audio)
     assert (run("", a) - run("", a + 1)).abs().max() > 1e-4 and (run("a ball", None) - run("a bell", None)).abs().max() > 1e-6
 
 
 def test_weight_zero_is_the_plain_model_and_weights_change_the_video():
     net = shaken(small()).float()
     z, mel, letters = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 60, 64), text_bytes(["a"])
-    run = lambda **w: torch.cat(list(sample.rollout(net, z, 3, mel, letters, 0 * letters, steps=3, **w)), 2)
+    run = lambda **w: torch.cat(list(sample.sample_autoregressive(net, z, 3, mel, letters, 0 * letters, steps=3, **w)), 2)
     with torch.no_grad():
         plain = run(asg=0., cfg=0.)
         assert (run(asg=2., cfg=0.) - plain).abs().max() > 1e-3 and (run(asg=0., cfg=4.) - plain).abs().max() > 1e-4
@@ -977,7 +977,7 @@ def test_weight_zero_is_the_plain_model_and_weights_change_the_video():
 def test_clip_i_does_not_depend_on_the_batch_around_it(toy):
     net, vae, _ = sample.load_a2v(toy / "a2v.pt", toy / "vae.pt")
     clips = [toybox.toybox_clip(i, 32) for i in range(3)]
-    run = lambda some, seeds: np.concatenate(list(sample.animate(net, vae, np.stack([c["video"][0] for c in some]), [c["audio"] for c in some],
+    run = lambda some, seeds: np.concatenate(list(sample.generate_video(net, vae, np.stack([c["video"][0] for c in some]), [c["audio"] for c in some],
                                              [c["caption"] for c in some], 14, steps=2, seeds=seeds, cfg=4.)), 1).astype(int)
     together = run(clips, [4, 5, 6])
     assert together.shape == (3, 14, 32, 32, 3) and np.abs(together[2] - run(clips[2:], [6])[0]).max() <= 1
@@ -1033,8 +1033,8 @@ def test_clear_onsets_are_where_one_would_tap():
 def test_agreement_with_a_recording_is_one_for_things_that_move_at_its_onsets(toy, monkeypatch, capsys, tmp_path, move, met, followed):
     """The command that scores recordings, with videos that are drawn from the onsets themselves, or stand still."""
     def drawn(model, vae, clips, *a, **k):
-        states = [toybox.toybox_state(c["kind"], cyclesync.clear_onsets(c["audio"]), np.full(9, .2), np.arange(len(c["video"])) / 24) for c in clips]
-        return [toybox.toybox_draw(c["scene"], move * s, 32) for c, s in zip(clips, states)]
+        states = [toybox.state_curve(c["kind"], cyclesync.clear_onsets(c["audio"]), np.full(9, .2), np.arange(len(c["video"])) / 24) for c in clips]
+        return [toybox.draw_scene(c["scene"], move * s, 32) for c, s in zip(clips, states)]
     monkeypatch.setattr(cyclesync, "generate", drawn)
     wave = np.zeros(48000, np.float32)
     for t in (1., 2.):
@@ -1160,9 +1160,9 @@ def test_one_video_is_scored_with_its_own_sound(odd, capsys):
 
 def test_the_interval_of_a_ratio_covers_it_and_leaves_out_what_is_undefined():
     values = np.random.default_rng(0).normal(.3, .1, 200)
-    mean, low, high = cyclesync.ratio([*values, np.nan, np.nan])
+    mean, low, high = cyclesync.bootstrap_ratio([*values, np.nan, np.nan])
     assert mean == pytest.approx(values.mean()) and low < mean < high and high - low == pytest.approx(4 * .1 / 200 ** .5, rel=.2)
-    assert np.isnan(cyclesync.ratio([np.nan])).all() and cyclesync.ratio([1, 2, 0], [2, 2, 0])[0] == .75
+    assert np.isnan(cyclesync.bootstrap_ratio([np.nan])).all() and cyclesync.bootstrap_ratio([1, 2, 0], [2, 2, 0])[0] == .75
     s = cyclesync.event_scores([np.array([1.])] * 20, [np.array([1.])] * 15 + [np.zeros(0)] * 5)
     assert s["interval"]["recall_50"][0] < s["recall_50"] == .75 < s["interval"]["recall_50"][1] and s["interval"]["precision_50"] == (1, 1)
 
@@ -1194,12 +1194,12 @@ def test_another_program_gets_a_silent_video_long_enough_and_its_sound_is_cut(tm
     tool.write_text("import shutil, sys, imageio.v3 as iio\n"
                     f"assert len(iio.imread(sys.argv[1], plugin='FFMPEG')) == 62, 'short'\nshutil.copy(r'{tmp_path / 'long.wav'}', sys.argv[2])\n")
     run = f"{sys.executable} {tool} {{video}} {{wav}}"
-    wave, rate = cyclesync.outside(run, 2.56)(clip["video"], 24)
+    wave, rate = cyclesync.v2a_from_command(run, 2.56)(clip["video"], 24)
     assert rate == 22050 and len(wave) == round(49 / 24 * 22050)
     assert cyclesync.video_cyclesync(clip["video"], 24, clip["audio"], 16000, lambda *_: (wave, rate))[1] > .6
     for command, word in ((run, "short"), ("no-such-program {video} {wav}", "cannot be run"), ("echo {video}", "{wav}"), ("true {video} {wav}", "left no {wav}")):
         with pytest.raises(data.BadInput, match=word):
-            cyclesync.outside(command)(clip["video"], 24)
+            cyclesync.v2a_from_command(command)(clip["video"], 24)
 
 
 def test_the_frechet_distance_is_that_of_two_gaussians():
@@ -1502,10 +1502,10 @@ def test_a_crop_is_coded_as_its_pixels_are(tmp_path, toy):
     for i, s in enumerate(starts):
         pixels = torch.tensor(video[s:s + 49]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         want = vae.encode(pixels)[0][0]
-        got = data.pick(cache, "latents", [i])[0, 0].float()
+        got = data.gather(cache, "latents", [i])[0, 0].float()
         assert torch.allclose(got, want, atol=2e-2) and torch.allclose(want[:, :1], vae.encode(pixels[:, :, :1])[0][0], atol=1e-4)
         sound = data.log_mel(wave[round(s / 24 * 16000):][:round(49 / 24 * 16000)])
-        assert np.allclose(data.pick(cache, "mels", [i])[0], sound, atol=2e-2)
+        assert np.allclose(data.gather(cache, "mels", [i])[0], sound, atol=2e-2)
 
 
 def test_evaluation_takes_three_evenly_spaced_windows(tmp_path):
@@ -1520,11 +1520,11 @@ def test_evaluation_takes_three_evenly_spaced_windows(tmp_path):
 def test_the_shift_study_starts_half_a_second_in_and_drops_what_is_shorter(tmp_path):
     """Syncphony C.2: (150 - 4) x 3 = 438 clips of AVSync15; each sound reaches back so far that a delay needs no padding."""
     clip = dict(path=str(flash_clip(tmp_path / "a.mp4", seconds=4.)), split="test", prompt="p", sound=None)
-    windows, plain = data.clip_windows(clip, 32, lead=.5), data.read_clip(clip["path"], 32, 32)
+    windows, plain = data.clip_windows(clip, 32, audio_lead=.5), data.read_clip(clip["path"], 32, 32)
     assert windows[0]["start"] == .5 and windows[-1]["start"] == (len(plain[0]) - 49) / 24
     assert np.array_equal(windows[0]["audio"], plain[1][:round((.5 + 49 / 24) * 16000)]) and np.array_equal(windows[0]["video"], plain[0][12:61])
     with pytest.raises(data.BadInput, match="2.50 s are needed"):
-        data.clip_windows(dict(clip, path=str(flash_clip(tmp_path / "b.mp4", seconds=2.4))), 32, lead=.5)
+        data.clip_windows(dict(clip, path=str(flash_clip(tmp_path / "b.mp4", seconds=2.4))), 32, audio_lead=.5)
 
 
 def cache_bytes(folder):
@@ -1628,13 +1628,13 @@ def test_hubert_features_are_fifty_a_second(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     transformers.HubertModel(transformers.HubertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(tmp_path)
-    assert pyramid.hubert(str(tmp_path), torch.device("cpu"))(np.random.default_rng(0).standard_normal(32000).astype(np.float32)).shape == (100, 16)
+    assert pyramid.load_hubert(str(tmp_path), torch.device("cpu"))(np.random.default_rng(0).standard_normal(32000).astype(np.float32)).shape == (100, 16)
 
 
 def test_hubert_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(data.BadInput, match="pip install transformers"):
-        pyramid.hubert("x", torch.device("cpu"))
+        pyramid.load_hubert("x", torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ train.py
@@ -1683,8 +1683,8 @@ def pyramid_flow(tmp_path, monkeypatch):
         rows = [np.random.default_rng(len(c)).standard_normal((128 * 12 + 8)) for c in captions]
         return (np.stack([r[:-8].reshape(128, 12) for r in rows]).astype(np.float16), np.repeat((np.arange(128) < 5)[None], len(rows), 0).astype(np.float32),
                 np.stack([r[-8:] for r in rows]).astype(np.float32))
-    monkeypatch.setattr(pyramid, "prompt_states", states)
-    monkeypatch.setattr(pyramid, "hubert", lambda name, device: lambda wave: np.repeat(np.abs(wave[:len(wave) // 320 * 320]).reshape(-1, 320).mean(1)[:, None], 6, 1).astype(np.float32))
+    monkeypatch.setattr(pyramid, "t5_clip_states", states)
+    monkeypatch.setattr(pyramid, "load_hubert", lambda name, device: lambda wave: np.repeat(np.abs(wave[:len(wave) // 320 * 320]).reshape(-1, 320).mean(1)[:, None], 6, 1).astype(np.float32))
     for i, split in enumerate(("train", "train", "test")):
         (tmp_path / f"clips/{split}/lamp").mkdir(parents=True, exist_ok=True)
         clip = toybox.toybox_clip(i, 64, kind="lamp")
@@ -1909,7 +1909,7 @@ def test_the_network_overfits_one_batch():
     z, mel = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 44, 64)
     optimiser, history = torch.optim.AdamW(net.parameters(), 3e-3), []
     for _ in range(150):
-        loss, _ = losses.a2v_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), corrupt=0)
+        loss, _ = losses.syncphony_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), corrupt=0)
         optimiser.zero_grad(), loss.backward(), optimiser.step()
         history.append(loss.item())
     assert history[-1] < history[0] / 5
@@ -1934,7 +1934,7 @@ def test_the_counted_flops_are_those_of_the_matrix_products():
     from torch.utils.flop_counter import FlopCounterMode
     net = MMDiT(MMDiTConfig(**networks.SIZES["tiny"]))
     with FlopCounterMode(display=False) as counter:
-        losses.a2v_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), torch.Generator().manual_seed(0))[0].backward()
+        losses.syncphony_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), torch.Generator().manual_seed(0))[0].backward()
     per_token = sum(p.numel() for n, p in net.named_parameters() if p.dim() == 2 and re.search(r"attn|proj|ff|audio\.to_(q|out)", n) and "context" not in n and "add_" not in n)
     assert .85 < counter.get_total_flops() / (6 * per_token * 112) < 1.35
 
@@ -1969,25 +1969,25 @@ def test_a_token_of_the_video_tower_is_one_by_two_by_two_of_the_latent():
         z[:, :, 1, 2, 3] += 1                                                 # latent 1, row 2, column 3: patch (1, 1)
     moved = (net.video.embed(z).flatten(3).permute(0, 2, 3, 1) - tokens).abs().amax((0, 3)) > 1e-9
     assert moved.nonzero().tolist() == [[1, 3]]
-    assert net.video(z, two_streams()[2], *net.read(text_bytes(["a", "b"])))[0].shape == z.shape
+    assert net.video(z, two_streams()[2], *net.encode_text(text_bytes(["a", "b"])))[0].shape == z.shape
 
 
 @pytest.mark.parametrize("axis", ["space", "time"])
 def test_spatial_attention_stays_in_its_frame_and_temporal_attention_at_its_place(axis):
     block = small_towers().video.space_blocks[0] if axis == "space" else small_towers().video.time_blocks[0]
     x, text, t6 = torch.randn(1, 12, 32, dtype=torch.float64), torch.randn(1, 3, 32, dtype=torch.float64), torch.randn(1, 1, 192, dtype=torch.float64)
-    p = towers.Stream(None, t6, rotary(torch.arange(3)[:, None], (16,)), 3, text, torch.ones(1, 1, 1, 3, dtype=torch.bool))
+    p = towers.TowerConditioning(None, t6, rope_table(torch.arange(3)[:, None], (16,)), 3, text, torch.ones(1, 1, 1, 3, dtype=torch.bool))
     far = x.clone()
     far[:, 5] += torch.randn(32)                                              # 3 latents of 4 places: latent 1, place 1
-    changed = (block.mix(far, p) - block.mix(x, p)).abs().amax((0, 2)) > 1e-9
+    changed = (block.attend(far, p) - block.attend(x, p)).abs().amax((0, 2)) > 1e-9
     assert changed.nonzero().flatten().tolist() == ([4, 5, 6, 7] if axis == "space" else [1, 5, 9])
 
 
 def test_text_reaches_the_video_in_both_kinds_of_block_and_its_padding_does_not():
     net, (x_v, x_a, sigma) = small_towers(), two_streams()
-    text, mask = net.read(text_bytes(["a ball drops onto the floor", "a hammer"]))
+    text, mask = net.encode_text(text_bytes(["a ball drops onto the floor", "a hammer"]))
     before = net(x_v, None, sigma, text, mask)[0]
-    assert mask.sum(1).tolist() == [4, 1] and net.read(text_bytes([""]))[1].sum() == 1
+    assert mask.sum(1).tolist() == [4, 1] and net.encode_text(text_bytes([""]))[1].sum() == 1
     noisy = text + torch.randn_like(text) * (mask == 0)[..., None]
     assert torch.equal(net(x_v, None, sigma, noisy, mask)[0], before)
     for blocks in (net.video.space_blocks, net.video.time_blocks):
@@ -2001,7 +2001,7 @@ def test_text_reaches_the_video_in_both_kinds_of_block_and_its_padding_does_not(
 
 def test_the_video_never_hears_and_the_audio_sees():
     net, (x_v, x_a, sigma) = small_towers(), two_streams()
-    said = net.read(text_bytes(["a", "b"]))
+    said = net.encode_text(text_bytes(["a", "b"]))
     v_v, v_a = net(x_v, x_a, sigma, *said)
     again_v, other_a = net(x_v, two_streams(seed=1)[1], sigma, *said)
     assert torch.equal(v_v, again_v) and not torch.allclose(v_a, other_a)
@@ -2012,9 +2012,9 @@ def test_the_video_never_hears_and_the_audio_sees():
 def test_layer_l_of_the_audio_looks_at_the_temporal_attention_of_layer_l_and_at_nothing_above():
     """SyncFlow: F_l, the output of the temporal attention of layer l, conditions layer l."""
     net, (x_v, x_a, sigma) = small_towers(depth=3), two_streams()
-    told, (_, features) = net.read(text_bytes(["a", "b"])), net.video(x_v, sigma, *net.read(text_bytes(["a", "b"])))
+    told, (_, features) = net.encode_text(text_bytes(["a", "b"])), net.video(x_v, sigma, *net.encode_text(text_bytes(["a", "b"])))
     block, a = net.audio.blocks[1], net.audio.embed(x_a.transpose(1, 2))
-    turn = lambda t: rotary(t[:, None], (16,), 4.)
+    turn = lambda t: rope_table(t[:, None], (16,), 4.)
     out = block(a, net.audio.clock(1000 * sigma[:, None]), None, turn(torch.arange(37.)), features[1], turn(torch.arange(5.).repeat_interleave(4)))
     grads = torch.autograd.grad(out.square().sum(), [net.video.time_blocks[l].attn.to_q.weight for l in range(3)], retain_graph=True, allow_unused=True)
     assert grads[0].abs().sum() > 0 and grads[1].abs().sum() > 0 and grads[2] is None
@@ -2031,18 +2031,18 @@ def test_the_adaptor_is_attention_norm_linear_and_can_be_left_out():
     adaptor, x = with_it.audio.blocks[0].adaptor, torch.randn(2, 20, 32, dtype=torch.float64)
     inside = []
     adaptor.linear.register_forward_hook(lambda m, given, out: inside.append(given[0]))
-    adaptor(x, rotary(torch.arange(5).repeat_interleave(4)[:, None], (16,)))
+    adaptor(x, rope_table(torch.arange(5).repeat_interleave(4)[:, None], (16,)))
     normed = (inside[0] - adaptor.norm.bias) / adaptor.norm.weight
     assert normed.mean(-1).abs().max() < 1e-6 and (normed.var(-1, correction=0) - 1).abs().max() < 1e-3
     count = lambda net: sum(p.numel() for p in net.audio.parameters())
     assert without.audio.blocks[0].adaptor is None and count(without) < count(with_it)
     x_v, x_a, sigma = two_streams()
-    assert without(x_v, x_a, sigma, *without.read(text_bytes(["a", "b"])))[1].isfinite().all()
+    assert without(x_v, x_a, sigma, *without.encode_text(text_bytes(["a", "b"])))[1].isfinite().all()
 
 
 def test_the_audio_tower_is_told_the_noise_level_by_a_token_beside_the_video():
     net, (x_v, x_a, sigma) = small_towers(precondition=False), two_streams()
-    said = net.read(text_bytes(["a", "b"]))
+    said = net.encode_text(text_bytes(["a", "b"]))
     _, features = net.video(x_v, sigma, *said)
     early, late = (net.audio(x_a, torch.full_like(sigma, s), *said, 5, features) for s in (.9, .1))
     assert not torch.allclose(early, late)
@@ -2054,25 +2054,25 @@ def test_sound_and_picture_share_one_clock_in_latent_units_and_without_it_order_
     net = small_towers(adaptor=False, alpha=4., depth=1, precondition=False)
     block, D = net.audio.blocks[0], 32
     seen, a = torch.randn(1, 6, D, dtype=torch.float64), torch.randn(1, 9, D, dtype=torch.float64)
-    turn = lambda t: rotary(t[:, None], (16,), 4.)
-    kv = lambda shift: block.cross.keys_values(seen, turn(torch.arange(6.) + shift))
+    turn = lambda t: rope_table(t[:, None], (16,), 4.)
+    kv = lambda shift: block.cross.project_kv(seen, turn(torch.arange(6.) + shift))
     see = lambda shift: block.cross(a, kv(shift), turn((torch.arange(9.) + .5) / 4 - .5 + shift))
     assert torch.allclose(see(0.), see(1.), atol=1e-6)
     mixed = torch.randperm(6)
-    blind = block.cross(a, block.cross.keys_values(seen))
-    assert torch.allclose(block.cross(a, block.cross.keys_values(seen[:, mixed])), blind)
-    assert not torch.allclose(block.cross(a, block.cross.keys_values(seen[:, mixed], turn(torch.arange(6.))), turn(torch.arange(9.) / 4)), see(0.), atol=1e-4)
+    blind = block.cross(a, block.cross.project_kv(seen))
+    assert torch.allclose(block.cross(a, block.cross.project_kv(seen[:, mixed])), blind)
+    assert not torch.allclose(block.cross(a, block.cross.project_kv(seen[:, mixed], turn(torch.arange(6.))), turn(torch.arange(9.) / 4)), see(0.), atol=1e-4)
     net, (x_v, x_a, sigma) = small_towers(), two_streams()
     off = small_towers(xrope=False)
     off.load_state_dict(net.state_dict())
-    said = net.read(text_bytes(["a", "b"]))
+    said = net.encode_text(text_bytes(["a", "b"]))
     assert not torch.allclose(net(x_v, x_a, sigma, *said)[1], off(x_v, x_a, sigma, *said)[1])
 
 
 @pytest.mark.parametrize("side", [2, 8])
 def test_the_same_weights_make_half_and_double_the_resolution(side):
     net, (x_v, x_a, sigma) = small_towers(), two_streams(side=side)
-    v_v, v_a = net(x_v, x_a, sigma, *net.read(text_bytes(["a", "b"])))
+    v_v, v_a = net(x_v, x_a, sigma, *net.encode_text(text_bytes(["a", "b"])))
     assert v_v.shape == x_v.shape and v_a.shape == x_a.shape
     sizes = {p.shape for p in net.parameters()}
     assert sizes == {p.shape for p in small_towers(grid=7).parameters()}
@@ -2080,7 +2080,7 @@ def test_the_same_weights_make_half_and_double_the_resolution(side):
 
 def test_text_alone_makes_sound_where_there_is_no_video():
     net, (_, x_a, sigma) = small_towers(blind=True), two_streams()
-    made = [net(None, x_a, sigma, *net.read(text_bytes([c, "b"]))) for c in ("a ball", "a hammer")]
+    made = [net(None, x_a, sigma, *net.encode_text(text_bytes([c, "b"]))) for c in ("a ball", "a hammer")]
     assert made[0][0] is None and not torch.allclose(made[0][1][0], made[1][1][0]) and torch.allclose(made[0][1][1], made[1][1][1])
 
 
@@ -2089,7 +2089,7 @@ def test_minibatch_optimal_transport_is_the_exact_assignment():
     z = np.load(GOLDEN / "ot.npz")
     for case in ("b8_4x3x5", "b32_16", "b32_4x4x8"):
         noise, clips = torch.from_numpy(z[f"{case}/x0"]), torch.from_numpy(z[f"{case}/x1"])
-        order = losses.couple(noise, clips)
+        order = losses.ot_permutation(noise, clips)
         assert order.tolist() == z[f"{case}/inv_perm"].tolist()
         assert (noise[order] - clips).flatten(1).double().square().sum().item() == pytest.approx(float(z[f"{case}/total_cost"]), rel=1e-6)
 
@@ -2097,7 +2097,7 @@ def test_minibatch_optimal_transport_is_the_exact_assignment():
 def test_the_coupling_permutes_the_noise_alone_by_one_order_for_both_streams(monkeypatch):
     g = torch.Generator().manual_seed(0)
     noise, clips = [torch.randn(8, 3, generator=g), torch.randn(8, 5, generator=g)], [torch.randn(8, 3, generator=g), torch.randn(8, 5, generator=g)]
-    order = losses.couple(noise, clips)
+    order = losses.ot_permutation(noise, clips)
     cost = lambda o: sum((e[o] - z).square().mean(1).sum() for e, z in zip(noise, clips))
     assert sorted(order.tolist()) == list(range(8)) and cost(order) < cost(torch.arange(8))
     net, (z_v, z_a, _) = small_towers(), two_streams(B=4)
@@ -2105,7 +2105,7 @@ def test_the_coupling_permutes_the_noise_alone_by_one_order_for_both_streams(mon
     monkeypatch.setattr(net, "forward", lambda x_v, x_a, sigma, text, mask: (fed.append((x_v, x_a, sigma, text)), (torch.zeros_like(x_v), torch.zeros_like(x_a)))[1])
     words = text_bytes(["a", "b", "c", "d"])
     for ot in (False, True):
-        losses.t2av_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), ot=ot)
+        losses.syncflow_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), ot=ot)
     noises = [[(x - (1 - s.view(-1, *[1] * (x.dim() - 1))) * z) / s.view(-1, *[1] * (x.dim() - 1)) for x, z in zip(f[:2], (z_v, z_a))] for f in fed for s in [f[2]]]
     same = [(a[:, None].flatten(2) - b[None].flatten(2)).abs().amax(2) < 1e-4 for a, b in zip(*noises)]              # which noise went where
     assert torch.equal(same[0], same[1]) and same[0].sum() == 4 and torch.equal(fed[0][3], fed[1][3]) and torch.equal(fed[0][2], fed[1][2])
@@ -2116,12 +2116,12 @@ def test_both_streams_are_trained_on_one_clock_with_equal_weight():
     words, seen = text_bytes(["a", "b"]), []
     forward = net.forward
     net.forward = lambda x_v, x_a, sigma, *said: seen.append((x_v, x_a, sigma)) or forward(x_v, x_a, sigma, *said)
-    loss, report = losses.t2av_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0))
+    loss, report = losses.syncflow_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(report.sum().item()) and seen[0][2].shape == (2,)
     g = torch.Generator().manual_seed(0)
     sigma, eps_v, eps_a = torch.rand(2, generator=g), torch.randn(z_v.shape, generator=g), torch.randn(z_a.shape, generator=g)
     assert torch.equal(seen[0][2], sigma) and torch.allclose(seen[0][1], (1 - sigma.view(2, 1, 1)) * z_a + sigma.view(2, 1, 1) * eps_a)
-    v_a = forward(*seen[0], *net.read(words))[1]
+    v_a = forward(*seen[0], *net.encode_text(words))[1]
     assert report[1].item() == pytest.approx((v_a - (eps_a - z_a)).square().mean().item(), rel=1e-5)
 
 
@@ -2142,7 +2142,7 @@ def test_stage_two_leaves_the_video_tower_as_it_is_and_builds_no_graph_for_it(to
         p.requires_grad_(name.startswith("audio."))
     seen, video = [], net.video.forward
     net.video.forward = lambda *a: seen.append(video(*a)) or seen[-1]
-    losses.t2av_loss(net, z_v, z_a, text_bytes(["a", "b"]), torch.Generator().manual_seed(0), "audio")[0].backward()
+    losses.syncflow_loss(net, z_v, z_a, text_bytes(["a", "b"]), torch.Generator().manual_seed(0), "audio")[0].backward()
     assert not any(t.requires_grad for t in (seen[0][0], *seen[0][1])) and all(p.grad is None for p in net.video.parameters())
 
 
@@ -2152,14 +2152,14 @@ def test_video_to_audio_feeds_the_true_latents_at_each_steps_noise_level_and_kee
     fed, forward = [], net.forward
     net.forward = lambda x_v, x_a, sigma, *said: fed.append((x_v[:2], sigma[0].item())) or forward(x_v, x_a, sigma, *said)
     words = text_bytes(["a ball", "a hammer"])
-    out_v, out_a = sample.pair(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), z_v=z_v)
+    out_v, out_a = sample.sample_syncflow(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), z_v=z_v)
     assert torch.equal(out_v, z_v) and [s for _, s in fed] == [1., .75, .5, .25]
     eps = fed[0][0]
     assert all(torch.allclose(x, (1 - s) * z_v + s * eps, atol=1e-6) for x, s in fed)
-    other = sample.pair(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), z_v=z_v + 1)[1]
+    other = sample.sample_syncflow(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), z_v=z_v + 1)[1]
     assert not torch.allclose(out_a, other)
     fed.clear()
-    out_v, _ = sample.pair(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), first=z_v[:, :, :1])
+    out_v, _ = sample.sample_syncflow(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), first=z_v[:, :, :1])
     assert torch.equal(out_v[:, :, :1], z_v[:, :, :1]) and not torch.equal(out_v, z_v)     # the first picture alone likewise, the rest is made
     assert all(torch.allclose(x[:, :, :1], (1 - s) * z_v[:, :, :1] + s * eps[:, :, :1], atol=1e-6) for x, s in fed)
 
@@ -2170,10 +2170,10 @@ def test_the_towers_text_cannot_fall_silent():
     for p in net.text.parameters():
         p.data *= .3
     net.text.token.bias.data.fill_(-1)
-    states = net.read(text_bytes(["a bell tolls", "a ball drops"]))[0]
+    states = net.encode_text(text_bytes(["a bell tolls", "a ball drops"]))[0]
     assert states.std().item() == pytest.approx(1, abs=.05)
     net.text.token.bias.data.zero_()
-    states = net.read(text_bytes(["a bell tolls", "a ball drops"]))[0]
+    states = net.encode_text(text_bytes(["a bell tolls", "a ball drops"]))[0]
     assert (states[0, 0] - states[1, 0]).abs().mean() > .3
 
 
@@ -2182,8 +2182,8 @@ def test_the_first_stage_learns_from_single_pictures_beside_the_clips(towers_on_
     g = torch.Generator().manual_seed(0)
     s, eps = torch.rand(2, generator=g), torch.randn(2, 4, 1, 4, 4, generator=g)
     z, by = z_v[:, :, :1], s.view(2, 1, 1, 1, 1)
-    v = net((1 - by) * z + by * eps, None, s, *net.read(words))[0]
-    assert losses.picture_loss(net, z, words, torch.Generator().manual_seed(0)).item() == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-5)
+    v = net((1 - by) * z + by * eps, None, s, *net.encode_text(words))[0]
+    assert losses.image_loss(net, z, words, torch.Generator().manual_seed(0)).item() == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-5)
     task = SimpleNamespace(cache=dict(at=np.stack([np.zeros(5, int), np.arange(5)], 1), captions=list("abcde"), arrays=dict(latents=[np.arange(5.).reshape(5, 1, 1, 1, 1, 1) * np.ones((1, 2, 1, 3, 2, 2))])),
                            args=SimpleNamespace(pictures=4, drop_text=0.), device="cpu", vae=SimpleNamespace(normalise=lambda z: z))
     z, words = train.T2AV.pictures(task, [np.random.default_rng(k) for k in range(3)])
@@ -2196,9 +2196,9 @@ def test_guidance_of_two_towers_is_equation_three_on_both_streams():
     words, nothing, rows = text_bytes(["a ball"]), text_bytes([""]), []
     forward = net.forward
     net.forward = lambda x_v, *a: rows.append(len(x_v)) or forward(x_v, *a)
-    go = lambda w: sample.pair(net, x_v.shape[1:], x_a.shape[1:], words, nothing, steps=1, cfg=w)
+    go = lambda w: sample.sample_syncflow(net, x_v.shape[1:], x_a.shape[1:], words, nothing, steps=1, cfg=w)
     with torch.no_grad():
-        eps, v = sample.pair(net, x_v.shape[1:], x_a.shape[1:], words, None, steps=1, cfg=3.), {w: go(w) for w in (0., 1., 6.)}
+        eps, v = sample.sample_syncflow(net, x_v.shape[1:], x_a.shape[1:], words, None, steps=1, cfg=3.), {w: go(w) for w in (0., 1., 6.)}
     assert rows == [1, 2, 1, 2] and torch.allclose(eps[1], v[1.][1])          # no null text: no guidance
     for i in (0, 1):
         assert torch.allclose(v[6.][i], v[0.][i] + 6 * (v[1.][i] - v[0.][i]), atol=1e-5)
@@ -2208,17 +2208,17 @@ def test_a_long_video_gets_its_sound_in_windows_that_keep_what_sounds_already():
     net, calls = small_towers().float(), []
     vae = SimpleNamespace(cfg=SimpleNamespace(rate=16000, latent=3), hop=320, denormalise=lambda z: z, decode_pieces=lambda z, n: calls.append(z) or torch.zeros(1, n))
     frames = np.random.default_rng(0).integers(0, 255, (24 * 6 + 1, 32, 32, 3), dtype=np.uint8)
-    pair, seen = sample.pair, []
+    pair, seen = sample.sample_syncflow, []
 
     def spy(model, shape_v, shape_a, *a, z_v, z_a, **k):
         seen.append((z_v, z_a, pair(model, shape_v, shape_a, *a, z_v=z_v, z_a=z_a, **k)[1]))
         return z_v, seen[-1][2]
     video = SimpleNamespace(stride_t=4, encode=lambda x, first, cache: (x[:, :1].mean((1, 3, 4))[:, None, ::4, None, None].repeat(1, 4, 1, 4, 4),), normalise=lambda z: z)
-    sample.pair, wave = spy, None
+    sample.sample_syncflow, wave = spy, None
     try:
-        wave = sample.dub(net, video, vae, frames, "", steps=1, cfg=1.)
+        wave = sample.video_to_audio(net, video, vae, frames, "", steps=1, cfg=1.)
     finally:
-        sample.pair = pair
+        sample.sample_syncflow = pair
     assert len(wave) == round(145 / 24 * 16000) and calls[0].shape == (1, 3, -(-len(wave) // 320)) and len(seen) == 4
     assert all(z.shape[2] == 13 and torch.equal(z[:, :, 0], seen[0][0][:, :, 0]) for z, _, _ in seen)                  # the picture and 12 latents
     for (_, _, before), (_, kept, after) in zip(seen, seen[1:]):
@@ -2305,7 +2305,7 @@ def test_a_sound_comes_back_from_its_spectrum_with_its_timbre_and_in_time():
     assert all(b.dtype == np.float32 and len(b) == 160 * (len(w) // 160) for b, w in zip(back, waves))
     far = lambda what: np.mean([np.abs(what(b) - what(w[:len(b)])).mean() for b, w in zip(back, waves)])
     assert far(data.log_mel) < .1 and far(cyclesync.timbre) < .1              # between things of one kind it is .3 to .5
-    assert cyclesync.event_scores(*([cyclesync.heard_events(w) for w in some] for some in (waves, back)))["f1_50"] > .95
+    assert cyclesync.event_scores(*([cyclesync.onsets_in_sound(w) for w in some] for some in (waves, back)))["f1_50"] > .95
     assert np.abs(data.from_log_mel(data.log_mel(np.zeros(16000, np.float32)))).max() < 1e-6           # silence stays silence
 
 
@@ -2323,17 +2323,17 @@ def test_the_vae_of_spectra_learns_and_is_saved_as_what_it_is(tmp_path, capsys):
 
 def test_what_is_heard_in_the_toybox_is_what_happens_and_noise_and_hums_are_not():
     clips = [toybox.toybox_clip(HELD_OUT_TESTS + i, video=False) for i in range(60)]
-    heard = [cyclesync.heard_events(c["audio"]) for c in clips]
+    heard = [cyclesync.onsets_in_sound(c["audio"]) for c in clips]
     assert cyclesync.event_scores([c["events"] for c in clips], heard)["f1_50"] > .97
 
 
 def test_a_scene_is_found_again_from_its_first_frame():
     clips = [toybox.toybox_clip(HELD_OUT_TESTS + i, 32, kind=k) for i, k in enumerate(toybox.KINDS)]
-    reads = [toybox.read_clip_events(c["video"], dict(kind=c["kind"], scene=toybox.fit_scene(c["video"][0], c["kind"]))) for c in clips]
+    reads = [toybox.detect_clip_events(c["video"], dict(kind=c["kind"], scene=toybox.fit_scene(c["video"][0], c["kind"]))) for c in clips]
     s = cyclesync.event_scores([c["events"] for c in clips], [r[0] for r in reads], [r[1] for r in reads])
     assert s["f1_50"] > .95 and s["residual"] < .2
     wrong = toybox.fit_scene(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8), "ball")
-    assert len(toybox.read_clip_events(np.random.default_rng(1).integers(0, 255, (49, 32, 32, 3), dtype=np.uint8), dict(kind="ball", scene=wrong))[0]) == 0
+    assert len(toybox.detect_clip_events(np.random.default_rng(1).integers(0, 255, (49, 32, 32, 3), dtype=np.uint8), dict(kind="ball", scene=wrong))[0]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -2426,7 +2426,7 @@ def harmony(std=.05, **changes):
 
 def told(net, captions=("a ball drops", "a bell rings"), speech=("u i", "")):
     words, said = text_bytes(list(captions)), text_bytes(list(speech))
-    return *net.read(words), *net.tell(words, said)
+    return *net.encode_text(words), *net.encode_audio_text(words, said)
 
 
 def test_harmonys_size_is_that_of_wan_and_every_layer_has_its_three_bridges():
@@ -2441,23 +2441,23 @@ def test_a_fresh_bridge_adds_nothing():
     net = DualTower(DualTowerConfig(**{**towers.HARMONY["tiny"], "latent": 4, "audio_latent": 3, "precondition": False})).double()
     torch.nn.init.normal_(net.video.proj_out.weight), torch.nn.init.normal_(net.audio.proj_out.weight)
     x_v, x_a, s = two_streams()
-    both, video, audio = (net.converse(v, a, s, s, *told(net)) for v, a in ((x_v, x_a), (x_v, None), (None, x_a)))
+    both, video, audio = (net.forward_joint(v, a, s, s, *told(net)) for v, a in ((x_v, x_a), (x_v, None), (None, x_a)))
     assert torch.allclose(both[0], video[0]) and torch.allclose(both[1], audio[1]) and video[1] is None and audio[0] is None
 
 
 def test_the_bridges_join_towers_of_either_kind():
     net, (x_v, x_a, s) = harmony(axes=()), two_streams()                      # spatial and temporal layers in turns, as SyncFlow's
-    v, a = net.converse(x_v, x_a, s, s, *told(net))
-    other_v, other_a = net.converse(x_v, x_a + 1, s, s, *told(net))[0], net.converse(x_v + 1, x_a, s, s, *told(net))[1]
+    v, a = net.forward_joint(x_v, x_a, s, s, *told(net))
+    other_v, other_a = net.forward_joint(x_v, x_a + 1, s, s, *told(net))[0], net.forward_joint(x_v + 1, x_a, s, s, *told(net))[1]
     assert v.shape == x_v.shape and a.shape == x_a.shape and not torch.allclose(v, other_v) and not torch.allclose(a, other_a)
     each = s[:, None].repeat(1, 5)
-    assert torch.allclose(v, net.converse(x_v, x_a, each, s, *told(net))[0])
+    assert torch.allclose(v, net.forward_joint(x_v, x_a, each, s, *told(net))[0])
 
 
 def test_places_on_another_timeline_are_multiplied_by_the_ratio_of_the_lengths():
     ids = torch.arange(157).double()
-    assert torch.allclose(towers.rescale(ids, 31 / 157), ids * 31 / 157) and torch.equal(towers.rescale(ids, 1, .5), ids)
-    assert torch.allclose(towers.rescale(torch.arange(40).double(), 1 / 8, .5).unflatten(0, (5, 8)).mean(1), torch.arange(5).double())
+    assert torch.allclose(towers.align_positions(ids, 31 / 157), ids * 31 / 157) and torch.equal(towers.align_positions(ids, 1, .5), ids)
+    assert torch.allclose(towers.align_positions(torch.arange(40).double(), 1 / 8, .5).unflatten(0, (5, 8)).mean(1), torch.arange(5).double())
     (q, k, _), (q_a, k_v, _) = harmony().bridge_times(5, 40, 1, "cpu")        # frame 2 and step 16 are at one place: one rotation
     assert torch.allclose(q[0][2], k[0][16]) and torch.allclose(q_a[1][16], k_v[1][2])
     raw = harmony(align=False).bridge_times(5, 40, 1, "cpu")[0]
@@ -2467,9 +2467,9 @@ def test_places_on_another_timeline_are_multiplied_by_the_ratio_of_the_lengths()
 
 
 def test_frame_wise_attention_sees_its_window_and_always_the_nearest():
-    near = towers.near(torch.arange(31.), towers.rescale(torch.arange(157.), 31 / 157), 1.5)
+    near = towers.temporal_window(torch.arange(31.), towers.align_positions(torch.arange(157.), 31 / 157), 1.5)
     assert near.any(1).all() and near.sum(1).max() <= 16
-    steps = towers.near(torch.arange(157.), towers.rescale(torch.arange(31.), 157 / 31), .1)
+    steps = towers.temporal_window(torch.arange(157.), towers.align_positions(torch.arange(31.), 157 / 31), .1)
     assert steps.any(1).all() and steps.sum(1).min() == 1                     # even where the window holds nothing
     net, (x_v, x_a, s) = harmony(depth=1), two_streams(L=6, S=48)
     far_sound, far_frame = x_a.clone(), x_v.clone()
@@ -2477,7 +2477,7 @@ def test_frame_wise_attention_sees_its_window_and_always_the_nearest():
     far_frame[:, :, 5] += 1
     for block in (net.video.time_blocks[0], net.audio.blocks[0]):             # one bridge, and no other way from one time to another
         block.attn.to_out.weight.data.zero_()
-    pairs = [net.converse(v, a, s, s, *told(net)) for v, a in ((x_v, x_a), (x_v, far_sound), (far_frame, x_a))]
+    pairs = [net.forward_joint(v, a, s, s, *told(net)) for v, a in ((x_v, x_a), (x_v, far_sound), (far_frame, x_a))]
     moved = (pairs[1][0] - pairs[0][0]).abs().amax((0, 1, 3, 4)) > 1e-12
     assert moved.tolist() == [False] * 4 + [True] * 2                         # frame i at 8i: |j/8 - i| < 1.5
     heard = (pairs[2][1] - pairs[0][1]).abs().amax((0, 1)) > 1e-12
@@ -2489,11 +2489,11 @@ def test_frame_wise_attention_sees_its_window_and_always_the_nearest():
 def test_the_reference_stands_before_the_target_and_is_not_part_of_what_comes_out():
     net, (x_v, x_a, s) = harmony(), two_streams()
     ref, words = torch.randn(2, 3, 20, dtype=torch.float64), told(net)
-    with_it, without = net.converse(x_v, x_a, s, s, *words, ref), net.converse(x_v, x_a, s, s, *words)
+    with_it, without = net.forward_joint(x_v, x_a, s, s, *words, ref), net.forward_joint(x_v, x_a, s, s, *words)
     assert with_it[1].shape == x_a.shape and not torch.allclose(with_it[1], without[1])
-    masked = net.converse(x_v, x_a, s, s, *words, ref, torch.zeros(2, 20, dtype=torch.bool))
+    masked = net.forward_joint(x_v, x_a, s, s, *words, ref, torch.zeros(2, 20, dtype=torch.bool))
     assert torch.allclose(masked[1], without[1]) and torch.allclose(masked[0], without[0])
-    (_, p), (_, q) = net.audio.begin(x_a, s, *words[2:], ref), net.audio.begin(x_a, s, *words[2:])
+    (_, p), (_, q) = net.audio.embed_tokens(x_a, s, *words[2:], ref), net.audio.embed_tokens(x_a, s, *words[2:])
     assert torch.equal(p.table[0][20:20 + 37], q.table[0][:37])               # the target stands where it stood
     assert not torch.equal(p.c[:, 0], p.c[:, 20]) and torch.equal(p.c[:, 0], p.c[:, -1])      # reference and words are clean, at sigma 0
 
@@ -2501,36 +2501,36 @@ def test_the_reference_stands_before_the_target_and_is_not_part_of_what_comes_ou
 def test_the_style_of_the_reference_comes_from_all_of_the_video_and_its_target_is_not_touched_by_it(monkeypatch):
     net, (x_v, x_a, s), seen = harmony(depth=1), two_streams(), {}
     ref, words = torch.randn(2, 3, 20, dtype=torch.float64), told(net)
-    mix = net.audio.mix
-    monkeypatch.setattr(net.audio, "mix", lambda l, a, p: (seen.update(a=a), mix(l, a, p))[1])
+    mix = net.audio.attend
+    monkeypatch.setattr(net.audio, "attend", lambda l, a, p: (seen.update(a=a), mix(l, a, p))[1])
     states = []
     for frame in (None, 0, 4):
         v = x_v.clone()
         if frame is not None:
             v[:, :, frame] += 1
-        net.converse(v, x_a, s, s, *words, ref)
+        net.forward_joint(v, x_a, s, s, *words, ref)
         states.append(seen["a"])
     assert all(not torch.allclose(a[:, :20], states[0][:, :20]) and torch.equal(a[:, 20:], states[0][:, 20:]) for a in states[1:])
     net.cfg.local = False
-    net.converse(x_v, x_a, s, s, *words, ref)
-    assert torch.equal(seen["a"], net.audio.begin(x_a, s, *words[2:], ref)[0])             # GLDI off: the reference as it came
+    net.forward_joint(x_v, x_a, s, s, *words, ref)
+    assert torch.equal(seen["a"], net.audio.embed_tokens(x_a, s, *words[2:], ref)[0])             # GLDI off: the reference as it came
 
 
 def test_the_video_does_not_look_at_the_reference_nor_the_reference_at_the_video_by_frames(monkeypatch):
     net, (x_v, x_a, s), shapes = harmony(depth=1), two_streams(), {}
-    keys, ask = net.a2v_blocks[0].keys_values, net.v2a_blocks[0].forward
-    monkeypatch.setattr(net.a2v_blocks[0], "keys_values", lambda a, *k: (shapes.update(keys=a.shape[1]), keys(a, *k))[1])
+    keys, ask = net.a2v_blocks[0].project_kv, net.v2a_blocks[0].forward
+    monkeypatch.setattr(net.a2v_blocks[0], "project_kv", lambda a, *k: (shapes.update(keys=a.shape[1]), keys(a, *k))[1])
     monkeypatch.setattr(net.v2a_blocks[0], "forward", lambda x, *k: (shapes.update(queries=x.shape[1]), ask(x, *k))[1])
-    net.converse(x_v, x_a, s, s, *told(net), torch.randn(2, 3, 20, dtype=torch.float64))
+    net.forward_joint(x_v, x_a, s, s, *told(net), torch.randn(2, 3, 20, dtype=torch.float64))
     assert shapes == dict(keys=37, queries=37)
 
 
 def test_what_is_said_and_what_is_described_are_read_by_encoders_of_their_own():
     net, words = harmony(), text_bytes(["a face", "a face"])
-    a, b = net.tell(words, text_bytes(["u i", "o"])), net.tell(words, text_bytes(["a u", "o"]))
+    a, b = net.encode_audio_text(words, text_bytes(["u i", "o"])), net.encode_audio_text(words, text_bytes(["a u", "o"]))
     assert not torch.equal(a[0][:, :12], b[0][:, :12]) and torch.equal(a[0][:, 12:], b[0][:, 12:])
     x_v, x_a, s = two_streams()
-    out = [net.converse(None, x_a, None, s, None, None, *t)[1] for t in (a, b, net.tell(text_bytes(["a bell", "a face"]), text_bytes(["u i", "o"])))]
+    out = [net.forward_joint(None, x_a, None, s, None, None, *t)[1] for t in (a, b, net.encode_audio_text(text_bytes(["a bell", "a face"]), text_bytes(["u i", "o"])))]
     assert not torch.allclose(out[0][0], out[1][0]) and torch.allclose(out[0][1], out[1][1]) and not torch.allclose(out[0][0], out[2][0])
 
 
@@ -2538,44 +2538,44 @@ def test_every_latent_may_have_a_clock_of_its_own():
     net, (x_v, x_a, s) = harmony(), two_streams()
     each = s[:, None].repeat(1, 5)
     words = told(net)
-    assert torch.allclose(net.converse(x_v, x_a, s, s, *words)[0], net.converse(x_v, x_a, each, s, *words)[0])
+    assert torch.allclose(net.forward_joint(x_v, x_a, s, s, *words)[0], net.forward_joint(x_v, x_a, each, s, *words)[0])
     each[:, 0] = 0
-    t6 = net.video.begin(x_v, each, *words[:2])[1].t6.unflatten(1, (5, 4))
+    t6 = net.video.embed_tokens(x_v, each, *words[:2])[1].t6.unflatten(1, (5, 4))
     assert torch.allclose(t6[:, 1], t6[:, 4]) and not torch.allclose(t6[:, 0], t6[:, 1])
 
 
 def test_cross_task_synergy_is_joint_plus_a_tenth_audio_driven_plus_three_tenths_video_driven():
     net, (z_v, z_a, _), calls = harmony(), two_streams(), []
-    words, converse = told(net), net.converse
+    words, forward_joint = told(net), net.forward_joint
 
     def spy(x_v, x_a, s_v, s_a, *rest):
         calls.append((x_v, x_a, s_v, s_a))
-        return converse(x_v, x_a, s_v, s_a, *rest)
-    net.converse = spy
-    loss, parts = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), begun=0.)
+        return forward_joint(x_v, x_a, s_v, s_a, *rest)
+    net.forward_joint = spy
+    loss, parts = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), begun=0.)
     assert torch.allclose(loss, parts[0] + parts[1] + .1 * parts[2] + .3 * parts[3]) and len(calls) == 3
     joint, by_sound, by_video = calls
     assert torch.equal(by_sound[1], z_a) and by_sound[3].abs().max() == 0 and torch.equal(by_sound[0], joint[0]) and torch.equal(by_sound[2], joint[2])
     assert torch.equal(by_video[0], z_v) and by_video[2].abs().max() == 0 and torch.equal(by_video[1], joint[1]) and torch.equal(by_video[3], joint[3])
     calls.clear()
-    plain = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=0, lam_a=0, begun=0.)
+    plain = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=0, lam_a=0, begun=0.)
     assert len(calls) == 1 and torch.allclose(plain[0], parts[0] + parts[1])  # eq. 1
     calls.clear()
-    one_way = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0, begun=0., lam_joint=0)
+    one_way = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0, begun=0., lam_joint=0)
     assert len(calls) == 1 and torch.allclose(one_way[0], parts[2]) and calls[0][3].abs().max() == 0       # figure 3: audio drives video, and nothing else
     grads = lambda l, part: torch.autograd.grad(l, part.proj_out.weight, retain_graph=True, allow_unused=True)[0]
-    alone = losses.cts_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0, begun=0.)[0] - plain[0]
+    alone = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0, begun=0.)[0] - plain[0]
     assert grads(alone, net.video).abs().max() > 0 and grads(alone, net.audio).abs().max() < 1e-12             # the audio-driven loss trains the video
 
 
 def test_a_clip_may_begin_with_a_given_picture_which_is_clean_and_no_part_of_the_loss():
     net, (z_v, z_a, _), calls = harmony(), two_streams(), []
-    converse = net.converse
-    net.converse = lambda *a: (calls.append(a), [None if v is None else v + torch.cat([torch.full_like(v[:, :, :1], 9.), 0 * v[:, :, 1:]], 2) if v.dim() == 5 else v
-                                                 for v in converse(*a)])[1]
+    forward_joint = net.forward_joint
+    net.forward_joint = lambda *a: (calls.append(a), [None if v is None else v + torch.cat([torch.full_like(v[:, :, :1], 9.), 0 * v[:, :, 1:]], 2) if v.dim() == 5 else v
+                                                 for v in forward_joint(*a)])[1]
     for stage in ("joint", "video"):
         args = (net, z_v, z_a, told(net) if stage == "joint" else (*told(net)[:2], None, None))
-        all_, none = (losses.cts_loss(*args, torch.Generator().manual_seed(0), stage=stage, begun=share)[1] for share in (1., 0.))
+        all_, none = (losses.harmony_loss(*args, torch.Generator().manual_seed(0), stage=stage, begun=share)[1] for share in (1., 0.))
         assert all_[0] < 5 < none[0]                                          # 9 too much in the first latent: seen only where it is made
     x_v, _, s_v, s_a = calls[0][:4]
     assert torch.equal(x_v[:, :, 0], z_v[:, :, 0]) and s_v[:, 0].abs().max() == 0 and torch.equal(s_v[:, 1:], s_a[:, None].expand(-1, 4)) and not torch.equal(x_v[:, :, 1], z_v[:, :, 1])
@@ -2583,12 +2583,12 @@ def test_a_clip_may_begin_with_a_given_picture_which_is_clean_and_no_part_of_the
 
 def sampled(net, shape_v=(4, 5, 4, 4), shape_a=(3, 37), **settings):
     """Harmony's sampler with a spy on the network -> latents, the calls."""
-    calls, converse = [], net.converse
-    net.converse = lambda *a, **k: (calls.append(a), converse(*a, **k))[1]
+    calls, forward_joint = [], net.forward_joint
+    net.forward_joint = lambda *a, **k: (calls.append(a), forward_joint(*a, **k))[1]
     anchors = dict(mute=torch.full((1, *shape_a), .5), still=torch.full((1, *shape_v), .25))
     with torch.no_grad():
-        out = sample.harmonise(net, shape_v, shape_a, tuple(t[:1] for t in told(net)), seeds=[0], **{**anchors, **dict(steps=2), **settings})
-    net.converse = converse
+        out = sample.sample_harmony(net, shape_v, shape_a, tuple(t[:1] for t in told(net)), seeds=[0], **{**anchors, **dict(steps=2), **settings})
+    net.forward_joint = forward_joint
     return out, calls
 
 
@@ -2601,7 +2601,7 @@ def test_synccfg_is_equations_9_and_10_with_clean_anchors():
     assert torch.equal(x_a[1], anchors["mute"][0]) and torch.equal(x_v[2], anchors["still"][0]) and s_a.tolist() == [1, 0, 1] and s_v[:, 0].tolist() == [1, 1, 0]
     one = tuple(t[:1] for t in words[:4])
     with torch.no_grad():
-        joint, mute, still = (net.converse(x_v[i:i + 1], x_a[i:i + 1], s_v[i:i + 1], s_a[i:i + 1], *one) for i in range(3))
+        joint, mute, still = (net.forward_joint(x_v[i:i + 1], x_a[i:i + 1], s_v[i:i + 1], s_a[i:i + 1], *one) for i in range(3))
     eq9, eq10 = mute[0] + 3 * (joint[0] - mute[0]), still[1] + 2 * (joint[1] - still[1])
     assert torch.allclose(v, x_v[:1] - eq9, atol=1e-5) and torch.allclose(a, x_a[:1] - eq10, atol=1e-5)
     assert sampled(net, sync_video=1., sync_audio=1.)[1][0][0].shape[0] == 1 and sampled(net, sync_video=1.)[1][0][0].shape[0] == 2
@@ -2622,16 +2622,16 @@ def test_the_map_of_who_looks_where_reproduces_the_layer_and_the_heat_is_zero_fo
     bridge = net.v2a_blocks[0]
     forward = bridge.forward
     bridge.forward = lambda x, kv, table, mask, m=None: (inputs.update(x=x, v=kv[1]), inputs.update(out=forward(x, kv, table, mask, m)))[0] or inputs["out"]
-    net.converse(x_v, x_a, s, s, *told(net), maps=maps)
+    net.forward_joint(x_v, x_a, s, s, *told(net), maps=maps)
     weights = maps[0]
     assert weights.shape == (2, 2, 37, 20) and torch.allclose(weights.sum(3), torch.ones(2, 2, 37).double())
     see = net.bridge_times(5, 37, 4, "cpu")[1][2]
     assert (weights[:, :, ~see] == 0).all()
     assert torch.allclose(inputs["x"] + bridge.to_out((weights @ inputs["v"]).transpose(1, 2).flatten(2)), inputs["out"])
     mute, heat = torch.randn(1, 3, 37), []
-    sampled(harmony().float(), z_a=mute, mute=mute, heat=heat)
+    sampled(harmony().float(), z_a=mute, mute=mute, guidance_maps=heat)
     assert heat[0].shape == (1, 5, 4, 4) and max(h.max() for h in heat) < 1e-6
-    sampled(harmony().float(), mute=mute, heat=heat)
+    sampled(harmony().float(), mute=mute, guidance_maps=heat)
     assert heat[-1].max() > 1e-3
 
 
@@ -2639,14 +2639,14 @@ def test_the_anchors_are_what_the_vaes_make_of_silence_and_stillness(toy):
     vae, audio_vae = sample.load_vae(toy / "vae.pt"), shaken(little_audio_vae()).float()
     picture = torch.rand(1, 3, 1, 32, 32) * 2 - 1
     with torch.no_grad():
-        mute, still = sample.anchors(vae, audio_vae, 5, 6400, 32, "cpu", picture)
+        mute, still = sample.synccfg_negatives(vae, audio_vae, 5, 6400, 32, "cpu", picture)
         assert torch.equal(mute, audio_vae.normalise(audio_vae.encode(torch.zeros(1, 6400))[0])) and mute.abs().max() > 0
         assert torch.allclose(still, vae.normalise(vae.encode(picture.repeat(1, 1, 17, 1, 1))[0]))
-    assert sample.anchors(vae, audio_vae, 5, 6400, 32, "cpu")[1].shape == still.shape
+    assert sample.synccfg_negatives(vae, audio_vae, 5, 6400, 32, "cpu")[1].shape == still.shape
 
 
 def test_another_take_is_of_the_same_thing_but_other_things_happen_to_it():
-    takes = [toybox.toybox_clip(7, 32, kind="mouth", take=k) for k in range(3)]
+    takes = [toybox.toybox_clip(7, 32, kind="mouth", variation=k) for k in range(3)]
     for t in takes[1:]:
         assert str(t["scene"]) == str(takes[0]["scene"]) and not np.array_equal(t["events"], takes[0]["events"])
     many = [toybox.toybox_clip(i, 32, kind="mouth", video=False) for i in range(40)]
@@ -2678,7 +2678,7 @@ def test_references_are_one_to_three_seconds_of_the_clip_itself_and_later_of_ano
     S = 300                                                                   # six seconds: windows 0 and 1 of clip 0 overlap, window 2 is apart
     features = np.arange(3 * S, dtype=np.float32).reshape(3, S, 1)
     cache = dict(arrays=dict(features=[features]), at=np.array([(0, 0), (0, 1), (0, 2)]), starts=np.array([0., 1., 4.]), clips=[[0, 1, 2]])
-    task = SimpleNamespace(cache=cache, siblings={w: [0, 1, 2] for w in range(3)}, device="cpu", args=SimpleNamespace(stage="audio", drop_text=0.),
+    task = SimpleNamespace(cache=cache, windows_of_clip={w: [0, 1, 2] for w in range(3)}, device="cpu", args=SimpleNamespace(stage="audio", drop_text=0.),
                            audio_vae=SimpleNamespace(cfg=SimpleNamespace(rate=16000), hop=320, normalise=lambda z: z))
     drawn, lengths = {"audio": set(), "timbre": set()}, set()
     for stage in drawn:
@@ -2688,7 +2688,7 @@ def test_references_are_one_to_three_seconds_of_the_clip_itself_and_later_of_ano
             assert torch.equal(ref[0, 0].diff(), torch.ones(ref.shape[2] - 1)) and there.all()      # one piece
             drawn[stage].add(int(ref[0, 0, 0]) // S), lengths.add(ref.shape[2])
     assert drawn == dict(audio={0}, timbre={2}) and min(lengths) >= 50 and max(lengths) <= 150 and len(lengths) > 20
-    task.siblings[0] = [0, 1]                                                 # nothing that does not overlap: no reference
+    task.windows_of_clip[0] = [0, 1]                                                 # nothing that does not overlap: no reference
     assert not train.T2AV.references(task, np.array([0]), [np.random.default_rng(0)], np.random.default_rng(0))[1].any()
 
 
@@ -2773,9 +2773,9 @@ def test_harmonys_ablation_scores_every_leave_one_out_row_on_one_audio_tower(har
 
 def test_a_map_is_held_against_the_places_where_the_thing_can_move():
     clip = toybox.toybox_clip(cyclesync.HELD_OUT + 3, kind="hammer")
-    drawn = toybox.toybox_draw(clip["scene"], np.linspace(*toybox.STATES["hammer"], 9), 64).astype(int)
+    drawn = toybox.draw_scene(clip["scene"], np.linspace(*toybox.STATES["hammer"], 9), 64).astype(int)
     moves = torch.from_numpy((drawn.max(0) - drawn.min(0)).max(-1) > 24).float()                  # (H, W)
-    score = lambda m: {k: v[0] for k, v in cyclesync.score_maps([dict(attention=m[None, None, None].expand(1, 103, 13, -1, -1) / 13 / m.sum(), heat=None)],
+    score = lambda m: {k: v[0] for k, v in cyclesync.score_maps([dict(attention=m[None, None, None].expand(1, 103, 13, -1, -1) / 13 / m.sum(), guidance_maps=None)],
                                                                 [dict(clip, events=np.array([.6]))])["attention"].items()}
     assert score(torch.ones(8, 8))["things that sound"] == pytest.approx(1, abs=1e-4)
     assert score(moves)["things that sound"] == pytest.approx(1 / moves.mean().item(), rel=1e-3) and score(1 - moves)["things that sound"] == 0
@@ -2783,14 +2783,14 @@ def test_a_map_is_held_against_the_places_where_the_thing_can_move():
 
 def test_a_gain_on_the_same_clips_is_seen_where_two_intervals_overlap():
     without, total = np.tile([0., 3.], 30), np.full(60, 4.)
-    low, high = cyclesync.ratio(without, total), cyclesync.ratio(without + .5, total)
-    assert low[2] > high[1] and cyclesync.gain((without + .5, total), (without, total)) == pytest.approx((.125, .125, .125))
-    assert cyclesync.gain((without, total), (without[::-1], total))[1] < -.15 < .15 < cyclesync.gain((without, total), (without[::-1], total))[2]
+    low, high = cyclesync.bootstrap_ratio(without, total), cyclesync.bootstrap_ratio(without + .5, total)
+    assert low[2] > high[1] and cyclesync.paired_bootstrap((without + .5, total), (without, total)) == pytest.approx((.125, .125, .125))
+    assert cyclesync.paired_bootstrap((without, total), (without[::-1], total))[1] < -.15 < .15 < cyclesync.paired_bootstrap((without, total), (without[::-1], total))[2]
 
 
 def test_takes_of_one_thing_are_closer_in_timbre_than_things_of_one_kind():
     clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, video=False) for i in range(48)]
-    takes, sounds = cyclesync.other_takes(clips, 4), [c["audio"] for c in clips]
+    takes, sounds = cyclesync.other_variations(clips, 4), [c["audio"] for c in clips]
     other = [next((k for j, k in enumerate(clips) if j != i and k["kind"] == c["kind"] and len(k["events"])), c)["audio"] for i, c in enumerate(clips)]
     assert cyclesync.score_timbre(sounds, takes, clips)["closer"] > .85 and cyclesync.score_timbre(other, takes, clips)["closer"] < .6
 
@@ -2847,12 +2847,12 @@ def test_help_tells_every_default(capsys):
 def test_the_shipped_weights_move_things_on_their_sounds():
     """README: generated things of every kind move on their sound, far above chance, and look it; deaf, they do not."""
     net, vae, ckpt = sample.load_a2v()
-    _, cast, _ = sample.pick_device("cpu")
+    _, autocast, _ = sample.pick_device("cpu")
     clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=toybox.KINDS[i % 6]) for i in range(18)]
-    made = cyclesync.generate(net, vae, clips, cast, steps=10, asg=2., cfg=0.)
+    made = cyclesync.generate(net, vae, clips, autocast, steps=10, asg=2., cfg=0.)
     scores, _, shuffled, _ = cyclesync.score_toybox(made, clips)
     assert scores["f1_50"] > .9 and scores["f1_50"] > 2 * shuffled["f1_50"] and scores["residual"] < .2 and scores["false_per_quiet_clip"] == 0
-    deaf = cyclesync.generate(sample.Deaf(net), vae, clips, cast, steps=4, asg=0., cfg=0.)
+    deaf = cyclesync.generate(sample.WithoutAudio(net), vae, clips, autocast, steps=4, asg=0., cfg=0.)
     assert cyclesync.score_toybox(deaf, clips)[0]["f1_50"] < .3
 
 
@@ -2868,10 +2868,10 @@ def test_the_shipped_vae_paints_motion_in_colours_that_its_latents_never_saw():
 def test_moving_the_sound_moves_the_motion():
     """The paper's demonstration: same picture, the sound 0.25 s later, the events 0.25 s later."""
     net, vae, ckpt = sample.load_a2v()
-    _, cast, _ = sample.pick_device("cpu")
+    _, autocast, _ = sample.pick_device("cpu")
     clips = [c for c in (toybox.toybox_clip(cyclesync.HELD_OUT + 500 + i, ckpt["size"], kind="lamp") for i in range(40)) if 1 <= len(c["events"]) and c["events"][-1] < 1.6][:6]
     later = [dict(c, audio=np.pad(c["audio"], (4000, 0))[:len(c["audio"])], events=c["events"] + .25) for c in clips]
-    scores = cyclesync.score_toybox(cyclesync.generate(net, vae, later, cast, steps=10, asg=1., cfg=0.), later)[0]
+    scores = cyclesync.score_toybox(cyclesync.generate(net, vae, later, autocast, steps=10, asg=1., cfg=0.), later)[0]
     assert scores["f1_50"] > .85
 
 
@@ -2879,16 +2879,16 @@ def test_moving_the_sound_moves_the_motion():
 def test_the_shipped_towers_give_a_video_its_sound_and_two_that_are_made_together_agree():
     """README: sounds made for true videos come when things happen, and a made pair agrees with itself, better than with another pair."""
     model, vae, audio_vae, ckpt = sample.load_t2av()
-    _, cast, _ = sample.pick_device("cpu")
+    _, autocast, _ = sample.pick_device("cpu")
     clips = [c for c in (toybox.toybox_clip(cyclesync.HELD_OUT + 700 + i, kind=toybox.KINDS[i % 6]) for i in range(12)) if len(c["events"])]
     captions, truth, make = [c["caption"] for c in clips], np.stack([c["video"] for c in clips]), dict(steps=12, cfg=ckpt["guidance"]["cfg"])
     z = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth])
-    waves = sample.compose(model, vae, audio_vae, captions, 49, 64, cast, z_v=z, **make)[1]
-    heard, events, other = [cyclesync.heard_events(w) for w in waves], [c["events"] for c in clips], lambda x: x[len(x) // 2:] + x[:len(x) // 2]
+    waves = sample.generate_audio_video(model, vae, audio_vae, captions, 49, 64, autocast, z_v=z, **make)[1]
+    heard, events, other = [cyclesync.onsets_in_sound(w) for w in waves], [c["events"] for c in clips], lambda x: x[len(x) // 2:] + x[:len(x) // 2]
     f1 = lambda a, b: cyclesync.event_scores(a, b)["f1_50"]
     assert f1(events, heard) > .55 and f1(events, heard) > 2 * f1(other(events), heard)
-    videos, waves = sample.compose(model, vae, audio_vae, captions, 49, 64, cast, pictures=truth[:, 0], **make)
-    seen, heard = [toybox.read_clip_events(v, c)[0] for v, c in zip(videos, clips)], [cyclesync.heard_events(w) for w in waves]
+    videos, waves = sample.generate_audio_video(model, vae, audio_vae, captions, 49, 64, autocast, pictures=truth[:, 0], **make)
+    seen, heard = [toybox.detect_clip_events(v, c)[0] for v, c in zip(videos, clips)], [cyclesync.onsets_in_sound(w) for w in waves]
     assert f1(seen, heard) > .35 and f1(seen, heard) > 1.5 * f1(other(seen), heard)
 
 
@@ -2896,16 +2896,16 @@ def test_the_shipped_towers_give_a_video_its_sound_and_two_that_are_made_togethe
 def test_the_shipped_harmony_moves_what_sounds_and_sounds_what_moves_and_synccfg_makes_both_agree():
     """README: either stream drives the other, far above chance, and pairs agree with SyncCFG."""
     model, vae, audio_vae, ckpt = sample.load_t2av(sample.JOINT_FILE)
-    _, cast, _ = sample.pick_device("cpu")
+    _, autocast, _ = sample.pick_device("cpu")
     clips = [c for c in (toybox.toybox_clip(cyclesync.HELD_OUT + 300 + i) for i in range(16)) if len(c["events"])][:8]
     truth, other = np.stack([c["video"] for c in clips]), lambda x: x[len(x) // 2:] + x[:len(x) // 2]
-    make = lambda **given: sample.compose(model, vae, audio_vae, [c["caption"] for c in clips], 49, 64, cast, speech=[c["speech"] for c in clips], steps=10, shift=5., **given)
+    make = lambda **given: sample.generate_audio_video(model, vae, audio_vae, [c["caption"] for c in clips], 49, 64, autocast, speech=[c["speech"] for c in clips], steps=10, shift=5., **given)
     events, f1 = [c["events"] for c in clips], lambda a, b: cyclesync.event_scores(a, b)["f1_50"]
-    seen = lambda videos: [toybox.read_clip_events(v, c)[0] for v, c in zip(videos, clips)]
-    plain, hear = dict(sync_video=1., sync_audio=1.), lambda waves: [cyclesync.heard_events(w) for w in waves]
+    seen = lambda videos: [toybox.detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
+    plain, hear = dict(sync_video=1., sync_audio=1.), lambda waves: [cyclesync.onsets_in_sound(w) for w in waves]
     driven = seen(make(z_a=torch.cat([sample.encode_sound(audio_vae, c["audio"], "cpu") for c in clips]), pictures=truth[:, 0], **plain)[0])
     assert f1(events, driven) > .6 and f1(events, driven) > 2 * f1(other(events), driven)
-    z_v, (refs, *takes) = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth]), zip(*cyclesync.other_takes(clips, 5))
+    z_v, (refs, *takes) = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth]), zip(*cyclesync.other_variations(clips, 5))
     plainly, cloned = make(z_v=z_v, sync_audio=2.)[1], make(z_v=z_v, sync_audio=2., refs=torch.cat([sample.encode_sound(audio_vae, r, "cpu") for r in refs]))[1]
     for heard in (hear(plainly), hear(cloned)):                               # a reference changes the timbre and not the timing
         assert f1(events, heard) > .6 and f1(events, heard) > 2 * f1(other(events), heard)

@@ -10,7 +10,7 @@ TIMING = {"ball": (.40, .36), "hammer": (.44, .44), "mouth": (.34, .16), "lamp":
 
 # ------------------------------------------------------------------------------------------------ toybox: what is there
 
-def toybox_scene(rng, kind=None):
+def sample_scene(rng, kind=None):
     """Draw a thing, its place, colours and material. Knows nothing of events. Lengths are shares of the picture's side."""
     kind = kind or KINDS[rng.integers(len(KINDS))]
     back = rng.uniform(0, 1, (2, 3)) * rng.uniform(.25, 1)                    # top and bottom colour of the background
@@ -31,7 +31,7 @@ def toybox_scene(rng, kind=None):
                 scale=rng.uniform(.85, 1.12), size=rng.uniform(0, 1), flip=bool(rng.random() < .5), material=material)
 
 
-def toybox_events(kind, seconds, rng):
+def sample_events(kind, seconds, rng):
     """Irregular event times and durations (n,), (n,): up to 6, never at once, none so late that its motion is cut."""
     first, gap = TIMING[kind]
     spread, most = rng.uniform(.05, .7), rng.integers(1, 7) if seconds < 3 else int(3 * seconds)
@@ -43,7 +43,7 @@ def toybox_events(kind, seconds, rng):
     return np.array(times), np.array(durations)
 
 
-def toybox_state(kind, events, durations, t):
+def state_curve(kind, events, durations, t):
     """The state s at times t (F,): 0 at rest, contacts are sharp peaks of height 1."""
     t, s = np.asarray(t, float), np.zeros(len(t))
     for k, (e, d) in enumerate(zip(events, durations)):
@@ -83,7 +83,7 @@ def _box(x, y, cx, cy, w, h):                                                 # 
     return np.maximum(np.abs(x - cx) - w, np.abs(y - cy) - h)
 
 
-def toybox_draw(scene, s, size=64):
+def draw_scene(scene, s, size=64):
     """Draw a scene in the states s (F,) -> uint8 (F, size, size, 3). Anti-aliased: coverage from a signed distance."""
     s = np.asarray(s, np.float32).reshape(-1, 1, 1)                           # (F, 1, 1)
     p = (np.arange(size, dtype=np.float32) + .5) / size                       # pixel centres
@@ -214,7 +214,7 @@ def _off_screen(n, rng):
     return (out / (np.abs(out).max() + 1e-6)).astype(np.float32)
 
 
-def toybox_sound(scene, events, durations, seconds, seed, off_screen=False, said=None):
+def synthesise(scene, events, durations, seconds, seed, off_screen=False, said=None):
     """The waveform of a clip, float32 (seconds x 16 000,): events, then room, tilt, noise floor and gain.
 
     Every event and the room draw by themselves: other events with the same seed are recorded in the same room. said: a list that
@@ -265,7 +265,7 @@ _WORDS = {
 _TIMES = ("", "once", "twice", "three times", "four times", "five times", "six times")
 
 
-def toybox_caption(kind, n, off_screen, rng):
+def sample_caption(kind, n, off_screen, rng):
     """One sentence about a clip. About every third one counts the events."""
     things, does = _WORDS[kind]
     thing = things[rng.integers(len(things))]
@@ -275,7 +275,7 @@ def toybox_caption(kind, n, off_screen, rng):
     return f"{thing} {does[rng.integers(len(does))]}{count}"
 
 
-def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, take=0):
+def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, variation=0):
     """One clip of the toybox, a pure function of its arguments. Other takes are of the same thing, but other things happen to it, in
     another room: same material, same colours.
 
@@ -283,42 +283,42 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, take=0):
     (what a mouth says, a letter per event), seed, kind str, scene dict, state float (F,), events (n,) and durations (n,) in
     seconds. `size`: a multiple of 16."""
     rng = np.random.default_rng([seed, 2718])
-    scene = toybox_scene(rng, kind)
-    if take:
-        rng = np.random.default_rng([seed, 2718, take])
+    scene = sample_scene(rng, kind)
+    if variation:
+        rng = np.random.default_rng([seed, 2718, variation])
     seconds, mood, said = frames / FPS, rng.random(), []                      # 8 % silent, 10 % only off-screen sound
-    events, durations = toybox_events(scene["kind"], seconds, rng) if mood > .18 else (np.zeros(0), np.zeros(0))
+    events, durations = sample_events(scene["kind"], seconds, rng) if mood > .18 else (np.zeros(0), np.zeros(0))
     off_screen = bool(.08 <= mood < .18 or rng.random() < .2 * (mood > .18))
-    state = toybox_state(scene["kind"], events, durations, np.arange(frames) / FPS)
-    audio = toybox_sound(scene, events, durations, seconds, seed + (take << 40), off_screen, said)
+    state = state_curve(scene["kind"], events, durations, np.arange(frames) / FPS)
+    audio = synthesise(scene, events, durations, seconds, seed + (variation << 40), off_screen, said)
     clip = dict(seed=seed, speech=" ".join(said), kind=scene["kind"], scene=scene, state=state, events=events, durations=durations, audio=audio,
-                off_screen=off_screen, caption=toybox_caption(scene["kind"], len(events), off_screen, rng))
-    return dict(clip, video=toybox_draw(scene, state, size)) if video else clip
+                off_screen=off_screen, caption=sample_caption(scene["kind"], len(events), off_screen, rng))
+    return dict(clip, video=draw_scene(scene, state, size)) if video else clip
 
 
-def toybox_windows(seed, size=64, blocks=4, t=4):
+def vae_training_pair(seed, size=64, blocks=4, t=4):
     """What a VAE with kernel_t = 1 trains on: frame 0 and `blocks` stretches of t frames, mostly ones in which something
     moves, twice: done by two things of one kind -> uint8 (2, 1 + blocks·t, size, size, 3). A whole clip would cost four
     times as much to draw and mostly stand still."""
     rng = np.random.default_rng([seed, 3141])
-    scene = toybox_scene(rng)
-    events, durations = toybox_events(scene["kind"], FRAMES / FPS, rng)
-    state = toybox_state(scene["kind"], events, durations, np.arange(FRAMES) / FPS)
+    scene = sample_scene(rng)
+    events, durations = sample_events(scene["kind"], FRAMES / FPS, rng)
+    state = state_curve(scene["kind"], events, durations, np.arange(FRAMES) / FPS)
     rows = state[1:].reshape(-1, t)                                           # (L - 1, t)
     odds = .1 + (np.abs(rows).max(1) > .05)
     chosen = rng.choice(len(rows), blocks, replace=False, p=odds / odds.sum())
-    other = toybox_scene(rng, scene["kind"])
+    other = sample_scene(rng, scene["kind"])
     state = np.concatenate([state[:1], rows[chosen].ravel()])
-    return np.stack([toybox_draw(s, state, size) for s in (scene, other)])
+    return np.stack([draw_scene(s, state, size) for s in (scene, other)])
 
 
 # ------------------------------------------------------------------------------------------------ the reader
 
-def read_states(video, scene):
+def track_states(video, scene):
     """Analysis by synthesis: video uint8 (F, H, W, 3) of a known scene -> states (F,), residuals (F,)."""
     low, high = STATES[scene["kind"]]
     grid = np.linspace(low, high, 61)                                         # (S,)
-    drawn = toybox_draw(scene, grid, video.shape[1]).reshape(len(grid), -1).astype(np.float32)
+    drawn = draw_scene(scene, grid, video.shape[1]).reshape(len(grid), -1).astype(np.float32)
     seen = video.reshape(len(video), -1).astype(np.float32)                   # (F, pixels)
     error = (seen ** 2).sum(1)[:, None] - 2 * seen @ drawn.T + (drawn ** 2).sum(1)[None]             # (F, S)
     best = error.argmin(1)
@@ -326,7 +326,7 @@ def read_states(video, scene):
     return grid[best], error[np.arange(len(video)), best].clip(0) / spanned
 
 
-def read_events(kind, s, sure=None, fps=FPS):
+def detect_events(kind, s, sure=None, fps=FPS):
     """State curve (F,) -> event times. Openings and flashes are risings through 0.5, all else are peaks.
 
     sure (F,), booleans: which frames could be read. An event is left out unless every frame that tells of it could."""
@@ -361,18 +361,18 @@ def _between_frames(kind, s, tops, i):
     near = np.arange(max(0, round(tops[i]) - 3), min(len(s), round(tops[i]) + 4))
     size = np.abs if kind == "bell" else np.asarray                           # a bell rings on either side
     tries = tops[i] + np.arange(-10, 11) / 10
-    misfit = [np.square(size(toybox_state(kind, np.array([*tops[:i], t, *tops[i + 1:]]) / FPS, np.zeros(len(tops)), near / FPS)) - size(s[near])).sum()
+    misfit = [np.square(size(state_curve(kind, np.array([*tops[:i], t, *tops[i + 1:]]) / FPS, np.zeros(len(tops)), near / FPS)) - size(s[near])).sum()
               for t in tries]
     return tries[int(np.argmin(misfit))]
 
 
-def read_clip_events(video, clip):
+def detect_clip_events(video, clip):
     """-> event times of a video of a clip's scene, the residuals of its moving frames, the share of frames that could be read.
 
     Generated frames that can be recognised have residuals under 0.4, frames of something else over 1.3. At 1 a frame is as
     far from every drawing as the mean of all drawings is: nothing is read from such a frame, right or wrong."""
-    s, residual = read_states(video, clip["scene"])
-    return read_events(clip["kind"], s, residual < 1), residual[np.abs(s) > .15], float((residual < 1).mean())
+    s, residual = track_states(video, clip["scene"])
+    return detect_events(clip["kind"], s, residual < 1), residual[np.abs(s) > .15], float((residual < 1).mean())
 
 
 def fit_scene(frame, kind, tries=150, rounds=120, seed=0):
@@ -385,8 +385,8 @@ def fit_scene(frame, kind, tries=150, rounds=120, seed=0):
 
     def attempt(p, flip):
         scene = dict(kind=kind, x=p[0], y=p[1], scale=p[2], size=p[3], flip=flip)
-        back = toybox_draw(dict(scene, back=one[:2], colours=np.zeros((3, 3))), [0.], size)[0, ..., :2]
-        maps = np.concatenate([back, toybox_draw(dict(scene, back=np.zeros((2, 3)), colours=one), [0.], size)[0]], -1).reshape(-1, 5) / 255.
+        back = draw_scene(dict(scene, back=one[:2], colours=np.zeros((3, 3))), [0.], size)[0, ..., :2]
+        maps = np.concatenate([back, draw_scene(dict(scene, back=np.zeros((2, 3)), colours=one), [0.], size)[0]], -1).reshape(-1, 5) / 255.
         colours = np.linalg.solve(maps.T @ maps + 1e-4 * np.eye(5), maps.T @ pixels).clip(0, 1)   # (5, 3)
         return ((maps @ colours - pixels) ** 2).sum(), p, dict(scene, back=colours[:2], colours=colours[2:])
     best = min((attempt(rng.uniform(low, high), bool(i % 2)) for i in range(tries)), key=lambda t: t[0])

@@ -50,20 +50,20 @@ import data
 import model as networks
 import towers
 import vae as autoencoders
-from cyclesync import HELD_OUT, event_scores, generate, heard_events, reconstruct, score_toybox
+from cyclesync import HELD_OUT, event_scores, generate, onsets_in_sound, reconstruct, score_toybox
 from data import BadInput, Parser, number, run_cli
-from losses import BUCKETS, a2v_loss, cts_loss, picture_loss, t2av_loss
+from losses import BUCKETS, syncphony_loss, harmony_loss, image_loss, syncflow_loss
 import pyramid
 from pyramid import load_pyramid_flow, pyramid_loss
-from sample import AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, compose, fingerprint, load_audio_vae, load_vae, pick_device
-from toybox import read_clip_events, toybox_clip, toybox_windows
+from sample import AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, generate_audio_video, fingerprint, load_audio_vae, load_vae, pick_device
+from toybox import detect_clip_events, toybox_clip, vae_training_pair
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
 
 
 # ------------------------------------------------------------------------------------------------ tasks
 
-def first_prepares(world, make):
+def rank0_first(world, make):
     """Of several processes the first one makes what all of them read."""
     rank = int(os.environ.get("RANK", 0))
     if rank > 0:
@@ -74,7 +74,7 @@ def first_prepares(world, make):
     return made
 
 
-def samples_of(cache, args, step, rows):
+def batch_indices(cache, args, step, rows):
     """Samples number `rows` of step `step` -> their windows in the cache, a generator each. Every clip comes once per epoch, in an
     order drawn from (seed, epoch); which of its windows, and all else about it, is drawn from (seed, number of the sample)."""
     clips, spots = cache["clips"], step * args.batch_size + np.asarray(rows)  # positions in the endless stream of samples
@@ -87,7 +87,7 @@ def drop_text(captions, draws, share):
     return ["" if r.random() < share else c for c, r in zip(captions, draws)]  # '' is the null text
 
 
-class Painter:
+class Prefetcher:
     """Draws samples in a thread, a few steps ahead of where they are needed."""
 
     def __init__(self, draw, last, ahead=4):
@@ -103,25 +103,25 @@ class Painter:
 class A2V:
     """Syncphony: cached latents, sounds and captions -> velocity loss, in the parallel layout or in Pyramid Flow's."""
 
-    def __init__(self, args, device, cast, world):
+    def __init__(self, args, device, autocast, world):
         self.args, self.device, self.toybox, rank = args, device, args.data == "toybox", int(os.environ.get("RANK", 0))
         self.vae = load_vae(Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae, device)
-        ears = cache(lambda: pyramid.hubert(args.hubert, device))                # made when first needed: a finished cache needs none
+        ears = cache(lambda: pyramid.load_hubert(args.hubert, device))                # made when first needed: a finished cache needs none
         hear = (lambda wave: ears()(wave)) if args.hubert else None
-        cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast,
-                                                    args.clips, hear, say=print if rank == 0 else lambda _: None)
+        cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, autocast,
+                                                    args.clips, hear, log=print if rank == 0 else lambda _: None)
 
         def make():
             caches, prompts = [cached(split) for split in (("train",) if self.toybox else ("train", "test"))], {}
             for prepared in caches if args.pretrained else []:
-                prompts.update(pyramid.cached_prompts(prepared["folder"], prepared["captions"], args.pretrained, device))
+                prompts.update(pyramid.cached_text_states(prepared["folder"], prepared["captions"], args.pretrained, device))
             return caches, prompts
-        (self.cache, *self.test), self.prompts = first_prepares(world, make)
+        (self.cache, *self.test), self.prompts = rank0_first(world, make)
         self.test = self.test[0] if self.test else None
-        self.net = self.published(args, cast) if args.pretrained else self.fresh(args)
+        self.net = self.from_pyramid_flow(args, autocast) if args.pretrained else self.from_scratch(args)
         self.config = self.net.cfg
 
-    def fresh(self, args):
+    def from_scratch(self, args):
         """A network of our own, from scratch, on the toybox VAE's latents."""
         pyramid = dict(context_clock="shared", precondition=False, patch=1) if args.layout == "pyramid" else {}
         config = networks.MMDiTConfig(**networks.SIZES[args.size] | dict(audio_rope=not args.no_audio_rope) | pyramid)
@@ -129,12 +129,12 @@ class A2V:
             raise BadInput(f"--vae {args.vae}: makes latents of {self.vae.cfg.latent} channels, --size {args.size} takes {config.latent}")
         return networks.MMDiT(config)
 
-    def published(self, args, cast):
+    def from_pyramid_flow(self, args, autocast):
         """Syncphony: Pyramid Flow's network and new audio layers. Blocks 0-7 and everything outside the blocks stay as they are
         published (and, where bfloat16 is native, lie in memory as that); blocks 8-23 and the audio layers are trained."""
         width = self.cache["arrays"]["features"][0].shape[-1]
         net = load_pyramid_flow(Path(args.pretrained) / "diffusion_transformer_384p", audio_dim=width, audio_rope=not args.no_audio_rope)
-        native = not isinstance(cast(), nullcontext)
+        native = not isinstance(autocast(), nullcontext)
         for name, p in net.named_parameters():
             p.requires_grad_(name.startswith("single_transformer_blocks"))
             if native and not p.requires_grad and p.dim() > 1:
@@ -145,14 +145,14 @@ class A2V:
         return net
 
     def batch(self, step, rows):
-        index, draws = samples_of(self.cache, self.args, step, rows)          # which sample of the VAE's posterior is drawn likewise
+        index, draws = batch_indices(self.cache, self.args, step, rows)          # which sample of the VAE's posterior is drawn likewise
         deaf = np.random.default_rng([self.args.seed, 2, step]).random() < self.args.skip_audio      # in all processes alike
         return *self.windows(self.cache, index, draws), rows, deaf
 
     def windows(self, cache, index, draws=None):
         """Windows of a cache -> normalised latents (B, C, L, h, w), text, mels. The tiny VAE's price for information leaves most
         of a posterior as wide as the prior, noise and nothing else, so its means are taken; of another VAE, samples."""
-        z, logvar = data.pick(cache, "latents", index).float().unbind(1)
+        z, logvar = data.gather(cache, "latents", index).float().unbind(1)
         if draws and not self.vae.cfg.reference:
             z = z + (logvar / 2).exp() * torch.from_numpy(np.stack([r.standard_normal(z.shape[1:], np.float32) for r in draws]))
         captions = [cache["captions"][i] for i in index]
@@ -162,16 +162,16 @@ class A2V:
             words = tuple(torch.stack(column).to(self.device) for column in zip(*(self.prompts[c] for c in captions)))
         else:
             words = networks.text_bytes(captions).to(self.device)
-        sound = data.pick(cache, "features" if self.args.pretrained else "mels", index).float().to(self.device)
+        sound = data.gather(cache, "features" if self.args.pretrained else "mels", index).float().to(self.device)
         return self.vae.normalise(z.to(self.device)), words, sound
 
     def loss(self, net, batch, g):
         a, (z, words, sound, numbers, deaf) = self.args, batch
         if a.layout == "pyramid":
             return pyramid_loss(net, z, words, sound, numbers, g, deaf, a.lambda_motion)
-        return a2v_loss(net, z, words, sound, g, deaf, a.lambda_motion, a.sigma, a.shift)
+        return syncphony_loss(net, z, words, sound, g, deaf, a.lambda_motion, a.sigma, a.shift)
 
-    def tell(self, report):
+    def format_metrics(self, report):
         if self.args.layout == "pyramid":
             return "  ".join(f"stage {s} {v:.3f}" for s, v in enumerate(report))
         return "  ".join(f"s<{(b + 1) / BUCKETS:.2f} {v:.3f}" for b, v in enumerate(report))
@@ -184,21 +184,21 @@ class A2V:
         self.chosen = np.array([c["number"] for c in clips])
         return clips
 
-    def evaluate(self, net, clips, cast, last):
+    def evaluate(self, net, clips, autocast, last):
         """-> lines to print, a score to compare checkpoints by, videos. The toybox is read (w_a = 0 and, at the end, the guidance
         that the checkpoint will recommend); elsewhere it is the loss on the windows of the test split, noise always the same."""
         if self.toybox:
-            make = lambda steps, asg: generate(net, self.vae, clips, cast, steps=steps, asg=asg, cfg=0.)
+            make = lambda steps, asg: generate(net, self.vae, clips, autocast, steps=steps, asg=asg, cfg=0.)
             videos = make(12, 0.)
             lines, score = toybox_line("w_a = 0", videos, clips)
             if last and self.args.asg:
                 lines += toybox_line(f"w_a = {self.args.asg:g}", make(30, self.args.asg), clips)[0]
             return lines, score, videos
-        with torch.no_grad(), cast():
+        with torch.no_grad(), autocast():
             some = [self.chosen[a:a + 16] for a in range(0, len(self.chosen), 16)]
             losses = [self.loss(net, (*self.windows(self.test, i), range(len(i)), False), seeded(k))[0].item() for k, i in enumerate(some)]
         loss = float(np.mean(losses))
-        shown = [] if self.args.pretrained else generate(net, self.vae, clips[:8], cast, steps=12, asg=0., cfg=0.)             # hours, at that size
+        shown = [] if self.args.pretrained else generate(net, self.vae, clips[:8], autocast, steps=12, asg=0., cfg=0.)             # hours, at that size
         return [f"loss on {len(self.chosen)} test windows {loss:.4f}"], -loss, shown
 
     def extra(self):
@@ -208,7 +208,7 @@ class A2V:
 class VAE:
     """Frames of rendered clips -> reconstruction. Its data are drawn while it trains: no clip is ever seen twice."""
 
-    def __init__(self, args, device, cast, world):
+    def __init__(self, args, device, autocast, world):
         if args.size != "tiny":
             raise BadInput(f"--size {args.size}: the VAE is trained from scratch as tiny only; the published one is loaded, never trained")
         if args.data != "toybox":
@@ -220,10 +220,10 @@ class VAE:
             self.net = load_vae(args.tune_decoder).train()                    # them stays valid, and looks can still improve
             for name, p in self.net.named_parameters():
                 p.requires_grad_(not name.startswith(("encoder", "quant_conv")))
-        self.paint = Painter(lambda s, r: toybox_windows([args.seed, s * args.batch_size + r], args.resolution), args.steps)
+        self.prefetch = Prefetcher(lambda s, r: vae_training_pair([args.seed, s * args.batch_size + r], args.resolution), args.steps)
 
     def batch(self, step, rows):
-        videos = self.paint(step, rows)                                       # (B, 2, F, H, W, 3)
+        videos = self.prefetch(step, rows)                                       # (B, 2, F, H, W, 3)
         return (videos.to(self.device).permute(1, 0, 5, 2, 3, 4).float() / 127.5 - 1).unbind(0)
 
     def loss(self, net, batch, g):
@@ -233,17 +233,17 @@ class VAE:
         loss, error, rate = autoencoders.vae_loss(net, *batch, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
-    def tell(self, report):
+    def format_metrics(self, report):
         return f"|error| {report[0]:.4f}  {report[1]:.0f} nats per latent"
 
     def held_out(self, n):
         return toybox_held_out(self.args, n)
 
-    def evaluate(self, net, clips, cast, last):
-        videos = reconstruct(net, clips, cast)
+    def evaluate(self, net, clips, autocast, last):
+        videos = reconstruct(net, clips, autocast)
         return *toybox_line("reconstruction", videos, clips), videos
 
-    def settle(self, net):
+    def measure_latent_stats(self, net):
         """The normalisation, measured: shift and scale that give latent 0 and the later latents unit variance."""
         clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution)["video"] for i in range(64)]
         with torch.no_grad():
@@ -262,7 +262,7 @@ def kurtosis(z):
 
 def held_out_windows(cache, n):
     """n windows of a test split, evenly chosen, as clips."""
-    get = lambda name, i: data.pick(cache, name, [i])[0]
+    get = lambda name, i: data.gather(cache, name, [i])[0]
     return [dict(number=i, video=get("videos", i).numpy(), audio=get("sounds", i).float().numpy(), caption=cache["captions"][i],
                  z=(get("latents", i)[None, 0].float(), get("features", i).float().T[None]) if "features" in cache["arrays"] else None)
             for i in np.unique(np.linspace(0, len(cache["at"]) - 1, max(n, 1)).astype(int))]
@@ -284,7 +284,7 @@ class AudioVAE:
     """Stretches of one second of sound -> reconstruction, of the waveform (audio-vae) or of its spectrum (mel-vae). From the toybox every
     sound is a new one; real ones are read as they are."""
 
-    def __init__(self, args, device, cast, world):
+    def __init__(self, args, device, autocast, world):
         self.mel, self.args, self.device, self.net = args.task == "mel-vae", args, device, torch.nn.Module()
         sizes = autoencoders.MEL_SIZES if self.mel else autoencoders.AUDIO_SIZES
         if args.size not in sizes:
@@ -299,7 +299,7 @@ class AudioVAE:
             self.net.critic = autoencoders.Critic()
         found = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
         self.files, self.tests = ([c for c in found if c["split"] == split] for split in ("train", "test"))
-        self.paint = Painter(lambda s, r: self.sound(s * args.batch_size + r, self.files), args.steps)
+        self.prefetch = Prefetcher(lambda s, r: self.sound(s * args.batch_size + r, self.files), args.steps)
 
     def sound(self, s, files):
         """Sample number s: a second of it, of a toybox clip or of one of the files."""
@@ -313,7 +313,7 @@ class AudioVAE:
         return np.pad(wave[a:a + n], (0, max(0, n - len(wave))))
 
     def batch(self, step, rows):
-        return self.paint(step, rows).to(self.device)                         # (B, n)
+        return self.prefetch(step, rows).to(self.device)                         # (B, n)
 
     def loss(self, net, wave, g):
         noise = torch.randn(len(wave), net.cfg.latent, -(-wave.shape[1] // net.hop), generator=g).to(self.device)
@@ -321,7 +321,7 @@ class AudioVAE:
             return autoencoders.mel_vae_loss(net, net.mel(wave), noise, self.args.kl)
         return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl, getattr(net, "critic", None), self.args.adversarial)
 
-    def tell(self, report):
+    def format_metrics(self, report):
         return f"|error| {report[0]:.4f}" + (f"  spectral {report[1]:.3f}" if not self.mel else "") + f"  {report[-1]:.0f} nats per latent"
 
     def held_out(self, n):
@@ -329,17 +329,17 @@ class AudioVAE:
             return [dict(audio=self.sound(10 ** 12 + i, self.tests)) for i in range(n)]
         return [toybox_clip(HELD_OUT + 10 ** 6 + i, video=False) for i in range(n)]
 
-    def evaluate(self, net, clips, cast, last):
-        with torch.no_grad(), cast():
+    def evaluate(self, net, clips, autocast, last):
+        with torch.no_grad(), autocast():
             made = [net.decode(net.encode(x)[0], x.shape[1])[0].float().cpu() for x in (torch.from_numpy(c["audio"])[None].to(self.device) for c in clips)]
             far = np.mean([autoencoders.spectral_error(m[None], torch.from_numpy(c["audio"])[None]).item() for m, c in zip(made, clips)])
         lines = [f"reconstruction: spectral error {far:.3f}"]
         if not self.files:
-            s = event_scores([c["events"] for c in clips], [heard_events(m.numpy()) for m in made])
+            s = event_scores([c["events"] for c in clips], [onsets_in_sound(m.numpy()) for m in made])
             lines[0] += f", onsets against true events: F1 at 50 ms {s['f1_50']:.3f}"
         return lines, -far, []
 
-    def settle(self, net):
+    def measure_latent_stats(self, net):
         """The normalisation, measured: shift and scale of every channel."""
         with torch.no_grad():
             z = torch.cat([net.encode(torch.from_numpy(self.sound(10 ** 11 + i, self.files))[None].to(self.device))[0] for i in range(64)])
@@ -355,7 +355,7 @@ class T2AV:
     the video tower, the audio tower on top of it, both. Harmony (joint): the video tower (the paper takes Wan's, trained),
     the audio tower, first with references out of the same clip, then with others of the same voice, both with their bridges."""
 
-    def __init__(self, args, device, cast, world):
+    def __init__(self, args, device, autocast, world):
         self.harmony = args.task == "joint"
         sizes = towers.HARMONY if self.harmony else towers.TOWERS
         if args.size not in sizes:
@@ -367,9 +367,9 @@ class T2AV:
         for name, vae, channels in (("vae", self.vae, config.latent), ("audio-vae", self.audio_vae, config.audio_latent)):
             if vae.cfg.latent != channels:
                 raise BadInput(f"--{name}: makes latents of {vae.cfg.latent} channels, --size {args.size} takes {channels}")
-        cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, cast, args.clips,
-                                                    self.hear, fingerprint(self.audio_vae), 2 if self.harmony else 1, say=print if rank == 0 else lambda _: None)
-        self.cache, *self.test = first_prepares(world, lambda: [cached(split) for split in (("train",) if args.data == "toybox" else ("train", "test"))])
+        cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, autocast, args.clips,
+                                                    self.encode_waveform, fingerprint(self.audio_vae), 2 if self.harmony else 1, log=print if rank == 0 else lambda _: None)
+        self.cache, *self.test = rank0_first(world, lambda: [cached(split) for split in (("train",) if args.data == "toybox" else ("train", "test"))])
         self.config, self.net = config, towers.DualTower(config)
         if args.init:
             before = data.load_checkpoint(args.init, args.task)               # of stage 1 it knows no audio, whatever its audio tower looked like
@@ -378,15 +378,15 @@ class T2AV:
         for name, p in self.net.named_parameters():                           # stage 1 knows no audio; then the video stays as it is; bridges come last
             sounds, bridge = name.startswith(("audio.", "speech.")), name.startswith(("a2v_", "v2a_", "style_"))
             p.requires_grad_(args.stage == "joint" or sounds == (args.stage != "video") and not bridge)
-        self.siblings = {w: windows for windows in self.cache["clips"] for w in windows}         # of every window, the windows of its clip
+        self.windows_of_clip = {w: windows for windows in self.cache["clips"] for w in windows}         # of every window, the windows of its clip
 
-    def hear(self, wave):
+    def encode_waveform(self, wave):
         """Waveform (samples,) -> the mean of its latents, (S, A)."""
         return self.audio_vae.encode(torch.from_numpy(wave)[None].to(self.device))[0][0].T.float().cpu().numpy()
 
     def batch(self, step, rows):
         a, cache = self.args, self.cache
-        index, draws = samples_of(cache, a, step, rows)
+        index, draws = batch_indices(cache, a, step, rows)
         captions = drop_text([cache["captions"][i] for i in index], draws, a.drop_text)
         latents, words = self.latents(cache, index), networks.text_bytes(captions).to(self.device)
         if a.stage == "video" or a.stage == "joint" and not self.harmony:
@@ -399,12 +399,12 @@ class T2AV:
     def pictures(self, draws):
         """The first latents of `--pictures` other clips beside every clip, and their words."""
         rows = [(r, r.integers(len(self.cache["at"]), size=self.args.pictures)) for r in draws]
-        z = data.pick(self.cache, "latents", np.concatenate([i for _, i in rows]))[:, 0, :, :1].float().to(self.device)
+        z = data.gather(self.cache, "latents", np.concatenate([i for _, i in rows]))[:, 0, :, :1].float().to(self.device)
         captions = [c for r, some in rows for c in drop_text([self.cache["captions"][i] for i in some], [r] * len(some), self.args.drop_text)]
         return self.vae.normalise(z), networks.text_bytes(captions).to(self.device)
 
     def latents(self, cache, index):
-        z_v, z_a = data.pick(cache, "latents", index)[:, 0].float(), data.pick(cache, "features", index).float().transpose(1, 2)
+        z_v, z_a = data.gather(cache, "latents", index)[:, 0].float(), data.gather(cache, "features", index).float().transpose(1, 2)
         return self.vae.normalise(z_v.to(self.device)), self.audio_vae.normalise(z_a.to(self.device))
 
     def references(self, index, draws, whole):
@@ -413,10 +413,10 @@ class T2AV:
         cache, hertz, apart = self.cache, self.audio_vae.cfg.rate / self.audio_vae.hop, data.FRAMES / data.FPS - 1e-6
         R, places, has = min(round(whole.uniform(1, 3) * hertz), cache["arrays"]["features"][0].shape[1]), [], []
         for i, r in zip(index, draws):
-            others = [i] if self.args.stage == "audio" else [w for w in self.siblings[i] if abs(cache["starts"][w] - cache["starts"][i]) >= apart]
+            others = [i] if self.args.stage == "audio" else [w for w in self.windows_of_clip[i] if abs(cache["starts"][w] - cache["starts"][i]) >= apart]
             has.append(len(others) > 0 and r.random() >= self.args.drop_text)
             places.append(r.choice(others) if others else i)
-        sounds = data.pick(cache, "features", np.array(places)).float().transpose(1, 2)                          # (B, A, S)
+        sounds = data.gather(cache, "features", np.array(places)).float().transpose(1, 2)                          # (B, A, S)
         starts = [r.integers(sounds.shape[2] - R + 1) for r in draws]
         ref = torch.stack([z[:, s:s + R] for z, s in zip(sounds, starts)]).to(self.device)
         return self.audio_vae.normalise(ref), torch.tensor(has, device=self.device)[:, None].expand(-1, R)
@@ -425,12 +425,12 @@ class T2AV:
         a, (latents, words, *more) = self.args, batch
         if self.harmony and a.stage != "video":
             speech, ref, there = more
-            return cts_loss(net, *latents, (*net.read(words), *net.tell(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma, lam_joint=a.lambda_joint)
-        loss, report = (cts_loss(net, *latents, (*net.read(words), None, None), g, stage="video", shift=a.shift, how=a.sigma) if self.harmony else
-                        t2av_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift))
-        return loss + picture_loss(net, *more, g, a.sigma, a.shift) if more else loss, report
+            return harmony_loss(net, *latents, (*net.encode_text(words), *net.encode_audio_text(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma, lam_joint=a.lambda_joint)
+        loss, report = (harmony_loss(net, *latents, (*net.encode_text(words), None, None), g, stage="video", shift=a.shift, how=a.sigma) if self.harmony else
+                        syncflow_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift))
+        return loss + image_loss(net, *more, g, a.sigma, a.shift) if more else loss, report
 
-    def tell(self, report):
+    def format_metrics(self, report):
         names = ("video", "audio", "driven video", "driven audio") if self.harmony else ("video", "audio")
         return "  ".join(f"{name} {r:.3f}" for name, r in zip(names, report))
 
@@ -439,35 +439,35 @@ class T2AV:
             return held_out_windows(self.test[0], n)
         with torch.no_grad():
             video = lambda c: self.vae.encode(torch.from_numpy(c["video"]).to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1)[0]
-            return [dict(c, z=(video(c), torch.from_numpy(self.hear(c["audio"])).T[None])) for c in toybox_held_out(self.args, n)]
+            return [dict(c, z=(video(c), torch.from_numpy(self.encode_waveform(c["audio"])).T[None])) for c in toybox_held_out(self.args, n)]
 
-    def evaluate(self, net, clips, cast, last):
+    def evaluate(self, net, clips, autocast, last):
         """The loss on held-out clips, noise always the same; with both towers also what each stream becomes when the other is given."""
         args, captions, speech = self.args, [c["caption"] for c in clips], [c.get("speech", "") for c in clips]
-        with torch.no_grad(), cast():
+        with torch.no_grad(), autocast():
             z_v, z_a = (torch.cat(parts) for parts in zip(*(c["z"] for c in clips)))
             z_v, z_a = self.vae.normalise(z_v), self.audio_vae.normalise(z_a)
             words, said = (networks.text_bytes(t).to(self.device) for t in (captions, speech))
-            told = (*net.read(words), *net.tell(words, said)) if self.harmony else None
-            once = lambda g: (cts_loss(net, z_v, z_a, told, g, stage=args.stage, shift=args.shift) if self.harmony else
-                              t2av_loss(net, z_v, z_a, words, g, "joint" if args.stage != "video" else "video"))[1]
+            told = (*net.encode_text(words), *net.encode_audio_text(words, said)) if self.harmony else None
+            once = lambda g: (harmony_loss(net, z_v, z_a, told, g, stage=args.stage, shift=args.shift) if self.harmony else
+                              syncflow_loss(net, z_v, z_a, words, g, "joint" if args.stage != "video" else "video"))[1]
             reports = torch.stack([once(seeded(k)) for k in range(4)]).mean(0)
-        lines, score = [f"loss {self.tell(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[int(args.stage != "video")]).item()
+        lines, score = [f"loss {self.format_metrics(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[int(args.stage != "video")]).item()
         settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=1, sync_audio=1, shift=args.shift) if self.harmony else {})  # the model, not its guidance
         spoken = lambda n: dict(speech=speech[:n]) if self.harmony else {}
-        make = lambda n, **given: compose(net, self.vae, self.audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, cast, **spoken(n), **given, **settings)
+        make = lambda n, **given: generate_audio_video(net, self.vae, self.audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, autocast, **spoken(n), **given, **settings)
         if args.stage == "video":
-            return lines, score, compose(net, self.vae, None, captions[:8], len(clips[0]["video"]), args.resolution, cast, steps=25, cfg=args.cfg)[0]
+            return lines, score, generate_audio_video(net, self.vae, None, captions[:8], len(clips[0]["video"]), args.resolution, autocast, steps=25, cfg=args.cfg)[0]
         if self.harmony and args.stage != "joint":                            # towers that have not met
             return lines, score, []
         sounds = make(len(clips), z_v=None if args.no_video else z_v)[1]
         if not self.test:
-            s = event_scores([c["events"] for c in clips], [heard_events(w) for w in sounds])
+            s = event_scores([c["events"] for c in clips], [onsets_in_sound(w) for w in sounds])
             lines += [f"sounds for true videos, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f})"]
             if self.harmony:
                 begin = np.stack([c["video"][0] for c in clips])
                 driven, (videos, heard) = make(len(clips), z_a=z_a, pictures=begin)[0], make(len(clips), pictures=begin)
-                both = event_scores([read_clip_events(v, c)[0] for v, c in zip(videos, clips)], [heard_events(w) for w in heard])["f1_50"]
+                both = event_scores([detect_clip_events(v, c)[0] for v, c in zip(videos, clips)], [onsets_in_sound(w) for w in heard])["f1_50"]
                 lines += [*toybox_line("videos for true sounds", driven, clips)[0], f"pairs that begin with a picture, events against onsets: F1 at 50 ms {both:.3f}"]
                 self.figures = dict(video_driven=s["f1_50"], audio_driven=score_toybox(driven, clips)[0]["f1_50"], pairs=both)
         shown = make(8) if args.stage == "joint" else ([c["video"] for c in clips[:8]], sounds)
@@ -518,7 +518,7 @@ def update_ema(ema, net, step, decay, every=1):
     Large networks keep it in the CPU's memory and update it once in a while, by as much as in so many steps."""
     if step % every == 0:
         d, theirs = min(decay, (1 + step) / (10 + step)) ** every, dict(net.named_parameters())
-        torch._foreach_lerp_(list(ema.values()), [own(theirs[k].detach()).to(v.device) for k, v in ema.items()], 1 - d)
+        torch._foreach_lerp_(list(ema.values()), [local_shard(theirs[k].detach()).to(v.device) for k, v in ema.items()], 1 - d)
 
 
 def shard(net):
@@ -526,32 +526,32 @@ def shard(net):
     others while that block runs."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     for block in net.single_transformer_blocks:
-        register_fsdp_forward_method(fully_shard(block.audio), "keys_values")                     # called from outside its block
-    for block in net.layers():
+        register_fsdp_forward_method(fully_shard(block.audio), "project_kv")                     # called from outside its block
+    for block in net.all_blocks():
         fully_shard(block)
     fully_shard(net)
 
 
-def own(p):
+def local_shard(p):
     """What this process holds of a tensor: its share of a sharded one, else all of it."""
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def swap(net, ema):
+def swap_ema(net, ema):
     """The network's weights and their averages change places; once more, and they are back."""
     for k, p in net.named_parameters():
         if k in ema:
-            mine = own(p.detach())
+            mine = local_shard(p.detach())
             kept = mine.to(ema[k].device, copy=True)
             mine.copy_(ema[k]), ema[k].copy_(kept)
 
 
-def whole(net, keys):
+def full_state(net, keys):
     """name -> the whole of those weights, in the CPU's memory. Of a sharded network every process has to take part."""
     return {k: (v.full_tensor() if isinstance(v, DTensor) else v).to("cpu", copy=True) for k, v in net.state_dict().items() if k in keys}
 
 
-def states_of(net, optimisers, sharded):
+def full_optimizer_state(net, optimisers, sharded):
     """The optimisers' states, whole."""
     if not sharded:
         return [o.state_dict() for o in optimisers]
@@ -620,11 +620,11 @@ def report_start(task, args, micro, words, flops):
     print(f"compute     {flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips; {args.steps} steps = {args.steps * args.batch_size} clips")
 
 
-def count_flops(task, args, cast, g):
+def count_flops(task, args, autocast, g):
     """FLOPs (2 per multiply-add) of one training step, counted on a few clips. Attention counts only as plain matmuls."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     rows = [0, 1, 2, 3] if args.layout == "pyramid" else [0, 1]               # four: every stage
-    with cast() if args.pretrained else nullcontext(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # bf16 beside fp32
+    with autocast() if args.pretrained else nullcontext(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # bf16 beside fp32
         task.loss(task.net, task.batch(0, rows), g)[0].backward()
     task.net.zero_grad(set_to_none=True)
     return counter.get_total_flops() / len(rows) * args.batch_size
@@ -652,7 +652,7 @@ def seeded(*numbers):
 
 def train(args):
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device, cast, words = pick_device(args.device)
+    device, autocast, words = pick_device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")
@@ -663,30 +663,30 @@ def train(args):
         raise BadInput(f"--batch-size {args.batch_size} must be a multiple of processes x --accum = {world * args.accum}")
     out, start_time = Path(args.out or f"out/{args.task}"), time.perf_counter()
     torch.manual_seed(args.seed)
-    task = TASKS[args.task](args, device, cast, world)
+    task = TASKS[args.task](args, device, autocast, world)
     net = task.net.to(device)
     if args.fsdp:
         shard(net)
-    ema = {k: own(p.detach()).to("cpu" if args.pretrained else device, copy=True) for k, p in net.named_parameters() if p.requires_grad}
+    ema = {k: local_shard(p.detach()).to("cpu" if args.pretrained else device, copy=True) for k, p in net.named_parameters() if p.requires_grad}
     optimisers = make_optimisers(net, args)
     step, best, seconds = 0, -1e9, 0.
     if (out / "last.pt").is_file():
         step, best, seconds = resume(out / "last.pt", args, net, ema, optimisers)
         if rank == 0:
             print(f"resuming    {out / 'last.pt'} at step {step} (remove it, or give another --out, to start anew)")
-    flops = count_flops(task, args, cast, seeded(args.seed, 0)) if rank == 0 or args.fsdp else 0
+    flops = count_flops(task, args, autocast, seeded(args.seed, 0)) if rank == 0 or args.fsdp else 0
     if rank == 0:
         report_start(task, args, micro, words, flops)
     peak, peak_words = peak_flops(device) if rank == 0 else (1, "")
     if args.checkpointing:
-        for block in net.layers():
+        for block in net.all_blocks():
             block.forward = (lambda f: lambda *a: checkpoint(f, *a, use_reentrant=False))(block.forward)
     compute = torch.compile(task.loss) if args.compile and "vae" in args.task else task.loss
     if args.compile and "vae" not in args.task:
-        for block in net.layers():
+        for block in net.all_blocks():
             block.compile()
     if args.bench:
-        return bench(task, net, optimisers, compute, cast, args)
+        return bench(task, net, optimisers, compute, autocast, args)
     taking_part = rank == 0 or args.fsdp                                      # what is sharded, all must look at and save together
     clips = task.held_out(args.eval_clips) if taking_part and args.eval_clips else []
 
@@ -695,10 +695,10 @@ def train(args):
         signal.signal(name, lambda *_: stop.append(1))
 
     def save():
-        model, states = whole(net, ema if args.pretrained else net.state_dict()), states_of(net, optimisers, args.fsdp)
-        swap(net, ema)
-        averages = whole(net, ema)
-        swap(net, ema)
+        model, states = full_state(net, ema if args.pretrained else net.state_dict()), full_optimizer_state(net, optimisers, args.fsdp)
+        swap_ema(net, ema)
+        averages = full_state(net, ema)
+        swap_ema(net, ema)
         if rank == 0:
             data.save_checkpoint(out / "last.pt", task=args.task, config=asdict(net.cfg), model=model, ema=averages, step=step, optimisers=states,
                                  best=best, seconds=seconds, args=vars(args), **task.extra())
@@ -713,7 +713,7 @@ def train(args):
             batch = task.batch(step, list(range(part * micro, (part + 1) * micro)))
             if args.fsdp:
                 net.set_requires_gradient_sync(i == args.accum - 1)
-            with cast():
+            with autocast():
                 loss, buckets = compute(net, batch, seeded(args.seed, step, part))
             (loss / (args.accum * (1 if args.fsdp else world))).backward()    # FSDP averages by itself
             reports.append(torch.cat([loss.detach()[None], buckets]))
@@ -737,7 +737,7 @@ def train(args):
             took = time.perf_counter() - clock
             seconds, mean = seconds + took, torch.stack(reports).nanmean(0).tolist()
             per_step = took / (len(reports) / args.accum)
-            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {task.tell(mean[1:])}  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * per_step:.0f} ms  "
+            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {task.format_metrics(mean[1:])}  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * per_step:.0f} ms  "
                        f"{flops / per_step / 1e9:.0f} GFLOP/s = {100 * flops / per_step / peak:.0f} % {peak_words}  {seconds:.0f} s")
             log_row(out / "log.csv", step=step, seconds=round(seconds, 1), loss=mean[0], **{f"bucket_{b}": v for b, v in enumerate(mean[1:])},
                     lr=lr, ms=1000 * per_step)
@@ -745,12 +745,12 @@ def train(args):
                 tqdm.write(f"  the most memory held so far: {peak_memory(device) / 2 ** 30:.2f} GiB" + (" of the process" if device.type == "cpu" else " of the GPU"))
             reports, clock = [], time.perf_counter()
         if taking_part and (step % args.sample_every == 0 or step == args.steps):
-            swap(net, ema)                                                    # the averaged weights are looked at, and kept
-            score = look(task, net, clips, out, step, cast, args, rank) if clips else best
+            swap_ema(net, ema)                                                    # the averaged weights are looked at, and kept
+            score = evaluate_and_log(task, net, clips, out, step, autocast, args, rank) if clips else best
             if score >= best:
                 best = score
                 save_best(out / "best.pt", task, net, ema, step, seconds, args, rank)
-            swap(net, ema)
+            swap_ema(net, ema)
             clock = time.perf_counter()                                       # the clock rests while evaluating and saving
         if taking_part and (step % args.save_every == 0 or step == args.steps or stop):
             save()
@@ -766,11 +766,11 @@ def train(args):
         dist.barrier()                                                        # what comes next may read what the first one wrote
 
 
-def look(task, net, clips, out, step, cast, args, rank):
+def evaluate_and_log(task, net, clips, out, step, autocast, args, rank):
     """Evaluate on held-out clips; leave a strip and an mp4; -> a score to compare checkpoints by."""
     net.eval()
     with torch.compiler.set_stance("force_eager"):                            # other shapes than training's: not worth compiling for
-        lines, score, videos, *sounds = task.evaluate(net, clips, cast, step == args.steps)
+        lines, score, videos, *sounds = task.evaluate(net, clips, autocast, step == args.steps)
     net.train()
     if rank == 0 and getattr(task, "figures", None):
         log_row(out / "scores.csv", step=step, **task.figures)
@@ -787,9 +787,9 @@ def look(task, net, clips, out, step, cast, args, rank):
 
 def save_best(path, task, net, ema, step, seconds, args, rank):
     if "vae" in args.task and not args.tune_decoder:
-        task.settle(net)
+        task.measure_latent_stats(net)
     kept = ema if args.pretrained else net.state_dict()                       # what stays as published is not stored again
-    weights = whole(net, [k for k in kept if not k.startswith("critic.")])
+    weights = full_state(net, [k for k in kept if not k.startswith("critic.")])
     if rank == 0:
         data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in weights.items()}, step=step, seconds=seconds,
                              args=vars(args), **task.extra())
@@ -806,7 +806,7 @@ def resume(path, args, net, ema, optimisers):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(net, ckpt["ema"], options=options)
-        swap(net, ema)
+        swap_ema(net, ema)
         set_model_state_dict(net, ckpt["model"], options=options)
         for optimiser, state in zip(optimisers, ckpt["optimisers"]):
             set_optimizer_state_dict(net, optimiser, state, options=options)
@@ -819,7 +819,7 @@ def resume(path, args, net, ema, optimisers):
     return ckpt["step"], ckpt["best"], ckpt["seconds"]
 
 
-def bench(task, net, optimisers, compute, cast, args, rounds=30):
+def bench(task, net, optimisers, compute, autocast, args, rounds=30):
     """What loading costs: medians of forward, backward and update, in turns with one batch kept in memory and with batches from the cache."""
     args.skip_audio = 0.                                                      # or some steps would be cheaper than others
     kept, spans = task.batch(0, list(range(args.batch_size))), {"resident": [], "loading": []}
@@ -827,7 +827,7 @@ def bench(task, net, optimisers, compute, cast, args, rounds=30):
         for name, times in spans.items():
             start = time.perf_counter()
             batch = kept if name == "resident" else task.batch(step + 3, list(range(args.batch_size)))
-            with cast():
+            with autocast():
                 loss, _ = compute(net, batch, seeded(args.seed, step + 3))
             loss.backward()
             for optimiser in optimisers:
