@@ -101,7 +101,7 @@ def test_motion_weight_by_hand():
     z = torch.tensor([0., .5, .5, 5.]).view(1, 1, 4, 1, 1).requires_grad_()
     w = losses.motion_weight(z)
     assert w.flatten().tolist() == [1, 1.25, 1, 1 + 1.5 ** 2] and not w.requires_grad
-    assert losses.motion_weight(z, lam=0).unique().tolist() == [1]
+    assert losses.motion_weight(z, lambda_motion=0).unique().tolist() == [1]
     assert losses.motion_weight(z, clip=99).flatten()[3] == 1 + 4.5 ** 2
     assert losses.motion_weight(z, skip=2).flatten()[1] == 1
 
@@ -1909,7 +1909,7 @@ def test_the_network_overfits_one_batch():
     z, mel = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 44, 64)
     optimiser, history = torch.optim.AdamW(net.parameters(), 3e-3), []
     for _ in range(150):
-        loss, _ = losses.syncphony_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), corrupt=0)
+        loss, _ = losses.syncphony_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), context_noise=0)
         optimiser.zero_grad(), loss.backward(), optimiser.step()
         history.append(loss.item())
     assert history[-1] < history[0] / 5
@@ -2552,19 +2552,19 @@ def test_cross_task_synergy_is_joint_plus_a_tenth_audio_driven_plus_three_tenths
         calls.append((x_v, x_a, s_v, s_a))
         return forward_joint(x_v, x_a, s_v, s_a, *rest)
     net.forward_joint = spy
-    loss, parts = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), begun=0.)
+    loss, parts = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), p_first_frame=0.)
     assert torch.allclose(loss, parts[0] + parts[1] + .1 * parts[2] + .3 * parts[3]) and len(calls) == 3
     joint, by_sound, by_video = calls
     assert torch.equal(by_sound[1], z_a) and by_sound[3].abs().max() == 0 and torch.equal(by_sound[0], joint[0]) and torch.equal(by_sound[2], joint[2])
     assert torch.equal(by_video[0], z_v) and by_video[2].abs().max() == 0 and torch.equal(by_video[1], joint[1]) and torch.equal(by_video[3], joint[3])
     calls.clear()
-    plain = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=0, lam_a=0, begun=0.)
+    plain = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lambda_v=0, lambda_a=0, p_first_frame=0.)
     assert len(calls) == 1 and torch.allclose(plain[0], parts[0] + parts[1])  # eq. 1
     calls.clear()
-    one_way = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0, begun=0., lam_joint=0)
+    one_way = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lambda_v=1., lambda_a=0, p_first_frame=0., lambda_joint=0)
     assert len(calls) == 1 and torch.allclose(one_way[0], parts[2]) and calls[0][3].abs().max() == 0       # figure 3: audio drives video, and nothing else
     grads = lambda l, part: torch.autograd.grad(l, part.proj_out.weight, retain_graph=True, allow_unused=True)[0]
-    alone = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lam_v=1., lam_a=0, begun=0.)[0] - plain[0]
+    alone = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lambda_v=1., lambda_a=0, p_first_frame=0.)[0] - plain[0]
     assert grads(alone, net.video).abs().max() > 0 and grads(alone, net.audio).abs().max() < 1e-12             # the audio-driven loss trains the video
 
 
@@ -2575,7 +2575,7 @@ def test_a_clip_may_begin_with_a_given_picture_which_is_clean_and_no_part_of_the
                                                  for v in forward_joint(*a)])[1]
     for stage in ("joint", "video"):
         args = (net, z_v, z_a, told(net) if stage == "joint" else (*told(net)[:2], None, None))
-        all_, none = (losses.harmony_loss(*args, torch.Generator().manual_seed(0), stage=stage, begun=share)[1] for share in (1., 0.))
+        all_, none = (losses.harmony_loss(*args, torch.Generator().manual_seed(0), stage=stage, p_first_frame=share)[1] for share in (1., 0.))
         assert all_[0] < 5 < none[0]                                          # 9 too much in the first latent: seen only where it is made
     x_v, _, s_v, s_a = calls[0][:4]
     assert torch.equal(x_v[:, :, 0], z_v[:, :, 0]) and s_v[:, 0].abs().max() == 0 and torch.equal(s_v[:, 1:], s_a[:, None].expand(-1, 4)) and not torch.equal(x_v[:, :, 1], z_v[:, :, 1])

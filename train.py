@@ -425,8 +425,8 @@ class T2AV:
         a, (latents, words, *more) = self.args, batch
         if self.harmony and a.stage != "video":
             speech, ref, there = more
-            return harmony_loss(net, *latents, (*net.encode_text(words), *net.encode_audio_text(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma, lam_joint=a.lambda_joint)
-        loss, report = (harmony_loss(net, *latents, (*net.encode_text(words), None, None), g, stage="video", shift=a.shift, how=a.sigma) if self.harmony else
+            return harmony_loss(net, *latents, (*net.encode_text(words), *net.encode_audio_text(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma, lambda_joint=a.lambda_joint)
+        loss, report = (harmony_loss(net, *latents, (*net.encode_text(words), None, None), g, stage="video", shift=a.shift, sigma_dist=a.sigma) if self.harmony else
                         syncflow_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift))
         return loss + image_loss(net, *more, g, a.sigma, a.shift) if more else loss, report
 
