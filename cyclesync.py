@@ -73,7 +73,7 @@ from tqdm import tqdm
 
 import data
 from data import BadInput, Parser, number, read_audio, read_clip, run_cli, temp_path, write_picture, write_video
-from sample import A2V_FILE, HERE, VAE_FILE, WithoutAudio, generate_video, generate_audio_video, video_to_audio, encode_sound, encode_video, attach_external_encoders, load_a2v, load_t2av, pick_device, read_jobs
+from sample import A2V_FILE, HERE, VAE_FILE, WithoutAudio, generate_video, generate_audio_video, video_to_audio, encode_sound, encode_video, attach_external_encoders, load_a2v, load_t2av, pick_device
 from toybox import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, fit_scene, detect_clip_events, detect_events, track_states, toybox_clip, draw_scene,
                     synthesise)
 
@@ -731,24 +731,18 @@ def score_timbre(waves, takes, clips):
 # ------------------------------------------------------------------------------------------------ the shift study
 
 def draw_curves(path, x, curves, xlabel, ylabel):
-    """A plain line plot, png. curves: name -> values at x."""
-    from PIL import Image, ImageDraw                                          # comes with imageio
-    W, H, left, low, right, top = 760, 420, 60, 370, 560, 20
-    colours = ["#1b6ca8", "#d1495b", "#3a7d44", "#8d6a9f", "#c77d1a", "#555555"]
-    canvas = Image.new("RGB", (W, H), "white")
-    pen, most = ImageDraw.Draw(canvas), max(1.05 * max(np.nanmax(v) for v in curves.values()), 1e-9)
-    px = lambda v: left + (v - x[0]) / (x[-1] - x[0]) * (right - left)
-    py = lambda v: low - max(v, 0) / most * (low - top)
-    for tick in x:
-        pen.line([(px(tick), low), (px(tick), low + 5)], "black"), pen.text((px(tick) - 9, low + 8), f"{tick:g}", "black")
-    for tick in np.arange(0, most, .2 if most < 2 else .5):
-        pen.line([(left, py(tick)), (right, py(tick))], "#dddddd"), pen.text((left - 28, py(tick) - 6), f"{tick:.1f}", "black")
-    pen.line([(left, top), (left, low), (right, low)], "black")
-    pen.text((left + 150, low + 26), xlabel, "black"), pen.text((left + 6, top - 14), ylabel, "black")
-    for i, (name, values) in enumerate(curves.items()):
-        points = [(px(a), py(v)) for a, v in zip(x, values) if np.isfinite(v)]
-        pen.line(points, colours[i % 6], 3), pen.text((right + 12, top + 18 * i), name, colours[i % 6])
-    write_picture(path, np.asarray(canvas))
+    """A line plot, png, where matplotlib is installed. curves: name -> values at x."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path} is not drawn: pip install matplotlib")
+        return
+    axes = Figure(figsize=(7.6, 4.2), layout="constrained").subplots()
+    for name, values in curves.items():
+        axes.plot(x, values, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    axes.legend()
+    axes.figure.savefig(path)
 
 
 def shift_study(args):
@@ -978,42 +972,6 @@ def score_pairs(args):
     print(json.dumps(to_json(result)))
 
 
-def error_rate(said, heard, letters=False):
-    """Word error rate: the fewest words to be changed, put in or taken out of what was heard, by the number of words said; 0 is perfect, and it may
-    exceed 1. Case and punctuation do not count. letters: the same of letters, for writing that does not part words, as Chinese."""
-    words = ["".join(c if c.isalnum() else " " for c in text.lower()).split() for text in (said, heard)]
-    a, b = ("".join(w) for w in words) if letters else words
-    row = list(range(len(b) + 1))                                             # of nothing said so far: put in all that was heard
-    for i, w in enumerate(a, 1):
-        last, row = row, [i]
-        for j, v in enumerate(b, 1):
-            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (w != v)))
-    return row[-1] / max(1, len(a))
-
-
-def score_speech(args):
-    """Clips made by `sample.py --jsonl LIST --out FOLDER`: is what the list wanted said what a program that writes down speech hears?"""
-    import soundfile
-    path, folder = args.speech
-    if not args.asr_cmd or "{wav}" not in args.asr_cmd:
-        raise BadInput("--speech: give --asr-cmd a program that prints what is said in {wav} and nothing else")
-    flags = dict.fromkeys(("prompt", "transcript", "audio", "image", "video", "ref_audio"))
-    rates = {"words": [], "letters": []}
-    for job in tqdm(list(read_jobs(argparse.Namespace(jsonl=path, **flags))), disable=None, leave=False):
-        if job["transcript"]:
-            with tempfile.TemporaryDirectory() as temp:
-                soundfile.write(wav := Path(temp) / "sound.wav", read_audio(Path(folder) / f"{job['stem']}.mp4"), RATE)
-                heard = run_command("--asr-cmd", args.asr_cmd, wav=wav)
-            chinese = any("\u3400" <= c <= "\u9fff" for c in job["transcript"])
-            rates["letters" if chinese else "words"].append(error_rate(job["transcript"], heard, chinese))
-    if not any(rates.values()):
-        raise BadInput(f"{path}: no record has a transcript (or spoken_word_en, spoken_word_zh)")
-    result = {k: dict(zip(("mean", "low", "high"), bootstrap_ratio(v)), clips=len(v)) for k, v in rates.items() if v}
-    for k, r in result.items():
-        print(f"error rate of {k}: {r['mean']:.3f} [{r['low']:.3f}, {r['high']:.3f}] of {r['clips']} clips")
-    print(json.dumps(to_json(result)))
-
-
 def score_clip(args):
     """One video with its own sound: where it sounds, how much later it moves, AV-Align."""
     frames, wave = read_clip(args.clip, 256, 256)
@@ -1036,8 +994,6 @@ def arguments():
     p = Parser(__doc__)
     p.add_argument("clip", nargs="?", help="score this one video with its own sound")
     p.add_argument("--pairs", nargs=2, metavar=("REF", "HAT"), help="CycleSync of two folders of sounds: true ones, and ones made from the videos")
-    p.add_argument("--speech", nargs=2, metavar=("LIST", "FOLDER"), help="word error rate of clips made by sample.py --jsonl LIST --out FOLDER, heard by --asr-cmd")
-    p.add_argument("--asr-cmd", help="a program that prints what is said in {wav}")
     p.add_argument("--shift-study", action="store_true", help="what every metric says of true clips whose sound is up to 0.5 s late (Syncphony figure 7)")
     p.add_argument("--resolution", type=data.picture_size, help="--shift-study, and two towers: side of the pictures in pixels, or height x width (64; what they were trained for)")
     p.add_argument("--ablate", choices=tuple(RUNS), help="train and score the rows of the paper's ablation tables: an hour or two on 2 cores, harmony's a day")
@@ -1068,9 +1024,9 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    if not (args.clip or args.pairs or args.speech or args.audio or args.shift_study or args.ablate) and data.task_of(args.ckpt) in ("t2av", "joint"):
+    if not (args.clip or args.pairs or args.audio or args.shift_study or args.ablate) and data.task_of(args.ckpt) in ("t2av", "joint"):
         return evaluate_towers(args)
-    (score_clip if args.clip else score_pairs if args.pairs else score_speech if args.speech else evaluate_recording if args.audio else shift_study if args.shift_study
+    (score_clip if args.clip else score_pairs if args.pairs else evaluate_recording if args.audio else shift_study if args.shift_study
      else ablate if args.ablate else evaluate)(args)
 
 

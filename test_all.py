@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -1176,7 +1177,7 @@ def test_the_true_video_scores_95_with_the_oracle_and_less_than_half_when_its_so
     assert score["0.0"] >= .95 and all(score[d] < score["0.0"] / 2 for d in ("0.1", "0.2", "0.3", "0.4", "0.5", "shuffled"))
     assert result["0.0"]["f1_50"] > .95 and result["0.2"]["f1_50"] < .2
     assert abs(result["0.3"]["lag_ms"] - result["0.0"]["lag_ms"] + 300) < 42                      # the sound 0.3 s later: it moves 0.3 s earlier
-    assert iio.imread(tmp_path / "shift.png").std() > 5 and len((tmp_path / "shift.csv").read_text().splitlines()) == 1 + 7 * 40
+    assert (tmp_path / "shift.png").is_file() == bool(find_spec("matplotlib")) and len((tmp_path / "shift.csv").read_text().splitlines()) == 1 + 7 * 40
 
 
 def test_a_mouth_sounds_as_long_for_the_oracle_as_it_did():
@@ -2766,7 +2767,7 @@ def test_harmonys_ablation_scores_every_leave_one_out_row_on_one_audio_tower(har
     variants = [f"{run.replace(' ', '-')}-0" for run in cyclesync.RUNS["harmony"] if "tower" not in run]
     assert begun == {"video-tower-0": None, "audio-tower-0": "video-tower-0", **dict.fromkeys(variants, "audio-tower-0")} and len(variants) == 7
     printed = capsys.readouterr().out
-    assert re.search(r"CTS: pairs +0.500 +0.500 +0.500 +0.500\n", printed) and (tmp_path / "ablation-harmony-400/learning.png").is_file()
+    assert re.search(r"CTS: pairs +0.500 +0.500 +0.500 +0.500\n", printed) and (tmp_path / "ablation-harmony-400/learning.png").is_file() == bool(find_spec("matplotlib"))
     result = json.loads(printed.splitlines()[-1])
     assert set(result) == {row for row, *_ in cyclesync.ROWS["harmony"]} and all(set(r) == set(cyclesync.SHOWN["harmony"]) for r in result.values())
 
@@ -2775,7 +2776,7 @@ def test_a_map_is_held_against_the_places_where_the_thing_can_move():
     clip = toybox.toybox_clip(cyclesync.HELD_OUT + 3, kind="hammer")
     drawn = toybox.draw_scene(clip["scene"], np.linspace(*toybox.STATES["hammer"], 9), 64).astype(int)
     moves = torch.from_numpy((drawn.max(0) - drawn.min(0)).max(-1) > 24).float()                  # (H, W)
-    score = lambda m: {k: v[0] for k, v in cyclesync.score_maps([dict(attention=m[None, None, None].expand(1, 103, 13, -1, -1) / 13 / m.sum(), guidance_maps=None)],
+    score = lambda m: {k: v[0] for k, v in cyclesync.score_maps([dict(attention=m[None, None, None].expand(1, 103, 13, -1, -1) / 13 / m.sum(), heat=None)],
                                                                 [dict(clip, events=np.array([.6]))])["attention"].items()}
     assert score(torch.ones(8, 8))["things that sound"] == pytest.approx(1, abs=1e-4)
     assert score(moves)["things that sound"] == pytest.approx(1 / moves.mean().item(), rel=1e-3) and score(1 - moves)["things that sound"] == 0
@@ -2804,25 +2805,6 @@ def test_synccfg_without_cross_task_training_is_warned_of(harmony_on_disk, tmp_p
     flags[1] = tmp_path / "joint.pt"
     assert cli(sample, *flags, *out) == 0 and "trained without the one-way tasks" in capsys.readouterr().out
     assert cli(sample, *flags, *out, "--sync-video", 1, "--sync-audio", 1) == 0 and "one-way tasks" not in capsys.readouterr().out
-
-
-def test_the_word_error_rate_counts_changes_and_chinese_is_counted_in_letters():
-    assert cyclesync.error_rate("The bell, it rings!", "the bell it rings") == 0 and cyclesync.error_rate("a b c d", "a x c") == 2 / 4
-    assert cyclesync.error_rate("hello", "hello my dear friend") == 3 and cyclesync.error_rate("", "") == 0
-    assert cyclesync.error_rate("钟声响了", "钟声想了", letters=True) == 1 / 4 and cyclesync.error_rate("钟声响了", "钟声想了") == 1
-
-
-def test_what_a_list_wants_said_is_held_against_what_a_program_hears(tmp_path, capsys):
-    records = [dict(id="a", prompt="x", transcript="u i o"), dict(id="b", audio_caption="y", spoken_word_zh="钟声"), dict(id="c", prompt="no words")]
-    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(r) for r in records))
-    for name in "ab":
-        data.write_video(tmp_path / f"{name}.mp4", np.zeros((24, 32, 32, 3), np.uint8), np.sin(np.arange(16000) * .1).astype(np.float32) * .1)
-    hear = f"{sys.executable} -c \"import sys, soundfile; soundfile.read(sys.argv[1]); print('u i a')\" {{wav}}"
-    assert cli(cyclesync, "--speech", tmp_path / "list.jsonl", tmp_path, "--asr-cmd", hear) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["words"]["mean"] == pytest.approx(1 / 3, abs=1e-3) and result["letters"]["mean"] == 1.5 and result["words"]["clips"] == result["letters"]["clips"] == 1
-    for bad in ("no-such-program {wav}", "echo", f"{sys.executable} -c 1/0 {{wav}}"):
-        assert cli(cyclesync, "--speech", tmp_path / "list.jsonl", tmp_path, "--asr-cmd", bad) == 2 and "--asr-cmd" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ README.md and weights/
