@@ -121,6 +121,20 @@ def run_cli(main):
 
 # ------------------------------------------------------------------------------------------------ media in
 
+def frames_to_tensor(frames, device="cpu"):
+    """Frames uint8 (.., F, H, W, 3), numpy or torch -> float32 (.., 3, F, H, W) in [-1, 1] on `device`."""
+    if not isinstance(frames, torch.Tensor):
+        frames = torch.tensor(np.asarray(frames))
+    return frames.to(device).movedim(-1, -4).float() / 127.5 - 1
+
+
+def tensor_to_frames(video):
+    """Float tensor (.., 3, F, H, W), clamped to [-1, 1] -> numpy uint8 (.., F, H, W, 3). Inverse of `frames_to_tensor`."""
+    # + 128, not + 127.5: the conversion to uint8 truncates, so this rounds to the nearest value
+    frames = (video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8)
+    return frames.movedim(-4, -1).cpu().numpy()
+
+
 def check_file(path, what):
     path = Path(path)
     if not path.is_file():
