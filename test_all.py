@@ -3,6 +3,7 @@
 Layers that start at zero are randomised first (`shaken`): a fresh network passes half of these tests for the wrong
 reason. Where two computations must agree, they run in float64. Nothing here needs a network or a GPU; tests against
 arrays of the original programs run where those lie beside the checkout, and are skipped elsewhere."""
+import importlib
 import json
 import os
 import re
@@ -2809,12 +2810,24 @@ def test_synccfg_without_cross_task_training_is_warned_of(harmony_on_disk, tmp_p
 
 # ------------------------------------------------------------------------------------------------ README.md and weights/
 
-def test_every_command_of_the_readme_parses():
-    commands = re.findall(r"^(?:\$ )?python ((?:train|sample|cyclesync)\.py[^#\n|]*)", (HERE / "README.md").read_text(), re.M)
-    assert len(commands) >= 4
-    for command in commands:
-        script, *flags = shlex.split(command)
-        {"train.py": train, "sample.py": sample, "cyclesync.py": cyclesync}[script].arguments().parse_args(flags)
+def readme_commands():
+    """Every command of README.md that runs one of our programs, continued lines joined."""
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    pattern = r"(?:^|&& )((?:python|torchrun)[^#\n]*?(\w+)\.py[^#\n]*)"
+    for command, script in re.findall(pattern, text, re.M):
+        if script != "test_all":
+            flags = command.split(f"{script}.py", 1)[1]
+            yield script, shlex.split(flags)
+
+
+def test_every_command_of_the_readme_is_accepted_by_its_program():
+    commands = list(readme_commands())
+
+    scripts = {script for script, _ in commands}
+    assert scripts == {"train", "sample", "cyclesync", "data"}, scripts
+    assert len(commands) >= 20, f"{len(commands)} commands found"
+    for script, flags in commands:
+        importlib.import_module(script).arguments().parse_args(flags)      # exits with 2 if unknown
 
 
 def test_help_tells_every_default(capsys):
