@@ -204,17 +204,6 @@ def log_mel(wave):
     return ((np.log10(mel.T[:frames] + 1e-6) + 3.) / 1.6).astype(np.float32)
 
 
-def from_log_mel(mels, rounds=16):
-    """What `log_mel` gives (frames, 64) -> a waveform (frames x 160,) that sounds so. Bands are spread over the spectrum by the
-    pseudo-inverse of their filters; phases are those that Griffin and Lim's iteration agrees on, from a fixed start."""
-    import librosa
-    energy = np.maximum(10 ** (1.6 * mels.T.astype(np.float64).clip(max=4) - 3) - 1e-6, 0)        # (64, frames); nothing is louder than 4
-    spread = np.linalg.pinv(librosa.filters.mel(sr=RATE, n_fft=512, n_mels=MELS, fmin=40))        # (257, 64)
-    power = np.maximum(spread @ np.concatenate([energy, energy[:, -1:]], 1), 0)                   # frames stand at both ends
-    n = len(mels) * RATE // MEL_RATE
-    return librosa.griffinlim(power ** .5, n_iter=rounds, hop_length=RATE // MEL_RATE, win_length=400, n_fft=512, length=n, random_state=0).astype(np.float32)
-
-
 # ------------------------------------------------------------------------------------------------ real clips: what lies on disk
 
 DATASETS = {   # where it comes from, and how much it is

@@ -56,7 +56,7 @@ from model import MMDiT, MMDiTConfig, text_bytes
 import pyramid
 from pyramid import QUALITY_SUFFIX, NEGATIVE_PROMPT, block_noise, with_guidance, load_pyramid_flow, load_pyramid_vae, sample_pyramid
 from towers import DualTower, DualTowerConfig
-from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, MelVAE, MelVAEConfig, VAEConfig
+from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
 
 HERE = Path(__file__).parent
 VAE_FILE, A2V_FILE, AUDIO_VAE_FILE, MEL_VAE_FILE, T2AV_FILE, JOINT_FILE = (HERE / f"weights/{name}-toybox.pt" for name in ("vae", "a2v", "audio-vae", "mel-vae", "t2av", "joint"))
@@ -105,7 +105,8 @@ def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
 def load_audio_vae(path=AUDIO_VAE_FILE, device="cpu"):
     """Of waveforms, as SyncFlow's towers have it, or of spectra, as Harmony's."""
     ckpt = load_checkpoint(path, "audio-vae or mel-vae", "the toybox's ship as weights/audio-vae-toybox.pt and mel-vae-toybox.pt, or train one: python train.py --task audio-vae, or mel-vae")
-    vae = MelVAE(MelVAEConfig(**ckpt["config"])) if ckpt["task"] == "mel-vae" else AudioVAE(AudioVAEConfig(**ckpt["config"]))
+    front = "mel" if ckpt["task"] == "mel-vae" else "waveform"
+    vae = AudioVAE(AudioVAEConfig(**{**ckpt["config"], "front": front}))
     return load_weights(vae, ckpt["ema"], path).to(device).eval()
 
 
@@ -135,7 +136,12 @@ def attach_external_encoders(model, args, captions, device):
 
 def fingerprint(vae):
     """A few letters that tell one VAE's latents from another's: they depend on the encoder alone, decoders may be tuned."""
-    digest = hashlib.sha256(json.dumps(asdict(vae.cfg), sort_keys=True).encode())
+    config = asdict(vae.cfg)
+    # The fields of the audio VAE's other front end say nothing about these latents.
+    unused = {"waveform": ("front", "mels", "depth"), "mel": ("front", "ratios", "patch", "lstm")}
+    for name in unused.get(config.get("front"), ()):
+        del config[name]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, w in sorted(vae.state_dict().items()):
         if name.startswith(("encoder", "quant_conv")):
             digest.update((w.half() + 0.).cpu().numpy().tobytes())            # -0 and 0 are one number, but not one byte
@@ -414,7 +420,7 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
                 x = sample_syncflow(model, *shapes, words, torch.zeros_like(words) if prompt else None, z_a=kept, **given)[1]
         made = x if made is None else torch.cat([made[:, :, :start], x.to(made)], 2)
     with torch.no_grad():
-        return audio_vae.decode_pieces(audio_vae.denormalise(made), samples)[0].clamp(-1, 1).cpu().numpy()
+        return audio_vae.decode(audio_vae.denormalise(made), samples)[0].clamp(-1, 1).cpu().numpy()
 
 
 def skip_probe(model, vae, picture, wave, prompt, frames, autocast, path, **settings):

@@ -214,7 +214,7 @@ class VAE:
         if args.data != "toybox":
             raise BadInput(f"--data {args.data}: the VAE is trained on the toybox only; leave --data out")
         self.args, self.device = args, device
-        self.config = autoencoders.VAEConfig(**autoencoders.SIZES[args.size])
+        self.config = autoencoders.VAEConfig(**autoencoders.VIDEO_VAE_SIZES[args.size])
         self.net = autoencoders.CausalVideoVAE(self.config)
         if args.tune_decoder:                                                 # latents stay what they are, so what was trained on
             self.net = load_vae(args.tune_decoder).train()                    # them stays valid, and looks can still improve
@@ -230,7 +230,7 @@ class VAE:
         B, _, F, H, _ = batch[0].shape
         grid = H // net.stride
         noise = torch.randn(B, net.cfg.latent, (F - 1) // net.stride_t + 1, grid, grid, generator=g).to(self.device)
-        loss, error, rate = autoencoders.vae_loss(net, *batch, noise, self.args.kl)
+        loss, error, rate = autoencoders.video_vae_loss(net, *batch, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
     def format_metrics(self, report):
@@ -286,17 +286,13 @@ class AudioVAE:
 
     def __init__(self, args, device, autocast, world):
         self.mel, self.args, self.device, self.net = args.task == "mel-vae", args, device, torch.nn.Module()
-        sizes = autoencoders.MEL_SIZES if self.mel else autoencoders.AUDIO_SIZES
+        sizes = autoencoders.AUDIO_VAE_SIZES["mel" if self.mel else "waveform"]
         if args.size not in sizes:
             raise BadInput(f"--size {args.size}: the audio VAE is {' or '.join(sizes)}")
-        self.config = (autoencoders.MelVAEConfig if self.mel else autoencoders.AudioVAEConfig)(**sizes[args.size])
-        if args.adversarial and self.mel:
-            raise BadInput(f"--adversarial {args.adversarial:g}: the critic hears waveforms, --task mel-vae codes spectra; leave it out")
+        self.config = autoencoders.AudioVAEConfig(**sizes[args.size])
         if args.data == "toybox" and self.config.rate != data.RATE:
             raise BadInput(f"--size {args.size}: codes sounds of {self.config.rate} Hz, the toybox has {data.RATE}; give recordings by --data")
-        self.net = (autoencoders.MelVAE if self.mel else autoencoders.AudioVAE)(self.config)
-        if args.adversarial:                                                  # trained along, kept in last.pt, of no use afterwards
-            self.net.critic = autoencoders.Critic()
+        self.net = autoencoders.AudioVAE(self.config)
         found = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
         self.files, self.tests = ([c for c in found if c["split"] == split] for split in ("train", "test"))
         self.prefetch = Prefetcher(lambda s, r: self.sound(s * args.batch_size + r, self.files), args.steps)
@@ -317,9 +313,7 @@ class AudioVAE:
 
     def loss(self, net, wave, g):
         noise = torch.randn(len(wave), net.cfg.latent, -(-wave.shape[1] // net.hop), generator=g).to(self.device)
-        if self.mel:
-            return autoencoders.mel_vae_loss(net, net.mel(wave), noise, self.args.kl)
-        return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl, getattr(net, "critic", None), self.args.adversarial)
+        return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl)
 
     def format_metrics(self, report):
         return f"|error| {report[0]:.4f}" + (f"  spectral {report[1]:.3f}" if not self.mel else "") + f"  {report[-1]:.0f} nats per latent"
@@ -789,7 +783,7 @@ def save_best(path, task, net, ema, step, seconds, args, rank):
     if "vae" in args.task and not args.tune_decoder:
         task.measure_latent_stats(net)
     kept = ema if args.pretrained else net.state_dict()                       # what stays as published is not stored again
-    weights = full_state(net, [k for k in kept if not k.startswith("critic.")])
+    weights = full_state(net, list(kept))
     if rank == 0:
         data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in weights.items()}, step=step, seconds=seconds,
                              args=vars(args), **task.extra())
@@ -887,7 +881,6 @@ def arguments():
     p.add_argument("--asg", type=number(low=0), help="w_a that the checkpoint will recommend to sample.py (1; --pretrained 2)")
     p.add_argument("--cfg", type=number(low=0), help="text guidance that the checkpoint will recommend to sample.py (0; --pretrained 4; t2av 2; joint 1, which is off)")
     p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae, audio-vae .02, mel-vae .002)")
-    p.add_argument("--adversarial", type=number(low=0), default=0., help="audio-vae: weight of a critic of spectra that is trained along; 0 = none")
     p.add_argument("--pictures", type=number(int, 0), default=8, help="t2av, joint: single pictures for the video tower to learn from, beside every clip")
     p.add_argument("--ot", action="store_true", help="t2av: minibatch optimal transport between noise and data")
     p.add_argument("--no-adaptor", action="store_true", help="t2av, an ablation: audio looks at bare video features")

@@ -1,104 +1,123 @@
-"""The autoencoders: what a diffusion transformer sees instead of pixels and samples.
+"""The autoencoders: video to latents, sound to latents, and back.
 
-**The video VAE**: frames to latents and back, one class from `tiny` to Pyramid Flow's published one.
+    CausalVideoVAE   one class for two networks: Pyramid Flow's published VAE ("pyramid") and the
+                     small one of the toybox ("tiny")
+    AudioVAE         front end "waveform": EnCodec's network with a Gaussian in place of the
+                     quantiser (SyncFlow section 3.1). Front end "mel": log-mel spectra, the idea of
+                     MMAudio, whose latents Harmony uses
 
-A diffusion transformer never sees pixels. It sees what this file makes of them: F = t(L-1)+1 frames become L latents,
-the first of which is the first frame alone. That is what *causal* buys. A picture is a video of length one, a latent
-never depends on later frames, and a long video can be coded in chunks that keep nothing but the last two frames of
-every convolution (`cache`), bit for bit the same as coding it whole.
+    video (B, 3, frames, H, W)                         wave (B, samples)
+      | patchify                                         | pad, or log-mel
+      | encoder: ResBlocks and halvings                  | encoder: residual units and strides
+      v                                                  v
+    mean, logvar (B, C, L, h, w)                       mean, logvar (B, A, S)
+      | decoder: the mirror image                        | decoder: the mirror image
+      | unpatchify, or composite over frame 0            | trim, or Griffin-Lim
+      v                                                  v
+    video (B, 3, frames, H, W)                         wave (B, samples)
 
-    encode   conv_in, levels of ResBlocks each followed by a spatial and then a temporal halving, mid, conv_out
-             -> mean and log-variance of a Gaussian per latent value; a sample is mean + exp(logvar / 2) * noise
-    decode   the mirror image; upsampling is a convolution to 4C (or 2C) channels whose extra channels become pixels
+A latent is a Gaussian: mean + exp(logvar / 2) * noise is a sample of it.
 
-The published network (`SIZES["pyramid"]`: 335 M parameters, 8x8 pixels x 8 frames -> 16 channels) spends its time on
-3x3x3 convolutions at full resolution. A small copy of it learns nothing on a CPU within an hour. `tiny` is the same
-class with five switches, chosen by short runs of one seed each, not by a controlled ablation:
+**Frames and latents.** Latent 0 codes frame 0 alone, every other latent codes t frames: t(L-1)+1
+frames are L latents, and an image is a video of one frame. For t = 4, L = 4:
 
-    patch      4 frames x 4x4 pixels enter as ONE position: sixty times fewer positions for the same pixels. The first
-               frame is repeated to fill its patch, so the causal 4(L-1)+1 arithmetic stays
-    time_up    the decoder unfolds these 4 frames level by level and paints frame by frame. Painting them from one vector
-               was worse at equal cost: mean |error| 0.051 against 0.046 after 400 steps
-    kernel_t   1: a latent covers its own 4 frames and no others; the history is the transformer's business
-    reference  encoder and decoder are given the true first frame, which image-to-video always has: the decoder at every
-               resolution, as the encoder saw it (a U-Net whose left arm is the first frame). Latents then say what
-               CHANGED, and the decoder paints (`paint`): every pixel is a mixture of the first frame and of two colours
-               its 4x4 patch has for it. Edges are sharp because the mixture alone is per pixel, and where nothing moves
-               the picture is copied exactly. Latents count from the code of a still clip (`_still`), so rest is zero and
-               the transformer need not repeat in every latent what the scene looks like. Latent 0 has no reference
-    shortcut   a linear autoencoder in parallel to the deep one. Without it the first thousand steps do not even find
-               the colours: a narrow bottleneck teaches nothing until both of its sides speak the same language
+    frame     0 | 1  2  3  4 | 5  6  7  8 | 9 10 11 12
+    latent    0 |     1      |     2      |     3
 
-What a code may cost is the KL term's business: it prices the information of every latent, in nats, and what the decoder can
-see in the first frame need not be paid for; from scratch the price can be far above the customary 1e-6. And what a code must
-not say at all, the training clips see to: encoder and decoder get the same motion, done by two things of one kind (`vae_loss`).
+Convolutions are causal, with all padding in time in front: latent l depends on frames 0 .. t l.
 
-    B batch · C channels · F frames · L latents · H W pixels, h w latent grid · p patch side · t frames per latent
+**Chunks.** For a long video, coded in chunks, every convolution keeps its last two inputs in a
+cache. They replace the padding of the next chunk, and the result is the same. Frames a b c d e with
+a temporal kernel of 3:
+
+    at once    0 0 a b c d e
+    chunk 1    0 0 a b c              keeps b c
+    chunk 2        b c d e            keeps d e
+
+Legend: B batch, C and A channels of a video and an audio latent, L video latents, S audio latents,
+h w latent grid, t frames per latent, p side of a patch in pixels. Inside the networks c, T, H, W
+are channels, time steps, height and width of the layer. F is torch.nn.functional.
 """
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
 
+# ---------------------------------------------------------------------------- video: layers
 
 @dataclass
 class VAEConfig:
+    """The defaults are Pyramid Flow's published VAE: 8x8 pixels x 8 frames -> 16 channels."""
     widths: tuple = (128, 256, 512, 512)      # channels of each level
     space: tuple = (1, 1, 1, 0)               # does this level end in a spatial halving?
     time: tuple = (1, 1, 1, 0)                # ... and in a temporal one?
-    time_up: tuple = None                     # the decoder's temporal doublings, where they are not the encoder's halvings
     layers: tuple = (2, 3)                    # ResBlocks per level: encoder, decoder
     latent: int = 16                          # channels of the latent
     groups: int = 32                          # GroupNorm groups
-    kernel_t: int = 3                         # temporal kernel
-    patch: tuple = (1, 1)                     # (frames, pixels) of one input position
-    reference: bool = False                   # later frames are coded against the true first one
-    shortcut: bool = False                    # a linear autoencoder in parallel
-    # latents are normalised as (z - shift) * scale, with constants of its own for latent 0, which codes a whole picture
+    # Five switches, for a network that learns on two CPU cores: the published layout, however
+    # narrow, learns nothing there within an hour. Chosen by short runs of one seed each.
+    # 1: a latent depends on its own t frames; the history is modelled by the transformer
+    kernel_t: int = 3
+    # (frames, pixels) of one input position. (4, 4): sixty times fewer positions. Frame 0 is
+    # repeated to fill its patch, so that 4(L-1)+1 frames remain L latents
+    patch: tuple = (1, 1)
+    # the decoder's temporal doublings, if not `time`. Doubling level by level is better than
+    # unfolding all 4 frames in the last layer: mean |error| 0.046, not 0.051, after 400 steps
+    time_up: tuple = None
+    # both sides get the true first frame, which image-to-video always has: see CausalVideoVAE
+    reference: bool = False
+    # a linear autoencoder in parallel to the deep one. Without it the first thousand steps do not
+    # even find the colours: neither side learns before the other one uses the latents
+    shortcut: bool = False
+    # Latents are normalised as (z - shift) * scale. Latent 0 codes a complete image and has
+    # constants of its own.
     shift_image: float = -0.04
     scale_image: float = 1 / 1.8726
     shift_video: float = -0.2343
     scale_video: float = 1 / 3.0986
 
 
-SIZES = {
-    "tiny": dict(widths=(64, 112, 144), space=(1, 1, 0), time=(0, 0, 0), time_up=(1, 1, 0), layers=(1, 2), groups=8, kernel_t=1, patch=(4, 4),
-                 reference=True, shortcut=True),                                                       # 16x16 x 4, toybox
-    "pyramid": dict(),                                                                                 # 8x8 x 8, 335.4 M
-    "syncflow": dict(time=(0, 1, 1, 0), latent=4),                                                     # 8x8 x 4 like Open-Sora's, but causal
+VIDEO_VAE_SIZES = {
+    # 16x16 pixels x 4 frames, for the toybox
+    "tiny": dict(widths=(64, 112, 144), space=(1, 1, 0), time=(0, 0, 0), time_up=(1, 1, 0),
+                 layers=(1, 2), groups=8, kernel_t=1, patch=(4, 4), reference=True, shortcut=True),
+    # 8x8 pixels x 8 frames, 335.4 M parameters, published
+    "pyramid": dict(),
+    # 8x8 pixels x 4 frames like Open-Sora's, which SyncFlow uses; but causal
+    "syncflow": dict(time=(0, 1, 1, 0), latent=4),
 }
 
 
 class CausalConv3d(nn.Module):
-    """Zero padding on both sides in space, in FRONT only in time. With a cache, the front is what came before."""
+    """Convolution with zero padding on both sides in space, in front only in time."""
 
     def __init__(self, c_in, c_out, kernel=(3, 3, 3), stride=(1, 1, 1)):
         super().__init__()
         self.conv = nn.Conv3d(c_in, c_out, kernel, stride, (0, kernel[1] // 2, kernel[2] // 2))
-        self.front, self.stride_t = kernel[0] - 1, stride[0]
+        self.front = kernel[0] - 1                                  # time steps of padding
+        self.stride_t = stride[0]
 
-    def forward(self, x, cache=None):                                         # (B, C, T, H, W)
-        if self.front and (cache is None or self not in cache):
-            padded = F.pad(x, (0, 0, 0, 0, self.front, 0))
-        elif self.front:                                                      # a strided conv has already used one of them
-            padded = torch.cat([cache[self][:, :, self.stride_t - 1:], x], 2)
-        else:
-            padded = x
-        if cache is not None and self.front:
-            cache[self] = padded[:, :, -self.front:].clone()                  # a view would keep the whole chunk in memory
-        return self.conv(padded)
+    def forward(self, x, cache=None):                               # (B, c_in, T, H, W)
+        if self.front and cache is not None and self in cache:
+            # The last two inputs of the chunk before. With a stride of 2 the next window begins
+            # one step later and needs only the last one.
+            x = torch.cat([cache[self][:, :, self.stride_t - 1:], x], 2)
+        elif self.front:
+            x = F.pad(x, (0, 0, 0, 0, self.front, 0))
+        if self.front and cache is not None:
+            # a copy: a view would keep the complete chunk in memory
+            cache[self] = x[:, :, -self.front:].clone()
+        return self.conv(x)
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm of each frame by itself: statistics that ran over time would let a latent see the future."""
+    """GroupNorm of each frame: statistics over time would make a latent depend on the future."""
 
-    def forward(self, x):                                                     # (B, C, T, H, W)
+    def forward(self, x):                                           # (B, c, T, H, W)
         B, C, T, H, W = x.shape
         y = super().forward(x.transpose(1, 2).reshape(B * T, C, H, W))
         return y.view(B, T, C, H, W).transpose(1, 2)
@@ -108,9 +127,12 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, cfg):
         super().__init__()
         kernel = (cfg.kernel_t, 3, 3)
-        self.norm1, self.conv1 = Norm(cfg.groups, c_in, 1e-6), CausalConv3d(c_in, c_out, kernel)
-        self.norm2, self.conv2 = Norm(cfg.groups, c_out, 1e-6), CausalConv3d(c_out, c_out, kernel)
-        self.conv_shortcut = CausalConv3d(c_in, c_out, (1, 1, 1)) if c_in != c_out else nn.Identity()
+        self.norm1 = Norm(cfg.groups, c_in, 1e-6)
+        self.conv1 = CausalConv3d(c_in, c_out, kernel)
+        self.norm2 = Norm(cfg.groups, c_out, 1e-6)
+        self.conv2 = CausalConv3d(c_out, c_out, kernel)
+        same = c_in == c_out
+        self.conv_shortcut = nn.Identity() if same else CausalConv3d(c_in, c_out, (1, 1, 1))
 
     def forward(self, x, cache):
         h = self.conv1(F.silu(self.norm1(x)), cache)
@@ -119,67 +141,84 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head as wide as the network, over the positions of one frame."""
+    """Self-attention over the positions of one frame, one head as wide as the network."""
 
     def __init__(self, c, groups):
         super().__init__()
         self.group_norm = Norm(groups, c, 1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])              # a list, for the published name
 
-    def forward(self, x):                                                     # (B, C, T, H, W)
-        h = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)           # (B, T, HW, C)
-        h = self.to_out[0](F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
-        return x + h.transpose(2, 3).unflatten(3, x.shape[3:]).transpose(1, 2)
+    def forward(self, x):                                           # (B, c, T, H, W)
+        h = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)     # (B, T, HW, c)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = self.to_out[0](h).transpose(2, 3)                       # (B, T, c, HW)
+        return x + h.unflatten(3, x.shape[3:]).transpose(1, 2)
 
 
-class Mid(nn.Module):
+class MidBlock(nn.Module):
     def __init__(self, c, cfg):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(c, c, cfg), ResBlock(c, c, cfg)])
         self.attentions = nn.ModuleList([Attention(c, cfg.groups)])
 
     def forward(self, x, cache):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
+        x = self.attentions[0](self.resnets[0](x, cache))
+        return self.resnets[1](x, cache)
 
 
 class Resample(nn.Module):
-    """One halving or doubling, of space or of time. The convolution makes the channels, the reshape makes the pixels."""
+    """A halving or doubling of space ("down", "up") or of time ("down_t", "up_t").
 
-    def __init__(self, c, what, kernel_t):
+    Halving: a convolution with stride. Doubling: a convolution to 4c (space) or 2c (time) channels,
+    and a reshape that turns channels into pixels or frames."""
+
+    # kind: (output channels per input channel, stride)
+    KINDS = {"down": (1, (1, 2, 2)), "down_t": (1, (2, 1, 1)),
+             "up": (4, (1, 1, 1)), "up_t": (2, (1, 1, 1))}
+
+    def __init__(self, c, kind, kernel_t):
         super().__init__()
-        factor, stride = {"down": (1, (1, 2, 2)), "down_t": (1, (2, 1, 1)), "up": (4, (1, 1, 1)), "up_t": (2, (1, 1, 1))}[what]
-        self.what, self.conv = what, CausalConv3d(c, factor * c, (kernel_t, 3, 3), stride)
+        factor, stride = self.KINDS[kind]
+        self.kind = kind
+        self.conv = CausalConv3d(c, factor * c, (kernel_t, 3, 3), stride)
 
-    def forward(self, x, cache, start=True):
+    def forward(self, x, cache, start=True):                        # (B, c, T, H, W)
         x = self.conv(x, cache)
-        if self.what == "up":                                                 # (B, C·2·2, T, H, W) -> (B, C, T, 2H, 2W)
-            x = x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 5, 2, 6, 3).flatten(5, 6).flatten(3, 4)
-        elif self.what == "up_t":                                             # (B, C·2, T, H, W) -> (B, C, 2T, H, W)
-            x = x.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
-            x = x[:, :, 1:] if start else x                                   # the first frame has no twin: 2T - 1
+        if self.kind == "up":
+            x = F.pixel_shuffle(x.transpose(1, 2), 2).transpose(1, 2)       # (B, c, T, 2H, 2W)
+        elif self.kind == "up_t":
+            x = x.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)       # (B, c, 2T, H, W)
+            if start:
+                # latent 0 is one frame: (B, c, 2T - 1, H, W)
+                x = x[:, :, 1:]
         return x
 
 
 class Level(nn.Module):
-    """The ResBlocks of one resolution and the resampling that leads out of it. Attribute names are the published ones."""
+    """The ResBlocks of one resolution, then resampling, of space first, in encoder (way "down") and
+    decoder (way "up"). Attribute names are the published ones."""
 
     def __init__(self, c_in, c_out, layers, cfg, space, time, way):
         super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out, cfg) for i in range(layers)])
-        make = lambda what: nn.ModuleList([Resample(c_out, what, cfg.kernel_t)])
-        if space:
-            setattr(self, f"{way}samplers", make(way))
-        if time:
-            setattr(self, f"temporal_{way}samplers", make(way + "_t"))
+        blocks = [ResBlock(c_in if i == 0 else c_out, c_out, cfg) for i in range(layers)]
+        self.resnets = nn.ModuleList(blocks)
         self.way = way
+        if space:
+            setattr(self, f"{way}samplers", nn.ModuleList([Resample(c_out, way, cfg.kernel_t)]))
+        if time:
+            resample = Resample(c_out, f"{way}_t", cfg.kernel_t)
+            setattr(self, f"temporal_{way}samplers", nn.ModuleList([resample]))
 
-    def forward(self, x, cache, start=True, seen=None):
+    def forward(self, x, cache, start=True, ref_features=None):
         for block in self.resnets:
             x = block(x, cache)
-        if seen is not None:
-            seen.append(x)                                                    # what this resolution made of the picture
-        for name in (f"{self.way}samplers", f"temporal_{self.way}samplers"):  # space first, then time, both ways
+        if ref_features is not None:
+            # the encoder runs on the first frame, for the decoder's use: keep each resolution
+            ref_features.append(x)
+        for name in (f"{self.way}samplers", f"temporal_{self.way}samplers"):
             for resample in getattr(self, name, ()):
                 x = resample(x, cache, start)
         return x
@@ -188,422 +227,584 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        w, (t, p) = cfg.widths, cfg.patch
-        self.conv_in = CausalConv3d(3 * p * p * (t + cfg.reference), w[0], (cfg.kernel_t, 3, 3))
-        self.down_blocks = nn.ModuleList([Level(w[max(i - 1, 0)], w[i], cfg.layers[0], cfg, cfg.space[i], cfg.time[i], "down")
-                                          for i in range(len(w))])
-        self.mid_block = Mid(w[-1], cfg)
+        w = cfg.widths
+        t, p = cfg.patch
+        kernel = (cfg.kernel_t, 3, 3)
+        # a patch of t frames, and with `reference` the same patch of the first frame beside it
+        c_in = 3 * p * p * (t + cfg.reference)
+        self.conv_in = CausalConv3d(c_in, w[0], kernel)
+        self.down_blocks = nn.ModuleList(
+            Level(w[max(i - 1, 0)], w[i], cfg.layers[0], cfg, cfg.space[i], cfg.time[i], "down")
+            for i in range(len(w)))
+        self.mid_block = MidBlock(w[-1], cfg)
         self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
-        self.conv_out = CausalConv3d(w[-1], 2 * cfg.latent, (cfg.kernel_t, 3, 3))
+        self.conv_out = CausalConv3d(w[-1], 2 * cfg.latent, kernel)         # mean and logvar
         if cfg.shortcut:
             s = 2 ** sum(cfg.space)
-            self.linear = nn.Conv3d(self.conv_in.conv.in_channels, 2 * cfg.latent, (1, s, s), (1, s, s))
+            self.linear = nn.Conv3d(c_in, 2 * cfg.latent, (1, s, s), (1, s, s))
 
-    def forward(self, x, cache, seen=None):
+    def forward(self, x, cache, ref_features=None):                 # (B, c_in, T, H/p, W/p)
         h = self.conv_in(x, cache)
         for level in self.down_blocks:
-            h = level(h, cache, seen=seen)
-        h = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h, cache))), cache)
+            h = level(h, cache, ref_features=ref_features)
+        h = self.mid_block(h, cache)
+        h = self.conv_out(F.silu(self.conv_norm_out(h)), cache)     # (B, 2C, L, h, w)
         return h + self.linear(x) if hasattr(self, "linear") else h
 
 
 class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        w, p, time = cfg.widths[::-1], cfg.patch[1], cfg.time_up or cfg.time
-        self.conv_in = CausalConv3d(cfg.latent, w[0], (cfg.kernel_t, 3, 3))
-        self.mid_block = Mid(w[0], cfg)
-        self.up_blocks = nn.ModuleList([Level(w[max(i - 1, 0)], w[i], cfg.layers[1], cfg, cfg.space[i], time[i], "up")
-                                        for i in range(len(w))])              # the published decoder flags its levels alike
+        w = cfg.widths[::-1]
+        p = cfg.patch[1]
+        # `space` and `time` count from the latents: the published decoder reuses the encoder's
+        time = cfg.time_up or cfg.time
+        kernel = (cfg.kernel_t, 3, 3)
+        self.conv_in = CausalConv3d(cfg.latent, w[0], kernel)
+        self.mid_block = MidBlock(w[0], cfg)
+        self.up_blocks = nn.ModuleList(
+            Level(w[max(i - 1, 0)], w[i], cfg.layers[1], cfg, cfg.space[i], time[i], "up")
+            for i in range(len(w)))
         if cfg.reference:
-            self.references = nn.ModuleList([CausalConv3d(w[i], w[max(i - 1, 0)], (1, 1, 1)) for i in range(len(w))])
+            # from the encoder's activations of a resolution to the decoder's input of that level
+            self.references = nn.ModuleList(
+                CausalConv3d(w[i], w[max(i - 1, 0)], (1, 1, 1)) for i in range(len(w)))
         self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
-        self.conv_out = CausalConv3d(w[-1], 6 + 2 * p * p if cfg.reference else 3 * p * p, (cfg.kernel_t, 3, 3))    # see `paint`
+        # pixels, or what CausalVideoVAE.composite needs
+        c_out = 6 + 2 * p * p if cfg.reference else 3 * p * p
+        self.conv_out = CausalConv3d(w[-1], c_out, kernel)
         if cfg.shortcut:
             t, s = 2 ** sum(time), 2 ** sum(cfg.space)
-            self.linear = nn.ConvTranspose3d(cfg.latent, self.conv_out.conv.out_channels, (t, s, s), (t, s, s))
+            self.linear = nn.ConvTranspose3d(cfg.latent, c_out, (t, s, s), (t, s, s))
 
-    def forward(self, z, cache, start, seen=None):
+    def forward(self, z, cache, start, ref_features=None):          # (B, C, L, h, w)
         x = self.conv_in(z, cache)
         for i, level in enumerate(self.up_blocks):
-            if seen is not None:                                              # the encoder's view of the first frame joins in,
-                x = x + _later(self.references[i](seen[-1 - i]), x.shape[2], start)       # at every resolution, as in a U-Net
-            x = level(self.mid_block(x, cache) if i == 0 else x, cache, start)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)), cache)
+            if ref_features is not None:
+                # the first frame enters at every resolution, as in a U-Net
+                reference = self.references[i](ref_features[-1 - i])
+                x = x + for_later_frames(reference, x.shape[2], start)
+            if i == 0:
+                x = self.mid_block(x, cache)
+            x = level(x, cache, start)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)), cache)     # (B, c_out, frames, H/p, W/p)
         return x + self.linear(z)[:, :, -x.shape[2]:] if hasattr(self, "linear") else x
 
 
-def _later(x, frames, start):
-    """x (B, C, 1, h, w) for every frame or latent of a chunk; zeros for the first, which has no reference."""
-    x = x.repeat(1, 1, frames, 1, 1)
+def for_later_frames(x, n, start):
+    """x (B, c, 1, H, W) of the first frame, for the n time steps of a chunk -> (B, c, n, H, W). The
+    first frame itself, step 0 of a chunk that starts the clip, has no reference: zeros."""
+    x = x.repeat(1, 1, n, 1, 1)
     return torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, 1:]], 2) if start else x
 
 
+# ---------------------------------------------------------------------------- video: coding
+
 class CausalVideoVAE(nn.Module):
-    """Video (B, 3, F, H, W) in [-1, 1] <-> latents (B, C, L, h, w), F = t(L-1)+1. Shapes as in `VAEConfig`."""
+    """Video (B, 3, frames, H, W) in [-1, 1] <-> latents (B, C, L, h, w), frames = t(L-1)+1.
+
+    With `cfg.reference`, all but latent 0 are conditioned on the true first frame. The encoder gets
+    it beside every patch, and latents are differences from the latent of a still clip: rest is
+    exactly zero, and no latent repeats how the scene appears. The decoder gets the encoder's
+    activations of it, and its output is a composite over it.
+    """
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), Decoder(cfg)
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
         self.quant_conv = CausalConv3d(2 * cfg.latent, 2 * cfg.latent, (1, 1, 1))
         self.post_quant_conv = CausalConv3d(cfg.latent, cfg.latent, (1, 1, 1))
-        nn.init.constant_(self.quant_conv.conv.bias[cfg.latent:], -6)         # start with little noise, or nothing is ever coded
-        self.stride_t = cfg.patch[0] * 2 ** sum(cfg.time)                     # frames per latent
-        self.stride = cfg.patch[1] * 2 ** sum(cfg.space)                      # pixels per latent position
+        # logvar starts at -6: with more noise in the latents the decoder never learns to use them
+        nn.init.constant_(self.quant_conv.conv.bias[cfg.latent:], -6)
+        self.stride_t = cfg.patch[0] * 2 ** sum(cfg.time)           # t, frames per latent
+        self.stride = cfg.patch[1] * 2 ** sum(cfg.space)            # pixels per latent position
 
-    def patchify(self, x, t):                                                 # (B, 3, F, H, W) -> (B, 3·t·p·p, F/t, H/p, W/p)
-        p = self.cfg.patch[1]
-        x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, t))      # (B, 3, F/t, t, H/p, p, W/p, p)
-        return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+    def patchify(self, x, t):
+        """(B, 3, frames, H, W) -> (B, 3 t p p, frames/t, H/p, W/p)."""
+        x = x.unflatten(2, (-1, t)).transpose(1, 2).flatten(2, 3)   # (B, frames/t, 3 t, H, W)
+        return F.pixel_unshuffle(x, self.cfg.patch[1]).transpose(1, 2)
 
-    def unpatchify(self, x):                                                  # (B, n·p·p, F, H/p, W/p) -> (B, n, F, H, W)
-        p = self.cfg.patch[1]
-        x = x.unflatten(1, (-1, p, p)).permute(0, 1, 4, 5, 2, 6, 3)           # (B, n, F, H/p, p, W/p, p)
-        return x.flatten(5, 6).flatten(3, 4)
+    def unpatchify(self, x):
+        """(B, n p p, frames, H/p, W/p) -> (B, n, frames, H, W)."""
+        return F.pixel_shuffle(x.transpose(1, 2), self.cfg.patch[1]).transpose(1, 2)
 
-    def paint(self, x, first):
-        """Every pixel is a mixture of the first frame and two colours that its 4x4 patch has for it. Edges come out sharp,
-        because only the mixture is per pixel; where nothing moved it is all first frame, an exact copy."""
+    def composite(self, x, first):
+        """Every pixel is a mixture of the first frame and of two colours of its patch.
+
+        x (B, 6 + 2pp, frames, H/p, W/p): two colours a patch, two logits a pixel (the first frame's
+        logit is 0). Only the mixture is per pixel, which keeps edges sharp, and where nothing moves
+        the result is an exact copy of first (B, 3, frames, H, W)."""
         p = self.cfg.patch[1]
-        colours, logits = x.split([6, 2 * p * p], 1)                          # (B, 6 or 2pp, F, H/p, W/p)
-        colours = colours.repeat_interleave(p, -1).repeat_interleave(p, -2).unflatten(1, (2, 3))      # (B, 2, 3, F, H, W)
-        w = F.pad(self.unpatchify(logits), (0, 0, 0, 0, 0, 0, 1, 0)).softmax(1)                       # (B, 3, F, H, W)
-        return w[:, :1] * first + w[:, 1:2] * colours[:, 0] + w[:, 2:] * colours[:, 1]
+        colours, logits = x.split([6, 2 * p * p], 1)
+        colours = colours.repeat_interleave(p, -1).repeat_interleave(p, -2)
+        one, two = colours.chunk(2, 1)                              # (B, 3, frames, H, W) each
+        logits = F.pad(self.unpatchify(logits), (0, 0, 0, 0, 0, 0, 1, 0))
+        w = logits.softmax(1)                                       # (B, 3, frames, H, W)
+        return w[:, :1] * first + w[:, 1:2] * one + w[:, 2:] * two
 
     def encode(self, video, first=None, cache=None):
-        """Video (B, 3, F, H, W) -> mean, logvar (B, C, L, h, w), logvar clamped to [-30, 20].
+        """Video (B, 3, frames, H, W) -> mean, logvar (B, C, L, h, w), logvar within [-30, 20].
 
-        With a `cache` (a dict, empty for the first chunk) it continues where the last call ended; the first chunk has
-        t·n + 1 frames, later ones t·n. `first`: the clip's first frame (B, 3, 1, H, W), needed by later chunks only."""
-        start, first = not cache, video[:, :, :1] if first is None else first
+        cache: a dict, empty for the first chunk of t n + 1 frames; later chunks have t n frames.
+        first: the clip's first frame (B, 3, 1, H, W), needed for later chunks only."""
+        start = not cache
+        if first is None:
+            first = video[:, :, :1]
         if cache is not None:
             cache["started"] = True
-        mean, logvar = self._code(video, first, start, cache)
+        mean, logvar = self._moments(video, first, start, cache)
         if self.cfg.reference:
-            mean = mean - _later(self._still(first)[0], mean.shape[2], start)
+            still, _ = self.encode_still(first)
+            mean = mean - for_later_frames(still, mean.shape[2], start)
         return mean, logvar.clamp(-30, 20)
 
-    def _code(self, video, first, start, cache=None, seen=None):
+    def _moments(self, video, first, start, cache=None, ref_features=None):
         t = self.cfg.patch[0]
-        x = torch.cat([video[:, :, :1]] * (t - 1) + [video], 2) if start else video
-        x = self.patchify(x, t)
+        if start:
+            # frame 0 fills a patch of t frames by itself
+            video = torch.cat([video[:, :, :1]] * (t - 1) + [video], 2)
+        x = self.patchify(video, t)
         if self.cfg.reference:
-            x = torch.cat([x, _later(self.patchify(first, 1), x.shape[2], start)], 1)
-        return self.quant_conv(self.encoder(x, cache, seen)).chunk(2, 1)
+            reference = for_later_frames(self.patchify(first, 1), x.shape[2], start)
+            x = torch.cat([x, reference], 1)
+        return self.quant_conv(self.encoder(x, cache, ref_features)).chunk(2, 1)
 
-    def _still(self, first):
-        """What a later latent would be if nothing had moved (latents count from there: rest is exactly zero), and what the
-        encoder sees in the first frame, one tensor per level."""
-        seen = []
-        return self._code(first.repeat(1, 1, self.stride_t, 1, 1), first, False, seen=seen)[0], seen
+    def encode_still(self, first):
+        """First frame (B, 3, 1, H, W) -> the latent (B, C, 1, h, w) of t frames equal to it, and the
+        encoder's activations, one tensor per level."""
+        ref_features = []
+        still = first.repeat(1, 1, self.stride_t, 1, 1)
+        mean, _ = self._moments(still, first, start=False, ref_features=ref_features)
+        return mean, ref_features
 
     def decode(self, z, first=None, cache=None):
-        """Latents (B, C, L, h, w) -> video (B, 3, F, H, W), about [-1, 1]. `cache` as in encode (later chunks: F = t·L).
+        """Latents (B, C, L, h, w) -> video (B, 3, frames, H, W), about [-1, 1].
 
-        `first` (B, 3, 1, H, W), for a VAE with reference: the true first frame; without it latent 0 is decoded to serve."""
-        start, seen = not cache, None
+        cache: as in encode; later chunks of L latents are t L frames. first: the true first frame
+        (B, 3, 1, H, W), with `cfg.reference`; by default latent 0 is decoded to serve as it."""
+        start = not cache
+        ref_features = None
         if self.cfg.reference:
-            first = self.decode(z[:, :, :1], torch.zeros_like(z[:, :1, :1]).repeat(
-                1, 3, 1, self.stride, self.stride)) if first is None else first
-            seen = self._still(first)[1]
+            if first is None:
+                # latent 0 has no reference: any frame will do
+                black = torch.zeros_like(z[:, :1, :1]).repeat(1, 3, 1, self.stride, self.stride)
+                first = self.decode(z[:, :, :1], black)
+            _, ref_features = self.encode_still(first)
         if cache is not None:
             cache["started"] = True
-        x = self.decoder(self.post_quant_conv(z), cache, start, seen)
-        return self.paint(x, _later(first, x.shape[2], start)) if self.cfg.reference else self.unpatchify(x)
+        x = self.decoder(self.post_quant_conv(z), cache, start, ref_features)
+        if self.cfg.reference:
+            return self.composite(x, for_later_frames(first, x.shape[2], start))
+        return self.unpatchify(x)
 
     def encode_chunks(self, video, frames=16):
-        """`encode` of a long video, `frames` (a multiple of t) at a time: the same latents in bounded memory."""
-        cache, first, pieces = {}, video[:, :, :1], [video[:, :, :frames + 1], *video[:, :, frames + 1:].split(frames, 2)]
-        return tuple(torch.cat(part, 2) for part in zip(*(self.encode(p, first, cache) for p in pieces)))
+        """`encode` in bounded memory, `frames` (a multiple of t) at a time: the same latents."""
+        cache = {}
+        chunks = [video[:, :, :frames + 1], *video[:, :, frames + 1:].split(frames, 2)]
+        moments = [self.encode(chunk, video[:, :, :1], cache) for chunk in chunks]
+        means, logvars = zip(*moments)
+        return torch.cat(means, 2), torch.cat(logvars, 2)
 
     def decode_tiles(self, z, caches, tile=32, overlap=8):
-        """`decode` of a large picture (no reference), tile for tile with a linear cross-fade, as Pyramid Flow's own pipeline does:
-        GroupNorm and attention see a tile instead of the frame, so it is close to `decode`, not equal to it. caches: a dict,
-        empty for the first chunk; it keeps every tile's own cache, so that a video can be decoded latent for latent."""
-        h, w, p = *z.shape[3:], self.stride
-        spots = lambda n: sorted({*range(0, max(n - tile, 0), tile - overlap), max(n - tile, 0)})
+        """`decode` of large frames, without reference, in overlapping tiles with a linear cross-fade,
+        as in Pyramid Flow's pipeline. Close to `decode`, not equal to it: GroupNorm and attention
+        act on a tile instead of the frame.
+
+        tile, overlap: in latents. caches: a dict, empty for the first chunk, with a cache per tile:
+        so a video can be decoded latent by latent."""
+        p = self.stride
+        height, width = z.shape[3] * p, z.shape[4] * p
+        # a pixel's weight rises from the edge of its tile to 1 over the overlap
         ramp = ((torch.arange(tile * p, device=z.device) + .5) / (overlap * p)).clamp(max=1)
-        fade, total, weights = torch.minimum(ramp, ramp.flip(0)), 0, 0
-        for y in spots(h):
-            for x in spots(w):
-                piece = self.decode(z[:, :, :, y:y + tile, x:x + tile], cache=caches.setdefault((y, x), {}))
-                weight = fade[:piece.shape[3], None] * fade[None, :piece.shape[4]]                # (tile p, tile p)
-                place = (x * p, w * p - x * p - piece.shape[4], y * p, h * p - y * p - piece.shape[3])
-                total, weights = total + F.pad(piece * weight, place), weights + F.pad(weight, place)
+        fade = torch.minimum(ramp, ramp.flip(0))
+        total = 0
+        weights = 0
+        for y in tile_starts(z.shape[3], tile, overlap):
+            for x in tile_starts(z.shape[4], tile, overlap):
+                cache = caches.setdefault((y, x), {})
+                piece = self.decode(z[:, :, :, y:y + tile, x:x + tile], cache=cache)
+                h, w = piece.shape[3:]
+                weight = fade[:h, None] * fade[None, :w]
+                # zeros to the left, right, above and below
+                margins = (x * p, width - x * p - w, y * p, height - y * p - h)
+                total = total + F.pad(piece * weight, margins)
+                weights = weights + F.pad(weight, margins)
         return total / weights
 
     def normalise(self, z, start=True):
-        """Latents to about unit variance, latent 0 (if `start`) by constants of its own. `denormalise` is the inverse."""
-        c = self.cfg
-        video = (z - c.shift_video) * c.scale_video
-        return torch.cat([(z[:, :, :1] - c.shift_image) * c.scale_image, video[:, :, 1:]], 2) if start else video
+        """Latents -> about unit variance. `start`: z begins with latent 0."""
+        c, n = self.cfg, int(start)
+        image = (z[:, :, :n] - c.shift_image) * c.scale_image
+        video = (z[:, :, n:] - c.shift_video) * c.scale_video
+        return torch.cat([image, video], 2)
 
     def denormalise(self, z, start=True):
-        c = self.cfg
-        video = z / c.scale_video + c.shift_video
-        return torch.cat([z[:, :, :1] / c.scale_image + c.shift_image, video[:, :, 1:]], 2) if start else video
+        """The inverse of `normalise`."""
+        c, n = self.cfg, int(start)
+        image = z[:, :, :n] / c.scale_image + c.shift_image
+        video = z[:, :, n:] / c.scale_video + c.shift_video
+        return torch.cat([image, video], 2)
 
 
-def vae_loss(vae, seen, video, noise, kl=1e-4):
-    """Reconstruction plus KL -> loss, mean |error|, nats per latent (of the later ones). noise: (B, C, L, h, w), N(0, 1).
+def tile_starts(n, tile, overlap):
+    """First latents of the tiles along a side of n latents; the last tile ends with the side."""
+    last = max(n - tile, 0)
+    return sorted({*range(0, last, tile - overlap), last})
 
-    seen, video (B, 3, F, H, W): the same motion, done by two things of one kind (or twice the same clip). The encoder sees
-    the one, the decoder is given the FIRST FRAME of the other and has to paint that one. So the colour, the place or the
-    size of a thing in a latent is worth nothing: latents come to say how it moves, looks are taken from the first frame, and
-    a small error in a generated latent is an error of motion, not of looks. Latent 0 is a picture by itself and keeps its own.
 
-    |error| of pixels and of their differences to the right and below (edges, in place of a downloaded perceptual net),
-    both weighted where the clip has left its first frame: little of a picture moves, and all of the lesson is there.
-    The first frame, which latent 0 codes alone, counts as if all of it had moved."""
-    mean, logvar = vae.encode(seen)
-    first = video[:, :, :1]
-    painted = vae.decode(mean + (logvar / 2).exp() * noise, first).float()
-    moved = ((video - first).abs().amax(1, keepdim=True) > .04).float()
-    moved = F.max_pool3d(moved, (1, 3, 3), 1, (0, 1, 1))                      # with a rim of one pixel
+def kl_divergence(mean, logvar):
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of every latent value, in nats."""
+    return .5 * (mean.square() + logvar.exp() - 1 - logvar).float()
+
+
+def video_vae_loss(vae, source, target, noise, kl):
+    """Reconstruction plus KL -> loss, mean |error|, nats per latent (latent 0 excepted).
+
+    source, target (B, 3, frames, H, W): the same motion of two objects of one kind, or twice one
+    clip. noise (B, C, L, h, w) ~ N(0, 1). The encoder gets the source; the decoder gets the first
+    frame of the target and has to reproduce the target. So latents gain nothing by coding colour,
+    position or size: they come to code motion, and a small error in a generated latent is an error
+    of motion, not of appearance. Latent 0, an image by itself, reproduces the source.
+
+    The KL term is the price of information in a latent. What the decoder finds in the first frame
+    costs nothing, so that kl can be far above the customary 1e-6: 0.02 for the toybox."""
+    mean, logvar = vae.encode(source)
+    first = target[:, :, :1]
+    output = vae.decode(mean + (logvar / 2).exp() * noise, first).float()
+
+    # Little of a picture moves. Pixels that have left the first frame by more than 0.04, with a rim
+    # of one pixel, count 8 times. So does all of frame 0, which latent 0 codes without a reference.
+    moved = ((target - first).abs().amax(1, keepdim=True) > .04).float()
+    moved = F.max_pool3d(moved, (1, 3, 3), 1, (0, 1, 1))            # (B, 1, frames, H, W)
     moved[:, :, 0] = 1
     weight = 1 + 7 * moved
-    error = painted - torch.cat([seen[:, :, :1], video[:, :, 1:]], 2)         # (B, 3, F, H, W)
-    edges = (error.diff(dim=3).abs() * weight[..., 1:, :]).mean() + (error.diff(dim=4).abs() * weight[..., 1:]).mean()
-    divergence = .5 * (mean.square() + logvar.exp() - 1 - logvar).float()
-    rate = divergence.detach()[:, :, 1:].sum((1, 3, 4)).mean()
-    return (error.abs() * weight).mean() + .5 * edges + kl * divergence.mean(), error.detach().abs().mean(), rate
+
+    # |error| of pixels and of their differences downwards and to the right. The differences keep
+    # edges, in place of a perceptual network that would have to be downloaded.
+    error = output - torch.cat([source[:, :, :1], target[:, :, 1:]], 2)     # (B, 3, frames, H, W)
+    edges = (error.diff(dim=3).abs() * weight[..., 1:, :]).mean()
+    edges = edges + (error.diff(dim=4).abs() * weight[..., 1:]).mean()
+    divergence = kl_divergence(mean, logvar)
+    loss = (error.abs() * weight).mean() + .5 * edges + kl * divergence.mean()
+    nats = divergence.detach()[:, :, 1:].sum((1, 3, 4)).mean()
+    return loss, error.detach().abs().mean(), nats
 
 
-# ------------------------------------------------------------------------------------------------ the audio VAE
+# ---------------------------------------------------------------------------- the audio VAE: layers
 
 @dataclass
 class AudioVAEConfig:
+    """The defaults are SyncFlow's VAE, of 15 M parameters: 48 kHz, 50 latents a second."""
+    front: str = "waveform"                   # "waveform", or "mel" for log-mel spectra
     rate: int = 48000                         # samples per second
-    ratios: tuple = (4, 5, 6, 8)              # strides of the encoder's levels; times the patch they are the hop, 960: 50 latents a second
-    patch: int = 1                            # beyond 1, the first and the last layer see so many samples at once: 10 times faster to train
-    width: int = 32                           # channels of the first level; every level doubles them
-    latent: int = 128
-    lstm: int = 2                             # recurrent layers at the bottom of either side
-    shift: tuple = 0.                         # latents are normalised as (z - shift) * scale, a number per channel
+    width: int = 32                           # channels, with "waveform" doubled by every level
+    latent: int = 128                         # channels of the latent
+    # waveform: strides of the levels; times the patch they are the hop, in samples per latent
+    ratios: tuple = (4, 5, 6, 8)
+    patch: int = 1                            # waveform: samples per position of the first level
+    lstm: int = 2                             # waveform: layers of the LSTM next to the latents
+    mels: int = 64                            # mel: bands
+    depth: int = 2                            # mel: residual units on either side of the halving
+    # latents are normalised as (z - shift) * scale, with one number per channel
+    shift: tuple = 0.
     scale: tuple = 1.
 
 
-AUDIO_SIZES = {
-    "tiny": dict(rate=16000, patch=20, ratios=(4, 4), width=64, latent=16, lstm=0),                    # hop 320: 50 Hz, toybox
-    "syncflow": dict(),                                                                                # 15 M, 48 kHz
+AUDIO_VAE_SIZES = {                           # by front end, then by name
+    "waveform": {
+        # hop 320, 50 Hz; patches of 20 samples make training 10 times faster
+        "tiny": dict(rate=16000, patch=20, ratios=(4, 4), width=64, latent=16, lstm=0),
+        "syncflow": dict(),
+    },
+    "mel": {
+        # two frames of 10 ms per latent: 50 Hz
+        "tiny": dict(front="mel", rate=16000, width=256, latent=16),
+    },
 }
 
 
-class Residual(nn.Module):
-    """EnCodec's residual unit: half the channels see three samples."""
+class ResidualUnit(nn.Module):
+    """EnCodec's residual unit: a kernel of 3 into half the channels, a kernel of 1 back."""
 
     def __init__(self, c):
         super().__init__()
-        self.conv1, self.conv2, self.shortcut = nn.Conv1d(c, c // 2, 3, padding=1), nn.Conv1d(c // 2, c, 1), nn.Conv1d(c, c, 1)
+        self.conv1 = nn.Conv1d(c, c // 2, 3, padding=1)
+        self.conv2 = nn.Conv1d(c // 2, c, 1)
+        self.shortcut = nn.Conv1d(c, c, 1)
 
-    def forward(self, x):                                                     # (B, C, n)
+    def forward(self, x):                                           # (B, c, n)
         return self.shortcut(x) + self.conv2(F.elu(self.conv1(F.elu(x))))
 
 
-class Recurrent(nn.Module):
-    """The LSTM at the bottom, with a way past it."""
+class LSTM(nn.Module):
+    """EnCodec's LSTM over the latents, with a residual connection."""
 
     def __init__(self, c, layers):
         super().__init__()
         self.lstm = nn.LSTM(c, c, layers, batch_first=True)
 
-    def forward(self, x):                                                     # (B, C, S)
-        return x + self.lstm(x.transpose(1, 2))[0].transpose(1, 2)
+    def forward(self, x):                                           # (B, c, S)
+        y, _ = self.lstm(x.transpose(1, 2))
+        return x + y.transpose(1, 2)
 
 
-class Stride(nn.Module):
-    """Every r samples one, or every sample r: kernels of 2r, padded or trimmed by r in all, so lengths divide or multiply exactly."""
+class StridedConv(nn.Module):
+    """r samples to one, or with `up` one sample to r. The kernel is 2r; r samples of padding (or of
+    trimming) make lengths divide (or multiply) exactly."""
 
     def __init__(self, c_in, c_out, r, up=False):
         super().__init__()
-        self.conv, self.r, self.up = (nn.ConvTranspose1d if up else nn.Conv1d)(c_in, c_out, 2 * r, r), r, up
+        conv = nn.ConvTranspose1d if up else nn.Conv1d
+        self.conv = conv(c_in, c_out, 2 * r, r)
+        self.up = up
+        self.left = r - r // 2
+        self.right = r // 2
 
     def forward(self, x):
-        left, right = self.r - self.r // 2, self.r // 2
-        return self.conv(x)[..., left:-right] if self.up else self.conv(F.pad(x, (left, right)))
+        if self.up:                                                 # (B, c_in, n) -> (B, c_out, nr)
+            return self.conv(x)[..., self.left:-self.right]
+        return self.conv(F.pad(x, (self.left, self.right)))         # (B, c_in, nr) -> (B, c_out, n)
+
+
+def three_parts(first, blocks, last):
+    """A network under the names of its weights: first.*, blocks.0.*, ..., last.*"""
+    blocks = nn.Sequential(*blocks)
+    return nn.Sequential(OrderedDict(first=first, blocks=blocks, last=last))
+
+
+def waveform_layers(cfg):
+    """EnCodec's encoder and decoder (SEANet, non-causal), a Gaussian in place of the quantiser, as
+    SyncFlow section 3.1 has it. (B, 1, S hop) -> (B, 2A, S), and (B, A, S) -> (B, 1, S hop).
+
+    EnCodec's weight normalisation is left out; `variance_preserving_init` gives the part of it that
+    matters at the start, layers that keep the scale of their input."""
+    c = cfg.width
+    if cfg.patch > 1:
+        first = StridedConv(1, c, cfg.patch)
+        last = StridedConv(c, 1, cfg.patch, up=True)
+    else:
+        first = nn.Conv1d(1, c, 7, padding=3)
+        last = nn.Conv1d(c, 1, 7, padding=3)
+    down = []
+    up = []
+    for r in cfg.ratios:
+        # the decoder is the mirror image, hence built from its end
+        down = [*down, ResidualUnit(c), nn.ELU(), StridedConv(c, 2 * c, r)]
+        up = [nn.ELU(), StridedConv(2 * c, c, r, up=True), ResidualUnit(c), *up]
+        c = 2 * c
+    if cfg.lstm:
+        down = [*down, LSTM(c, cfg.lstm)]
+        up = [LSTM(c, cfg.lstm), *up]
+    encoder = three_parts(first, [*down, nn.ELU()], nn.Conv1d(c, 2 * cfg.latent, 7, padding=3))
+    decoder = three_parts(nn.Conv1d(cfg.latent, c, 7, padding=3), [*up, nn.ELU()], last)
+    return encoder, decoder
+
+
+def mel_layers(cfg):
+    """Log-mel spectra (B, mels, 2S) -> (B, 2A, S), and latents (B, A, S) -> (B, mels, 2S)."""
+    c = cfg.width
+
+    def blocks(resample):
+        before = [ResidualUnit(c) for _ in range(cfg.depth)]
+        after = [ResidualUnit(c) for _ in range(cfg.depth)]
+        return [*before, nn.ELU(), resample, *after, nn.ELU()]
+
+    encoder = three_parts(nn.Conv1d(cfg.mels, c, 3, padding=1), blocks(StridedConv(c, c, 2)),
+                          nn.Conv1d(c, 2 * cfg.latent, 3, padding=1))
+    decoder = three_parts(nn.Conv1d(cfg.latent, c, 3, padding=1),
+                          blocks(StridedConv(c, c, 2, up=True)),
+                          nn.Conv1d(c, cfg.mels, 3, padding=1))
+    return encoder, decoder
 
 
 @torch.no_grad()
-def keep_size(vae):
-    """Every layer keeps the size of what it is given. By torch's own start a sound left the encoder 100 times smaller than it came, and
-    after 400 steps nothing was coded; now most onsets are."""
+def variance_preserving_init(vae):
+    """Every layer starts with the scale of its input: weights of variance 1 / fan-in.
+
+    From torch's defaults, sounds left the strided encoder 100 times smaller than they entered, and
+    after 400 steps nothing was coded; with this start most onsets are."""
     for m in vae.modules():
         if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)):
-            seen = m.weight[0].numel() if isinstance(m, nn.Conv1d) else 2 * len(m.weight)          # inputs of an output: kernels are 2r, steps r
-            nn.init.normal_(m.weight, std=seen ** -.5), nn.init.zeros_(m.bias)
+            fan_in = m.weight[0].numel()
+            if isinstance(m, nn.ConvTranspose1d):
+                fan_in = 2 * len(m.weight)                          # kernels of 2r at steps of r
+            nn.init.normal_(m.weight, std=fan_in ** -.5)
+            nn.init.zeros_(m.bias)
     for m in vae.modules():
-        if isinstance(m, Residual):
-            nn.init.zeros_(m.conv2.weight)                                    # its way past is all there is
+        if isinstance(m, ResidualUnit):
+            nn.init.zeros_(m.conv2.weight)                          # the residual branch starts at 0
+    # logvar starts near -6: with more noise than that nothing is ever coded
     logvar = slice(vae.cfg.latent, None)
     vae.encoder.last.weight[logvar] *= .1
-    nn.init.constant_(vae.encoder.last.bias[logvar], -6)                      # start with little noise, or nothing is ever coded
+    nn.init.constant_(vae.encoder.last.bias[logvar], -6)
+    if vae.cfg.front == "waveform":
+        # the samples of a sound are about 0.1, activations about 1
+        for w in vae.encoder.first.parameters():
+            w *= 10
+        for w in vae.decoder.last.parameters():
+            w *= .1
 
+
+class LogMel(nn.Module):
+    """Waveform (B, n) <-> log-mel spectra (B, bands, n / hop + 1), on the device of its input.
+
+    25 ms windows every 10 ms, 64 bands from 40 Hz; energies below -80 dB count as silence, and the
+    constants give about zero mean and unit variance. The numbers are those of `data.log_mel`, which
+    calls librosa; a test holds both together. The buffers are not persistent: no state-dict keys."""
+
+    def __init__(self, rate, bands):
+        super().__init__()
+        import librosa
+        self.hop = rate // 100
+        filters = torch.from_numpy(librosa.filters.mel(sr=rate, n_fft=512, n_mels=bands, fmin=40))
+        self.register_buffer("filters", filters, persistent=False)  # (bands, 257)
+        self.register_buffer("spread", torch.linalg.pinv(filters), persistent=False)
+        self.register_buffer("window", torch.hann_window(rate // 40), persistent=False)
+
+    def stft(self, wave):                                           # (B, n) -> (B, 257, n / hop + 1)
+        return torch.stft(wave, 512, self.hop, len(self.window), self.window, pad_mode="constant",
+                          return_complex=True)
+
+    def istft(self, spectrum):                                      # (B, 257, n + 1) -> (B, n hop)
+        samples = (spectrum.shape[2] - 1) * self.hop
+        return torch.istft(spectrum, 512, self.hop, len(self.window), self.window, length=samples)
+
+    def forward(self, wave):
+        # bfloat16 has 8 bits for a number, these logarithms span 8 decades
+        with torch.autocast(wave.device.type, enabled=False):
+            power = self.stft(wave.to(self.window.dtype)).abs().square()
+            mels = ((self.filters @ power + 1e-6).log10() + 3) / 1.6
+        return mels.to(wave.dtype)
+
+    def inverse(self, mels, rounds=16, momentum=.99):
+        """(B, bands, n) -> waveform (B, n hop): magnitudes by the pseudo-inverse of the filters, and
+        phases by Griffin and Lim's iteration (1984) with momentum (Perraudin et al. 2013)."""
+        import numpy as np
+        with torch.autocast(mels.device.type, enabled=False):
+            # A network that has diverged may ask for any energy; nothing real exceeds 4.
+            mels = mels.to(self.window.dtype).clamp(max=4)
+            energy = (10 ** (1.6 * mels - 3) - 1e-6).clamp(min=0)
+            magnitude = (self.spread @ energy).clamp(min=0).sqrt()  # (B, 257, n)
+            # n + 1 frames have their centres at 0, hop, ..., n hop: the last one is repeated
+            magnitude = torch.cat([magnitude, magnitude[..., -1:]], 2)
+
+            # The same phases for every row, drawn as librosa.griffinlim(random_state=0) does.
+            phases = 2 * np.pi * np.random.RandomState(0).random(magnitude.shape[1:])
+            phases = torch.from_numpy(phases).to(magnitude)
+            spectrum = torch.polar(magnitude, phases.expand_as(magnitude))
+            previous = 0
+            for _ in range(rounds):
+                # Phases of a real waveform, extrapolated; magnitudes as they shall be.
+                consistent = self.stft(self.istft(spectrum))
+                estimate = consistent - momentum / (1 + momentum) * previous
+                spectrum = magnitude * estimate / (estimate.abs() + 1e-30)
+                previous = consistent
+            return self.istft(spectrum)
+
+
+# ---------------------------------------------------------------------------- the audio VAE: coding
 
 class AudioVAE(nn.Module):
-    """Waveforms <-> latents at 50 Hz: EnCodec's encoder and decoder (SEANet, non-causal), the quantiser replaced by a Gaussian,
-    as SyncFlow section 3.1 does. EnCodec's weight normalisation, a matter of optimisation, is left out; what it also gives, layers
-    that keep the size of what passes through, is in how the weights start."""
+    """Waveforms (B, n) in [-1, 1] <-> latents (B, A, S), S = ceil(n / hop).
+
+    Front end "mel": a waveform is mostly phase, which is inaudible, and 16 numbers a latent cannot
+    hold the partials of a bell. Of the true sounds of 96 toybox clips 0.95 are closest to their own
+    material; coded as waveforms 0.62, as spectra 0.90 after half the steps. Phases are estimated
+    in the end: MMAudio trains a vocoder, Griffin-Lim needs no training."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, c = cfg, cfg.width
-        self.hop = cfg.patch * math.prod(cfg.ratios)                          # samples per latent
-        wave = lambda a, b, up: Stride(a, b, cfg.patch, up) if cfg.patch > 1 else nn.Conv1d(a, b, 7, padding=3)
-        first, last, down, up = wave(1, c, False), wave(c, 1, True), [], []
-        for r in cfg.ratios:                                                  # the decoder is the mirror image, built from its end
-            down += [Residual(c), nn.ELU(), Stride(c, 2 * c, r)]
-            up = [nn.ELU(), Stride(2 * c, c, r, up=True), Residual(c)] + up
-            c *= 2
-        memory = lambda: [Recurrent(c, cfg.lstm)] if cfg.lstm else []
-        parts = lambda *named: nn.Sequential(OrderedDict(named))
-        self.encoder = parts(("first", first), ("blocks", nn.Sequential(*down, *memory(), nn.ELU())), ("last", nn.Conv1d(c, 2 * cfg.latent, 7, padding=3)))
-        self.decoder = parts(("first", nn.Conv1d(cfg.latent, c, 7, padding=3)), ("blocks", nn.Sequential(*memory(), *up, nn.ELU())), ("last", last))
-        keep_size(self)
-        with torch.no_grad():                                                 # sounds, of about 0.1, come in as 1
-            for w, gain in [(w, 10) for w in self.encoder.first.parameters()] + [(w, .1) for w in self.decoder.last.parameters()]:
-                w *= gain
+        self.cfg = cfg
+        if cfg.front == "mel":
+            self.encoder, self.decoder = mel_layers(cfg)
+            self.log_mel = LogMel(cfg.rate, cfg.mels)
+            self.hop = 2 * self.log_mel.hop                         # samples per latent
+        else:
+            self.encoder, self.decoder = waveform_layers(cfg)
+            self.hop = cfg.patch * math.prod(cfg.ratios)
+        variance_preserving_init(self)
 
-    def encode(self, wave):
-        """Waveforms (B, n) in [-1, 1] -> mean, logvar (B, A, S), S = ceil(n / hop): the end is filled up with silence."""
-        x = F.pad(wave, (0, -wave.shape[1] % self.hop))[:, None]              # (B, 1, S·hop)
-        mean, logvar = self.encoder(x).chunk(2, 1)
+    def features(self, wave):
+        """Waveform (B, n) -> the encoder's input, (B, 1, S hop) or log-mels (B, mels, 2S). The end is
+        filled up with silence."""
+        wave = F.pad(wave, (0, -wave.shape[1] % self.hop))
+        if self.cfg.front == "mel":
+            return self.log_mel(wave)[..., :-1]
+        return wave[:, None]
+
+    def posterior(self, features):
+        """-> mean, logvar (B, A, S), logvar within [-30, 20]."""
+        mean, logvar = self.encoder(features).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
-    def decode(self, z, samples=None):                                        # (B, A, S) -> (B, samples), S·hop if not given
-        return self.decoder(z)[:, 0, :samples]
+    def encode(self, wave):
+        """Waveform (B, n) -> mean, logvar (B, A, S)."""
+        return self.posterior(self.features(wave))
 
-    def decode_pieces(self, z, samples=None, piece=500, margin=16):
-        """`decode` of a long sound in bounded memory: what lies farther than `margin` latents away is not heard (but for an LSTM)."""
-        parts = []
-        for a in range(0, z.shape[2], piece):
-            before = min(a, margin)
-            part = self.decode(z[:, :, a - before:a + piece + margin])[:, before * self.hop:]
-            parts.append(part[:, :piece * self.hop])
-        return torch.cat(parts, 1)[:, :samples]
+    def decode(self, z, samples=None, piece=500, margin=16):
+        """Latents (B, A, S) -> waveform (B, samples), S hop if not given.
 
-    def normalise(self, z):                                                   # (B, A, S), every channel by constants of its own
-        return (z - self._constants(z)[0]) * self._constants(z)[1]
+        Long sounds are decoded in pieces, in bounded memory: 500 latents are 10 s. A sample depends
+        on fewer than 16 latents to either side, so that the pieces fit exactly (an LSTM has no such
+        bound: with one the seams are approximate). Ten minutes of spectra are small: no pieces."""
+        if self.cfg.front == "mel":
+            return self.log_mel.inverse(self.decoder(z))[:, :samples]
+        pieces = []
+        for start in range(0, z.shape[2], piece):
+            before = min(start, margin)
+            output = self.decoder(z[:, :, start - before:start + piece + margin])[:, 0]
+            pieces.append(output[:, before * self.hop:(before + piece) * self.hop])
+        return torch.cat(pieces, 1)[:, :samples]
+
+    def normalise(self, z):
+        """Latents (B, A, S) -> about unit variance in every channel."""
+        shift, scale = self.latent_constants(z)
+        return (z - shift) * scale
 
     def denormalise(self, z):
-        return z / self._constants(z)[1] + self._constants(z)[0]
+        """The inverse of `normalise`."""
+        shift, scale = self.latent_constants(z)
+        return z / scale + shift
 
-    def _constants(self, z):
-        return z.new_tensor(self.cfg.shift).view(-1, 1), z.new_tensor(self.cfg.scale).view(-1, 1)
+    def latent_constants(self, z):                                  # (A, 1) each
+        shift = z.new_tensor(self.cfg.shift).view(-1, 1)
+        return shift, z.new_tensor(self.cfg.scale).view(-1, 1)
 
 
-def spectral_error(made, true, windows=(64, 256, 1024)):
-    """Waveforms (B, n) -> how far their spectra are apart, at several resolutions: short windows tell when, long ones tell what."""
+def spectral_error(output, target, windows=(64, 256, 1024)):
+    """Distance of the spectra of waveforms (B, n) at several resolutions: short windows resolve
+    time, long ones frequency. Log magnitudes (perceived loudness) by mean |difference|, and
+    magnitudes by their norm relative to the target's (where the energy is)."""
     total = 0.
     for w in windows:
-        a, b = (torch.stft(x, w, w // 4, window=torch.hann_window(w, device=x.device), return_complex=True).abs() for x in (made, true))       # (B, bins, frames)
-        total = total + ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean() + (a - b).norm() / (b.norm() + 1e-3)
+        window = torch.hann_window(w, device=output.device)
+        a = torch.stft(output, w, w // 4, window=window, return_complex=True).abs()
+        b = torch.stft(target, w, w // 4, window=window, return_complex=True).abs()
+        # (B, bins, frames)
+        logs = ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
+        total = total + logs + (a - b).norm() / (b.norm() + 1e-3)
     return total / len(windows)
 
 
-def audio_vae_loss(vae, wave, noise, kl=1e-4, critic=None, adversarial=0.):
-    """Reconstruction plus KL, and if asked for an adversary -> loss, mean |error|, spectral error, nats per latent.
+def audio_vae_loss(vae, wave, noise, kl):
+    """Reconstruction plus KL of waveforms (B, n) in [-1, 1]; noise (B, A, S) ~ N(0, 1).
 
-    wave (B, n) in [-1, 1], noise (B, A, S) ~ N(0, 1). A waveform's phase is worth little to the ear and much to |error|, so most of
-    the lesson is spectral: log magnitudes (what is heard) and magnitudes by their own norm (where the energy is)."""
-    mean, logvar = vae.encode(wave)
-    made = vae.decode(mean + (logvar / 2).exp() * noise, wave.shape[1]).float()
-    error, spectral = (made - wave).abs().mean(), spectral_error(made, wave)
-    divergence = .5 * (mean.square() + logvar.exp() - 1 - logvar).float()
+    -> loss, report: mean |error| of samples or of log-mels, spectral error (waveform front end
+    only), nats per latent.
+
+    The phase of a waveform is inaudible and decides |error|, so that most of its loss is spectral.
+    A log-mel spectrum has no phase: |error| is enough."""
+    features = vae.features(wave)
+    mean, logvar = vae.posterior(features)
+    output = vae.decoder(mean + (logvar / 2).exp() * noise).float()
+    error = (output - features).abs().mean()
+    divergence = kl_divergence(mean, logvar)
+    nats = divergence.detach().sum(1).mean()
+    if vae.cfg.front == "mel":
+        return error + kl * divergence.mean(), torch.stack([error.detach(), nats])
+    # 10: samples are about 0.1 large
+    spectral = spectral_error(output[:, 0], features[:, 0])
     loss = 10 * error + spectral + kl * divergence.mean()
-    if critic is not None and adversarial:
-        loss = loss + critic.losses(made, wave, adversarial)
-    return loss, torch.stack([error.detach(), spectral.detach(), divergence.detach().sum(1).mean()])
-
-
-class Critic(nn.Module):
-    """EnCodec's multi-scale STFT discriminator, for whom regression sounds too dull: it tells true spectra from made ones."""
-
-    def __init__(self, windows=(256, 512, 1024, 2048), width=32):
-        super().__init__()
-        conv = lambda c_in, c_out, stride, dilation: nn.Conv2d(c_in, c_out, (9, 3), stride, (4, dilation), (1, dilation))       # (bins, frames)
-        self.windows = windows
-        self.scales = nn.ModuleList([nn.ModuleList([conv(2, width, 1, 1), *(conv(width, width, (2, 1), d) for d in (1, 2, 4)), nn.Conv2d(width, 1, 3, 1, 1)])
-                                     for _ in windows])
-
-    def forward(self, wave):
-        """(B, n) -> for every scale its layers' outputs, the verdict last."""
-        out = []
-        for w, layers in zip(self.windows, self.scales):
-            x = torch.view_as_real(torch.stft(wave, w, w // 4, window=torch.hann_window(w, device=wave.device), normalized=True, return_complex=True))
-            x, features = x.permute(0, 3, 1, 2), []                           # (B, 2, bins, frames)
-            for i, layer in enumerate(layers):
-                x = layer(x) if i + 1 == len(layers) else F.leaky_relu(layer(x), .2)
-                features.append(x)
-            out.append(features)
-        return out
-
-    def losses(self, made, true, weight):
-        """Hinge losses of both sides and feature matching, in one sum with one backward pass: the critic judges detached sounds, and
-        what the decoder is told runs through a copy of the critic whose weights take no gradients."""
-        judge = lambda x, frozen: torch.func.functional_call(self, {k: p.detach() for k, p in self.named_parameters()}, (x,)) if frozen else self(x)
-        real, fake, asked = judge(true, False), judge(made.detach(), False), judge(made, True)
-        total = 0.
-        for r, f, a in zip(real, fake, asked):
-            total = total + (1 - r[-1]).relu().mean() + (1 + f[-1]).relu().mean() + weight * (1 - a[-1]).relu().mean()
-            total = total + weight * sum((x - y.detach()).abs().mean() / (y.detach().abs().mean() + 1e-6) for x, y in zip(a[:-1], r[:-1])) / len(r)
-        return total / len(self.windows)
-
-
-# ------------------------------------------------------------------------------------------------ the audio VAE of spectra
-
-@dataclass
-class MelVAEConfig:
-    rate: int = 16000
-    mels: int = data.MELS                     # bands, at 100 frames a second: `data.log_mel`
-    width: int = 256
-    depth: int = 2                            # residual units on either side of the halving
-    latent: int = 16
-    shift: tuple = 0.                         # latents are normalised as (z - shift) * scale, a number per channel
-    scale: tuple = 1.
-
-
-MEL_SIZES = {"tiny": dict()}
-
-
-class MelVAE(nn.Module):
-    """Waveforms <-> latents at 50 Hz, by way of log-mel spectra: MMAudio's idea, whose latents Harmony uses. Two frames of 64 bands are a latent.
-
-    A waveform is mostly phase, which nobody hears: 16 numbers a latent cannot hold the partials of a bell. Of the true sounds of 96 clips
-    0.95 are closer to their own material than to another; coded as waveforms 0.62 are, and so 0.90, after half the steps.
-    The latents say only what is heard, and phases are found afterwards: MMAudio trains a vocoder, we iterate as Griffin and Lim did (1984)."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg, self.hop, c, r = cfg, 2 * cfg.rate // data.MEL_RATE, cfg.width, range(cfg.depth)
-        conv = lambda a, b: nn.Conv1d(a, b, 3, padding=1)
-        blocks = lambda halve: nn.Sequential(*(Residual(c) for _ in r), nn.ELU(), halve, *(Residual(c) for _ in r), nn.ELU())
-        parts = lambda *named: nn.Sequential(OrderedDict(zip(("first", "blocks", "last"), named)))
-        self.encoder = parts(conv(cfg.mels, c), blocks(Stride(c, c, 2)), conv(c, 2 * cfg.latent))
-        self.decoder = parts(conv(cfg.latent, c), blocks(Stride(c, c, 2, up=True)), conv(c, cfg.mels))
-        keep_size(self)
-
-    def mel(self, wave):
-        """(B, n) -> log-mels (B, 64, 2S), S = ceil(n / hop): the end is filled up with silence."""
-        full = F.pad(wave.float(), (0, -wave.shape[1] % self.hop + self.hop)).cpu().numpy()      # one latent more: librosa wants 512 samples
-        return torch.from_numpy(np.stack([data.log_mel(w)[:-2].T for w in full])).to(wave)
-
-    def encode(self, wave):                                                   # (B, n) -> mean, logvar (B, A, S)
-        mean, logvar = self.encoder(self.mel(wave)).chunk(2, 1)
-        return mean, logvar.clamp(-30, 20)
-
-    def decode(self, z, samples=None):
-        """(B, A, S) -> (B, samples), S·hop if not given; about a tenth of the sound's length of computing."""
-        mels = self.decoder(z).float().cpu().numpy()                          # (B, 64, 2S)
-        return torch.from_numpy(np.stack([data.from_log_mel(m.T) for m in mels])).to(z.device)[:, :samples]
-
-    decode_pieces = decode                                                    # ten minutes of spectra are 60 000 frames: no need of pieces
-
-    normalise, denormalise, _constants = AudioVAE.normalise, AudioVAE.denormalise, AudioVAE._constants
-
-
-def mel_vae_loss(vae, mel, noise, kl=2e-3):
-    """|error| of log-mels (B, 64, 2S) plus KL -> loss, mean |error|, nats per latent. noise (B, A, S) ~ N(0, 1)."""
-    mean, logvar = vae.encoder(mel).chunk(2, 1)
-    error = (vae.decoder(mean + (logvar / 2).exp() * noise).float() - mel).abs().mean()
-    divergence = .5 * (mean.square() + logvar.exp() - 1 - logvar).float()
-    return error + kl * divergence.mean(), torch.stack([error.detach(), divergence.detach().sum(1).mean()])
+    return loss, torch.stack([error.detach(), spectral.detach(), nats])
