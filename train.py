@@ -1,838 +1,1115 @@
-"""Training: one loop for every network here, from a laptop's two cores to several GPUs.
+"""The training command: one loop for every network here, from two CPU cores to several GPUs.
 
-    python train.py --task a2v                     # toybox, minutes on a CPU: renders, encodes, trains, evaluates
-    python train.py --task vae                     # the VAE that turns its clips into latents (weights/ has a trained one)
-    python train.py --task audio-vae               # the same for sounds
-    python train.py --task mel-vae                 # the same for their spectra
-    python train.py --task t2av                    # SyncFlow: video tower, audio tower on top of it, both together
-    python train.py --task joint                   # Harmony: video tower, audio tower, both with their bridges
-    torchrun --nproc_per_node=2 train.py --task a2v --device cpu
+    python train.py --task a2v          Syncphony: sound and first frame -> video
+    python train.py --task t2av         SyncFlow: text -> video and sound, in three stages
+    python train.py --task joint        Harmony: video and sound, each also from the other
+    python train.py --task vae          the autoencoder of videos that those three train on
+    python train.py --task audio-vae    the autoencoder of waveforms (SyncFlow's sound)
+    python train.py --task mel-vae      the autoencoder of mel spectra (Harmony's sound)
+    python train.py --task joint --help                     the settings of one task
+    torchrun --nproc_per_node=2 train.py --task a2v         several processes, the same result
 
-What a task is, is written once: `Task` draws batches, computes the loss and evaluates; the loop below knows nothing else.
+**A task** is a class, of which the loop uses
 
-**Exactness.** Every random number is a function of (seed, step, micro-batch): which clips, which noise, which captions are
-dropped. So a checkpoint needs no generator states, the same command goes on where it was stopped (Ctrl-C, SIGTERM or a
-power cut) and takes the very steps it would have taken, and 2 processes or --accum 2 see what one process would have.
+    net                                     the network; net.cfg, a dataclass, is its configuration
+    columns                                 names of what is reported beside the loss
+    batch(step, rows)                       -> the inputs of the loss, a dict
+    loss(net, generator, **batch)           -> loss, report (len(columns),)
+    held_out(n)                             -> clips to evaluate on
+    evaluate(net, clips, autocast, last)    -> Evaluation
+    extra                                   what a checkpoint says besides: VAEs, guidance, stage
 
-**What is kept.** `last.pt`: everything, written whole or not at all. `best.pt`: the averaged (EMA) weights alone, in half
-precision, from the best evaluation; this is what sample.py plays and what weights/ holds. `log.csv`: one line a report.
+**Exact resume.** Samples form an endless stream, cut into steps, processes and micro-batches:
 
-Between processes gradients are averaged by hand, ten lines: DistributedDataParallel would insist that every weight takes
-part in every step, and when the audio layers are skipped some do not.
+    sample id    0   1   2   3   4   5   6   7 | 8   9   ..     id = step * batch_size + row
+                 '----------- step 0 ---------' '- step 1 ..
+                 '- process 0 -' '- process 1 -'                each takes its rows of a step,
+                 '-  0 -''-  1 -''-  0 -''-  1 -'               with --accum 2 in two micro-batches
 
-**On top of Pyramid Flow** (--pretrained) the same loop trains Syncphony's audio layers and the blocks they sit in; README.md,
-"Reproduce Syncphony", has the commands.
+Which clip a sample is, which window of it, whether its caption is dropped: functions of (seed, id).
+Noise is a function of (seed, step, micro-batch). So a checkpoint holds no generator states: a run
+that was stopped (Ctrl-C, SIGTERM, even SIGKILL) is continued by the same command from the last
+saved step, and takes the very steps it would have taken.
+
+**Written** to --out: `last.pt`, all that resuming needs; `best.pt`, the averaged (EMA) weights of
+the best evaluation in half precision, for sample.py; `log.csv`; strips and an mp4 per evaluation.
+
+    B batch · C channels · L latents · h w latent grid · A audio channels · S R audio steps
 """
 import argparse
 import csv
-import json
 import math
 import os
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import model as networks
+import pyramid
 import towers
 import vae as autoencoders
-from cyclesync import HELD_OUT, event_scores, generate, onsets_in_sound, reconstruct, score_toybox
-from data import BadInput, Parser, number, run_cli
-from losses import BUCKETS, syncphony_loss, harmony_loss, image_loss, syncflow_loss
-import pyramid
-from pyramid import load_pyramid_flow, pyramid_loss
-from sample import AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, generate_audio_video, fingerprint, load_audio_vae, load_vae, pick_device
+from cyclesync import (
+    HELD_OUT, event_scores, generate, onsets_in_sound, reconstruct, score_toybox)
+from data import BadInput, Parser, frames_to_tensor, number, run_cli
+from losses import BUCKETS, harmony_loss, image_loss, syncflow_loss, syncphony_loss
+from sample import (
+    AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, fingerprint, generate_audio_video, load_audio_vae,
+    load_vae, pick_device)
 from toybox import detect_clip_events, toybox_clip, vae_training_pair
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}     # dense bf16, FLOP/s
+COUNT = number(int, 1)
+POSITIVE = number(low=0)
+SHARE = number(low=0, high=1)
+
+# ----------------------------------------------------------------------------------------- settings
+# name=(default, what it may be, help): a type, the choices, or bool for a switch. The command line
+# is built from these tables; batch_size is --batch-size.
+
+COMMON = dict(
+    data=("toybox", str, f"toybox, {', '.join(data.DATASETS)}, or a folder of clips"),
+    data_root=("data", str, "folder of datasets and of caches of latents"),
+    out=(None, str, "folder of checkpoints and logs; None: out/TASK"),
+    seed=(0, number(int, 0), "of everything that is random"),
+    device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
+    compile=(False, bool, "torch.compile: half a minute to start, then faster steps"),
+    steps=(1500, COUNT, "optimiser steps (of each stage)"),
+    batch_size=(16, COUNT, "clips per step, over all processes and micro-batches"),
+    accum=(1, COUNT, "micro-batches per step: less memory, the same result"),
+    # Muon's updates are scaled to the size of AdamW's, so that one rate serves both.
+    lr=(5e-3, POSITIVE, "peak learning rate; a cosine ends at 2 %% of it"),
+    warmup=(100, number(int, 0), "steps of linear warm-up"),
+    clip=(1., POSITIVE, "largest norm of the gradient; 0 = no clipping"),
+    ema=(.998, SHARE, "decay of the averaged weights"),
+    optimizer=("muon", ("muon", "adamw"), "Muon for matrices and AdamW for the rest, or AdamW"),
+    log_every=(50, COUNT, "steps between reports"),
+    sample_every=(1000, COUNT, "steps between evaluations, each with strips and an mp4"),
+    save_every=(500, COUNT, "steps between checkpoints"),
+    eval_clips=(48, number(int, 0), "held-out clips of an evaluation; 0 = no evaluation"),
+)
+PICTURES = dict(resolution=(64, data.picture_size, "side in pixels, or height x width: 384x640"))
+LATENTS = dict(   # of the tasks that train on latents, which are coded once and cached
+    PICTURES,
+    clips=(2000, COUNT, "toybox clips to render and cache"),
+    vae=(str(VAE_FILE), str, "the VAE that makes the latents"),
+    # They teach the null text, which text guidance subtracts. Audio is never dropped.
+    drop_text=(.1, SHARE, "share of captions replaced by the null text"),
+    sigma=("uniform", ("uniform", "logit-normal"), "distribution of the noise levels"),
+    shift=(1., number(low=.01), "shift of the noise levels towards noise; 1 = none"),
+    checkpointing=(False, bool, "recompute activations in the backward pass: less memory"),
+)
+TOWERS = dict(
+    LATENTS,
+    init=(None, str, "checkpoint to start from; None: that of the stage before, in --out"),
+    # Most of what a video tower learns is appearance, of which a clip shows one example.
+    pictures=(8, number(int, 0), "still pictures to learn from beside every clip"),
+)
+TASKS = {   # a task's tables; a plain value replaces the default of a setting above
+    "a2v": (COMMON, LATENTS, dict(
+        size=("tiny", networks.SIZES, "size of the network"),
+        steps=1550,
+        shift=4.,   # losses.shift_sigma has the measurement
+        lambda_motion=(1., POSITIVE, "weight of the motion term, Syncphony eq. 1; 0 = plain loss"),
+        # Audio guidance (eq. 2) evaluates the network without them: it has to know that path.
+        skip_audio=(.1, SHARE, "share of steps without the audio layers"),
+        no_audio_rope=(False, bool, "ablation: audio without positions, Syncphony table 11"),
+        pretrained=(None, str, "train on top of Pyramid Flow, downloaded to this folder"),
+        hubert=(None, str, "with --pretrained: HuBERT for audio features, folder or hub name"),
+        fsdp=(False, bool, "with --pretrained: share weights and states among processes"))),
+    "t2av": (COMMON, TOWERS, dict(
+        size=("tiny", towers.TOWERS, "size of the towers"),
+        stage=("all", ("video", "audio", "joint", "all"), "what is trained"),
+        audio_vae=(str(AUDIO_VAE_FILE), str, "the VAE that makes the latents of the sound"),
+        # losses.ot_permutation says why it is off.
+        ot=(False, bool, "minibatch optimal transport between noise and data"),
+        no_adaptor=(False, bool, "ablation: audio attends to bare video features"),
+        no_video=(False, bool, "ablation: text to sound, without any video"))),
+    "joint": (COMMON, TOWERS, dict(
+        size=("tiny", towers.HARMONY, "size of the towers"),
+        stage=("all", ("video", "audio", "timbre", "joint", "all"), "what is trained"),
+        audio_vae=(str(MEL_VAE_FILE), str, "the VAE that makes the latents of the sound"),
+        shift=5.,   # the paper's, in training and in sampling
+        lambda_v=(.1, POSITIVE, "weight of the audio-driven loss, which trains the video (eq. 3)"),
+        lambda_a=(.3, POSITIVE, "weight of the video-driven loss, which trains the audio (eq. 3)"),
+        lambda_joint=(1., POSITIVE, "weight of the joint loss; 0 = the one-way tasks alone"),
+        no_rope_align=(False, bool, "ablation: the two time axes are not aligned"),
+        no_gldi=(False, bool, "ablation: no temporal window, no style from the reference"))),
+    "vae": (COMMON, PICTURES, dict(
+        steps=6000, lr=2e-3,
+        kl=(2e-2, POSITIVE, "weight of the KL term"),
+        tune_decoder=(None, str, "checkpoint of which the decoder alone is trained on"))),
+    "audio-vae": (COMMON, dict(
+        size=("tiny", autoencoders.AUDIO_VAE_SIZES["waveform"], "size of the network"),
+        steps=4000, lr=3e-3,
+        kl=(2e-2, POSITIVE, "weight of the KL term"))),
+    "mel-vae": (COMMON, dict(
+        size=("tiny", autoencoders.AUDIO_VAE_SIZES["mel"], "size of the network"),
+        steps=2000, lr=3e-3,
+        kl=(2e-3, POSITIVE, "weight of the KL term"))),
+}
+# Syncphony: 33000 steps of 32 clips; the paper does not give its learning rate.
+PRETRAINED = dict(size="miniflux", steps=33000, batch_size=32, lr=5e-5, ema=.9999)
+# Its averaged weights lie in the CPU's memory; one copy over the bus in 20 steps is enough.
+EMA_EVERY_PRETRAINED = 20
+
+STAGES = {   # name, share of --lr, batches of so many times --batch-size
+    # SyncFlow section 3.2. Stage two builds no graph of the video tower, so that twice the batch
+    # costs the same; stage three is a fine-tuning.
+    "t2av": (("video", 1, 1), ("audio", 1, 2), ("joint", .3, 1)),
+    # Harmony section 2, with a video tower from scratch in place of Wan2.2's.
+    "joint": (("video", 1, 1), ("audio", 1, 1), ("timbre", .3, 1), ("joint", .6, 1)),
+}
+# Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
+# cosine) leave the steps as they are; VAEs are compared by fingerprint, wherever they lie.
+MAY_DIFFER = {"steps", "accum", "device", "compile", "checkpointing", "out", "data_root", "init",
+              "vae", "audio_vae", "pretrained", "log_every", "sample_every", "save_every",
+              "eval_clips"}
 
 
-# ------------------------------------------------------------------------------------------------ tasks
+def settings_of(task, pretrained=False):
+    """-> {name: (default, what it may be, help)}"""
+    settings = {}
+    for table in (*TASKS[task], PRETRAINED if pretrained else {}):
+        for name, value in table.items():
+            settings[name] = value if isinstance(value, tuple) else (value, *settings[name][1:])
+    return settings
 
-def rank0_first(world, make):
-    """Of several processes the first one makes what all of them read."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank > 0:
-        dist.barrier()
-    made = make()
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return made
+
+def arguments(task="a2v", pretrained=False):
+    """The parser of a task's settings."""
+    parser = Parser(__doc__)
+    parser.add_argument("--task", default=task, choices=list(TASKS), help="what to train")
+    for name, (default, kind, text) in settings_of(task, pretrained).items():
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif callable(kind):
+            parser.add_argument(flag, default=default, type=kind, help=text)
+        else:
+            parser.add_argument(flag, default=default, choices=list(kind), help=text)
+    return parser
+
+
+def parse_args(argv=None):
+    """Command line -> Namespace. A setting of another task is an error that names that task."""
+    argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
+    # What is trained decides which settings there are and what their defaults are.
+    first = Parser(__doc__)
+    first.add_argument("--task", default="a2v", choices=list(TASKS))
+    first.add_argument("--pretrained")
+    chosen, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    pretrained = chosen.task == "a2v" and chosen.pretrained is not None
+    parser = arguments(chosen.task, pretrained)
+    args, unknown = parser.parse_known_args(argv)
+    for flag in [a.split("=")[0] for a in unknown]:
+        owners = [t for t in TASKS if flag[2:].replace("-", "_") in settings_of(t)]
+        if flag.startswith("--") and owners:
+            raise BadInput(f"{flag}: a setting of --task {' and '.join(owners)}; --task "
+                           f"{args.task} has none of that name; leave it out")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    check(args)
+    return args
+
+
+def check(args):
+    """Settings that do not go together -> BadInput."""
+    if args.task == "a2v" and args.pretrained:
+        if not args.hubert or args.data == "toybox":
+            raise BadInput(f"--pretrained {args.pretrained}: trains on real clips with HuBERT "
+                           "features; give --data and --hubert facebook/hubert-large-ls960-ft")
+        height, width = data.sides(args.resolution)
+        if height % 64 or width % 64:
+            raise BadInput(f"--resolution {height}x{width}: Pyramid Flow halves the latents twice; "
+                           "sides must be multiples of 64")
+    elif args.task == "a2v" and (args.size == "miniflux" or args.hubert):
+        raise BadInput("--size miniflux and --hubert go with Pyramid Flow's weights; give their "
+                       "folder by --pretrained, or train tiny or small")
+    if getattr(args, "fsdp", False) and (
+            not args.pretrained or args.optimizer != "adamw" or world_size() == 1):
+        raise BadInput("--fsdp: shares a model on Pyramid Flow among the processes of torchrun; "
+                       "give --pretrained and --optimizer adamw, and start it by torchrun")
+    if args.data == "toybox" and "resolution" in args:
+        data.only_square(args.resolution)
+    if args.task == "joint" and not (args.lambda_joint or args.lambda_v or args.lambda_a):
+        raise BadInput("--lambda-joint 0 --lambda-v 0 --lambda-a 0: nothing is left to learn; "
+                       "leave one of them above 0")
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(name):
+    """Connect torchrun's processes. --device -> device of this process, autocast, description."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        # Before anything touches CUDA: else every process opens a context on GPU 0, and FSDP, which
+        # takes the current device, puts all shares there.
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")
+    device, autocast, text = pick_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patient_group()
+    return device, autocast, text
+
+
+@cache
+def patient_group():
+    """Where processes wait for rank 0, which prepares a dataset or evaluates for hours. In the
+    collectives of a training step PyTorch's limit of minutes stays: a hung process is an error."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
+
+
+def wait_for_rank0():
+    if world_size() > 1:
+        dist.barrier(patient_group())
+
+
+def rank0_first(make):
+    """Rank 0 calls `make`, which leaves files behind; then the others call it and find them."""
+    if rank() > 0:
+        wait_for_rank0()
+    result = make()
+    if rank() == 0:
+        wait_for_rank0()
+    return result
+
+
+def log_rank0(text):
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def any_process(stop, device):
+    """Did any process receive a signal? It arrives in different steps of different processes."""
+    count = torch.tensor(float(len(stop)), device=device)
+    if world_size() > 1:
+        dist.all_reduce(count)
+    return count.item() > 0
+
+
+def seeded(*numbers):
+    """A generator that depends on all of the numbers and on nothing else."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> 1))
+
+
+# ----------------------------------------------------------------------------------- parts of tasks
+
+class Evaluation(NamedTuple):
+    lines: list             # text to print
+    score: float            # higher is better; chooses best.pt
+    videos: list = ()       # uint8 (F, H, W, 3) to write
+    sounds: list = None     # waveforms to go with them; None: those of the clips
+    figures: dict = None    # a row of scores.csv
+
+
+def open_caches(args, vae, device, autocast, **audio):
+    """-> latents of the training clips and, of real clips, of the test clips (toybox: None)."""
+    def open_split(split):
+        return data.load_or_prepare(
+            args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), device,
+            autocast, args.clips, log=log_rank0, **audio)
+
+    def open_both():
+        return open_split("train"), None if args.data == "toybox" else open_split("test")
+    return rank0_first(open_both)
 
 
 def batch_indices(cache, args, step, rows):
-    """Samples number `rows` of step `step` -> their windows in the cache, a generator each. Every clip comes once per epoch, in an
-    order drawn from (seed, epoch); which of its windows, and all else about it, is drawn from (seed, number of the sample)."""
-    clips, spots = cache["clips"], step * args.batch_size + np.asarray(rows)  # positions in the endless stream of samples
-    n, draws = len(clips), [np.random.default_rng([args.seed, 1, int(s)]) for s in spots]
-    orders = {e: np.random.default_rng([args.seed, int(e)]).permutation(n) for e in np.unique(spots // n)}
-    return np.array([r.choice(clips[orders[s // n][s % n]]) for s, r in zip(spots, draws)]), draws
+    """Samples number `rows` of a step -> window of each in the cache, numpy generator of each.
+
+    Every clip comes once per epoch, in an order drawn from (seed, epoch). Which of its windows, and
+    everything else about a sample, is drawn from (seed, id of the sample)."""
+    clips = cache["clips"]
+    index = []
+    rngs = []
+    for row in rows:
+        sample_id = step * args.batch_size + row
+        epoch, place = divmod(sample_id, len(clips))
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(clips))
+        rng = np.random.default_rng([args.seed, 1, sample_id])
+        index.append(rng.choice(clips[order[place]]))
+        rngs.append(rng)
+    return np.array(index), rngs
 
 
-def drop_text(captions, draws, share):
-    return ["" if r.random() < share else c for c, r in zip(captions, draws)]  # '' is the null text
+def drop_text(captions, rngs, share):
+    """Replace a share of the captions by the null text, ''."""
+    return ["" if rng.random() < share else c for c, rng in zip(captions, rngs)]
 
 
 class Prefetcher:
-    """Draws samples in a thread, a few steps ahead of where they are needed."""
+    """Makes the samples of the next steps in a thread, while the network trains on this one."""
 
-    def __init__(self, draw, last, ahead=4):
-        self.draw, self.last, self.ahead, self.pool, self.queue = draw, last, ahead, ThreadPoolExecutor(1), {}
+    def __init__(self, sample, last_step, ahead=4):
+        self.sample = sample                      # (step, row) -> array
+        self.last_step = last_step
+        self.ahead = ahead
+        self.pool = ThreadPoolExecutor(1)
+        self.futures = {}
 
     def __call__(self, step, rows):
-        for s in range(step, min(step + self.ahead, max(self.last, step + 1))):
-            if (s, *rows) not in self.queue:
-                self.queue[s, *rows] = self.pool.submit(lambda s: np.stack([self.draw(s, r) for r in rows]), s)
-        return torch.from_numpy(self.queue.pop((step, *rows)).result())
-
-
-class A2V:
-    """Syncphony: cached latents, sounds and captions -> velocity loss, in the parallel layout or in Pyramid Flow's."""
-
-    def __init__(self, args, device, autocast, world):
-        self.args, self.device, self.toybox, rank = args, device, args.data == "toybox", int(os.environ.get("RANK", 0))
-        self.vae = load_vae(Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae, device)
-        ears = cache(lambda: pyramid.load_hubert(args.hubert, device))                # made when first needed: a finished cache needs none
-        hear = (lambda wave: ears()(wave)) if args.hubert else None
-        cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, autocast,
-                                                    args.clips, hear, log=print if rank == 0 else lambda _: None)
-
-        def make():
-            caches, prompts = [cached(split) for split in (("train",) if self.toybox else ("train", "test"))], {}
-            for prepared in caches if args.pretrained else []:
-                prompts.update(pyramid.cached_text_states(prepared["folder"], prepared["captions"], args.pretrained, device))
-            return caches, prompts
-        (self.cache, *self.test), self.prompts = rank0_first(world, make)
-        self.test = self.test[0] if self.test else None
-        self.net = self.from_pyramid_flow(args, autocast) if args.pretrained else self.from_scratch(args)
-        self.config = self.net.cfg
-
-    def from_scratch(self, args):
-        """A network of our own, from scratch, on the toybox VAE's latents."""
-        pyramid = dict(context_clock="shared", precondition=False, patch=1) if args.layout == "pyramid" else {}
-        config = networks.MMDiTConfig(**networks.SIZES[args.size] | dict(audio_rope=not args.no_audio_rope) | pyramid)
-        if config.latent != self.vae.cfg.latent:
-            raise BadInput(f"--vae {args.vae}: makes latents of {self.vae.cfg.latent} channels, --size {args.size} takes {config.latent}")
-        return networks.MMDiT(config)
-
-    def from_pyramid_flow(self, args, autocast):
-        """Syncphony: Pyramid Flow's network and new audio layers. Blocks 0-7 and everything outside the blocks stay as they are
-        published (and, where bfloat16 is native, lie in memory as that); blocks 8-23 and the audio layers are trained."""
-        width = self.cache["arrays"]["features"][0].shape[-1]
-        net = load_pyramid_flow(Path(args.pretrained) / "diffusion_transformer_384p", audio_dim=width, audio_rope=not args.no_audio_rope)
-        native = not isinstance(autocast(), nullcontext)
-        for name, p in net.named_parameters():
-            p.requires_grad_(name.startswith("single_transformer_blocks"))
-            if native and not p.requires_grad and p.dim() > 1:
-                p.data = p.data.bfloat16()
-            elif p.requires_grad:
-                p.data = p.data.float()                                       # master weights, and no longer the mapped file
-        self.vae.to("cpu")
-        return net
-
-    def batch(self, step, rows):
-        index, draws = batch_indices(self.cache, self.args, step, rows)          # which sample of the VAE's posterior is drawn likewise
-        deaf = np.random.default_rng([self.args.seed, 2, step]).random() < self.args.skip_audio      # in all processes alike
-        return *self.windows(self.cache, index, draws), rows, deaf
-
-    def windows(self, cache, index, draws=None):
-        """Windows of a cache -> normalised latents (B, C, L, h, w), text, mels. The tiny VAE's price for information leaves most
-        of a posterior as wide as the prior, noise and nothing else, so its means are taken; of another VAE, samples."""
-        z, logvar = data.gather(cache, "latents", index).float().unbind(1)
-        if draws and not self.vae.cfg.reference:
-            z = z + (logvar / 2).exp() * torch.from_numpy(np.stack([r.standard_normal(z.shape[1:], np.float32) for r in draws]))
-        captions = [cache["captions"][i] for i in index]
-        if draws:
-            captions = drop_text(captions, draws, self.args.drop_text)
-        if self.args.pretrained:
-            words = tuple(torch.stack(column).to(self.device) for column in zip(*(self.prompts[c] for c in captions)))
-        else:
-            words = networks.text_bytes(captions).to(self.device)
-        sound = data.gather(cache, "features" if self.args.pretrained else "mels", index).float().to(self.device)
-        return self.vae.normalise(z.to(self.device)), words, sound
-
-    def loss(self, net, batch, g):
-        a, (z, words, sound, numbers, deaf) = self.args, batch
-        if a.layout == "pyramid":
-            return pyramid_loss(net, z, words, sound, numbers, g, deaf, a.lambda_motion)
-        return syncphony_loss(net, z, words, sound, g, deaf, a.lambda_motion, a.sigma, a.shift)
-
-    def format_metrics(self, report):
-        if self.args.layout == "pyramid":
-            return "  ".join(f"stage {s} {v:.3f}" for s, v in enumerate(report))
-        return "  ".join(f"s<{(b + 1) / BUCKETS:.2f} {v:.3f}" for b, v in enumerate(report))
-
-    def held_out(self, n):
-        """Clips to be looked at: the toybox's own, or windows of the test split, evenly chosen."""
-        if self.toybox:
-            return toybox_held_out(self.args, n)
-        clips = held_out_windows(self.test, n)
-        self.chosen = np.array([c["number"] for c in clips])
-        return clips
-
-    def evaluate(self, net, clips, autocast, last):
-        """-> lines to print, a score to compare checkpoints by, videos. The toybox is read (w_a = 0 and, at the end, the guidance
-        that the checkpoint will recommend); elsewhere it is the loss on the windows of the test split, noise always the same."""
-        if self.toybox:
-            make = lambda steps, asg: generate(net, self.vae, clips, autocast, steps=steps, asg=asg, cfg=0.)
-            videos = make(12, 0.)
-            lines, score = toybox_line("w_a = 0", videos, clips)
-            if last and self.args.asg:
-                lines += toybox_line(f"w_a = {self.args.asg:g}", make(30, self.args.asg), clips)[0]
-            return lines, score, videos
-        with torch.no_grad(), autocast():
-            some = [self.chosen[a:a + 16] for a in range(0, len(self.chosen), 16)]
-            losses = [self.loss(net, (*self.windows(self.test, i), range(len(i)), False), seeded(k))[0].item() for k, i in enumerate(some)]
-        loss = float(np.mean(losses))
-        shown = [] if self.args.pretrained else generate(net, self.vae, clips[:8], autocast, steps=12, asg=0., cfg=0.)             # hours, at that size
-        return [f"loss on {len(self.chosen)} test windows {loss:.4f}"], -loss, shown
-
-    def extra(self):
-        return dict(size=self.args.resolution, vae=fingerprint(self.vae), guidance=dict(asg=self.args.asg, cfg=self.args.cfg))
-
-
-class VAE:
-    """Frames of rendered clips -> reconstruction. Its data are drawn while it trains: no clip is ever seen twice."""
-
-    def __init__(self, args, device, autocast, world):
-        if args.size != "tiny":
-            raise BadInput(f"--size {args.size}: the VAE is trained from scratch as tiny only; the published one is loaded, never trained")
-        if args.data != "toybox":
-            raise BadInput(f"--data {args.data}: the VAE is trained on the toybox only; leave --data out")
-        self.args, self.device = args, device
-        self.config = autoencoders.VAEConfig(**autoencoders.VIDEO_VAE_SIZES[args.size])
-        self.net = autoencoders.CausalVideoVAE(self.config)
-        if args.tune_decoder:                                                 # latents stay what they are, so what was trained on
-            self.net = load_vae(args.tune_decoder).train()                    # them stays valid, and looks can still improve
-            for name, p in self.net.named_parameters():
-                p.requires_grad_(not name.startswith(("encoder", "quant_conv")))
-        self.prefetch = Prefetcher(lambda s, r: vae_training_pair([args.seed, s * args.batch_size + r], args.resolution), args.steps)
-
-    def batch(self, step, rows):
-        videos = self.prefetch(step, rows)                                       # (B, 2, F, H, W, 3)
-        return (videos.to(self.device).permute(1, 0, 5, 2, 3, 4).float() / 127.5 - 1).unbind(0)
-
-    def loss(self, net, batch, g):
-        B, _, F, H, _ = batch[0].shape
-        grid = H // net.stride
-        noise = torch.randn(B, net.cfg.latent, (F - 1) // net.stride_t + 1, grid, grid, generator=g).to(self.device)
-        loss, error, rate = autoencoders.video_vae_loss(net, *batch, noise, self.args.kl)
-        return loss, torch.stack([error, rate])
-
-    def format_metrics(self, report):
-        return f"|error| {report[0]:.4f}  {report[1]:.0f} nats per latent"
-
-    def held_out(self, n):
-        return toybox_held_out(self.args, n)
-
-    def evaluate(self, net, clips, autocast, last):
-        videos = reconstruct(net, clips, autocast)
-        return *toybox_line("reconstruction", videos, clips), videos
-
-    def measure_latent_stats(self, net):
-        """The normalisation, measured: shift and scale that give latent 0 and the later latents unit variance."""
-        clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution)["video"] for i in range(64)]
-        with torch.no_grad():
-            z = torch.cat([net.encode(torch.from_numpy(c)[None].to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)[0] for c in clips])
-        for name, part in (("image", z[:, :, :1]), ("video", z[:, :, 1:])):
-            setattr(net.cfg, f"shift_{name}", part.mean().item()), setattr(net.cfg, f"scale_{name}", 1 / part.std().item())
-        tqdm.write(f"  latents: scale {net.cfg.scale_image:.3f} (first), {net.cfg.scale_video:.3f} (later), kurtosis {kurtosis(z[:, :, 1:]):.1f} (3 = Gaussian)")
-
-    def extra(self):
-        return {}
-
-
-def kurtosis(z):
-    return ((z - z.mean()) / z.std()).pow(4).mean().item()
+        """-> tensor (len(rows), ...)"""
+        def stack(s):
+            return np.stack([self.sample(s, row) for row in rows])
+        for s in range(step, min(step + self.ahead, max(self.last_step, step + 1))):
+            if (s, *rows) not in self.futures:
+                self.futures[(s, *rows)] = self.pool.submit(stack, s)
+        return torch.from_numpy(self.futures.pop((step, *rows)).result())
 
 
 def held_out_windows(cache, n):
     """n windows of a test split, evenly chosen, as clips."""
-    get = lambda name, i: data.gather(cache, name, [i])[0]
-    return [dict(number=i, video=get("videos", i).numpy(), audio=get("sounds", i).float().numpy(), caption=cache["captions"][i],
-                 z=(get("latents", i)[None, 0].float(), get("features", i).float().T[None]) if "features" in cache["arrays"] else None)
-            for i in np.unique(np.linspace(0, len(cache["at"]) - 1, max(n, 1)).astype(int))]
+    clips = []
+    for i in np.unique(np.linspace(0, len(cache["at"]) - 1, max(n, 1)).astype(int)):
+        row = {name: data.gather(cache, name, [i])[0] for name in cache["arrays"]}
+        clips.append(dict(
+            number=i, video=row["videos"].numpy(), audio=row["sounds"].float().numpy(),
+            caption=cache["captions"][i], z_v=row["latents"][None, 0].float(),
+            z_a=row["features"].float().T[None] if "features" in row else None))
+    return clips
 
 
-def toybox_held_out(args, n):
-    return [toybox_clip(HELD_OUT + 10 ** 6 + i, args.resolution) for i in range(n)]
+def toybox_held_out(n, resolution=64, video=True):
+    """n clips of seeds that no training draws."""
+    return [toybox_clip(HELD_OUT + 10 ** 6 + i, resolution, video=video) for i in range(n)]
 
 
-def toybox_line(words, videos, clips):
-    """What the reader says of generated clips -> [a line], a score: timing (at 100 ms, which so few clips tell best) and looks."""
+def score_videos(title, videos, clips):
+    """Toybox videos against their clips' events -> line, score, F1 at 50 ms. The score is F1 at
+    100 ms, which varies less over so few clips, minus the residual of the fit (else 1)."""
     s = score_toybox(videos, clips)[0]
-    return [f"{words}: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f}), at 100 ms {s['f1_100']:.3f}, "
-            f"residual {s['residual']:.3f}, false events per quiet clip {s['false_per_quiet_clip']:.2f}"], (
-                s["f1_100"] - (s["residual"] if np.isfinite(s["residual"]) else 1))
+    line = (f"{title}: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall "
+            f"{s['recall_50']:.2f}), at 100 ms {s['f1_100']:.3f}, residual {s['residual']:.3f}, "
+            f"false events per quiet clip {s['false_per_quiet_clip']:.2f}")
+    residual = s["residual"] if np.isfinite(s["residual"]) else 1
+    return line, s["f1_100"] - residual, s["f1_50"]
 
 
-class AudioVAE:
-    """Stretches of one second of sound -> reconstruction, of the waveform (audio-vae) or of its spectrum (mel-vae). From the toybox every
-    sound is a new one; real ones are read as they are."""
+def score_sounds(title, sounds, clips):
+    """Onsets of sounds against their clips' events -> line, F1 at 50 ms."""
+    s = event_scores([c["events"] for c in clips], [onsets_in_sound(w) for w in sounds])
+    return (f"{title}, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision "
+            f"{s['precision_50']:.2f}, recall {s['recall_50']:.2f})"), s["f1_50"]
 
-    def __init__(self, args, device, autocast, world):
-        self.mel, self.args, self.device, self.net = args.task == "mel-vae", args, device, torch.nn.Module()
-        sizes = autoencoders.AUDIO_VAE_SIZES["mel" if self.mel else "waveform"]
-        if args.size not in sizes:
-            raise BadInput(f"--size {args.size}: the audio VAE is {' or '.join(sizes)}")
-        self.config = autoencoders.AudioVAEConfig(**sizes[args.size])
-        if args.data == "toybox" and self.config.rate != data.RATE:
-            raise BadInput(f"--size {args.size}: codes sounds of {self.config.rate} Hz, the toybox has {data.RATE}; give recordings by --data")
-        self.net = autoencoders.AudioVAE(self.config)
-        found = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
-        self.files, self.tests = ([c for c in found if c["split"] == split] for split in ("train", "test"))
-        self.prefetch = Prefetcher(lambda s, r: self.sound(s * args.batch_size + r, self.files), args.steps)
 
-    def sound(self, s, files):
-        """Sample number s: a second of it, of a toybox clip or of one of the files."""
-        rng, n = np.random.default_rng([self.args.seed, 4, s]), self.config.rate
-        if not files:
-            wave = toybox_clip(int(rng.integers(HELD_OUT)), video=False)["audio"]
+# ---------------------------------------------------------------------------------------- Syncphony
+
+class A2V:
+    """Latents, sounds and captions -> velocity loss. From scratch every latent of a clip is a
+    target (`syncphony_loss`); on top of Pyramid Flow one latent, at one of three resolutions."""
+
+    def __init__(self, args, device, autocast):
+        self.args = args
+        self.device = device
+        published = Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae
+        self.vae = load_vae(published, device)
+        self.cache, self.test = open_caches(
+            args, self.vae, device, autocast,
+            audio_encoder=self.hubert_features if args.hubert else None)
+        if args.pretrained:
+            self.prompts = rank0_first(self.text_states)
+            self.net = self.from_pyramid_flow(autocast)
+            self.columns = ("stage 0", "stage 1", "stage 2")
+            guidance = dict(asg=2., cfg=4.)       # w_a and w_t of the paper
         else:
-            clip = files[rng.integers(len(files))]
-            wave = data.read_audio(clip["sound"] or clip["path"], n)
-        a = rng.integers(max(1, len(wave) - n + 1))
-        return np.pad(wave[a:a + n], (0, max(0, n - len(wave))))
+            self.net = self.from_scratch()
+            self.columns = tuple(f"s<{(b + 1) / BUCKETS:.2f}" for b in range(BUCKETS))
+            guidance = dict(asg=1., cfg=0.)
+        self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), guidance=guidance)
+
+    @cache
+    def hubert(self):
+        return pyramid.load_hubert(self.args.hubert, self.device)
+
+    def hubert_features(self, wave):
+        """Waveform (samples,) -> (S, A). HuBERT loads at the first call, if any."""
+        return self.hubert()(wave)
+
+    def text_states(self):
+        """Caption -> its T5 and CLIP states, which are kept beside the caches."""
+        prompts = {}
+        for split in (self.cache, self.test):
+            prompts.update(pyramid.cached_text_states(
+                split["folder"], split["captions"], self.args.pretrained, self.device))
+        return prompts
+
+    def from_scratch(self):
+        # Audio steps per latent: 50 per second, and the VAE says how long a latent is.
+        alpha = data.MEL_RATE / 2 * self.vae.stride_t / data.FPS
+        config = networks.MMDiTConfig(**networks.SIZES[self.args.size] | dict(
+            alpha=alpha, audio_rope=not self.args.no_audio_rope))
+        if config.latent != self.vae.cfg.latent:
+            raise BadInput(f"--vae {self.args.vae}: makes latents of {self.vae.cfg.latent} "
+                           f"channels, --size {self.args.size} takes {config.latent}")
+        return networks.MMDiT(config)
+
+    def from_pyramid_flow(self, autocast):
+        """Pyramid Flow's network with new audio layers. Blocks 0-7 and all that is not in a block
+        stay as published (in bfloat16, where that is native); blocks 8-23 and audio are trained."""
+        net = pyramid.load_pyramid_flow(
+            Path(self.args.pretrained) / "diffusion_transformer_384p",
+            audio_dim=self.cache["arrays"]["features"][0].shape[-1],
+            audio_rope=not self.args.no_audio_rope)
+        native = not isinstance(autocast(), nullcontext)
+        for name, p in net.named_parameters():
+            p.requires_grad_(name.startswith("single_transformer_blocks"))
+            if p.requires_grad:
+                p.data = p.data.float()           # master weights, no longer in the mapped file
+            elif native and p.dim() > 1:
+                p.data = p.data.bfloat16()
+        self.vae.to("cpu")                        # the latents are cached: leave the GPU's memory
+        return net
 
     def batch(self, step, rows):
-        return self.prefetch(step, rows).to(self.device)                         # (B, n)
+        index, rngs = batch_indices(self.cache, self.args, step, rows)
+        # One draw for all processes: they have to skip the same parameters.
+        draw = np.random.default_rng([self.args.seed, 2, step]).random()
+        return dict(self.windows(self.cache, index, rngs), rows=rows,
+                    skip_audio=draw < self.args.skip_audio)
 
-    def loss(self, net, wave, g):
-        noise = torch.randn(len(wave), net.cfg.latent, -(-wave.shape[1] // net.hop), generator=g).to(self.device)
-        return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl)
+    def windows(self, cache, index, rngs=None):
+        """Windows of a cache -> normalised z (B, C, L, h, w), text, audio. With generators, that is
+        in training, captions are dropped and z is a sample of the VAE's posterior. The means are
+        taken of the toybox's VAE: its KL term leaves most of a posterior as wide as the prior."""
+        z, logvar = data.gather(cache, "latents", index).float().unbind(1)
+        captions = [cache["captions"][i] for i in index]
+        if rngs and not self.vae.cfg.reference:
+            noise = [rng.standard_normal(z.shape[1:], np.float32) for rng in rngs]
+            z = z + (logvar / 2).exp() * torch.from_numpy(np.stack(noise))
+        if rngs:
+            captions = drop_text(captions, rngs, self.args.drop_text)
+        if self.args.pretrained:
+            states = zip(*[self.prompts[c] for c in captions])
+            text = tuple(torch.stack(column).to(self.device) for column in states)
+        else:
+            text = networks.text_bytes(captions).to(self.device)
+        audio = data.gather(cache, "features" if self.args.pretrained else "mels", index)
+        return dict(z=self.vae.normalise(z.to(self.device)), text=text,
+                    audio=audio.float().to(self.device))
 
-    def format_metrics(self, report):
-        return f"|error| {report[0]:.4f}" + (f"  spectral {report[1]:.3f}" if not self.mel else "") + f"  {report[-1]:.0f} nats per latent"
-
-    def held_out(self, n):
-        if self.files:
-            return [dict(audio=self.sound(10 ** 12 + i, self.tests)) for i in range(n)]
-        return [toybox_clip(HELD_OUT + 10 ** 6 + i, video=False) for i in range(n)]
-
-    def evaluate(self, net, clips, autocast, last):
-        with torch.no_grad(), autocast():
-            made = [net.decode(net.encode(x)[0], x.shape[1])[0].float().cpu() for x in (torch.from_numpy(c["audio"])[None].to(self.device) for c in clips)]
-            far = np.mean([autoencoders.spectral_error(m[None], torch.from_numpy(c["audio"])[None]).item() for m, c in zip(made, clips)])
-        lines = [f"reconstruction: spectral error {far:.3f}"]
-        if not self.files:
-            s = event_scores([c["events"] for c in clips], [onsets_in_sound(m.numpy()) for m in made])
-            lines[0] += f", onsets against true events: F1 at 50 ms {s['f1_50']:.3f}"
-        return lines, -far, []
-
-    def measure_latent_stats(self, net):
-        """The normalisation, measured: shift and scale of every channel."""
-        with torch.no_grad():
-            z = torch.cat([net.encode(torch.from_numpy(self.sound(10 ** 11 + i, self.files))[None].to(self.device))[0] for i in range(64)])
-        net.cfg.shift, net.cfg.scale = tuple(z.mean((0, 2)).tolist()), tuple((1 / z.std((0, 2))).tolist())
-        tqdm.write(f"  latents: scales {min(net.cfg.scale):.3f} to {max(net.cfg.scale):.3f}, kurtosis {kurtosis(z):.1f} (3 = Gaussian)")
-
-    def extra(self):
-        return {}
-
-
-class T2AV:
-    """Two towers: cached latents of picture and sound, and captions -> velocity loss of one stream or both, in stages. SyncFlow (t2av):
-    the video tower, the audio tower on top of it, both. Harmony (joint): the video tower (the paper takes Wan's, trained),
-    the audio tower, first with references out of the same clip, then with others of the same voice, both with their bridges."""
-
-    def __init__(self, args, device, autocast, world):
-        self.harmony = args.task == "joint"
-        sizes = towers.HARMONY if self.harmony else towers.TOWERS
-        if args.size not in sizes:
-            raise BadInput(f"--size {args.size}: two towers are {', '.join(sizes)}")
-        self.args, self.device, rank = args, device, int(os.environ.get("RANK", 0))
-        self.vae, self.audio_vae = load_vae(args.vae, device), load_audio_vae(args.audio_vae, device)
-        switches = dict(align=not args.no_rope_align, local=not args.no_gldi) if self.harmony else dict(adaptor=not args.no_adaptor, blind=args.no_video)
-        config = towers.DualTowerConfig(**sizes[args.size] | switches)
-        for name, vae, channels in (("vae", self.vae, config.latent), ("audio-vae", self.audio_vae, config.audio_latent)):
-            if vae.cfg.latent != channels:
-                raise BadInput(f"--{name}: makes latents of {vae.cfg.latent} channels, --size {args.size} takes {channels}")
-        cached = lambda split: data.load_or_prepare(args.data, args.data_root, split, args.resolution, self.vae, fingerprint(self.vae), device, autocast, args.clips,
-                                                    self.encode_waveform, fingerprint(self.audio_vae), 2 if self.harmony else 1, log=print if rank == 0 else lambda _: None)
-        self.cache, *self.test = rank0_first(world, lambda: [cached(split) for split in (("train",) if args.data == "toybox" else ("train", "test"))])
-        self.config, self.net = config, towers.DualTower(config)
-        if args.init:
-            before = data.load_checkpoint(args.init, args.task)               # of stage 1 it knows no audio, whatever its audio tower looked like
-            known = {k: v for k, v in before["ema"].items() if before["stage"] != "video" or not k.startswith("audio.")}
-            data.load_weights(self.net, {**self.net.state_dict(), **known}, args.init)
-        for name, p in self.net.named_parameters():                           # stage 1 knows no audio; then the video stays as it is; bridges come last
-            sounds, bridge = name.startswith(("audio.", "speech.")), name.startswith(("a2v_", "v2a_", "style_"))
-            p.requires_grad_(args.stage == "joint" or sounds == (args.stage != "video") and not bridge)
-        self.windows_of_clip = {w: windows for windows in self.cache["clips"] for w in windows}         # of every window, the windows of its clip
-
-    def encode_waveform(self, wave):
-        """Waveform (samples,) -> the mean of its latents, (S, A)."""
-        return self.audio_vae.encode(torch.from_numpy(wave)[None].to(self.device))[0][0].T.float().cpu().numpy()
-
-    def batch(self, step, rows):
-        a, cache = self.args, self.cache
-        index, draws = batch_indices(cache, a, step, rows)
-        captions = drop_text([cache["captions"][i] for i in index], draws, a.drop_text)
-        latents, words = self.latents(cache, index), networks.text_bytes(captions).to(self.device)
-        if a.stage == "video" or a.stage == "joint" and not self.harmony:
-            return latents, words, *(self.pictures(draws) if a.pictures else ())
-        if not self.harmony:
-            return latents, words
-        speech = networks.text_bytes(drop_text([cache["speech"][i] for i in index], draws, a.drop_text)).to(self.device)
-        return latents, words, speech, *self.references(index, draws, np.random.default_rng([a.seed, 3, step]))
-
-    def pictures(self, draws):
-        """The first latents of `--pictures` other clips beside every clip, and their words."""
-        rows = [(r, r.integers(len(self.cache["at"]), size=self.args.pictures)) for r in draws]
-        z = data.gather(self.cache, "latents", np.concatenate([i for _, i in rows]))[:, 0, :, :1].float().to(self.device)
-        captions = [c for r, some in rows for c in drop_text([self.cache["captions"][i] for i in some], [r] * len(some), self.args.drop_text)]
-        return self.vae.normalise(z), networks.text_bytes(captions).to(self.device)
-
-    def latents(self, cache, index):
-        z_v, z_a = data.gather(cache, "latents", index)[:, 0].float(), data.gather(cache, "features", index).float().transpose(1, 2)
-        return self.vae.normalise(z_v.to(self.device)), self.audio_vae.normalise(z_a.to(self.device))
-
-    def references(self, index, draws, whole):
-        """Clean references (B, A, R), 1 to 3 s of latents, and which clips have one (B, R). In stage 'audio' a piece of the clip itself;
-        later of another window of the same recording or thing, which does not overlap. `whole` draws what all processes share."""
-        cache, hertz, apart = self.cache, self.audio_vae.cfg.rate / self.audio_vae.hop, data.FRAMES / data.FPS - 1e-6
-        R, places, has = min(round(whole.uniform(1, 3) * hertz), cache["arrays"]["features"][0].shape[1]), [], []
-        for i, r in zip(index, draws):
-            others = [i] if self.args.stage == "audio" else [w for w in self.windows_of_clip[i] if abs(cache["starts"][w] - cache["starts"][i]) >= apart]
-            has.append(len(others) > 0 and r.random() >= self.args.drop_text)
-            places.append(r.choice(others) if others else i)
-        sounds = data.gather(cache, "features", np.array(places)).float().transpose(1, 2)                          # (B, A, S)
-        starts = [r.integers(sounds.shape[2] - R + 1) for r in draws]
-        ref = torch.stack([z[:, s:s + R] for z, s in zip(sounds, starts)]).to(self.device)
-        return self.audio_vae.normalise(ref), torch.tensor(has, device=self.device)[:, None].expand(-1, R)
-
-    def loss(self, net, batch, g):
-        a, (latents, words, *more) = self.args, batch
-        if self.harmony and a.stage != "video":
-            speech, ref, there = more
-            return harmony_loss(net, *latents, (*net.encode_text(words), *net.encode_audio_text(words, speech)), g, ref, there, a.stage, a.lambda_v, a.lambda_a, a.shift, a.sigma, lambda_joint=a.lambda_joint)
-        loss, report = (harmony_loss(net, *latents, (*net.encode_text(words), None, None), g, stage="video", shift=a.shift, sigma_dist=a.sigma) if self.harmony else
-                        syncflow_loss(net, *latents, words, g, a.stage, a.ot, a.sigma, a.shift))
-        return loss + image_loss(net, *more, g, a.sigma, a.shift) if more else loss, report
-
-    def format_metrics(self, report):
-        names = ("video", "audio", "driven video", "driven audio") if self.harmony else ("video", "audio")
-        return "  ".join(f"{name} {r:.3f}" for name, r in zip(names, report))
+    def loss(self, net, generator, z, text, audio, rows, skip_audio):
+        args = self.args
+        if args.pretrained:
+            return pyramid.pyramid_loss(net, z, text, audio, rows, generator, skip_audio,
+                                        args.lambda_motion)
+        return syncphony_loss(net, z, text, audio, generator, skip_audio, args.lambda_motion,
+                              args.sigma, args.shift)
 
     def held_out(self, n):
         if self.test:
-            return held_out_windows(self.test[0], n)
-        with torch.no_grad():
-            video = lambda c: self.vae.encode(torch.from_numpy(c["video"]).to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1)[0]
-            return [dict(c, z=(video(c), torch.from_numpy(self.encode_waveform(c["audio"])).T[None])) for c in toybox_held_out(self.args, n)]
+            return held_out_windows(self.test, n)
+        return toybox_held_out(n, self.args.resolution)
 
     def evaluate(self, net, clips, autocast, last):
-        """The loss on held-out clips, noise always the same; with both towers also what each stream becomes when the other is given."""
-        args, captions, speech = self.args, [c["caption"] for c in clips], [c.get("speech", "") for c in clips]
+        """Toybox: events of generated videos, without guidance and in the end with it. Real clips:
+        the loss on windows of the test split."""
+        if self.test:
+            return self.evaluate_windows(net, clips, autocast)
+        videos = generate(net, self.vae, clips, autocast, steps=12, asg=0., cfg=0.)
+        line, score, _ = score_videos("w_a = 0", videos, clips)
+        lines = [line]
+        if last:
+            asg = self.extra["guidance"]["asg"]
+            guided = generate(net, self.vae, clips, autocast, steps=30, asg=asg, cfg=0.)
+            lines.append(score_videos(f"w_a = {asg:g}", guided, clips)[0])
+        return Evaluation(lines, score, videos)
+
+    def evaluate_windows(self, net, clips, autocast):
+        losses = []
         with torch.no_grad(), autocast():
-            z_v, z_a = (torch.cat(parts) for parts in zip(*(c["z"] for c in clips)))
-            z_v, z_a = self.vae.normalise(z_v), self.audio_vae.normalise(z_a)
-            words, said = (networks.text_bytes(t).to(self.device) for t in (captions, speech))
-            told = (*net.encode_text(words), *net.encode_audio_text(words, said)) if self.harmony else None
-            once = lambda g: (harmony_loss(net, z_v, z_a, told, g, stage=args.stage, shift=args.shift) if self.harmony else
-                              syncflow_loss(net, z_v, z_a, words, g, "joint" if args.stage != "video" else "video"))[1]
-            reports = torch.stack([once(seeded(k)) for k in range(4)]).mean(0)
-        lines, score = [f"loss {self.format_metrics(reports)}"], -(reports[:2].sum() if args.stage == "joint" else reports[int(args.stage != "video")]).item()
-        settings = dict(steps=25, cfg=args.cfg, **dict(sync_video=1, sync_audio=1, shift=args.shift) if self.harmony else {})  # the model, not its guidance
-        spoken = lambda n: dict(speech=speech[:n]) if self.harmony else {}
-        make = lambda n, **given: generate_audio_video(net, self.vae, self.audio_vae, captions[:n], len(clips[0]["video"]), args.resolution, autocast, **spoken(n), **given, **settings)
-        if args.stage == "video":
-            return lines, score, generate_audio_video(net, self.vae, None, captions[:8], len(clips[0]["video"]), args.resolution, autocast, steps=25, cfg=args.cfg)[0]
-        if self.harmony and args.stage != "joint":                            # towers that have not met
-            return lines, score, []
-        sounds = make(len(clips), z_v=None if args.no_video else z_v)[1]
-        if not self.test:
-            s = event_scores([c["events"] for c in clips], [onsets_in_sound(w) for w in sounds])
-            lines += [f"sounds for true videos, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall {s['recall_50']:.2f})"]
-            if self.harmony:
-                begin = np.stack([c["video"][0] for c in clips])
-                driven, (videos, heard) = make(len(clips), z_a=z_a, pictures=begin)[0], make(len(clips), pictures=begin)
-                both = event_scores([detect_clip_events(v, c)[0] for v, c in zip(videos, clips)], [onsets_in_sound(w) for w in heard])["f1_50"]
-                lines += [*toybox_line("videos for true sounds", driven, clips)[0], f"pairs that begin with a picture, events against onsets: F1 at 50 ms {both:.3f}"]
-                self.figures = dict(video_driven=s["f1_50"], audio_driven=score_toybox(driven, clips)[0]["f1_50"], pairs=both)
-        shown = make(8) if args.stage == "joint" else ([c["video"] for c in clips[:8]], sounds)
-        return lines, score, *shown
+            for k in range(0, len(clips), 16):
+                batch = self.windows(self.test, np.array([c["number"] for c in clips[k:k + 16]]))
+                rows = range(len(batch["z"]))
+                # The same noise at every evaluation.
+                loss, _ = self.loss(net, seeded(k), **batch, rows=rows, skip_audio=False)
+                losses.append(loss.item())
+        # At the published size a video takes hours.
+        videos = [] if self.args.pretrained else generate(
+            net, self.vae, clips[:8], autocast, steps=12, asg=0., cfg=0.)
+        loss = float(np.mean(losses))
+        return Evaluation([f"loss on {len(clips)} test windows {loss:.4f}"], -loss, videos)
 
-    def extra(self):
+
+# --------------------------------------------------------------------------------- the autoencoders
+
+class VideoVAE:
+    """Frames of toybox clips -> their reconstruction. Every sample is a new clip."""
+
+    columns = ("error", "nats per latent")
+    extra = {}
+
+    def __init__(self, args, device, autocast):
+        if args.data != "toybox":
+            raise BadInput(f"--data {args.data}: the VAE is trained on the toybox only; "
+                           "leave --data out")
+        self.args = args
+        self.device = device
+        if args.tune_decoder:
+            # With its encoder frozen the latents stay what they are, and models of them valid.
+            self.net = load_vae(args.tune_decoder).train()
+            for name, p in self.net.named_parameters():
+                p.requires_grad_(not name.startswith(("encoder", "quant_conv")))
+        else:
+            config = autoencoders.VAEConfig(**autoencoders.VIDEO_VAE_SIZES["tiny"])
+            self.net = autoencoders.CausalVideoVAE(config)
+        self.prefetch = Prefetcher(self.sample, args.steps)
+
+    def sample(self, step, row):
+        """Two things of one kind in the same motion, uint8 (2, F, H, W, 3)."""
+        sample_id = step * self.args.batch_size + row
+        return vae_training_pair([self.args.seed, sample_id], self.args.resolution)
+
+    def batch(self, step, rows):
+        source, target = frames_to_tensor(self.prefetch(step, rows), self.device).unbind(1)
+        return dict(source=source, target=target)                     # (B, 3, F, H, W) each
+
+    def loss(self, net, generator, source, target):
+        B, _, F, H, W = source.shape
+        shape = (B, net.cfg.latent, (F - 1) // net.stride_t + 1, H // net.stride, W // net.stride)
+        noise = torch.randn(shape, generator=generator).to(source.device)
+        loss, error, rate = autoencoders.video_vae_loss(net, source, target, noise, self.args.kl)
+        return loss, torch.stack([error, rate])
+
+    def held_out(self, n):
+        return toybox_held_out(n, self.args.resolution)
+
+    def evaluate(self, net, clips, autocast, last):
+        videos = reconstruct(net, clips, autocast)
+        line, score, _ = score_videos("reconstruction", videos, clips)
+        return Evaluation([line], score, videos)
+
+    def measure_latent_stats(self, net):
+        """Into net.cfg: shift and scale that give latent 0 and the later latents unit variance."""
+        if self.args.tune_decoder:
+            return
+        clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution) for i in range(64)]
+        with torch.no_grad():
+            z = torch.cat([net.encode(frames_to_tensor(c["video"], self.device)[None])[0]
+                           for c in clips])
+        for name, part in (("image", z[:, :, :1]), ("video", z[:, :, 1:])):
+            setattr(net.cfg, f"shift_{name}", part.mean().item())
+            setattr(net.cfg, f"scale_{name}", 1 / part.std().item())
+
+
+class AudioVAE:
+    """Sounds of one second -> reconstruction of the waveform (audio-vae) or of its log-mel spectrum
+    (mel-vae). From the toybox every sound is a new one; recordings are read as they are."""
+
+    extra = {}
+
+    def __init__(self, args, device, autocast):
+        self.args = args
+        self.device = device
+        front = "mel" if args.task == "mel-vae" else "waveform"
+        config = autoencoders.AudioVAEConfig(**autoencoders.AUDIO_VAE_SIZES[front][args.size])
+        self.columns = ("error", "nats per latent")
+        if front == "waveform":
+            self.columns = ("error", "spectral", "nats per latent")
+        if args.data == "toybox" and config.rate != data.RATE:
+            raise BadInput(f"--size {args.size}: codes sounds of {config.rate} Hz, the toybox has "
+                           f"{data.RATE}; give recordings by --data")
+        self.net = autoencoders.AudioVAE(config)
+        clips = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
+        self.files = [c for c in clips if c["split"] == "train"]
+        self.test_files = [c for c in clips if c["split"] == "test"]
+        self.prefetch = Prefetcher(self.sample, args.steps)
+
+    def sample(self, step, row):
+        return self.second(step * self.args.batch_size + row, self.files)
+
+    def second(self, sample_id, files):
+        """One second of a toybox clip, or of one of the files: float32 (rate,)."""
+        rng = np.random.default_rng([self.args.seed, 4, sample_id])
+        n = self.net.cfg.rate
+        if files:
+            clip = files[rng.integers(len(files))]
+            wave = data.read_audio(clip["sound"] or clip["path"], n)
+        else:
+            wave = toybox_clip(int(rng.integers(HELD_OUT)), video=False)["audio"]
+        start = rng.integers(max(1, len(wave) - n + 1))
+        return np.pad(wave[start:start + n], (0, max(0, n - len(wave))))
+
+    def batch(self, step, rows):
+        return dict(wave=self.prefetch(step, rows).to(self.device))   # (B, rate)
+
+    def loss(self, net, generator, wave):
+        shape = (len(wave), net.cfg.latent, math.ceil(wave.shape[1] / net.hop))
+        noise = torch.randn(shape, generator=generator).to(wave.device)
+        return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl)
+
+    def held_out(self, n):
+        if self.files:
+            return [dict(audio=self.second(10 ** 12 + i, self.test_files)) for i in range(n)]
+        return toybox_held_out(n, video=False)
+
+    def evaluate(self, net, clips, autocast, last):
+        sounds = []
+        errors = []
+        with torch.no_grad(), autocast():
+            for clip in clips:
+                wave = torch.from_numpy(clip["audio"])[None]
+                mean, _ = net.encode(wave.to(self.device))
+                decoded = net.decode(mean, wave.shape[1]).float().cpu()
+                sounds.append(decoded[0].numpy())
+                errors.append(autoencoders.spectral_error(decoded, wave).item())
+        lines = [f"reconstruction: spectral error {np.mean(errors):.3f}"]
+        if not self.files:
+            lines.append(score_sounds("reconstruction", sounds, clips)[0])
+        return Evaluation(lines, -np.mean(errors))
+
+    def measure_latent_stats(self, net):
+        """Into net.cfg: shift and scale that give every channel unit variance."""
+        waves = [self.second(10 ** 11 + i, self.files) for i in range(64)]
+        with torch.no_grad():
+            z = torch.cat([net.encode(torch.from_numpy(w)[None].to(self.device))[0] for w in waves])
+        net.cfg.shift = tuple(z.mean((0, 2)).tolist())                # z (64, A, S)
+        net.cfg.scale = tuple((1 / z.std((0, 2))).tolist())
+
+
+# ----------------------------------------------------------------------------- SyncFlow and Harmony
+
+class TwoTowers:
+    """What SyncFlow and Harmony have in common: VAEs, cache, the frozen part, pictures, clips."""
+
+    def open(self, args, device, autocast, sizes, variations=1, **switches):
+        self.args = args
+        self.device = device
+        self.vae = load_vae(args.vae, device)
+        self.audio_vae = load_audio_vae(args.audio_vae, device)
+        # Audio latents per video latent: the VAEs say how long each of them is.
+        alpha = self.audio_vae.cfg.rate / self.audio_vae.hop * self.vae.stride_t / data.FPS
+        config = towers.DualTowerConfig(**sizes[args.size] | dict(alpha=alpha) | switches)
+        for flag, vae, expected in (("vae", self.vae, config.latent),
+                                    ("audio-vae", self.audio_vae, config.audio_latent)):
+            if vae.cfg.latent != expected:
+                raise BadInput(f"--{flag}: makes latents of {vae.cfg.latent} channels, --size "
+                               f"{args.size} takes {expected}")
+        self.cache, self.test = open_caches(
+            args, self.vae, device, autocast, audio_encoder=self.encode_waveform,
+            audio_tag=fingerprint(self.audio_vae), variations=variations)
+        self.net = towers.DualTower(config)
+        self.start_stage()
+        self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), stage=args.stage,
+                          audio_vae=fingerprint(self.audio_vae))
+
+    def start_stage(self):
+        """Weights of --init; which parameters are trained."""
+        if self.args.init:
+            before = data.load_checkpoint(self.args.init, self.args.task)
+            weights = before["ema"]
+            if before["stage"] == "video":        # its audio tower was never trained
+                weights = {k: v for k, v in weights.items() if not k.startswith("audio.")}
+            data.load_weights(self.net, {**self.net.state_dict(), **weights}, self.args.init)
+        for name, p in self.net.named_parameters():
+            p.requires_grad_(name.startswith(self.TRAINS[self.args.stage]))
+
+    def encode_waveform(self, wave):
+        """Waveform (samples,) -> the mean of its latents, (S, A)."""
+        mean, _ = self.audio_vae.encode(torch.from_numpy(wave)[None].to(self.device))
+        return mean[0].T.float().cpu().numpy()
+
+    def latents(self, z_v, z_a):
+        """-> normalised z_v (B, C, L, h, w), z_a (B, A, S)"""
+        return dict(z_v=self.vae.normalise(z_v.to(self.device)),
+                    z_a=self.audio_vae.normalise(z_a.to(self.device)))
+
+    def cached(self, index):
+        """Latents of windows of the cache, the means of their posteriors."""
+        z_v = data.gather(self.cache, "latents", index)[:, 0].float()
+        return self.latents(z_v, data.gather(self.cache, "features", index).float().mT)
+
+    def text(self, name, index, rngs):
+        """Captions or transcripts ("speech") of windows, some of them dropped -> text_bytes."""
+        texts = drop_text([self.cache[name][i] for i in index], rngs, self.args.drop_text)
+        return networks.text_bytes(texts).to(self.device)
+
+    def still_pictures(self, rngs):
+        """First latents of --pictures clips per sample, (B * pictures, C, 1, h, w), and text."""
+        n = self.args.pictures
+        if n == 0:
+            return {}
+        index = np.concatenate([rng.integers(len(self.cache["at"]), size=n) for rng in rngs])
+        text = self.text("captions", index, np.repeat(rngs, n))
+        z = data.gather(self.cache, "latents", index)[:, 0, :, :1].float().to(self.device)
+        return dict(pictures=self.vae.normalise(z), picture_text=text)
+
+    def held_out(self, n):
+        """Held-out clips and their latents z_v (1, C, L, h, w), z_a (1, A, S), not normalised."""
+        if self.test:
+            return held_out_windows(self.test, n)
+        clips = toybox_held_out(n, self.args.resolution)
+        with torch.no_grad():
+            for clip in clips:
+                video = frames_to_tensor(clip["video"], self.device)[None]
+                clip["z_v"] = self.vae.encode(video)[0]
+                clip["z_a"] = torch.from_numpy(self.encode_waveform(clip["audio"])).T[None]
+        return clips
+
+    def held_out_latents(self, clips):
+        return self.latents(torch.cat([c["z_v"].to(self.device) for c in clips]),
+                            torch.cat([c["z_a"].to(self.device) for c in clips]))
+
+    def mean_report(self, loss_of):
+        """The report of four draws of noise, the same at every evaluation -> line, values."""
+        reports = torch.stack([loss_of(seeded(k))[1] for k in range(4)]).mean(0).tolist()
+        pairs = [f"{name} {value:.3f}" for name, value in zip(self.columns, reports)]
+        return "loss " + "  ".join(pairs), reports
+
+    def generate(self, net, clips, autocast, audio_vae=None, **given):
+        return generate_audio_video(
+            net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]),
+            self.args.resolution, autocast, steps=25, **given)
+
+
+class SyncFlow(TwoTowers):
+    """Text -> video and sound on one noise level; audio attends to the video tower's features."""
+
+    columns = ("video", "audio")
+    TRAINS = {"video": ("video.", "text."), "audio": ("audio.",), "joint": ("",)}
+
+    def __init__(self, args, device, autocast):
+        self.open(args, device, autocast, towers.TOWERS, adaptor=not args.no_adaptor,
+                  blind=args.no_video)
+        self.extra["guidance"] = dict(cfg=2.)     # w of eq. 3; the paper samples with 6
+
+    def batch(self, step, rows):
+        index, rngs = batch_indices(self.cache, self.args, step, rows)
+        batch = dict(self.cached(index), text=self.text("captions", index, rngs))
+        return batch if self.args.stage == "audio" else batch | self.still_pictures(rngs)
+
+    def loss(self, net, generator, z_v, z_a, text, pictures=None, picture_text=None):
         args = self.args
-        guidance = dict(cfg=args.cfg, sync_video=args.sync_video, sync_audio=args.sync_audio, shift=args.shift) if self.harmony else dict(cfg=args.cfg)
-        return dict(size=args.resolution, vae=fingerprint(self.vae), audio_vae=fingerprint(self.audio_vae), guidance=guidance, stage=args.stage)
+        loss, report = syncflow_loss(net, z_v, z_a, text, generator, args.stage, args.ot,
+                                     args.sigma, args.shift)
+        if pictures is not None:
+            loss = loss + image_loss(net, pictures, picture_text, generator, args.sigma, args.shift)
+        return loss, report
+
+    def evaluate(self, net, clips, autocast, last):
+        """The loss on held-out clips; from stage two on also the sounds for their true videos."""
+        stage = self.args.stage
+        z = self.held_out_latents(clips)
+        text = networks.text_bytes([c["caption"] for c in clips]).to(self.device)
+
+        def loss_of(generator):
+            streams = "video" if stage == "video" else "joint"
+            return syncflow_loss(net, **z, text_inputs=text, generator=generator, stage=streams)
+        with torch.no_grad(), autocast():
+            line, (video, audio) = self.mean_report(loss_of)
+        score = -dict(video=video, audio=audio, joint=video + audio)[stage]
+        sample = partial(self.generate, net, autocast=autocast, cfg=self.extra["guidance"]["cfg"])
+        if stage == "video":
+            return Evaluation([line], score, sample(clips[:8])[0])
+        lines = [line]
+        given = None if self.args.no_video else z["z_v"]
+        sounds = sample(clips, audio_vae=self.audio_vae, z_v=given)[1]
+        if not self.test:
+            lines.append(score_sounds("sounds for true videos", sounds, clips)[0])
+        if stage == "audio":
+            return Evaluation(lines, score, [c["video"] for c in clips[:8]], sounds)
+        return Evaluation(lines, score, *sample(clips[:8], audio_vae=self.audio_vae))
 
 
-TASKS = {"a2v": A2V, "vae": VAE, "audio-vae": AudioVAE, "mel-vae": AudioVAE, "t2av": T2AV, "joint": T2AV}
+class Harmony(TwoTowers):
+    """Text -> video and sound, each on a noise level of its own, so that either may be given.
+    Stages: the video tower (the paper has Wan2.2's); the audio tower, with references out of the
+    clip itself; with references out of other clips of that voice; both towers and their bridges."""
+
+    columns = ("video", "audio", "audio-driven video", "video-driven audio")
+    TRAINS = {"video": ("video.", "text."), "audio": ("audio.", "speech."),
+              "timbre": ("audio.", "speech."), "joint": ("",)}
+
+    def __init__(self, args, device, autocast):
+        self.open(args, device, autocast, towers.HARMONY, variations=2,
+                  align=not args.no_rope_align, local=not args.no_gldi)
+        # s_v and s_a of SyncCFG are the paper's; text guidance is off, at 1.
+        self.extra["guidance"] = dict(cfg=1., sync_video=3., sync_audio=2., shift=args.shift)
+        self.windows_of_clip = {}
+        for windows in self.cache["clips"]:
+            self.windows_of_clip.update(dict.fromkeys(windows, windows))
+
+    def batch(self, step, rows):
+        index, rngs = batch_indices(self.cache, self.args, step, rows)
+        batch = dict(self.cached(index), text=self.text("captions", index, rngs))
+        if self.args.stage == "video":
+            return batch | self.still_pictures(rngs)
+        batch["speech"] = self.text("speech", index, rngs)
+        # One length in all processes.
+        seconds = np.random.default_rng([self.args.seed, 3, step]).uniform(1, 3)
+        return batch | self.references(index, rngs, seconds)
+
+    def references(self, index, rngs, seconds):
+        """Clean references of the timbre (B, A, R) and their mask (B, R), False for "none".
+
+        Stage "audio": a piece of the clip itself. Later: of a window of the same recording or thing
+        that does not overlap the clip, where there is one."""
+        cache = self.cache
+        hertz = self.audio_vae.cfg.rate / self.audio_vae.hop
+        R = min(round(seconds * hertz), cache["arrays"]["features"][0].shape[1])
+        window = data.FRAMES / data.FPS - 1e-6                        # seconds
+        chosen = []
+        exists = []
+        for i, rng in zip(index, rngs):
+            candidates = [i]
+            if self.args.stage != "audio":
+                candidates = [w for w in self.windows_of_clip[i]
+                              if abs(cache["starts"][w] - cache["starts"][i]) >= window]
+            exists.append(len(candidates) > 0 and rng.random() >= self.args.drop_text)
+            chosen.append(rng.choice(candidates) if candidates else i)
+        z_a = data.gather(cache, "features", np.array(chosen)).float().mT         # (B, A, S)
+        starts = [rng.integers(z_a.shape[2] - R + 1) for rng in rngs]
+        ref = torch.stack([z[:, s:s + R] for z, s in zip(z_a, starts)]).to(self.device)
+        mask = torch.tensor(exists, device=self.device)[:, None].expand(-1, R)
+        return dict(ref=self.audio_vae.normalise(ref), ref_mask=mask)
+
+    def loss(self, net, generator, z_v, z_a, text, speech=None, ref=None, ref_mask=None,
+             pictures=None, picture_text=None):
+        args = self.args
+        audio_text = (None, None) if speech is None else net.encode_audio_text(text, speech)
+        loss, report = harmony_loss(
+            net, z_v, z_a, (*net.encode_text(text), *audio_text), generator, ref, ref_mask,
+            args.stage, args.lambda_v, args.lambda_a, args.shift, args.sigma,
+            lambda_joint=args.lambda_joint)
+        if pictures is not None:
+            loss = loss + image_loss(net, pictures, picture_text, generator, args.sigma, args.shift)
+        return loss, report
+
+    def evaluate(self, net, clips, autocast, last):
+        """The loss on held-out clips; what the stages "video" and "joint" generate."""
+        stage = self.args.stage
+        z = self.held_out_latents(clips)
+        text = networks.text_bytes([c["caption"] for c in clips]).to(self.device)
+        speech = networks.text_bytes([c.get("speech", "") for c in clips]).to(self.device)
+        with torch.no_grad(), autocast():
+            states = (*net.encode_text(text), *net.encode_audio_text(text, speech))
+
+            def loss_of(generator):
+                return harmony_loss(net, **z, text=states, generator=generator, stage=stage,
+                                    shift=self.args.shift)
+            line, (video, audio, *_) = self.mean_report(loss_of)
+        if stage == "video":
+            videos, _ = self.generate(net, clips[:8], autocast, cfg=1.)
+            return Evaluation([line], -video, videos)
+        if stage != "joint":                      # the bridges between the towers are not trained
+            return Evaluation([line], -audio)
+        return self.evaluate_joint(net, clips, autocast, line, -video - audio, **z)
+
+    def evaluate_joint(self, net, clips, autocast, line, score, z_v, z_a):
+        """Sound for videos, videos for sounds, both from a picture: the model without guidance."""
+        def sample(some, **given):
+            return self.generate(
+                net, some, autocast, self.audio_vae, cfg=1., sync_video=1, sync_audio=1,
+                shift=self.args.shift, speech=[c.get("speech", "") for c in some], **given)
+        _, sounds = sample(clips, z_v=z_v)
+        shown = sample(clips[:8])
+        if self.test:
+            return Evaluation([line], score, *shown)
+        first = np.stack([c["video"][0] for c in clips])
+        driven, _ = sample(clips, z_a=z_a, pictures=first)
+        videos, waves = sample(clips, pictures=first)
+        sound_line, video_driven = score_sounds("sounds for true videos", sounds, clips)
+        video_line, _, audio_driven = score_videos("videos for true sounds", driven, clips)
+        events = [detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
+        pairs = event_scores(events, [onsets_in_sound(w) for w in waves])["f1_50"]
+        pair_line = f"pairs from a picture, events against onsets: F1 at 50 ms {pairs:.3f}"
+        figures = dict(video_driven=video_driven, audio_driven=audio_driven, pairs=pairs)
+        return Evaluation([line, sound_line, video_line, pair_line], score, *shown, figures)
 
 
-# ------------------------------------------------------------------------------------------------ the parts of the loop
+TASK_CLASSES = {"a2v": A2V, "t2av": SyncFlow, "joint": Harmony, "vae": VideoVAE,
+                "audio-vae": AudioVAE, "mel-vae": AudioVAE}
 
-def make_optimisers(net, args):
-    """Muon for the matrices and kernels inside the blocks (its steps are orthogonalised, so no direction of a matrix is left
-    behind), AdamW for everything else. Muon's step is scaled to the size of AdamW's: one --lr serves both. It wants
-    matrices: a kernel (C_out, C_in, ...) is one with C_out rows, in the same memory. It keeps one number per weight where AdamW
-    keeps two, which is a third of what stands between 2 billion parameters and a 24 GB card."""
-    inside = {p: torch.nn.Parameter(p.data.flatten(1)) for name, p in net.named_parameters()
-              if p.dim() > 1 and "block" in name and "norm" not in name and p.requires_grad and args.optimizer == "muon"}
-    rest = [p for p in net.parameters() if p not in inside and p.requires_grad]
-    groups = [dict(params=[p for p in rest if p.dim() > 1], weight_decay=args.weight_decay), dict(params=[p for p in rest if p.dim() < 2])]
-    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(.9, .98), weight_decay=0., fused=next(net.parameters()).device.type != "mps")
-    if not inside:
-        return [adamw]
-    muon = torch.optim.Muon(inside.values(), lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
 
-    def flatten_gradients(*_):
-        for p, matrix in inside.items():
-            matrix.grad = None if p.grad is None else p.grad.flatten(1)
-    muon.register_step_pre_hook(flatten_gradients)
-    return [adamw, muon]
+# ----------------------------------------------------------------------------- optimisers, averages
+
+def orthogonalise(x, dtype):
+    """Matrix (M, N) -> one with its singular vectors, and singular values near 1: five steps of
+    Newton-Schulz with the coefficients of Jordan et al. 2024 (Muon)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[0] > x.shape[1]
+    y = x.to(dtype)
+    y = y.T if tall else y
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.T if tall else y
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised steps, so that no direction of a matrix is left behind; a kernel
+    (C_out, C_in, ...) is a matrix of C_out rows. One number per weight is kept, where AdamW keeps
+    two. The steps are torch.optim.Muon's, except for `dtype`: that one always multiplies in
+    bfloat16, which takes 55 times as long as float32 on a CPU without native bfloat16."""
+
+    def __init__(self, params, lr, weight_decay, dtype, momentum=.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])       # Nesterov
+                update = orthogonalise(update.flatten(1), self.dtype)
+                # Entries of the size of AdamW's, about 0.2 (Moonlight, 2025).
+                size = .2 * math.sqrt(max(update.shape))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-group["lr"] * size)
+
+
+def make_optimisers(net, name, lr, weight_decay=.01, dtype=torch.float32):
+    """Muon for the matrices and kernels of the blocks, AdamW for everything else; or AdamW."""
+    def is_muons(key, p):
+        return name == "muon" and p.dim() > 1 and "block" in key and "norm" not in key
+    trained = [(key, p) for key, p in net.named_parameters() if p.requires_grad]
+    inside = [p for key, p in trained if is_muons(key, p)]
+    rest = [p for key, p in trained if not is_muons(key, p)]
+    groups = [dict(params=[p for p in rest if p.dim() > 1], weight_decay=weight_decay),
+              dict(params=[p for p in rest if p.dim() < 2])]          # biases, scales: no decay
+    fused = rest[0].device.type != "mps"
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(.9, .98), weight_decay=0., fused=fused)
+    return [adamw, Muon(inside, lr, weight_decay, dtype)] if inside else [adamw]
 
 
 def learning_rate(step, args):
     """Linear warm-up, then half a cosine down to 2 % of the peak."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (.02 + .98 * .5 * (1 + math.cos(math.pi * min(1, done))))
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (.02 + .98 * .5 * (1 + math.cos(math.pi * min(1, progress))))
+
+
+def local_shard(p):
+    """What this process holds of a tensor: its share under FSDP, else all of it."""
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 def update_ema(ema, net, step, decay, every=1):
-    """ema <- d ema + (1 - d) weights, with a d that starts small: an average over about the last tenth of the run so far.
-    Large networks keep it in the CPU's memory and update it once in a while, by as much as in so many steps."""
+    """ema <- d ema + (1 - d) weights, with d = (1 + step) / (10 + step) until it reaches `decay`.
+    With `every` > 1 in some steps only, by as much as in so many steps."""
     if step % every == 0:
-        d, theirs = min(decay, (1 + step) / (10 + step)) ** every, dict(net.named_parameters())
-        torch._foreach_lerp_(list(ema.values()), [local_shard(theirs[k].detach()).to(v.device) for k, v in ema.items()], 1 - d)
+        d = min(decay, (1 + step) / (10 + step)) ** every
+        weights = dict(net.named_parameters())
+        now = [local_shard(weights[k].detach()).to(v.device) for k, v in ema.items()]
+        torch._foreach_lerp_(list(ema.values()), now, 1 - d)
+
+
+def swap_ema(net, ema):
+    """The network's weights and their averages change places, in place; once more, and back."""
+    for k, p in net.named_parameters():
+        if k in ema:
+            weight = local_shard(p.detach())
+            kept = weight.to(ema[k].device, copy=True)
+            weight.copy_(ema[k])
+            ema[k].copy_(kept)
+
+
+# ---------------------------------------------------------------------------- the parts of the loop
+
+class Objective(nn.Module):
+    """The loss as a module's forward, for DistributedDataParallel and torch.compile."""
+
+    def __init__(self, task):
+        super().__init__()
+        self.net = task.net
+        self.task = task
+
+    def forward(self, batch, generator):
+        return self.task.loss(self.net, generator, **batch)
+
+
+def wrap(task, args):
+    """The task's objective with what was asked for: recomputation, compilation, processes."""
+    net = task.net
+    objective = Objective(task)
+    has_blocks = hasattr(net, "all_blocks")       # the autoencoders have none
+    if getattr(args, "checkpointing", False):
+        for block in net.all_blocks():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if args.compile:
+        for module in net.all_blocks() if has_blocks else [objective]:
+            module.compile()                      # blocks are alike: compiled once
+    if world_size() > 1 and not getattr(args, "fsdp", False):
+        # In steps without audio layers their parameters get no gradient, in all processes alike.
+        objective = DistributedDataParallel(objective, broadcast_buffers=False,
+                                            find_unused_parameters=has_blocks)
+    return objective
 
 
 def shard(net):
-    """FSDP2: of every weight, gradient and optimiser state a process keeps its share, and borrows the weights of a block from the
-    others while that block runs."""
+    """FSDP2: every process keeps a share of all weights, gradients and states, and gathers the
+    weights of a block while that block runs."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     for block in net.single_transformer_blocks:
-        register_fsdp_forward_method(fully_shard(block.audio), "project_kv")                     # called from outside its block
+        # project_kv is called from outside its block.
+        register_fsdp_forward_method(fully_shard(block.audio), "project_kv")
     for block in net.all_blocks():
         fully_shard(block)
     fully_shard(net)
 
 
-def local_shard(p):
-    """What this process holds of a tensor: its share of a sharded one, else all of it."""
-    return p.to_local() if isinstance(p, DTensor) else p
-
-
-def swap_ema(net, ema):
-    """The network's weights and their averages change places; once more, and they are back."""
-    for k, p in net.named_parameters():
-        if k in ema:
-            mine = local_shard(p.detach())
-            kept = mine.to(ema[k].device, copy=True)
-            mine.copy_(ema[k]), ema[k].copy_(kept)
-
-
-def full_state(net, keys):
-    """name -> the whole of those weights, in the CPU's memory. Of a sharded network every process has to take part."""
-    return {k: (v.full_tensor() if isinstance(v, DTensor) else v).to("cpu", copy=True) for k, v in net.state_dict().items() if k in keys}
-
-
-def full_optimizer_state(net, optimisers, sharded):
-    """The optimisers' states, whole."""
-    if not sharded:
-        return [o.state_dict() for o in optimisers]
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-    return [get_optimizer_state_dict(net, o, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) for o in optimisers]
-
-
-def sum_gradients(params, most=2 ** 25):
-    """Over all processes, in buckets of about `most` numbers. What is skipped in a step is skipped in all of them."""
-    buckets, filled = [[]], 0
-    for p in params:
-        if filled + p.numel() > most and buckets[-1]:
-            buckets, filled = [*buckets, []], 0
-        buckets[-1].append(p)
-        filled += p.numel()
-    for bucket in buckets:
-        flat = torch.cat([p.grad.flatten() for p in bucket])
-        dist.all_reduce(flat)
-        for p, piece in zip(bucket, flat.split([p.numel() for p in bucket])):
-            p.grad = piece.view_as(p)
-
-
-def memory_plan(net, args, micro, tokens):
-    """What a training step keeps, in bytes, by part. Activations: with --checkpointing the input of every block, and inside one
-    block at a time what its backward pass wants, about 40 numbers per token and channel; without, the latter for all."""
-    parts, D = list(net.parameters()), net.cfg.heads * net.cfg.head_dim
-    moving = [p for p in parts if p.requires_grad]
-    adam = sum(p.numel() for p in moving if args.optimizer == "adamw" or p.dim() < 2)
-    blocks, row = net.cfg.n_double + net.cfg.n_single, micro * tokens * D * 2
-    return dict(weights=sum(p.numel() * p.element_size() for p in parts), gradients=sum(4 * p.numel() for p in moving),
-                optimiser=4 * (sum(p.numel() for p in moving) + adam), average=0 if args.pretrained else sum(4 * p.numel() for p in moving),
-                activations=row * (blocks + 40 if args.checkpointing else blocks * 40))
-
-
-def peak_memory(device):
-    """The most that this process has held so far: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource                                                           # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def report_start(task, args, micro, words, flops):
-    parts = {name: sum(p.numel() for p in child.parameters()) for name, child in task.net.named_children()}
-    total = sum(p.numel() for p in task.net.parameters())
-    print(f"device      {words}\nparameters  {total / 1e6:.2f} M: " + ", ".join(f"{k} {v / 1e6:.2f}" for k, v in parts.items() if v > 4000))
-    if args.task == "a2v":
-        audio = sum(p.numel() for b in task.net.single_transformer_blocks if b.audio for p in b.audio.parameters())
-        C, L, h, w = task.cache["arrays"]["latents"][0].shape[2:]
-        n, T = h * w // task.config.patch ** 2, 128 if args.pretrained else 12
-        clean = L * n if args.layout == "parallel" else n + (L > 2) * n // 4 + max(0, L - 3) * n // 16      # the longest history
-        noisy = (L - 1) * n if args.layout == "parallel" else n
-        trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-        print(f"            of which audio cross-attention {audio / 1e6:.2f}; trained {trained / 1e6:.2f}")
-        print(f"tokens      {clean} clean + {noisy} noisy + {T} text {'a clip' if args.layout == 'parallel' else 'at the last stage'} ({L} latents of {C}x{h}x{w}), "
-              f"{task.cache['arrays']['mels'][0].shape[1] // 2} audio steps")
-        plan = memory_plan(task.net, args, micro, clean + noisy + T)
-        if args.fsdp:
-            plan = {k: v if k == "activations" else v / dist.get_world_size() for k, v in plan.items()}
-        print("memory      " + " + ".join(f"{k} {v / 2 ** 30:.2f}" for k, v in plan.items() if v) + f" = {sum(plan.values()) / 2 ** 30:.1f} GiB a process, estimated")
-    if args.task in STAGES:
-        C, L, h, w = task.cache["arrays"]["latents"][0].shape[2:]
-        S, A = task.cache["arrays"]["features"][0].shape[1:]
-        print(f"            stage {args.stage}: {sum(p.numel() for p in task.net.parameters() if p.requires_grad) / 1e6:.2f} M trained\n"
-              f"tokens      {L * (h // task.config.patch) * (w // task.config.patch)} video ({L} latents of {C}x{h}x{w}) + {S} audio ({A} numbers each) a clip")
-    print(f"compute     {flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips; {args.steps} steps = {args.steps * args.batch_size} clips")
-
-
-def count_flops(task, args, autocast, g):
-    """FLOPs (2 per multiply-add) of one training step, counted on a few clips. Attention counts only as plain matmuls."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    rows = [0, 1, 2, 3] if args.layout == "pyramid" else [0, 1]               # four: every stage
-    with autocast() if args.pretrained else nullcontext(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # bf16 beside fp32
-        task.loss(task.net, task.batch(0, rows), g)[0].backward()
-    task.net.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / len(rows) * args.batch_size
+PEAK = {   # dense bfloat16 FLOP/s by the data sheets
+    "H100": 989e12, "H100 PCIe": 756e12, "H200": 989e12, "A100": 312e12, "A10": 125e12,
+    "L4": 121e12, "L40": 181e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(device):
-    """What this device could do: the data sheet's bf16 number for a known GPU, a measured matmul on a CPU, else unknown."""
-    if device.type == "cuda":
-        return next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), float("nan")), "of the data sheet's peak"
-    dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    a, spans = torch.randn(2048, 2048).to(dtype), []
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        spans.append(time.perf_counter() - start)
-    return 2 * 2048 ** 3 / min(spans), "of a measured matmul"
+    """FLOP/s of a GPU by the longest name in the table that matches (L40S, not L4), else nan."""
+    if device.type != "cuda":
+        return math.nan
+    names = [name for name in PEAK if name in torch.cuda.get_device_name(device)]
+    return PEAK[max(names, key=len)] if names else math.nan
 
 
-def seeded(*numbers):
-    """A generator that depends on all of the numbers and nothing else."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
-
-
-# ------------------------------------------------------------------------------------------------ the loop
-
-def train(args):
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device, autocast, words = pick_device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))        # preparing data may take long
-    micro = args.batch_size // (world * args.accum)
-    if micro * world * args.accum != args.batch_size:
-        raise BadInput(f"--batch-size {args.batch_size} must be a multiple of processes x --accum = {world * args.accum}")
-    out, start_time = Path(args.out or f"out/{args.task}"), time.perf_counter()
-    torch.manual_seed(args.seed)
-    task = TASKS[args.task](args, device, autocast, world)
-    net = task.net.to(device)
-    if args.fsdp:
-        shard(net)
-    ema = {k: local_shard(p.detach()).to("cpu" if args.pretrained else device, copy=True) for k, p in net.named_parameters() if p.requires_grad}
-    optimisers = make_optimisers(net, args)
-    step, best, seconds = 0, -1e9, 0.
-    if (out / "last.pt").is_file():
-        step, best, seconds = resume(out / "last.pt", args, net, ema, optimisers)
-        if rank == 0:
-            print(f"resuming    {out / 'last.pt'} at step {step} (remove it, or give another --out, to start anew)")
-    flops = count_flops(task, args, autocast, seeded(args.seed, 0)) if rank == 0 or args.fsdp else 0
-    if rank == 0:
-        report_start(task, args, micro, words, flops)
-    peak, peak_words = peak_flops(device) if rank == 0 else (1, "")
-    if args.checkpointing:
-        for block in net.all_blocks():
-            block.forward = (lambda f: lambda *a: checkpoint(f, *a, use_reentrant=False))(block.forward)
-    compute = torch.compile(task.loss) if args.compile and "vae" in args.task else task.loss
-    if args.compile and "vae" not in args.task:
-        for block in net.all_blocks():
-            block.compile()
-    if args.bench:
-        return bench(task, net, optimisers, compute, autocast, args)
-    taking_part = rank == 0 or args.fsdp                                      # what is sharded, all must look at and save together
-    clips = task.held_out(args.eval_clips) if taking_part and args.eval_clips else []
-
-    stop = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(1))
-
-    def save():
-        model, states = full_state(net, ema if args.pretrained else net.state_dict()), full_optimizer_state(net, optimisers, args.fsdp)
-        swap_ema(net, ema)
-        averages = full_state(net, ema)
-        swap_ema(net, ema)
-        if rank == 0:
-            data.save_checkpoint(out / "last.pt", task=args.task, config=asdict(net.cfg), model=model, ema=averages, step=step, optimisers=states,
-                                 best=best, seconds=seconds, args=vars(args), **task.extra())
-    bar = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, unit="step")
-    reports, clock = [], time.perf_counter()
-    while step < args.steps:
-        lr = learning_rate(step, args)
-        for group in (g for o in optimisers for g in o.param_groups):
-            group["lr"] = lr
-        for i in range(args.accum):
-            part = rank * args.accum + i                                      # which micro-batch of the step this is
-            batch = task.batch(step, list(range(part * micro, (part + 1) * micro)))
-            if args.fsdp:
-                net.set_requires_gradient_sync(i == args.accum - 1)
-            with autocast():
-                loss, buckets = compute(net, batch, seeded(args.seed, step, part))
-            (loss / (args.accum * (1 if args.fsdp else world))).backward()    # FSDP averages by itself
-            reports.append(torch.cat([loss.detach()[None], buckets]))
-        if world > 1 and not args.fsdp:
-            sum_gradients([p for p in net.parameters() if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-        norm = norm.full_tensor() if args.fsdp else norm
-        if not torch.isfinite(norm):
-            raise BadInput(f"the loss is {loss.item()} at step {step} (gradient norm {norm.item()}); last.pt keeps the last good state: lower --lr")
-        for optimiser in optimisers:
-            optimiser.step()
-        net.zero_grad(set_to_none=True)
-        update_ema(ema, net, step, args.ema, args.ema_every)
-        step += 1
-        bar.update()
-        if world > 1:                                                         # a signal reaches processes at different steps: all stop at one
-            halt = torch.tensor(float(len(stop)), device=device)
-            dist.all_reduce(halt)
-            stop += [1] * int(halt.item() > 0)
-        if rank == 0 and (step % args.log_every == 0 or step == args.steps):
-            took = time.perf_counter() - clock
-            seconds, mean = seconds + took, torch.stack(reports).nanmean(0).tolist()
-            per_step = took / (len(reports) / args.accum)
-            tqdm.write(f"step {step}/{args.steps}  loss {mean[0]:.4f}  {task.format_metrics(mean[1:])}  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * per_step:.0f} ms  "
-                       f"{flops / per_step / 1e9:.0f} GFLOP/s = {100 * flops / per_step / peak:.0f} % {peak_words}  {seconds:.0f} s")
-            log_row(out / "log.csv", step=step, seconds=round(seconds, 1), loss=mean[0], **{f"bucket_{b}": v for b, v in enumerate(mean[1:])},
-                    lr=lr, ms=1000 * per_step)
-            if seconds == took or step == args.steps:                         # at the first report and the last
-                tqdm.write(f"  the most memory held so far: {peak_memory(device) / 2 ** 30:.2f} GiB" + (" of the process" if device.type == "cpu" else " of the GPU"))
-            reports, clock = [], time.perf_counter()
-        if taking_part and (step % args.sample_every == 0 or step == args.steps):
-            swap_ema(net, ema)                                                    # the averaged weights are looked at, and kept
-            score = evaluate_and_log(task, net, clips, out, step, autocast, args, rank) if clips else best
-            if score >= best:
-                best = score
-                save_best(out / "best.pt", task, net, ema, step, seconds, args, rank)
-            swap_ema(net, ema)
-            clock = time.perf_counter()                                       # the clock rests while evaluating and saving
-        if taking_part and (step % args.save_every == 0 or step == args.steps or stop):
-            save()
-            clock = time.perf_counter()
-        if stop:
-            bar.close()
-            print(f"stopped at step {step}; the same command goes on from {out / 'last.pt'}", file=sys.stderr)
-            sys.exit(130)
-    bar.close()
-    if rank == 0:
-        print(f"done: {out / 'best.pt'}, {out / 'log.csv'}; {seconds:.0f} s of training, {time.perf_counter() - start_time:.0f} s in all")
-    if world > 1:
-        dist.barrier()                                                        # what comes next may read what the first one wrote
-
-
-def evaluate_and_log(task, net, clips, out, step, autocast, args, rank):
-    """Evaluate on held-out clips; leave a strip and an mp4; -> a score to compare checkpoints by."""
-    net.eval()
-    with torch.compiler.set_stance("force_eager"):                            # other shapes than training's: not worth compiling for
-        lines, score, videos, *sounds = task.evaluate(net, clips, autocast, step == args.steps)
-    net.train()
-    if rank == 0 and getattr(task, "figures", None):
-        log_row(out / "scores.csv", step=step, **task.figures)
-    for line in lines if rank == 0 else []:
-        tqdm.write(f"  evaluation at step {step}, {len(clips)} held-out clips, {line}")
-    if len(videos):
-        sounds, side = sounds[0] if sounds else [c["audio"] for c in clips], data.sides(args.resolution)[0]
-        strips = [np.concatenate([data.film_strip(c["video"], c["audio"])[:None if s is not c["audio"] else side], data.film_strip(v, s)])
-                  for v, s, c in list(zip(videos, sounds, clips))[:8]]        # above: the truth, below: ours
-        data.write_picture(out / f"{step:06d}.png", np.concatenate(strips))
-        data.write_video(out / f"{step:06d}.mp4", videos[0], sounds[0])
-    return score
-
-
-def save_best(path, task, net, ema, step, seconds, args, rank):
-    if "vae" in args.task and not args.tune_decoder:
-        task.measure_latent_stats(net)
-    kept = ema if args.pretrained else net.state_dict()                       # what stays as published is not stored again
-    weights = full_state(net, list(kept))
-    if rank == 0:
-        data.save_checkpoint(path, task=args.task, config=asdict(net.cfg), ema={k: v.half() for k, v in weights.items()}, step=step, seconds=seconds,
-                             args=vars(args), **task.extra())
-
-
-def resume(path, args, net, ema, optimisers):
-    ckpt = data.load_checkpoint(path, args.task)
-    if ckpt["config"] != asdict(net.cfg) and "vae" not in args.task:
-        raise BadInput(f"{path}: made with another --size or configuration; give another --out to start anew")
-    for flag in ("seed", "batch_size", "lr", "data", "clips", "resolution", "tune_decoder", "optimizer", "fsdp", "stage"):       # --steps may change
-        if ckpt["args"].get(flag, getattr(args, flag)) != getattr(args, flag):
-            raise BadInput(f"{path}: was trained with --{flag.replace('_', '-')} {ckpt['args'].get(flag)}, now it is {getattr(args, flag)}; repeat that or give another --out")
-    if args.fsdp:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(net, ckpt["ema"], options=options)
-        swap_ema(net, ema)
-        set_model_state_dict(net, ckpt["model"], options=options)
-        for optimiser, state in zip(optimisers, ckpt["optimisers"]):
-            set_optimizer_state_dict(net, optimiser, state, options=options)
-        return ckpt["step"], ckpt["best"], ckpt["seconds"]
-    data.load_weights(net, {**net.state_dict(), **ckpt["model"]} if args.pretrained else ckpt["model"], path)
-    for k, v in ckpt["ema"].items():
-        ema[k].copy_(v)
-    for optimiser, state in zip(optimisers, ckpt["optimisers"]):
-        optimiser.load_state_dict(state)
-    return ckpt["step"], ckpt["best"], ckpt["seconds"]
-
-
-def bench(task, net, optimisers, compute, autocast, args, rounds=30):
-    """What loading costs: medians of forward, backward and update, in turns with one batch kept in memory and with batches from the cache."""
-    args.skip_audio = 0.                                                      # or some steps would be cheaper than others
-    kept, spans = task.batch(0, list(range(args.batch_size))), {"resident": [], "loading": []}
-    for step in tqdm(range(-3, rounds), desc="training steps", disable=None, leave=False):        # three to warm up
-        for name, times in spans.items():
-            start = time.perf_counter()
-            batch = kept if name == "resident" else task.batch(step + 3, list(range(args.batch_size)))
-            with autocast():
-                loss, _ = compute(net, batch, seeded(args.seed, step + 3))
-            loss.backward()
-            for optimiser in optimisers:
-                optimiser.step()
-            net.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start) if step >= 0 else None
-    resident, loading = (float(np.median(v)) for v in spans.values())
-    print(f"a step of {args.batch_size} clips: {1000 * resident:.1f} ms with the data in memory, {1000 * loading:.1f} ms loading it from the cache")
-    print(json.dumps(dict(resident_s=resident, loading_s=loading, loading_over_resident=loading / resident)))
+def count_flops(task, batch):
+    """FLOPs (2 per multiply-add) of forward and backward of a batch. Counted on the meta device,
+    which computes shapes and no numbers: nothing is allocated."""
+    def to_meta(x):
+        return x.to("meta") if isinstance(x, torch.Tensor) else x
+    with torch.device("meta"):
+        net = type(task.net)(task.net.cfg)
+    for copy, p in zip(net.parameters(), task.net.parameters()):
+        copy.requires_grad_(p.requires_grad)
+    with FlopCounterMode(display=False) as counter:
+        task.loss(net, seeded(0), **tree_map(to_meta, batch))[0].backward()
+    return counter.get_total_flops()
 
 
 def log_row(path, **row):
@@ -840,129 +1117,309 @@ def log_row(path, **row):
     new = not path.exists()
     with open(path, "a", newline="") as f:
         writer = csv.DictWriter(f, row)
-        writer.writeheader() if new else None
+        if new:
+            writer.writeheader()
         writer.writerow(row)
 
 
-def arguments():
-    p = Parser(__doc__)
-    # what
-    p.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
-    p.add_argument("--data", default="toybox", help=f"a2v: toybox, {', '.join(data.DATASETS)}, or a folder of clips")
-    p.add_argument("--data-root", default="data", help="where datasets and caches lie")
-    p.add_argument("--size", default="tiny", choices=[*dict.fromkeys([*networks.SIZES, *towers.TOWERS, *towers.HARMONY])], help="size of the network")
-    p.add_argument("--stage", default="all", choices=("video", "audio", "timbre", "joint", "all"), help="t2av, joint: one tower, the other, both together (timbre: Harmony's, with references out of other clips); or one after the other")
-    p.add_argument("--init", help="t2av, joint: the checkpoint a stage starts from (that of the stage before, in --out)")
-    p.add_argument("--resolution", type=data.picture_size, default=64, help="side of the pictures in pixels, or height x width: 384x640")
-    p.add_argument("--clips", type=number(int, 1), default=2000, help="a2v: toybox clips to render and cache")
-    p.add_argument("--vae", default=str(VAE_FILE), help="a2v: the VAE that makes the latents")
-    p.add_argument("--audio-vae", help="the audio VAE that makes the latents (t2av: of waveforms, weights/audio-vae-toybox.pt; joint: of spectra, weights/mel-vae-toybox.pt)")
-    p.add_argument("--pretrained", help="a2v: start from Pyramid Flow, downloaded to this folder (its VAE and text encoders too), as Syncphony did")
-    p.add_argument("--hubert", help="a2v, with --pretrained: features by this HuBERT, a folder or a name on the hub")
-    # how long, how fast
-    p.add_argument("--steps", type=number(int, 1), help="optimiser steps (a2v 1550, --pretrained 33000, vae 6000, audio-vae 4000, mel-vae 2000, t2av, joint 1500 a stage)")
-    p.add_argument("--batch-size", type=number(int, 1), help="clips per step, over all processes and --accum (16; --pretrained 32)")
-    p.add_argument("--accum", type=number(int, 1), default=1, help="micro-batches per step: less memory, the same result")
-    p.add_argument("--lr", type=number(low=0), help="peak learning rate (a2v, t2av, joint 0.005, --pretrained 0.00005, vae 0.002, audio-vae, mel-vae 0.003)")
-    p.add_argument("--warmup", type=number(int, 0), default=100, help="steps of linear warm-up")
-    p.add_argument("--weight-decay", type=number(low=0), default=.01, help="AdamW's, on matrices only")
-    p.add_argument("--clip", type=number(low=0), default=1., help="largest gradient norm")
-    p.add_argument("--ema", type=number(low=0, high=1), help="decay of the averaged weights (.998; --pretrained .9999)")
-    p.add_argument("--ema-every", type=number(int, 1), help="steps between updates of the averaged weights (1; with --pretrained 20)")
-    p.add_argument("--optimizer", default="muon", choices=("muon", "adamw"), help="Muon for matrices and AdamW for the rest, or AdamW for all")
-    # the a2v objective
-    p.add_argument("--lambda-motion", type=number(low=0), default=1., help="motion-aware loss, Syncphony eq. 1; 0 = plain")
-    p.add_argument("--skip-audio", type=number(low=0, high=1), default=.1, help="share of steps with the audio layers left out")
-    p.add_argument("--drop-text", type=number(low=0, high=1), default=.1, help="share of captions replaced by the null text")
-    p.add_argument("--no-audio-rope", action="store_true", help="an ablation: audio without positions, Syncphony table 11")
-    p.add_argument("--layout", default="parallel", choices=("parallel", "pyramid"), help="every latent in one pass, or Pyramid Flow's: one latent, three resolutions")
-    p.add_argument("--sigma", default="uniform", choices=("uniform", "logit-normal"), help="how noise levels are drawn")
-    p.add_argument("--shift", type=number(low=.01), help="shift of the noise levels towards noise; 1 = none (a2v 4, t2av 1, joint 5)")
-    p.add_argument("--asg", type=number(low=0), help="w_a that the checkpoint will recommend to sample.py (1; --pretrained 2)")
-    p.add_argument("--cfg", type=number(low=0), help="text guidance that the checkpoint will recommend to sample.py (0; --pretrained 4; t2av 2; joint 1, which is off)")
-    p.add_argument("--kl", type=number(low=0), help="weight of the KL term, the price of information in the latents (vae, audio-vae .02, mel-vae .002)")
-    p.add_argument("--pictures", type=number(int, 0), default=8, help="t2av, joint: single pictures for the video tower to learn from, beside every clip")
-    p.add_argument("--ot", action="store_true", help="t2av: minibatch optimal transport between noise and data")
-    p.add_argument("--no-adaptor", action="store_true", help="t2av, an ablation: audio looks at bare video features")
-    p.add_argument("--no-video", action="store_true", help="t2av, an ablation: the audio tower reads the text and sees no video")
-    p.add_argument("--lambda-v", type=number(low=0), default=.1, help="joint: weight of the audio-driven loss, which trains the VIDEO (Harmony eq. 3); 0 = leave that task out")
-    p.add_argument("--lambda-a", type=number(low=0), default=.3, help="joint: weight of the video-driven loss, which trains the AUDIO; 0 = leave that task out")
-    p.add_argument("--lambda-joint", type=number(low=0), default=1., help="joint: weight of the joint loss; 0 = train the one-way tasks alone")
-    p.add_argument("--sync-video", type=number(low=0), default=3., help="joint: s_v of SyncCFG that the checkpoint will recommend to sample.py")
-    p.add_argument("--sync-audio", type=number(low=0), default=2., help="joint: s_a likewise")
-    p.add_argument("--no-rope-align", action="store_true", help="joint, an ablation: the streams' places in time are not laid on each other")
-    p.add_argument("--no-gldi", action="store_true", help="joint, an ablation: everything attends to everything, and the reference is no style")
-    p.add_argument("--tune-decoder", help="vae: train only the decoder of this checkpoint; its latents, and models of them, stay valid")
-    # where and how
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of everything")
-    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    p.add_argument("--compile", action="store_true", help="torch.compile: half a minute to start, then faster")
-    p.add_argument("--checkpointing", action="store_true", help="a2v: recompute activations in the backward pass, for memory")
-    p.add_argument("--fsdp", action="store_true", help="--pretrained, several processes: share one copy of weights and states among them (with --optimizer adamw)")
-    p.add_argument("--bench", action="store_true", help="measure what loading the data costs, and stop")
-    p.add_argument("--out", help="folder for checkpoints and logs (out/a2v, out/vae)")
-    p.add_argument("--log-every", type=number(int, 1), default=50, help="steps between reports")
-    p.add_argument("--sample-every", type=number(int, 1), default=1000, help="steps between evaluations, each with strip and mp4")
-    p.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
-    p.add_argument("--eval-clips", type=number(int, 0), default=48, help="held-out clips of an evaluation")
-    return p
+def write_samples(path, evaluation, clips, height):
+    """A strip per clip, the true one above the generated one, and the first video as mp4."""
+    shared = evaluation.sounds is None            # one sound for both: its curve is drawn once
+    sounds = [c["audio"] for c in clips] if shared else evaluation.sounds
+    strips = []
+    for video, sound, clip in list(zip(evaluation.videos, sounds, clips))[:8]:
+        strips.append(data.film_strip(clip["video"], clip["audio"])[:height if shared else None])
+        strips.append(data.film_strip(video, sound))
+    data.write_picture(path.with_suffix(".png"), np.concatenate(strips))
+    data.write_video(path.with_suffix(".mp4"), evaluation.videos[0], sounds[0])
 
 
-DEFAULTS = {   # what a flag is that was not given
-    "a2v": dict(steps=1550, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=1., cfg=0., shift=4., kl=0.),
-    "pretrained": dict(steps=33000, lr=5e-5, batch_size=32, ema=.9999, ema_every=20, asg=2., cfg=4., shift=4., kl=0.),
-    "vae": dict(steps=6000, lr=2e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-2),
-    "audio-vae": dict(steps=4000, lr=3e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-2),
-    "mel-vae": dict(steps=2000, lr=3e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=0., shift=1., kl=2e-3),
-    "t2av": dict(audio_vae=str(AUDIO_VAE_FILE), steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=2., shift=1., kl=0.),
-    "joint": dict(audio_vae=str(MEL_VAE_FILE), steps=1500, lr=5e-3, batch_size=16, ema=.998, ema_every=1, asg=0., cfg=1., shift=5., kl=0.),
-}
+@contextmanager
+def stop_on_signal():
+    """-> a list that the first Ctrl-C or SIGTERM fills: the run ends after its step, with a
+    checkpoint. The second one ends it at once. Afterwards the old handlers are back."""
+    stop = []
+
+    def handle(number, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+class Run:
+    """A training run: task and network, averages and optimisers, counters, files."""
+
+    def __init__(self, args):
+        self.args = args
+        self.out = Path(args.out or f"out/{args.task}")
+        self.device, self.autocast, text = join_processes(args.device)
+        parts = world_size() * args.accum
+        if args.batch_size % parts:
+            raise BadInput(f"--batch-size {args.batch_size} must be a multiple of processes x "
+                           f"--accum = {parts}")
+        self.micro_batch = args.batch_size // parts
+        torch.manual_seed(args.seed)                                  # of the initial weights
+        self.task = TASK_CLASSES[args.task](args, self.device, self.autocast)
+        self.net = self.task.net.to(self.device)
+        self.flops = self.describe(text) if rank() == 0 else 0
+        # Of a model on Pyramid Flow only what is trained is saved.
+        self.published = bool(getattr(args, "pretrained", None))
+        self.sharded = getattr(args, "fsdp", False)
+        if self.sharded:
+            shard(self.net)
+        where = "cpu" if self.published else self.device
+        self.ema = {k: local_shard(p.detach()).to(where, copy=True)   # name -> averaged weight
+                    for k, p in self.net.named_parameters() if p.requires_grad}
+        dtype = torch.float32 if isinstance(self.autocast(), nullcontext) else torch.bfloat16
+        self.optimisers = make_optimisers(self.net, args.optimizer, args.lr, dtype=dtype)
+        self.step = 0
+        self.best = -math.inf                                         # score of best.pt
+        self.seconds = 0.                                             # of training, all sessions
+        self.reports = []                                             # since the last log line
+        self.clock = time.perf_counter()
+        self.objective = wrap(self.task, args)
+
+    def describe(self, text):
+        """Print what is trained on what -> FLOPs of a step."""
+        args = self.args
+        # Four clips: Pyramid Flow's loss trains each at one stage.
+        batch = self.task.batch(0, [0, 1, 2, 3])
+        flops = count_flops(self.task, batch) * args.batch_size / 4
+        sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6
+                 for name, part in self.net.named_children()}
+        parts = ", ".join(f"{k} {v:.2f}" for k, v in sizes.items() if v > .004)
+        trained = sum(p.numel() for p in self.net.parameters() if p.requires_grad) / 1e6
+        shapes = [f"{name} {'x'.join(map(str, x.shape[1:]))}" for name, x in batch.items()
+                  if isinstance(x, torch.Tensor)]
+        print(f"device      {text}\n"
+              f"parameters  {sum(sizes.values()):.2f} M ({parts}), {trained:.2f} M trained\n"
+              f"a sample    {', '.join(shapes)}\n"
+              f"compute     {flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips; "
+              f"{args.steps} steps = {args.steps * args.batch_size} clips")
+        return flops
+
+    def accumulate_gradients(self):
+        """Gradients of this step, averaged over micro-batches and processes."""
+        accum = self.args.accum
+        for i in range(accum):
+            part = rank() * accum + i                                 # micro-batch of the step
+            rows = list(range(part * self.micro_batch, (part + 1) * self.micro_batch))
+            batch = self.task.batch(self.step, rows)
+            # Processes exchange gradients at the last micro-batch.
+            with self.exchange(i == accum - 1):
+                with self.autocast():
+                    loss, report = self.objective(batch, seeded(self.args.seed, self.step, part))
+                (loss / accum).backward()
+            self.reports.append(torch.cat([loss.detach()[None], report]))
+
+    def exchange(self, now):
+        if self.sharded:
+            self.net.set_requires_gradient_sync(now)
+        elif world_size() > 1 and not now:
+            return self.objective.no_sync()
+        return nullcontext()
+
+    def update(self):
+        """One step of the optimisers -> norm of the gradient before clipping."""
+        args = self.args
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), args.clip or math.inf)
+        norm = norm.full_tensor() if self.sharded else norm
+        if not torch.isfinite(norm):
+            raise BadInput(f"the loss is {self.reports[-1][0].item()} at step {self.step}, the "
+                           f"norm of the gradient {norm.item()}; last.pt is from before: lower "
+                           "--lr")
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(self.step, args)
+            optimiser.step()
+        self.net.zero_grad(set_to_none=True)
+        every = EMA_EVERY_PRETRAINED if self.published else 1
+        update_ema(self.ema, self.net, self.step, args.ema, every)
+        self.step += 1
+        return norm
+
+    def due(self, every):
+        return self.step % every == 0 or self.step == self.args.steps
+
+    def log(self, norm):
+        """Means since the last report, as a line of text and a row of log.csv."""
+        elapsed = time.perf_counter() - self.clock
+        self.seconds += elapsed
+        each = elapsed / (len(self.reports) / self.args.accum)
+        loss, *report = torch.stack(self.reports).nanmean(0).tolist()
+        report = dict(zip(self.task.columns, report))
+        lr = learning_rate(self.step - 1, self.args)
+        speed = f"{self.flops / each / 1e9:.0f} GFLOP/s"
+        if self.device.type == "cuda":
+            share = self.flops / each / world_size() / peak_flops(self.device)
+            memory = torch.cuda.max_memory_allocated(self.device) / 2 ** 30
+            speed += f" = {100 * share:.0f} % of the peak, {memory:.1f} GiB"
+        log_rank0(f"step {self.step}/{self.args.steps}  loss {loss:.4f}  "
+                  + "  ".join(f"{k} {v:.4g}" for k, v in report.items())
+                  + f"  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * each:.0f} ms  {speed}  "
+                  f"{self.seconds:.0f} s")
+        if rank() == 0:
+            log_row(self.out / "log.csv", step=self.step, seconds=round(self.seconds, 1), loss=loss,
+                    **report, lr=lr, ms=1000 * each)
+        self.reports = []
+        self.clock = time.perf_counter()
+
+    def evaluate(self, clips):
+        """Evaluate the averaged weights; keep them in best.pt if they are the best so far."""
+        swap_ema(self.net, self.ema)
+        score = self.best
+        if clips:
+            self.net.eval()
+            # Evaluation has other shapes than training: not worth compiling for.
+            with torch.compiler.set_stance("force_eager"):
+                last = self.step == self.args.steps
+                evaluation = self.task.evaluate(self.net, clips, self.autocast, last)
+            self.net.train()
+            score = evaluation.score
+            if rank() == 0:
+                self.write(evaluation, clips)
+        if score >= self.best:
+            self.best = score
+            self.save_best()
+        swap_ema(self.net, self.ema)
+
+    def write(self, evaluation, clips):
+        if evaluation.figures:
+            log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
+        for line in evaluation.lines:
+            tqdm.write(f"  evaluation at step {self.step}, {len(clips)} held-out clips, {line}")
+        if len(evaluation.videos):
+            height = data.sides(self.args.resolution)[0]
+            write_samples(self.out / f"{self.step:06d}", evaluation, clips, height)
+
+    def options(self):
+        """How states are gathered: whole, in the CPU's memory, what is trained where only that is
+        saved. The same call serves one process, several, and shares of FSDP."""
+        return StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False,
+                                ignore_frozen_params=self.published)
+
+    def save(self, name, **content):
+        if rank() == 0:
+            data.save_checkpoint(
+                self.out / name, task=self.args.task, config=asdict(self.net.cfg), step=self.step,
+                seconds=self.seconds, args=vars(self.args), **self.task.extra, **content)
+
+    def save_best(self):
+        """The network's weights as they are now, that is, averaged, in half precision."""
+        if hasattr(self.task, "measure_latent_stats"):
+            self.task.measure_latent_stats(self.net)
+        weights = get_model_state_dict(self.net, options=self.options())
+        self.save("best.pt", ema={k: v.half() for k, v in weights.items()})
+
+    def save_last(self):
+        """Everything that resuming needs."""
+        model, states = get_state_dict(self.net, self.optimisers, options=self.options())
+        swap_ema(self.net, self.ema)
+        averages = get_model_state_dict(self.net, options=self.options())
+        averages = {k: v.clone() for k, v in averages.items() if k in self.ema}
+        swap_ema(self.net, self.ema)
+        self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best)
+
+    def resume(self):
+        """Continue from last.pt, if there is one and these settings made it."""
+        path = self.out / "last.pt"
+        if not path.is_file():
+            return
+        ckpt = data.load_checkpoint(path, self.args.task)
+        self.refuse_other_settings(path, ckpt)
+        # The averages go through the network, which knows how to share them out.
+        set_model_state_dict(self.net, ckpt["ema"], options=self.options())
+        swap_ema(self.net, self.ema)
+        set_state_dict(self.net, self.optimisers, model_state_dict=ckpt["model"],
+                       optim_state_dict=ckpt["optimisers"], options=self.options())
+        self.step = ckpt["step"]
+        self.best = ckpt["best"]
+        self.seconds = ckpt["seconds"]
+        log_rank0(f"resuming    {path} at step {self.step} (remove it, or give another --out, to "
+                  "start anew)")
+
+    def refuse_other_settings(self, path, ckpt):
+        """With other settings the run would not take the steps it would have taken."""
+        for name, value in vars(self.args).items():
+            before = ckpt["args"].get(name, value)
+            if name not in MAY_DIFFER and before != value:
+                raise BadInput(f"{path}: was trained with --{name.replace('_', '-')} {before}, now "
+                               f"it is {value}; repeat that or give another --out")
+        for name in ("vae", "audio_vae"):
+            if ckpt.get(name) != self.task.extra.get(name):
+                raise BadInput(f"{path}: was trained on latents of another VAE; give that one by "
+                               f"--{name.replace('_', '-')}, or give another --out")
+        # An autoencoder's configuration holds the constants that were measured for best.pt.
+        if ckpt["config"] != asdict(self.net.cfg) and hasattr(self.net, "all_blocks"):
+            raise BadInput(f"{path}: its network has another configuration; give another --out "
+                           "to start anew")
+
+
+def train(args):
+    """Train a task, or a stage of it, from the last checkpoint in --out or from the start."""
+    run = Run(args)
+    run.resume()
+    # Rank 0 evaluates and saves; what is shared among processes takes all of them.
+    takes_part = rank() == 0 or run.sharded
+    clips = run.task.held_out(args.eval_clips) if takes_part and args.eval_clips else []
+    wait_for_rank0()
+    bar = tqdm(total=args.steps, initial=run.step, unit="step",
+               disable=None if rank() == 0 else True)
+    with stop_on_signal() as stop:
+        run.clock = time.perf_counter()
+        while run.step < args.steps:
+            run.accumulate_gradients()
+            norm = run.update()
+            bar.update()
+            stopping = any_process(stop, run.device)                  # all stop at the same step
+            if run.due(args.log_every):
+                run.log(norm)
+            pause = time.perf_counter()
+            if run.due(args.sample_every) and takes_part:
+                run.evaluate(clips)
+            if (run.due(args.save_every) or stopping) and takes_part:
+                run.save_last()
+            if run.due(args.sample_every) or run.due(args.save_every) or stopping:
+                wait_for_rank0()
+            run.clock += time.perf_counter() - pause                  # counts training alone
+            if stopping:
+                bar.close()
+                print(f"stopped at step {run.step}; the same command continues from "
+                      f"{run.out / 'last.pt'}", file=sys.stderr)
+                sys.exit(130)
+    bar.close()
+    log_rank0(f"done: {run.out / 'best.pt'}, {run.out / 'log.csv'}; {run.seconds:.0f} s of "
+              "training")
+
+
+def train_stages(args):
+    """All stages of a task, each from the best checkpoint of the one before."""
+    root = Path(args.out or f"out/{args.task}")
+    init = args.init
+    for stage, share, times in STAGES[args.task]:
+        log_rank0(f"stage {stage}: {root / stage}")
+        changes = dict(stage=stage, out=str(root / stage), init=init, lr=share * args.lr,
+                       batch_size=times * args.batch_size)
+        train(argparse.Namespace(**vars(args) | changes))
+        init = str(root / stage / "best.pt")
 
 
 def main():
-    args = arguments().parse_args()
-    for flag, value in DEFAULTS["pretrained" if args.pretrained else args.task].items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    if args.tune_decoder and args.task != "vae":
-        raise BadInput(f"--tune-decoder {args.tune_decoder}: only --task vae has a decoder; add --task vae or leave it out")
-    if args.pretrained:
-        args.layout, args.size = "pyramid", "miniflux"                        # what it was made with
-        if not args.hubert or args.data == "toybox" or args.task != "a2v":
-            raise BadInput(f"--pretrained {args.pretrained}: trains --task a2v on real clips with HuBERT features; give --data and --hubert facebook/hubert-large-ls960-ft")
-    elif args.size == "miniflux" or args.hubert:
-        raise BadInput("--size miniflux and --hubert go with Pyramid Flow's weights; give their folder by --pretrained, or train tiny or small")
-    if args.fsdp and (not args.pretrained or args.optimizer != "adamw" or "RANK" not in os.environ):
-        raise BadInput("--fsdp: shares a model on Pyramid Flow among the processes of torchrun; give --pretrained and --optimizer adamw, and start it by torchrun")
-    height, width = data.sides(args.resolution)
-    if args.data == "toybox":
-        data.only_square(args.resolution)
-    if args.layout == "pyramid" and (height % 64 or width % 64):
-        raise BadInput(f"--resolution {height}x{width}: --layout pyramid halves the latents twice; sides must be multiples of 64")
-    if args.stage == "timbre" and args.task != "joint":
-        raise BadInput(f"--stage timbre: is a stage of --task joint; --task {args.task} has none of that name")
-    if args.task == "joint" and not (args.lambda_joint or args.lambda_v or args.lambda_a):
-        raise BadInput("--lambda-joint 0 --lambda-v 0 --lambda-a 0: nothing is left to learn; leave one of them above 0")
-    (in_stages if args.task in STAGES and args.stage == "all" else train)(args)
+    args = parse_args()
+    if getattr(args, "stage", None) == "all":
+        train_stages(args)
+    else:
+        train(args)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-STAGES = {   # name, share of --lr, batches of so many times the size
-    # SyncFlow section 3.2: the video tower; the audio tower on top of it (no graph for video, so bigger batches cost the same); both, gently
-    "t2av": (("video", 1, 1), ("audio", 1, 2), ("joint", .3, 1)),
-    # Harmony section 2, on a video tower of our own in place of Wan2.2: the audio tower, with references; both and their bridges
-    "joint": (("video", 1, 1), ("audio", 1, 1), ("timbre", .3, 1), ("joint", .6, 1)),
-}
-
-
-def in_stages(args):
-    """All stages of a task, each from the last one's checkpoint."""
-    root, before = Path(args.out or f"out/{args.task}"), args.init
-    for stage, lr, more in STAGES[args.task]:
-        print(f"stage {stage}: {root / stage}")
-        train(argparse.Namespace(**dict(vars(args), stage=stage, out=str(root / stage), init=before, lr=lr * args.lr, batch_size=more * args.batch_size)))
-        before = str(root / stage / "best.pt")
 
 
 if __name__ == "__main__":

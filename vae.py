@@ -672,8 +672,9 @@ class LogMel(nn.Module):
         return torch.istft(spectrum, 512, self.hop, len(self.window), self.window, length=samples)
 
     def forward(self, wave):
-        # bfloat16 has 8 bits for a number, these logarithms span 8 decades
-        with torch.autocast(wave.device.type, enabled=False):
+        # bfloat16 has 8 bits for a number, these logarithms span 8 decades. (FLOPs are counted on the
+        # meta device, for which there is no autocast.)
+        with torch.autocast("cpu" if wave.is_meta else wave.device.type, enabled=False):
             power = self.stft(wave.to(self.window.dtype)).abs().square()
             mels = ((self.filters @ power + 1e-6).log10() + 3) / 1.6
         return mels.to(wave.dtype)
