@@ -648,11 +648,30 @@ def motion_twice(n, size=32, blocks=2):
     return (torch.from_numpy(videos).permute(1, 0, 5, 2, 3, 4).float() / 127.5 - 1).unbind(0)
 
 
-def test_the_published_vae_has_the_published_number_of_parameters():
-    """Pyramid Flow's causal_video_vae: 335.4 M parameters."""
+def learn(vae, loss_of, steps):
+    """The errors of `steps` optimiser steps; loss_of(step) -> loss, error."""
+    adam = torch.optim.AdamW(vae.parameters(), 3e-3)
+    errors = []
+    for i in range(steps):
+        loss, error = loss_of(i)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        errors.append(error.item())
+    return errors
+
+
+def test_the_published_sizes():
+    """Pyramid Flow: 335.4 M parameters. SyncFlow section 3.1: 4x8x8 (causal: 33 frames are 9
+    latents) and, at 48 kHz, a hop of 960: 50 latents a second."""
     with torch.device("meta"):
         vae = CausalVideoVAE(VAEConfig(**VIDEO_VAE_SIZES["pyramid"]))
-    assert sum(p.numel() for p in vae.parameters()) == 335_402_067
+        assert sum(p.numel() for p in vae.parameters()) == 335_402_067
+        vae = CausalVideoVAE(VAEConfig(**VIDEO_VAE_SIZES["syncflow"]))
+        assert vae.encode(torch.zeros(1, 3, 33, 256, 256))[0].shape == (1, 4, 9, 32, 32)
+        assert vae.decode(torch.zeros(1, 4, 9, 32, 32)).shape == (1, 3, 33, 256, 256)
+        vae = AudioVAE(AudioVAEConfig(**AUDIO_VAE_SIZES["waveform"]["syncflow"]))
+        assert vae.encode(torch.zeros(1, 96000))[0].shape == (1, 128, 100)
 
 
 def test_the_vae_agrees_with_pyramid_flow_number_for_number():
@@ -672,25 +691,22 @@ def test_the_vae_agrees_with_pyramid_flow_number_for_number():
 
 @both_kinds
 def test_coding_in_chunks_equals_coding_at_once(kind):
-    """The first chunk has t n + 1 frames, later ones t n; caches replace the padding."""
+    """The first chunk has t n + 1 frames, later ones t n; the cache replaces their padding."""
     vae = vae_of(kind)
     t = vae.stride_t
     video = torch.rand(1, 3, 4 * t + 1, 32, 32, dtype=torch.float64) * 2 - 1
     first = video[:, :, :1]
+    caches = {}, {}
     with torch.no_grad():
         z, _ = vae.encode(video)
-        cache = {}
-        ends = (0, t + 1, 3 * t + 1, 4 * t + 1)
-        latents = [vae.encode(video[:, :, a:b], first, cache)[0] for a, b in zip(ends, ends[1:])]
+        parts = video.split([t + 1, 2 * t, t], 2)
+        latents = [vae.encode(part, first, caches[0])[0] for part in parts]
         output = vae.decode(z, first)
-        cache = {}
-        frames = [vae.decode(part, first, cache) for part in z.split([2, 1, 2], 2)]
-    assert z.shape[2] == 5, f"4t + 1 frames are {z.shape[2]} latents"
-    assert output.shape == video.shape
-    error = (torch.cat(latents, 2) - z).abs().max()
-    assert error < 1e-10, f"latents in chunks differ by {error:.1e}"
-    error = (torch.cat(frames, 2) - output).abs().max()
-    assert error < 1e-10, f"frames in chunks differ by {error:.1e}"
+        frames = [vae.decode(part, first, caches[1]) for part in z.split([2, 1, 2], 2)]
+    assert (z.shape[2], output.shape) == (5, video.shape)
+    for name, once, parts in (("latents", z, latents), ("frames", output, frames)):
+        error = (torch.cat(parts, 2) - once).abs().max()
+        assert error < 1e-10, f"{name} in chunks differ by {error:.1e}"
 
 
 @both_kinds
@@ -733,15 +749,9 @@ def test_the_video_vae_learns():
     """60 steps at a tiny width divide the error by 3."""
     torch.manual_seed(0)
     vae = CausalVideoVAE(VAEConfig(**TOY_KIND))
-    source, target = motion_twice(4)
-    optimiser = torch.optim.AdamW(vae.parameters(), 3e-3)
-    errors = []
-    for _ in range(60):
-        loss, error, _ = video_vae_loss(vae, source, target, torch.randn(4, 4, 3, 4, 4), 1e-4)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        errors.append(error.item())
+    clips = motion_twice(4)
+    noise = torch.randn(60, 4, 4, 3, 4, 4).unbind()
+    errors = learn(vae, lambda i: video_vae_loss(vae, *clips, noise[i], 1e-4)[:2], 60)
     assert errors[-1] < errors[0] / 3, f"{errors[0]:.3f} -> {errors[-1]:.3f}"
 
 
@@ -773,14 +783,6 @@ def test_the_two_things_of_a_training_clip_move_alike():
         assert (a[0] != b[0]).mean() > .9, f"seed {seed}: the pictures are alike"
 
 
-def test_syncflows_video_vae_is_the_same_class_with_a_temporal_stride_of_four():
-    """SyncFlow: 32 frames of 256x256 are 8 latents of 32x32; causal, 33 frames are 9."""
-    with torch.device("meta"):
-        vae = CausalVideoVAE(VAEConfig(**VIDEO_VAE_SIZES["syncflow"]))
-        assert vae.encode(torch.zeros(1, 3, 33, 256, 256))[0].shape == (1, 4, 9, 32, 32)
-        assert vae.decode(torch.zeros(1, 4, 9, 32, 32)).shape == (1, 3, 33, 256, 256)
-
-
 @pytest.mark.parametrize("front", ["waveform", "mel"])
 def test_an_audio_vae_makes_fifty_latents_a_second_and_sounds_of_exact_length(front):
     """S = ceil(n / hop), hop 320 at 16 kHz; decode gives n samples back."""
@@ -793,13 +795,6 @@ def test_an_audio_vae_makes_fifty_latents_a_second_and_sounds_of_exact_length(fr
         assert mean.shape == logvar.shape == (2, 3, math.ceil(n / 320)), f"{n} samples"
         assert wave.shape == (2, n)
     assert torch.allclose(vae.denormalise(vae.normalise(mean)), mean)
-
-
-def test_syncflows_audio_vae_has_a_hop_of_960_at_48_khz():
-    """SyncFlow section 3.1: two seconds are 100 latents."""
-    vae = AudioVAE(AudioVAEConfig(**AUDIO_VAE_SIZES["waveform"]["syncflow"] | {"width": 2}))
-    assert (vae.cfg.rate, vae.hop, vae.cfg.latent) == (48000, 960, 128)
-    assert vae.encode(torch.zeros(1, 96000))[0].shape == (1, 128, 100)
 
 
 def test_a_long_sound_is_decoded_in_pieces_as_it_is_at_once():
@@ -828,14 +823,11 @@ def test_an_audio_vae_learns(front):
     """30 steps lower the spectral error (waveform) or the error of log-mels (mel) by 30 %."""
     vae = little_audio_vae(front, latent=8).float()
     wave = torch.from_numpy(toybox.toybox_clip(3, video=False)["audio"][None, :16000])
-    adam = torch.optim.Adam(vae.parameters(), 3e-3)
-    errors = []
-    for _ in range(30):
+
+    def loss_of(i):
         loss, report = audio_vae_loss(vae, wave, torch.zeros(1, 8, 50), 1e-4)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        errors.append(report[-2].item())
+        return loss, report[-2]
+    errors = learn(vae, loss_of, 30)
     assert errors[-1] < .7 * errors[0], f"{errors[0]:.3f} -> {errors[-1]:.3f}"
 
 
@@ -858,22 +850,18 @@ def test_the_log_mel_front_end_is_librosas():
 
 
 def test_a_sound_comes_back_from_its_spectrum_with_its_timbre_and_in_time():
-    """A log-mel spectrum loses the phases and nothing else."""
+    """A log-mel spectrum loses the phases and nothing else, and silence stays silent. The decoder
+    of a network that has diverged gives a finite sound."""
     front = vae_module.LogMel(16000, 64)
     waves = [toybox.toybox_clip(HELD_OUT_TESTS + i, video=False)["audio"] for i in range(12)]
     back = [front.inverse(front(torch.from_numpy(w)[None])[..., :-1])[0].numpy() for w in waves]
     onsets = [[cyclesync.onsets_in_sound(w) for w in some] for some in (waves, back)]
     assert cyclesync.event_scores(*onsets)["f1_50"] > .95
-    # between two things of one kind the distances are 0.3 to 0.5
     for measure in (data.log_mel, cyclesync.timbre):
         pairs = [(measure(w[:len(b)]), measure(b)) for w, b in zip(waves, back)]
         distance = np.mean([np.abs(x - y).mean() for x, y in pairs])
+        # between two things of one kind it is 0.3 to 0.5
         assert distance < .1, f"{measure.__name__}: {distance:.3f}"
-
-
-def test_silence_stays_silent_and_a_diverged_decoder_gives_a_finite_sound():
-    """No energy below -80 dB counts, and no log-mel above 4."""
-    front = vae_module.LogMel(16000, 64)
     assert front.inverse(front(torch.zeros(1, 16000))).abs().max() < 1e-6
     assert front.inverse(torch.full((1, 64, 10), 1e4)).isfinite().all()
 

@@ -1,34 +1,30 @@
 """The autoencoders: video to latents, sound to latents, and back.
 
-    CausalVideoVAE   one class for two networks: Pyramid Flow's published VAE ("pyramid") and the
-                     small one of the toybox ("tiny")
-    AudioVAE         front end "waveform": EnCodec's network with a Gaussian in place of the
-                     quantiser (SyncFlow section 3.1). Front end "mel": log-mel spectra, the idea of
-                     MMAudio, whose latents Harmony uses
+    CausalVideoVAE   Pyramid Flow's published video VAE ("pyramid") and the toybox's ("tiny")
+    AudioVAE         front end "waveform": EnCodec's network, a Gaussian in place of the quantiser
+                     (SyncFlow section 3.1). Front end "mel": log-mel spectra, the idea of MMAudio,
+                     whose latents Harmony uses
 
     video (B, 3, frames, H, W)                         wave (B, samples)
       | patchify                                         | pad, or log-mel
       | encoder: ResBlocks and halvings                  | encoder: residual units and strides
-      v                                                  v
     mean, logvar (B, C, L, h, w)                       mean, logvar (B, A, S)
+      | mean + exp(logvar / 2) * noise                   | the same
       | decoder: the mirror image                        | decoder: the mirror image
       | unpatchify, or composite over frame 0            | trim, or Griffin-Lim
-      v                                                  v
     video (B, 3, frames, H, W)                         wave (B, samples)
 
-A latent is a Gaussian: mean + exp(logvar / 2) * noise is a sample of it.
-
-**Frames and latents.** Latent 0 codes frame 0 alone, every other latent codes t frames: t(L-1)+1
-frames are L latents, and an image is a video of one frame. For t = 4, L = 4:
+**Frames and latents.** Latent 0 codes frame 0 alone, every other latent t frames: L latents are
+t(L-1)+1 frames, and an image is a video of one frame. For t = 4, L = 4:
 
     frame     0 | 1  2  3  4 | 5  6  7  8 | 9 10 11 12
     latent    0 |     1      |     2      |     3
 
 Convolutions are causal, with all padding in time in front: latent l depends on frames 0 .. t l.
 
-**Chunks.** For a long video, coded in chunks, every convolution keeps its last two inputs in a
-cache. They replace the padding of the next chunk, and the result is the same. Frames a b c d e with
-a temporal kernel of 3:
+**Chunks.** For a video that is coded in chunks, every convolution keeps its last two inputs in a
+cache. They replace the padding of the next chunk, so the result is the same. Frames a b c d e, a
+temporal kernel of 3:
 
     at once    0 0 a b c d e
     chunk 1    0 0 a b c              keeps b c
@@ -58,9 +54,9 @@ class VAEConfig:
     layers: tuple = (2, 3)                    # ResBlocks per level: encoder, decoder
     latent: int = 16                          # channels of the latent
     groups: int = 32                          # GroupNorm groups
-    # Five switches, for a network that learns on two CPU cores: the published layout, however
-    # narrow, learns nothing there within an hour. Chosen by short runs of one seed each.
-    # 1: a latent depends on its own t frames; the history is modelled by the transformer
+    # Five switches, for a network that learns on two CPU cores, where the published layout,
+    # however narrow, learns nothing within an hour. Chosen by short runs of one seed each.
+    # temporal kernel. 1: a latent depends on its t frames; the transformer models the history
     kernel_t: int = 3
     # (frames, pixels) of one input position. (4, 4): sixty times fewer positions. Frame 0 is
     # repeated to fill its patch, so that 4(L-1)+1 frames remain L latents
@@ -131,8 +127,9 @@ class ResBlock(nn.Module):
         self.conv1 = CausalConv3d(c_in, c_out, kernel)
         self.norm2 = Norm(cfg.groups, c_out, 1e-6)
         self.conv2 = CausalConv3d(c_out, c_out, kernel)
-        same = c_in == c_out
-        self.conv_shortcut = nn.Identity() if same else CausalConv3d(c_in, c_out, (1, 1, 1))
+        self.conv_shortcut = nn.Identity()
+        if c_in != c_out:
+            self.conv_shortcut = CausalConv3d(c_in, c_out, (1, 1, 1))
 
     def forward(self, x, cache):
         h = self.conv1(F.silu(self.norm1(x)), cache)
@@ -165,24 +162,19 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(c, cfg.groups)])
 
     def forward(self, x, cache):
-        x = self.attentions[0](self.resnets[0](x, cache))
-        return self.resnets[1](x, cache)
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
 
 
 class Resample(nn.Module):
-    """A halving or doubling of space ("down", "up") or of time ("down_t", "up_t").
-
-    Halving: a convolution with stride. Doubling: a convolution to 4c (space) or 2c (time) channels,
-    and a reshape that turns channels into pixels or frames."""
-
-    # kind: (output channels per input channel, stride)
-    KINDS = {"down": (1, (1, 2, 2)), "down_t": (1, (2, 1, 1)),
-             "up": (4, (1, 1, 1)), "up_t": (2, (1, 1, 1))}
+    """A halving or doubling of space ("down", "up") or of time ("down_t", "up_t")."""
 
     def __init__(self, c, kind, kernel_t):
         super().__init__()
-        factor, stride = self.KINDS[kind]
         self.kind = kind
+        # Halving: a convolution with stride. Doubling: a convolution to 4c (space) or 2c (time)
+        # channels, and a reshape that turns channels into pixels or frames.
+        stride = {"down": (1, 2, 2), "down_t": (2, 1, 1)}.get(kind, (1, 1, 1))
+        factor = {"up": 4, "up_t": 2}.get(kind, 1)
         self.conv = CausalConv3d(c, factor * c, (kernel_t, 3, 3), stride)
 
     def forward(self, x, cache, start=True):                        # (B, c, T, H, W)
@@ -191,9 +183,8 @@ class Resample(nn.Module):
             x = F.pixel_shuffle(x.transpose(1, 2), 2).transpose(1, 2)       # (B, c, T, 2H, 2W)
         elif self.kind == "up_t":
             x = x.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)       # (B, c, 2T, H, W)
-            if start:
-                # latent 0 is one frame: (B, c, 2T - 1, H, W)
-                x = x[:, :, 1:]
+            # latent 0 is one frame: (B, c, 2T - 1, H, W) if it is in this chunk
+            x = x[:, :, 1:] if start else x
         return x
 
 
@@ -205,23 +196,28 @@ class Level(nn.Module):
         super().__init__()
         blocks = [ResBlock(c_in if i == 0 else c_out, c_out, cfg) for i in range(layers)]
         self.resnets = nn.ModuleList(blocks)
-        self.way = way
-        if space:
-            setattr(self, f"{way}samplers", nn.ModuleList([Resample(c_out, way, cfg.kernel_t)]))
-        if time:
-            resample = Resample(c_out, f"{way}_t", cfg.kernel_t)
-            setattr(self, f"temporal_{way}samplers", nn.ModuleList([resample]))
+        kinds = {f"{way}samplers": way} if space else {}
+        kinds |= {f"temporal_{way}samplers": f"{way}_t"} if time else {}
+        for name, kind in kinds.items():
+            setattr(self, name, nn.ModuleList([Resample(c_out, kind, cfg.kernel_t)]))
+        self.resampling = list(kinds)
 
     def forward(self, x, cache, start=True, ref_features=None):
         for block in self.resnets:
             x = block(x, cache)
         if ref_features is not None:
-            # the encoder runs on the first frame, for the decoder's use: keep each resolution
+            # the encoder runs on the first frame: the decoder will need every level's output
             ref_features.append(x)
-        for name in (f"{self.way}samplers", f"temporal_{self.way}samplers"):
-            for resample in getattr(self, name, ()):
-                x = resample(x, cache, start)
+        for name in self.resampling:
+            x = getattr(self, name)[0](x, cache, start)
         return x
+
+
+def levels(cfg, widths, layers, time, way):
+    """All levels of an encoder or decoder; the channels change at the beginning of a level."""
+    inputs = [widths[0], *widths[:-1]]
+    return nn.ModuleList(Level(c_in, c_out, layers, cfg, space, time, way)
+                         for c_in, c_out, space, time in zip(inputs, widths, cfg.space, time))
 
 
 class Encoder(nn.Module):
@@ -233,9 +229,7 @@ class Encoder(nn.Module):
         # a patch of t frames, and with `reference` the same patch of the first frame beside it
         c_in = 3 * p * p * (t + cfg.reference)
         self.conv_in = CausalConv3d(c_in, w[0], kernel)
-        self.down_blocks = nn.ModuleList(
-            Level(w[max(i - 1, 0)], w[i], cfg.layers[0], cfg, cfg.space[i], cfg.time[i], "down")
-            for i in range(len(w)))
+        self.down_blocks = levels(cfg, w, cfg.layers[0], cfg.time, "down")
         self.mid_block = MidBlock(w[-1], cfg)
         self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
         self.conv_out = CausalConv3d(w[-1], 2 * cfg.latent, kernel)         # mean and logvar
@@ -262,20 +256,19 @@ class Decoder(nn.Module):
         kernel = (cfg.kernel_t, 3, 3)
         self.conv_in = CausalConv3d(cfg.latent, w[0], kernel)
         self.mid_block = MidBlock(w[0], cfg)
-        self.up_blocks = nn.ModuleList(
-            Level(w[max(i - 1, 0)], w[i], cfg.layers[1], cfg, cfg.space[i], time[i], "up")
-            for i in range(len(w)))
+        self.up_blocks = levels(cfg, w, cfg.layers[1], time, "up")
         if cfg.reference:
             # from the encoder's activations of a resolution to the decoder's input of that level
             self.references = nn.ModuleList(
-                CausalConv3d(w[i], w[max(i - 1, 0)], (1, 1, 1)) for i in range(len(w)))
+                CausalConv3d(c, c_in, (1, 1, 1)) for c, c_in in zip(w, [w[0], *w[:-1]]))
         self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
         # pixels, or what CausalVideoVAE.composite needs
         c_out = 6 + 2 * p * p if cfg.reference else 3 * p * p
         self.conv_out = CausalConv3d(w[-1], c_out, kernel)
         if cfg.shortcut:
-            t, s = 2 ** sum(time), 2 ** sum(cfg.space)
-            self.linear = nn.ConvTranspose3d(cfg.latent, c_out, (t, s, s), (t, s, s))
+            s = 2 ** sum(cfg.space)
+            kernel = (2 ** sum(time), s, s)
+            self.linear = nn.ConvTranspose3d(cfg.latent, c_out, kernel, kernel)
 
     def forward(self, z, cache, start, ref_features=None):          # (B, C, L, h, w)
         x = self.conv_in(z, cache)
@@ -306,8 +299,7 @@ class CausalVideoVAE(nn.Module):
     With `cfg.reference`, all but latent 0 are conditioned on the true first frame. The encoder gets
     it beside every patch, and latents are differences from the latent of a still clip: rest is
     exactly zero, and no latent repeats how the scene appears. The decoder gets the encoder's
-    activations of it, and its output is a composite over it.
-    """
+    activations of it, and its output is a composite over it."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -372,7 +364,7 @@ class CausalVideoVAE(nn.Module):
         return self.quant_conv(self.encoder(x, cache, ref_features)).chunk(2, 1)
 
     def encode_still(self, first):
-        """First frame (B, 3, 1, H, W) -> the latent (B, C, 1, h, w) of t frames equal to it, and the
+        """First frame (B, 3, 1, H, W) -> the latent (B, C, 1, h, w) of t frames like it, and the
         encoder's activations, one tensor per level."""
         ref_features = []
         still = first.repeat(1, 1, self.stride_t, 1, 1)
@@ -408,15 +400,16 @@ class CausalVideoVAE(nn.Module):
         return torch.cat(means, 2), torch.cat(logvars, 2)
 
     def decode_tiles(self, z, caches, tile=32, overlap=8):
-        """`decode` of large frames, without reference, in overlapping tiles with a linear cross-fade,
-        as in Pyramid Flow's pipeline. Close to `decode`, not equal to it: GroupNorm and attention
-        act on a tile instead of the frame.
+        """`decode` of large frames (without reference) in overlapping tiles, as in Pyramid Flow's
+        pipeline. Close to `decode`, not equal: GroupNorm and attention act on a tile.
 
-        tile, overlap: in latents. caches: a dict, empty for the first chunk, with a cache per tile:
-        so a video can be decoded latent by latent."""
+        tile, overlap: in latents. caches: a dict, empty for the first chunk; it keeps one cache per
+        tile, so that a video can be decoded latent by latent."""
         p = self.stride
-        height, width = z.shape[3] * p, z.shape[4] * p
-        # a pixel's weight rises from the edge of its tile to 1 over the overlap
+        height = z.shape[3] * p
+        width = z.shape[4] * p
+        # Tiles are averaged. The weight of a pixel rises linearly from the edge of its tile to 1
+        # over the overlap.
         ramp = ((torch.arange(tile * p, device=z.device) + .5) / (overlap * p)).clamp(max=1)
         fade = torch.minimum(ramp, ramp.flip(0))
         total = 0
@@ -435,14 +428,16 @@ class CausalVideoVAE(nn.Module):
 
     def normalise(self, z, start=True):
         """Latents -> about unit variance. `start`: z begins with latent 0."""
-        c, n = self.cfg, int(start)
+        c = self.cfg
+        n = int(start)
         image = (z[:, :, :n] - c.shift_image) * c.scale_image
         video = (z[:, :, n:] - c.shift_video) * c.scale_video
         return torch.cat([image, video], 2)
 
     def denormalise(self, z, start=True):
         """The inverse of `normalise`."""
-        c, n = self.cfg, int(start)
+        c = self.cfg
+        n = int(start)
         image = z[:, :, :n] / c.scale_image + c.shift_image
         video = z[:, :, n:] / c.scale_video + c.shift_video
         return torch.cat([image, video], 2)
@@ -492,36 +487,32 @@ def video_vae_loss(vae, source, target, noise, kl):
     return loss, error.detach().abs().mean(), nats
 
 
-# ---------------------------------------------------------------------------- the audio VAE: layers
+# ---------------------------------------------------------------------------- audio: layers
 
 @dataclass
 class AudioVAEConfig:
     """The defaults are SyncFlow's VAE, of 15 M parameters: 48 kHz, 50 latents a second."""
     front: str = "waveform"                   # "waveform", or "mel" for log-mel spectra
     rate: int = 48000                         # samples per second
-    width: int = 32                           # channels, with "waveform" doubled by every level
+    width: int = 32                           # channels; of "waveform", each level doubles them
     latent: int = 128                         # channels of the latent
-    # waveform: strides of the levels; times the patch they are the hop, in samples per latent
-    ratios: tuple = (4, 5, 6, 8)
-    patch: int = 1                            # waveform: samples per position of the first level
+    ratios: tuple = (4, 5, 6, 8)              # waveform: strides of the levels. Their product times
+    patch: int = 1                            # the samples per first position is the hop, 960
     lstm: int = 2                             # waveform: layers of the LSTM next to the latents
     mels: int = 64                            # mel: bands
     depth: int = 2                            # mel: residual units on either side of the halving
-    # latents are normalised as (z - shift) * scale, with one number per channel
-    shift: tuple = 0.
-    scale: tuple = 1.
+    shift: tuple = 0.                         # latents are normalised as (z - shift) * scale,
+    scale: tuple = 1.                         # with one number per channel
 
 
-AUDIO_VAE_SIZES = {                           # by front end, then by name
+AUDIO_VAE_SIZES = {                           # by front end
     "waveform": {
-        # hop 320, 50 Hz; patches of 20 samples make training 10 times faster
+        # hop 320: 50 Hz. With patches of 20 samples training is 10 times faster
         "tiny": dict(rate=16000, patch=20, ratios=(4, 4), width=64, latent=16, lstm=0),
         "syncflow": dict(),
     },
-    "mel": {
-        # two frames of 10 ms per latent: 50 Hz
-        "tiny": dict(front="mel", rate=16000, width=256, latent=16),
-    },
+    # two frames of 10 ms per latent: 50 Hz
+    "mel": {"tiny": dict(front="mel", rate=16000, width=256, latent=16)},
 }
 
 
@@ -551,13 +542,12 @@ class LSTM(nn.Module):
 
 
 class StridedConv(nn.Module):
-    """r samples to one, or with `up` one sample to r. The kernel is 2r; r samples of padding (or of
-    trimming) make lengths divide (or multiply) exactly."""
+    """r samples to one, or with `up` one to r. The kernel is 2r; r samples of padding or trimming
+    make lengths divide or multiply exactly."""
 
     def __init__(self, c_in, c_out, r, up=False):
         super().__init__()
-        conv = nn.ConvTranspose1d if up else nn.Conv1d
-        self.conv = conv(c_in, c_out, 2 * r, r)
+        self.conv = (nn.ConvTranspose1d if up else nn.Conv1d)(c_in, c_out, 2 * r, r)
         self.up = up
         self.left = r - r // 2
         self.right = r // 2
@@ -569,17 +559,14 @@ class StridedConv(nn.Module):
 
 
 def three_parts(first, blocks, last):
-    """A network under the names of its weights: first.*, blocks.0.*, ..., last.*"""
-    blocks = nn.Sequential(*blocks)
-    return nn.Sequential(OrderedDict(first=first, blocks=blocks, last=last))
+    """A network whose weights are named first.*, blocks.0.*, ..., last.*"""
+    return nn.Sequential(OrderedDict(first=first, blocks=nn.Sequential(*blocks), last=last))
 
 
 def waveform_layers(cfg):
-    """EnCodec's encoder and decoder (SEANet, non-causal), a Gaussian in place of the quantiser, as
-    SyncFlow section 3.1 has it. (B, 1, S hop) -> (B, 2A, S), and (B, A, S) -> (B, 1, S hop).
-
-    EnCodec's weight normalisation is left out; `variance_preserving_init` gives the part of it that
-    matters at the start, layers that keep the scale of their input."""
+    """EnCodec's encoder (B, 1, S hop) -> (B, 2A, S) and decoder (B, A, S) -> (B, 1, S hop): SEANet,
+    non-causal. Of its weight normalisation, `variance_preserving_init` keeps the effect at the
+    start of training."""
     c = cfg.width
     if cfg.patch > 1:
         first = StridedConv(1, c, cfg.patch)
@@ -590,7 +577,7 @@ def waveform_layers(cfg):
     down = []
     up = []
     for r in cfg.ratios:
-        # the decoder is the mirror image, hence built from its end
+        # the decoder is the mirror image: it grows from its end
         down = [*down, ResidualUnit(c), nn.ELU(), StridedConv(c, 2 * c, r)]
         up = [nn.ELU(), StridedConv(2 * c, c, r, up=True), ResidualUnit(c), *up]
         c = 2 * c
@@ -603,38 +590,38 @@ def waveform_layers(cfg):
 
 
 def mel_layers(cfg):
-    """Log-mel spectra (B, mels, 2S) -> (B, 2A, S), and latents (B, A, S) -> (B, mels, 2S)."""
+    """Encoder (B, mels, 2S) -> (B, 2A, S) and decoder (B, A, S) -> (B, mels, 2S)."""
     c = cfg.width
 
-    def blocks(resample):
+    def network(c_in, resample, c_out):
         before = [ResidualUnit(c) for _ in range(cfg.depth)]
         after = [ResidualUnit(c) for _ in range(cfg.depth)]
-        return [*before, nn.ELU(), resample, *after, nn.ELU()]
-
-    encoder = three_parts(nn.Conv1d(cfg.mels, c, 3, padding=1), blocks(StridedConv(c, c, 2)),
-                          nn.Conv1d(c, 2 * cfg.latent, 3, padding=1))
-    decoder = three_parts(nn.Conv1d(cfg.latent, c, 3, padding=1),
-                          blocks(StridedConv(c, c, 2, up=True)),
-                          nn.Conv1d(c, cfg.mels, 3, padding=1))
+        return three_parts(nn.Conv1d(c_in, c, 3, padding=1),
+                           [*before, nn.ELU(), resample, *after, nn.ELU()],
+                           nn.Conv1d(c, c_out, 3, padding=1))
+    encoder = network(cfg.mels, StridedConv(c, c, 2), 2 * cfg.latent)
+    decoder = network(cfg.latent, StridedConv(c, c, 2, up=True), cfg.mels)
     return encoder, decoder
 
 
 @torch.no_grad()
 def variance_preserving_init(vae):
-    """Every layer starts with the scale of its input: weights of variance 1 / fan-in.
+    """Weights of variance 1 / fan-in: every layer keeps the scale of its input.
 
     From torch's defaults, sounds left the strided encoder 100 times smaller than they entered, and
-    after 400 steps nothing was coded; with this start most onsets are."""
+    after 400 steps nothing was coded; from this start most onsets were."""
     for m in vae.modules():
         if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)):
             fan_in = m.weight[0].numel()
             if isinstance(m, nn.ConvTranspose1d):
-                fan_in = 2 * len(m.weight)                          # kernels of 2r at steps of r
+                # kernels of 2r at steps of r: two of them overlap
+                fan_in = 2 * len(m.weight)
             nn.init.normal_(m.weight, std=fan_in ** -.5)
             nn.init.zeros_(m.bias)
     for m in vae.modules():
         if isinstance(m, ResidualUnit):
-            nn.init.zeros_(m.conv2.weight)                          # the residual branch starts at 0
+            # the residual branch starts at zero
+            nn.init.zeros_(m.conv2.weight)
     # logvar starts near -6: with more noise than that nothing is ever coded
     logvar = slice(vae.cfg.latent, None)
     vae.encoder.last.weight[logvar] *= .1
@@ -648,11 +635,10 @@ def variance_preserving_init(vae):
 
 
 class LogMel(nn.Module):
-    """Waveform (B, n) <-> log-mel spectra (B, bands, n / hop + 1), on the device of its input.
+    """Waveform (B, n) <-> log-mel spectra (B, bands, n / hop + 1) at 100 Hz, on any device.
 
-    25 ms windows every 10 ms, 64 bands from 40 Hz; energies below -80 dB count as silence, and the
-    constants give about zero mean and unit variance. The numbers are those of `data.log_mel`, which
-    calls librosa; a test holds both together. The buffers are not persistent: no state-dict keys."""
+    25 ms windows every 10 ms, bands from 40 Hz up. The same numbers as `data.log_mel`, which calls
+    librosa: a test compares them. The buffers are no state-dict keys."""
 
     def __init__(self, rate, bands):
         super().__init__()
@@ -663,41 +649,41 @@ class LogMel(nn.Module):
         self.register_buffer("spread", torch.linalg.pinv(filters), persistent=False)
         self.register_buffer("window", torch.hann_window(rate // 40), persistent=False)
 
-    def stft(self, wave):                                           # (B, n) -> (B, 257, n / hop + 1)
+    def stft(self, wave):                                           # -> (B, 257, n / hop + 1)
         return torch.stft(wave, 512, self.hop, len(self.window), self.window, pad_mode="constant",
                           return_complex=True)
 
-    def istft(self, spectrum):                                      # (B, 257, n + 1) -> (B, n hop)
+    def istft(self, spectrum):                                      # -> (B, n)
         samples = (spectrum.shape[2] - 1) * self.hop
         return torch.istft(spectrum, 512, self.hop, len(self.window), self.window, length=samples)
 
     def forward(self, wave):
-        # bfloat16 has 8 bits for a number, these logarithms span 8 decades. (FLOPs are counted on the
-        # meta device, for which there is no autocast.)
+        # In float32 at any rate: bfloat16 has 8 bits of precision. (Operations are counted on the
+        # meta device, which has no autocast.)
         with torch.autocast("cpu" if wave.is_meta else wave.device.type, enabled=False):
             power = self.stft(wave.to(self.window.dtype)).abs().square()
+            # Energies below 1e-6 count as silence; constants for about zero mean, unit variance.
             mels = ((self.filters @ power + 1e-6).log10() + 3) / 1.6
         return mels.to(wave.dtype)
 
     def inverse(self, mels, rounds=16, momentum=.99):
-        """(B, bands, n) -> waveform (B, n hop): magnitudes by the pseudo-inverse of the filters, and
-        phases by Griffin and Lim's iteration (1984) with momentum (Perraudin et al. 2013)."""
+        """(B, bands, n) -> waveform (B, n hop): magnitudes by the pseudo-inverse of the filters,
+        phases by Griffin and Lim's iteration (1984), with momentum (Perraudin et al. 2013)."""
         import numpy as np
         with torch.autocast(mels.device.type, enabled=False):
-            # A network that has diverged may ask for any energy; nothing real exceeds 4.
+            # A network that has diverged may ask for any energy; no sound exceeds 4.
             mels = mels.to(self.window.dtype).clamp(max=4)
             energy = (10 ** (1.6 * mels - 3) - 1e-6).clamp(min=0)
             magnitude = (self.spread @ energy).clamp(min=0).sqrt()  # (B, 257, n)
-            # n + 1 frames have their centres at 0, hop, ..., n hop: the last one is repeated
+            # the centres of n + 1 frames are 0, hop, ..., n hop: repeat the last one
             magnitude = torch.cat([magnitude, magnitude[..., -1:]], 2)
-
-            # The same phases for every row, drawn as librosa.griffinlim(random_state=0) does.
+            # The start is librosa's of random_state=0, the same for every row.
             phases = 2 * np.pi * np.random.RandomState(0).random(magnitude.shape[1:])
-            phases = torch.from_numpy(phases).to(magnitude)
-            spectrum = torch.polar(magnitude, phases.expand_as(magnitude))
+            phases = torch.from_numpy(phases).to(magnitude).expand_as(magnitude)
+            spectrum = torch.polar(magnitude, phases)
             previous = 0
             for _ in range(rounds):
-                # Phases of a real waveform, extrapolated; magnitudes as they shall be.
+                # the spectrum of a real waveform, extrapolated, with the given magnitudes
                 consistent = self.stft(self.istft(spectrum))
                 estimate = consistent - momentum / (1 + momentum) * previous
                 spectrum = magnitude * estimate / (estimate.abs() + 1e-30)
@@ -705,15 +691,15 @@ class LogMel(nn.Module):
             return self.istft(spectrum)
 
 
-# ---------------------------------------------------------------------------- the audio VAE: coding
+# ---------------------------------------------------------------------------- audio: coding
 
 class AudioVAE(nn.Module):
     """Waveforms (B, n) in [-1, 1] <-> latents (B, A, S), S = ceil(n / hop).
 
-    Front end "mel": a waveform is mostly phase, which is inaudible, and 16 numbers a latent cannot
-    hold the partials of a bell. Of the true sounds of 96 toybox clips 0.95 are closest to their own
-    material; coded as waveforms 0.62, as spectra 0.90 after half the steps. Phases are estimated
-    in the end: MMAudio trains a vocoder, Griffin-Lim needs no training."""
+    Why spectra: a waveform is mostly phase, which is inaudible, and 16 numbers a latent cannot hold
+    the partials of a bell. Of 96 toybox sounds, 0.95 are closest in timbre to their true material;
+    0.62 after coding as waveforms, 0.90 as spectra, with half the training. For the phases MMAudio
+    trains a vocoder; Griffin-Lim needs no training."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -728,8 +714,7 @@ class AudioVAE(nn.Module):
         variance_preserving_init(self)
 
     def features(self, wave):
-        """Waveform (B, n) -> the encoder's input, (B, 1, S hop) or log-mels (B, mels, 2S). The end is
-        filled up with silence."""
+        """Waveform (B, n), filled up with silence -> (B, 1, S hop), or log-mels (B, mels, 2S)."""
         wave = F.pad(wave, (0, -wave.shape[1] % self.hop))
         if self.cfg.front == "mel":
             return self.log_mel(wave)[..., :-1]
@@ -745,13 +730,13 @@ class AudioVAE(nn.Module):
         return self.posterior(self.features(wave))
 
     def decode(self, z, samples=None, piece=500, margin=16):
-        """Latents (B, A, S) -> waveform (B, samples), S hop if not given.
-
-        Long sounds are decoded in pieces, in bounded memory: 500 latents are 10 s. A sample depends
-        on fewer than 16 latents to either side, so that the pieces fit exactly (an LSTM has no such
-        bound: with one the seams are approximate). Ten minutes of spectra are small: no pieces."""
+        """Latents (B, A, S) -> waveform (B, samples), S hop if not given. Long sounds are decoded
+        in pieces of `piece` latents (10 s), in bounded memory."""
         if self.cfg.front == "mel":
+            # ten minutes are 60 000 frames of 64 bands: no need of pieces
             return self.log_mel.inverse(self.decoder(z))[:, :samples]
+        # A sample depends on fewer than `margin` latents on either side: with a margin the pieces
+        # are the same as one. Only an LSTM has no such bound: with one they are approximate.
         pieces = []
         for start in range(0, z.shape[2], piece):
             before = min(start, margin)
@@ -761,29 +746,25 @@ class AudioVAE(nn.Module):
 
     def normalise(self, z):
         """Latents (B, A, S) -> about unit variance in every channel."""
-        shift, scale = self.latent_constants(z)
-        return (z - shift) * scale
+        return (z - self.per_channel("shift", z)) * self.per_channel("scale", z)
 
     def denormalise(self, z):
         """The inverse of `normalise`."""
-        shift, scale = self.latent_constants(z)
-        return z / scale + shift
+        return z / self.per_channel("scale", z) + self.per_channel("shift", z)
 
-    def latent_constants(self, z):                                  # (A, 1) each
-        shift = z.new_tensor(self.cfg.shift).view(-1, 1)
-        return shift, z.new_tensor(self.cfg.scale).view(-1, 1)
+    def per_channel(self, name, z):                                 # (A, 1)
+        return z.new_tensor(getattr(self.cfg, name)).view(-1, 1)
 
 
 def spectral_error(output, target, windows=(64, 256, 1024)):
     """Distance of the spectra of waveforms (B, n) at several resolutions: short windows resolve
-    time, long ones frequency. Log magnitudes (perceived loudness) by mean |difference|, and
-    magnitudes by their norm relative to the target's (where the energy is)."""
+    time, long ones frequency."""
     total = 0.
     for w in windows:
         window = torch.hann_window(w, device=output.device)
         a = torch.stft(output, w, w // 4, window=window, return_complex=True).abs()
         b = torch.stft(target, w, w // 4, window=window, return_complex=True).abs()
-        # (B, bins, frames)
+        # (B, bins, frames): logarithms, which are loudness, and magnitudes, where the energy is
         logs = ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
         total = total + logs + (a - b).norm() / (b.norm() + 1e-3)
     return total / len(windows)
@@ -792,11 +773,8 @@ def spectral_error(output, target, windows=(64, 256, 1024)):
 def audio_vae_loss(vae, wave, noise, kl):
     """Reconstruction plus KL of waveforms (B, n) in [-1, 1]; noise (B, A, S) ~ N(0, 1).
 
-    -> loss, report: mean |error| of samples or of log-mels, spectral error (waveform front end
-    only), nats per latent.
-
-    The phase of a waveform is inaudible and decides |error|, so that most of its loss is spectral.
-    A log-mel spectrum has no phase: |error| is enough."""
+    -> loss, report: mean |error| of samples or log-mels, spectral error (front end "waveform"
+    only), nats per latent."""
     features = vae.features(wave)
     mean, logvar = vae.posterior(features)
     output = vae.decoder(mean + (logvar / 2).exp() * noise).float()
@@ -804,8 +782,10 @@ def audio_vae_loss(vae, wave, noise, kl):
     divergence = kl_divergence(mean, logvar)
     nats = divergence.detach().sum(1).mean()
     if vae.cfg.front == "mel":
+        # no phases: |error| is enough
         return error + kl * divergence.mean(), torch.stack([error.detach(), nats])
-    # 10: samples are about 0.1 large
+    # The phases of a waveform decide |error| and are inaudible, hence a spectral loss beside it.
+    # 10: samples are about 0.1 large.
     spectral = spectral_error(output[:, 0], features[:, 0])
     loss = 10 * error + spectral + kl * divergence.mean()
     return loss, torch.stack([error.detach(), spectral.detach(), nats])
