@@ -739,7 +739,7 @@ def test_a_fingerprint_depends_on_the_encoder_alone():
         vae.encoder.conv_out.conv.bias.zero_()
         before = sample.fingerprint(vae)
         vae.decoder.conv_out.conv.weight.normal_()
-        vae.encoder.conv_out.conv.bias.neg_()                       # -0, of which an average makes 0
+        vae.encoder.conv_out.conv.bias.neg_()                       # -0: an average makes it 0
         assert sample.fingerprint(vae) == before
         vae.encoder.conv_out.conv.weight.normal_()
         assert sample.fingerprint(vae) != before

@@ -281,7 +281,10 @@ class Decoder(nn.Module):
                 x = self.mid_block(x, cache)
             x = level(x, cache, start)
         x = self.conv_out(F.silu(self.conv_norm_out(x)), cache)     # (B, c_out, frames, H/p, W/p)
-        return x + self.linear(z)[:, :, -x.shape[2]:] if hasattr(self, "linear") else x
+        if hasattr(self, "linear"):
+            # the linear path makes t frames of latent 0, too: the last of them is frame 0
+            x = x + self.linear(z)[:, :, -x.shape[2]:]
+        return x
 
 
 def for_later_frames(x, n, start):
@@ -348,6 +351,7 @@ class CausalVideoVAE(nn.Module):
             cache["started"] = True
         mean, logvar = self._moments(video, first, start, cache)
         if self.cfg.reference:
+            # the code of a still clip is the origin
             still, _ = self.encode_still(first)
             mean = mean - for_later_frames(still, mean.shape[2], start)
         return mean, logvar.clamp(-30, 20)
@@ -387,6 +391,7 @@ class CausalVideoVAE(nn.Module):
         if cache is not None:
             cache["started"] = True
         x = self.decoder(self.post_quant_conv(z), cache, start, ref_features)
+        # without reference the decoder's output are the pixels
         if self.cfg.reference:
             return self.composite(x, for_later_frames(first, x.shape[2], start))
         return self.unpatchify(x)
@@ -717,6 +722,7 @@ class AudioVAE(nn.Module):
         """Waveform (B, n), filled up with silence -> (B, 1, S hop), or log-mels (B, mels, 2S)."""
         wave = F.pad(wave, (0, -wave.shape[1] % self.hop))
         if self.cfg.front == "mel":
+            # windows are centred at 0, 10 ms, ... and the end of the sound: without the last one
             return self.log_mel(wave)[..., :-1]
         return wave[:, None]
 
