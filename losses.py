@@ -23,7 +23,7 @@ Pyramid Flow's path in stages is in pyramid.py.
 
     B batch · C video channels · L latents · h w latent grid · A audio channels · S audio steps
     z latents, normalised to unit variance · eps noise · sigma (B,) or (B, L): one noise level per
-    sample or per latent frame
+    sample or per latent frame · generators: B CPU generators, the source of all randomness
 """
 import torch
 
@@ -47,6 +47,17 @@ def add_noise(z, eps, sigma):
 def velocity(z, eps):
     """The derivative of the path by sigma: the same everywhere on the line."""
     return eps - z
+
+
+def randn_each(generators, shape):
+    """Normal noise (B, *shape), row b from generators[b]: the noise of a sample does not depend on
+    the batch, micro-batch or process that it is in."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def rand_each(generators, shape=()):
+    """The same, uniform in [0, 1): (B, *shape)."""
+    return torch.stack([torch.rand(shape, generator=g) for g in generators])
 
 
 def shift_sigma(sigma, k):
@@ -107,12 +118,14 @@ def flow_loss(v_hat, v, sigma, weight=None):
 
 def mean_error(v_hat, z, eps, sigma=None):
     """Mean squared error of a stream's velocity. With sigma (B, L) only latents at sigma > 0 count:
-    the others are given to the network, so their velocity is of no interest."""
+    the others are given to the network, so their velocity is of no interest. All samples have the
+    same weight, so that the mean over micro-batches is the mean over the batch."""
     error = (v_hat.float() - velocity(z, eps)).square()                 # like z
     if sigma is None:
         return error.mean()
     is_noisy = (sigma > 0).float()                                      # (B, L)
-    return (error.mean((1, 3, 4)) * is_noisy).sum() / is_noisy.sum()
+    per_sample = (error.mean((1, 3, 4)) * is_noisy).sum(1) / is_noisy.sum(1)        # (B,)
+    return per_sample.mean()
 
 
 def combine_guidance(v_pos, *terms):
@@ -127,13 +140,13 @@ def combine_guidance(v_pos, *terms):
 
 # ---------------------------------------------------------------------------------------- Syncphony
 
-def syncphony_loss(model, z, text_inputs, audio_inputs, generator, skip_audio=False,
+def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=False,
                    lambda_motion=1., sigma_dist="uniform", shift=4., context_noise=.2):
     """Syncphony's objective, with teacher forcing -> loss, report.
 
     Every latent of a clip but the first is a target, given the clean latents before it.
     z (B, C, L, h, w); text_inputs and audio_inputs as `MMDiT.encode_text` and `MMDiT.encode_audio`
-    take them; generator: a CPU generator, the source of all randomness.
+    take them.
 
     skip_audio     skip the audio layers. Guidance evaluates this path (eq. 2); a backbone trained
                    from scratch has to meet it in training. Audio itself is never dropped: silence
@@ -144,13 +157,13 @@ def syncphony_loss(model, z, text_inputs, audio_inputs, generator, skip_audio=Fa
     """
     B, C, L, h, w = z.shape
     # Every latent but the given first one has its own noise level, as in Diffusion Forcing.
-    u = torch.rand(B, L - 1, generator=generator)
+    u = rand_each(generators, (L - 1,))
     sigma = sample_sigma(u, sigma_dist, shift).to(z.device)             # (B, L-1)
-    eps = torch.randn(B, C, L - 1, h, w, generator=generator).to(z.device)
+    eps = randn_each(generators, (C, L - 1, h, w)).to(z.device)
 
     # The context: one small noise level per clip.
-    context_sigma = context_noise * torch.rand(B, 1, generator=generator).to(z.device)
-    context_eps = torch.randn(z.shape, generator=generator).to(z.device)
+    context_sigma = context_noise * rand_each(generators, (1,)).to(z.device)
+    context_eps = randn_each(generators, (C, L, h, w)).to(z.device)
     context = add_noise(z, context_eps, context_sigma.expand(B, L))     # (B, C, L, h, w)
 
     # The targets: latents 1 .. L-1.
@@ -190,12 +203,12 @@ def ot_permutation(noise, data):
     return torch.as_tensor(columns).argsort()
 
 
-def syncflow_loss(net, z_v, z_a, text_inputs, generator, stage="joint", ot=False,
+def syncflow_loss(net, z_v, z_a, text_inputs, generators, stage="joint", ot=False,
                   sigma_dist="uniform", shift=1.):
     """SyncFlow's objective: both streams at ONE noise level -> loss, report (video, audio).
 
-    z_v (B, C, L, h, w), z_a (B, A, S); text_inputs as `DualTower.encode_text` takes them;
-    generator: a CPU generator. The stages of SyncFlow section 3.2:
+    z_v (B, C, L, h, w), z_a (B, A, S); text_inputs as `DualTower.encode_text` takes them. The
+    stages of SyncFlow section 3.2:
 
     stage    video stream      audio stream      loss
     video    noisy, sigma      absent            video error: the video tower is trained alone
@@ -203,10 +216,10 @@ def syncflow_loss(net, z_v, z_a, text_inputs, generator, stage="joint", ot=False
     joint    noisy, sigma      noisy, sigma      video error + audio error
     """
     # One noise level for both streams, and minibatch optimal transport for both at once.
-    u = torch.rand(len(z_v), generator=generator)
+    u = rand_each(generators)
     sigma = sample_sigma(u, sigma_dist, shift).to(z_v.device)           # (B,), 1 - tau in the paper
-    eps_v = torch.randn(z_v.shape, generator=generator).to(z_v.device)
-    eps_a = torch.randn(z_a.shape, generator=generator).to(z_a.device)
+    eps_v = randn_each(generators, z_v.shape[1:]).to(z_v.device)
+    eps_a = randn_each(generators, z_a.shape[1:]).to(z_a.device)
     if ot:
         order = ot_permutation([eps_v, eps_a], [z_v, z_a])
         eps_v = eps_v[order]
@@ -224,15 +237,17 @@ def syncflow_loss(net, z_v, z_a, text_inputs, generator, stage="joint", ot=False
     return loss, torch.stack([error_v.detach(), error_a.detach()])
 
 
-def image_loss(net, z, text_inputs, generator, sigma_dist="uniform", shift=1.):
-    """Rectified flow on still images, the first latents z (B, C, 1, h, w) of clips -> loss.
+def image_loss(net, z, text_inputs, generators, sigma_dist="uniform", shift=1.):
+    """Rectified flow on still images, the first latents z (B n, C, 1, h, w) of n clips for each of
+    the B samples -> loss.
 
     Most of what a text-to-video tower has to learn is appearance, of which a clip gives one
     example. Open-Sora, from which SyncFlow starts, was trained on images first.
     """
-    u = torch.rand(len(z), generator=generator)
-    sigma = sample_sigma(u, sigma_dist, shift).to(z.device)             # (B,)
-    eps = torch.randn(z.shape, generator=generator).to(z.device)
+    n = len(z) // len(generators)
+    u = rand_each(generators, (n,)).flatten()
+    sigma = sample_sigma(u, sigma_dist, shift).to(z.device)             # (B n,)
+    eps = randn_each(generators, (n, *z.shape[1:])).flatten(0, 1).to(z.device)
     # The video tower alone: no audio stream.
     v, _ = net(add_noise(z, eps, sigma), None, sigma, *net.encode_text(text_inputs))
     return mean_error(v, z, eps)
@@ -240,7 +255,7 @@ def image_loss(net, z, text_inputs, generator, sigma_dist="uniform", shift=1.):
 
 # ------------------------------------------------------------------------------------------ Harmony
 
-def harmony_loss(net, z_v, z_a, text, generator, ref=None, ref_mask=None, stage="joint",
+def harmony_loss(net, z_v, z_a, text, generators, ref=None, ref_mask=None, stage="joint",
                  lambda_v=.1, lambda_a=.3, shift=5., sigma_dist="uniform", p_first_frame=.5,
                  lambda_joint=1.):
     """Harmony's cross-task synergy, one joint and two driven tasks -> loss, report of four errors.
@@ -257,8 +272,8 @@ def harmony_loss(net, z_v, z_a, text, generator, ref=None, ref_mask=None, stage=
     step. lambda_joint = 0 trains the driven tasks alone (figure 3).
 
     z_v (B, C, L, h, w), z_a (B, A, S); text: caption states, mask, audio text states, mask, see
-    `DualTower.encode_text`; ref (B, A, R), mask (B, R): clean references of the timbre; generator:
-    a CPU generator. Stages 'video', 'audio', 'timbre' train one stream alone.
+    `DualTower.encode_text`; ref (B, A, R), mask (B, R): clean references of the timbre. Stages
+    'video', 'audio', 'timbre' train one stream alone.
 
     shift          5, as Wan2.2 was trained.
     p_first_frame  share of clips whose latent 0 is given (clean, no loss): image-to-video, as in
@@ -266,11 +281,11 @@ def harmony_loss(net, z_v, z_a, text, generator, ref=None, ref_mask=None, stage=
     """
     # One noise and one noise level per clip, which all forwards share. Where latent 0 is given its
     # noise level is 0. A clean stream has noise level 0 throughout.
-    u = torch.rand(len(z_v), generator=generator)
+    u = rand_each(generators)
     sigma_a = sample_sigma(u, sigma_dist, shift).to(z_v.device)         # (B,)
-    eps_v = torch.randn(z_v.shape, generator=generator).to(z_v.device)
-    eps_a = torch.randn(z_a.shape, generator=generator).to(z_a.device)
-    generated = torch.rand(len(z_v), generator=generator) >= p_first_frame
+    eps_v = randn_each(generators, z_v.shape[1:]).to(z_v.device)
+    eps_a = randn_each(generators, z_a.shape[1:]).to(z_a.device)
+    generated = rand_each(generators) >= p_first_frame
     sigma_v = sigma_a[:, None].repeat(1, z_v.shape[2])                  # (B, L)
     sigma_v[:, 0] *= generated.to(z_v.device)
     x_v = add_noise(z_v, eps_v, sigma_v)

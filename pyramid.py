@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data import BadInput, temp_path
-from losses import add_noise, flow_loss, combine_guidance, motion_weight, shift_sigma
+from losses import add_noise, combine_guidance, flow_loss, motion_weight, rand_each, randn_each, shift_sigma
 from model import AudioCrossAttention, MelEncoder, MMDiT, MMDiTConfig, init_weights
 from vae import CausalVideoVAE, VAEConfig
 
@@ -96,28 +96,28 @@ def stage_endpoints(z_levels, eps_levels, piece, s):
     return start, end
 
 
-def pyramid_loss(model, z, words, sound, numbers, g, deaf=False, lam=1., corrupt=1 / 3, columns=(0, 1, 1, 2)):
+def pyramid_loss(model, z, words, sound, numbers, generators, u_fine, deaf=False, lam=1., corrupt=1 / 3, columns=(0, 1, 1, 2)):
     """Syncphony's objective in Pyramid Flow's own layout: of every clip ONE latent, at one stage -> loss, report of the stages.
 
-    z (B, C, L, h, w) normalised latents, words, sound, g and deaf as in `syncphony_loss`. Clip number r of the whole batch, of which these
+    z (B, C, L, h, w) normalised latents, words, sound, generators and deaf as in `syncphony_loss`. Clip number r of the whole batch, of which these
     are the `numbers`, trains stage columns[r mod 4]. Coarse stages are cheap, so where the fine stage stands late in a clip and sees a long history, they
-    stand early, and the other way round: u fine, L - u coarse. The history is noised by c <= `corrupt`, untold.
+    stand early, and the other way round: u_fine (1 .. L-1, common to the batch), L - u_fine coarse. The history is noised by c <= `corrupt`, untold.
     Eq. 1 speaks of the difference of neighbouring latents: here of the clean ones at the resolution of the stage."""
     B, _, L = z.shape[:3]
     to, n = lambda t: t.to(z.device), max(columns) + 1
-    u_fine = int(torch.randint(1, L, (), generator=g))
     (text, mask, pooled), audio = model.encode_text(words), None if deaf else model.encode_audio(sound)
     losses, report = [], torch.full((n,), float("nan"), device=z.device)
     for s, piece in enumerate(make_stages(n)):
         rows = torch.tensor([i for i, r in enumerate(numbers) if columns[r % len(columns)] == s], dtype=torch.long)
         if len(rows) == 0:
             continue
+        some = [generators[i] for i in rows]
         u, z_levels = u_fine if s == n - 1 else L - u_fine, latent_pyramid(z[rows], n)
         now = [zk[:, :, u:u + 1] for zk in z_levels]
-        eps = noise_pyramid(to(torch.randn(now[-1].shape, generator=g)), n)
-        c = to(corrupt * torch.rand(len(rows), 1, generator=g))
-        before = [add_noise(h, to(torch.randn(h.shape, generator=g)), c.expand(-1, h.shape[2])) for h in pyramid_history(z_levels, u, s)]
-        i = to(torch.randint(1000, (len(rows), 1), generator=g))
+        eps = noise_pyramid(to(randn_each(some, now[-1].shape[1:])), n)
+        c = to(corrupt * rand_each(some, (1,)))
+        before = [add_noise(h, to(randn_each(some, h.shape[1:])), c.expand(-1, h.shape[2])) for h in pyramid_history(z_levels, u, s)]
+        i = to((1000 * rand_each(some, (1,))).long())
         (start, end), sigma, (hi, lo) = stage_endpoints(now, eps, piece, s), 1 - i / 1000, piece["times"]
         v_hat = model([*before, add_noise(end, start, sigma)], (hi + (lo - hi) * i / 1000)[:, 0], text[rows], mask[rows], pooled[rows],
                       None if deaf else audio[rows])

@@ -90,6 +90,11 @@ def small(**changes):
                                 "audio_dim": 12, **changes}))
 
 
+def generators(B, seed=0):
+    """A generator for each of B samples: what the losses draw from."""
+    return [torch.Generator().manual_seed(1000 * seed + b) for b in range(B)]
+
+
 def inputs(B=2, L=5, S=45, A=12, C=4, h=4, seed=0):
     g = torch.Generator().manual_seed(seed)
     r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -616,7 +621,7 @@ def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch():
             return torch.zeros_like(clips[-1])
     z, letters, mel = torch.randn(8, 2, 13, 8, 8), torch.ones(8, 4, dtype=torch.long), torch.zeros(8, 4, 3)
     for i in range(20):
-        loss, report = pyramid.pyramid_loss(Net(), z, letters, mel, range(8), torch.Generator().manual_seed(i))
+        loss, report = pyramid.pyramid_loss(Net(), z, letters, mel, range(8), generators(8, i), 1 + i % 12)
         assert loss > 0 and report.isfinite().all()
     assert {(side, n) for side, n, *_ in seen} == {(2, 2), (4, 4), (8, 2)}
     for coarse, middle, fine in zip(seen[::3], seen[1::3], seen[2::3]):
@@ -1859,9 +1864,9 @@ def test_real_clips_are_looked_at_prepared_trained_on_and_sampled_from(tmp_path,
 def test_every_window_of_a_clip_is_drawn_in_time_and_no_two_processes_share_a_sample():
     class Task:
         args, device, vae = train.parse_args(["--batch-size", 4]), "cpu", None
-        cache, windows = dict(clips=[[0, 1, 2], [3], [4, 5], [6]]), staticmethod(lambda cache, index, draws: dict(z=index.tolist()))
+        cache, windows = dict(clips=[[0, 1, 2], [3], [4, 5], [6]]), staticmethod(lambda cache, index, draws: dict(z=index[:, None].repeat(2, 1)[:, None]))
     task = Task()
-    drawn = lambda step, rows: train.A2V.batch(task, step, rows)["z"]
+    drawn = lambda step, rows: train.A2V.batch(task, step, rows)["z"][:, 0, 0].tolist()
     epochs = [drawn(step, range(4)) for step in range(40)]
     clip = {w: c for c, ws in enumerate(task.cache["clips"]) for w in ws}
     assert all(sorted(clip[w] for w in e) == [0, 1, 2, 3] for e in epochs) and {w for e in epochs for w in e} == set(range(7))
@@ -2114,14 +2119,14 @@ def test_every_micro_batch_draws_its_own_noise_and_gradients_are_averaged(runs, 
     d, run = runs
     seeds, norms, clip = [], [], torch.nn.utils.clip_grad_norm_
 
-    def loss(self, net, generator, **batch):                                  # its gradient is 1 for every weight
-        seeds.append(generator.initial_seed())
+    def loss(self, net, generators, **batch):                                 # its gradient is 1 for every weight
+        seeds.extend(g.initial_seed() for g in generators)
         return sum(p.sum() for p in net.parameters()), torch.zeros(losses.BUCKETS)
     monkeypatch.setattr(train.A2V, "loss", loss)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append(float(clip(p, most))) or torch.tensor(norms[-1]))
     assert run("ones", "--accum", 2) == 0
-    drawn = seeds[1:]                                                         # the first call counted FLOPs
-    assert len(drawn) == len(set(drawn)) == 8
+    drawn = seeds[4:]                                                         # the first call counted FLOPs
+    assert len(drawn) == len(set(drawn)) == 16
     weights = sum(v.numel() for v in torch.load(d / "ones/last.pt", weights_only=True)["model"].values())
     assert norms == pytest.approx([weights ** .5] * 4, rel=1e-3)
 
@@ -2137,8 +2142,8 @@ def test_checkpoints_are_plain_data_and_resuming_with_other_flags_is_refused(run
 def test_every_clip_is_seen_once_per_epoch(runs):
     class Task:
         args, device, vae = train.parse_args(["--batch-size", 5]), "cpu", None
-        cache, windows = dict(clips=[[i] for i in range(12)]), staticmethod(lambda cache, index, draws: dict(z=index.tolist()))
-    seen = [i for step in range(12) for i in train.A2V.batch(Task(), step, range(5))["z"]]
+        cache, windows = dict(clips=[[i] for i in range(12)]), staticmethod(lambda cache, index, draws: dict(z=index[:, None].repeat(2, 1)[:, None]))
+    seen = [i for step in range(12) for i in train.A2V.batch(Task(), step, range(5))["z"][:, 0, 0].tolist()]
     assert all(sorted(seen[12 * e:12 * e + 12]) == list(range(12)) for e in range(5)) and seen[:12] != seen[12:24]
 
 
@@ -2150,11 +2155,11 @@ def test_a_loss_that_is_not_finite_stops_with_a_clear_line(runs, monkeypatch, ca
 
 
 def test_the_network_overfits_one_batch():
-    net, g = small(), torch.Generator()
+    net = small()
     z, mel = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 44, 64)
     optimiser, history = torch.optim.AdamW(net.parameters(), 3e-3), []
     for _ in range(150):
-        loss, _ = losses.syncphony_loss(net, z, text_bytes(["a", "b"]), mel, g.manual_seed(0), context_noise=0)
+        loss, _ = losses.syncphony_loss(net, z, text_bytes(["a", "b"]), mel, generators(2), context_noise=0)
         optimiser.zero_grad(), loss.backward(), optimiser.step()
         history.append(loss.item())
     assert history[-1] < history[0] / 5
@@ -2179,7 +2184,7 @@ def test_the_counted_flops_are_those_of_the_matrix_products():
     from torch.utils.flop_counter import FlopCounterMode
     net = MMDiT(MMDiTConfig(**networks.SIZES["tiny"]))
     with FlopCounterMode(display=False) as counter:
-        losses.syncphony_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), torch.Generator().manual_seed(0))[0].backward()
+        losses.syncphony_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), generators(1))[0].backward()
     per_token = sum(p.numel() for n, p in net.named_parameters() if p.dim() == 2 and re.search(r"attn|proj|ff|audio\.to_(q|out)", n) and "context" not in n and "add_" not in n)
     assert .85 < counter.get_total_flops() / (6 * per_token * 112) < 1.35
 
@@ -2354,7 +2359,7 @@ def test_the_coupling_permutes_the_noise_alone_by_one_order_for_both_streams(mon
     monkeypatch.setattr(net, "forward", lambda x_v, x_a, sigma, text, mask: (fed.append((x_v, x_a, sigma, text)), (torch.zeros_like(x_v), torch.zeros_like(x_a)))[1])
     words = text_bytes(["a", "b", "c", "d"])
     for ot in (False, True):
-        losses.syncflow_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), ot=ot)
+        losses.syncflow_loss(net, z_v, z_a, words, generators(4), ot=ot)
     noises = [[(x - (1 - s.view(-1, *[1] * (x.dim() - 1))) * z) / s.view(-1, *[1] * (x.dim() - 1)) for x, z in zip(f[:2], (z_v, z_a))] for f in fed for s in [f[2]]]
     same = [(a[:, None].flatten(2) - b[None].flatten(2)).abs().amax(2) < 1e-4 for a, b in zip(*noises)]              # which noise went where
     assert torch.equal(same[0], same[1]) and same[0].sum() == 4 and torch.equal(fed[0][3], fed[1][3]) and torch.equal(fed[0][2], fed[1][2])
@@ -2365,10 +2370,10 @@ def test_both_streams_are_trained_on_one_clock_with_equal_weight():
     words, seen = text_bytes(["a", "b"]), []
     forward = net.forward
     net.forward = lambda x_v, x_a, sigma, *said: seen.append((x_v, x_a, sigma)) or forward(x_v, x_a, sigma, *said)
-    loss, report = losses.syncflow_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0))
+    loss, report = losses.syncflow_loss(net, z_v, z_a, words, generators(2))
     assert loss.item() == pytest.approx(report.sum().item()) and seen[0][2].shape == (2,)
-    g = torch.Generator().manual_seed(0)
-    sigma, eps_v, eps_a = torch.rand(2, generator=g), torch.randn(z_v.shape, generator=g), torch.randn(z_a.shape, generator=g)
+    g = generators(2)
+    sigma, eps_v, eps_a = losses.rand_each(g), losses.randn_each(g, z_v.shape[1:]), losses.randn_each(g, z_a.shape[1:])
     assert torch.equal(seen[0][2], sigma) and torch.allclose(seen[0][1], (1 - sigma.view(2, 1, 1)) * z_a + sigma.view(2, 1, 1) * eps_a)
     v_a = forward(*seen[0], *net.encode_text(words))[1]
     assert report[1].item() == pytest.approx((v_a - (eps_a - z_a)).square().mean().item(), rel=1e-5)
@@ -2391,7 +2396,7 @@ def test_stage_two_leaves_the_video_tower_as_it_is_and_builds_no_graph_for_it(to
         p.requires_grad_(name.startswith("audio."))
     seen, video = [], net.video.forward
     net.video.forward = lambda *a: seen.append(video(*a)) or seen[-1]
-    losses.syncflow_loss(net, z_v, z_a, text_bytes(["a", "b"]), torch.Generator().manual_seed(0), "audio")[0].backward()
+    losses.syncflow_loss(net, z_v, z_a, text_bytes(["a", "b"]), generators(2), "audio")[0].backward()
     assert not any(t.requires_grad for t in (seen[0][0], *seen[0][1])) and all(p.grad is None for p in net.video.parameters())
 
 
@@ -2428,11 +2433,11 @@ def test_the_towers_text_cannot_fall_silent():
 
 def test_the_first_stage_learns_from_single_pictures_beside_the_clips(towers_on_disk):
     net, (z_v, _, sigma), words = small_towers(), two_streams(), text_bytes(["a", "b"])
-    g = torch.Generator().manual_seed(0)
-    s, eps = torch.rand(2, generator=g), torch.randn(2, 4, 1, 4, 4, generator=g)
+    g = generators(2)
+    s, eps = losses.rand_each(g), losses.randn_each(g, (4, 1, 4, 4))
     z, by = z_v[:, :, :1], s.view(2, 1, 1, 1, 1)
     v = net((1 - by) * z + by * eps, None, s, *net.encode_text(words))[0]
-    assert losses.image_loss(net, z, words, torch.Generator().manual_seed(0)).item() == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-5)
+    assert losses.image_loss(net, z, words, generators(2)).item() == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-5)
     task = train.SyncFlow.__new__(train.SyncFlow)
     vars(task).update(cache=dict(at=np.stack([np.zeros(5, int), np.arange(5)], 1), captions=list("abcde"), arrays=dict(latents=[np.arange(5.).reshape(5, 1, 1, 1, 1, 1) * np.ones((1, 2, 1, 3, 2, 2))])),
                            args=SimpleNamespace(pictures=4, drop_text=0.), device="cpu", vae=SimpleNamespace(normalise=lambda z: z))
@@ -2706,19 +2711,19 @@ def test_cross_task_synergy_is_joint_plus_a_tenth_audio_driven_plus_three_tenths
         calls.append((x_v, x_a, s_v, s_a))
         return forward_joint(x_v, x_a, s_v, s_a, *rest)
     net.forward_joint = spy
-    loss, parts = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), p_first_frame=0.)
+    loss, parts = losses.harmony_loss(net, z_v, z_a, words, generators(2), p_first_frame=0.)
     assert torch.allclose(loss, parts[0] + parts[1] + .1 * parts[2] + .3 * parts[3]) and len(calls) == 3
     joint, by_sound, by_video = calls
     assert torch.equal(by_sound[1], z_a) and by_sound[3].abs().max() == 0 and torch.equal(by_sound[0], joint[0]) and torch.equal(by_sound[2], joint[2])
     assert torch.equal(by_video[0], z_v) and by_video[2].abs().max() == 0 and torch.equal(by_video[1], joint[1]) and torch.equal(by_video[3], joint[3])
     calls.clear()
-    plain = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lambda_v=0, lambda_a=0, p_first_frame=0.)
+    plain = losses.harmony_loss(net, z_v, z_a, words, generators(2), lambda_v=0, lambda_a=0, p_first_frame=0.)
     assert len(calls) == 1 and torch.allclose(plain[0], parts[0] + parts[1])  # eq. 1
     calls.clear()
-    one_way = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lambda_v=1., lambda_a=0, p_first_frame=0., lambda_joint=0)
+    one_way = losses.harmony_loss(net, z_v, z_a, words, generators(2), lambda_v=1., lambda_a=0, p_first_frame=0., lambda_joint=0)
     assert len(calls) == 1 and torch.allclose(one_way[0], parts[2]) and calls[0][3].abs().max() == 0       # figure 3: audio drives video, and nothing else
     grads = lambda l, part: torch.autograd.grad(l, part.proj_out.weight, retain_graph=True, allow_unused=True)[0]
-    alone = losses.harmony_loss(net, z_v, z_a, words, torch.Generator().manual_seed(0), lambda_v=1., lambda_a=0, p_first_frame=0.)[0] - plain[0]
+    alone = losses.harmony_loss(net, z_v, z_a, words, generators(2), lambda_v=1., lambda_a=0, p_first_frame=0.)[0] - plain[0]
     assert grads(alone, net.video).abs().max() > 0 and grads(alone, net.audio).abs().max() < 1e-12             # the audio-driven loss trains the video
 
 
@@ -2729,7 +2734,7 @@ def test_a_clip_may_begin_with_a_given_picture_which_is_clean_and_no_part_of_the
                                                  for v in forward_joint(*a)])[1]
     for stage in ("joint", "video"):
         args = (net, z_v, z_a, told(net) if stage == "joint" else (*told(net)[:2], None, None))
-        all_, none = (losses.harmony_loss(*args, torch.Generator().manual_seed(0), stage=stage, p_first_frame=share)[1] for share in (1., 0.))
+        all_, none = (losses.harmony_loss(*args, generators(2), stage=stage, p_first_frame=share)[1] for share in (1., 0.))
         assert all_[0] < 5 < none[0]                                          # 9 too much in the first latent: seen only where it is made
     x_v, _, s_v, s_a = calls[0][:4]
     assert torch.equal(x_v[:, :, 0], z_v[:, :, 0]) and s_v[:, 0].abs().max() == 0 and torch.equal(s_v[:, 1:], s_a[:, None].expand(-1, 4)) and not torch.equal(x_v[:, :, 1], z_v[:, :, 1])

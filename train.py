@@ -14,7 +14,7 @@
     net                                     the network; net.cfg, a dataclass, is its configuration
     columns                                 names of what is reported beside the loss
     batch(step, rows)                       -> the inputs of the loss, a dict
-    loss(net, generator, **batch)           -> loss, report (len(columns),)
+    loss(net, generators, **batch)          -> loss, report (len(columns),)
     held_out(n)                             -> clips to evaluate on
     evaluate(net, clips, autocast, last)    -> Evaluation
     extra                                   what a checkpoint says besides: VAEs, guidance, stage
@@ -26,10 +26,12 @@
                  '- process 0 -' '- process 1 -'                each takes its rows of a step,
                  '-  0 -''-  1 -''-  0 -''-  1 -'               with --accum 2 in two micro-batches
 
-Which clip a sample is, which window of it, whether its caption is dropped: functions of (seed, id).
-Noise is a function of (seed, step, micro-batch). So a checkpoint holds no generator states: a run
-that was stopped (Ctrl-C, SIGTERM, even SIGKILL) is continued by the same command from the last
-saved step, and takes the very steps it would have taken.
+Everything random about a sample, its window, its caption, its noise, is a function of (seed, id);
+what all samples of a step have in common, of (seed, step). So a checkpoint holds no generator
+states: a run that was stopped (Ctrl-C, SIGTERM, even SIGKILL) is continued by the same command from
+the last saved step, and takes the very steps it would have taken. And the gradient of a step is the
+same, to rounding, in one process, in several, and in micro-batches. Two exceptions couple the
+samples of a micro-batch: --ot, and the spectral error of audio-vae.
 
 **Written** to --out: `last.pt`, all that resuming needs; `best.pt`, the averaged (EMA) weights of
 the best evaluation in half precision, for sample.py; `log.csv`; strips and an mp4 per evaluation.
@@ -72,7 +74,8 @@ import vae as autoencoders
 from cyclesync import (
     HELD_OUT, event_scores, generate, onsets_in_sound, reconstruct, score_toybox)
 from data import BadInput, Parser, frames_to_tensor, number, run_cli
-from losses import BUCKETS, harmony_loss, image_loss, syncflow_loss, syncphony_loss
+from losses import (
+    BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
 from sample import (
     AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, fingerprint, generate_audio_video, load_audio_vae,
     load_vae, pick_device)
@@ -318,10 +321,10 @@ def any_process(stop, device):
     return count.item() > 0
 
 
-def seeded(*numbers):
-    """A generator that depends on all of the numbers and on nothing else."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> 1))
+def seeded_each(ids, *numbers):
+    """One torch generator per id, which depends on the numbers and the id and on nothing else."""
+    seeds = [np.random.SeedSequence([*numbers, i]).generate_state(1, np.uint64)[0] for i in ids]
+    return [torch.Generator().manual_seed(int(seed >> 1)) for seed in seeds]
 
 
 # ----------------------------------------------------------------------------------- parts of tasks
@@ -494,10 +497,13 @@ class A2V:
 
     def batch(self, step, rows):
         index, rngs = batch_indices(self.cache, self.args, step, rows)
-        # One draw for all processes: they have to skip the same parameters.
-        draw = np.random.default_rng([self.args.seed, 2, step]).random()
-        return dict(self.windows(self.cache, index, rngs), rows=rows,
-                    skip_audio=draw < self.args.skip_audio)
+        batch = self.windows(self.cache, index, rngs)
+        # Common to all processes: they have to skip the same parameters, and the batch of Pyramid
+        # Flow's loss has its fine targets in one latent.
+        rng = np.random.default_rng([self.args.seed, 2, step])
+        skip_audio = rng.random() < self.args.skip_audio
+        latent = int(rng.integers(1, batch["z"].shape[2]))
+        return dict(batch, rows=rows, skip_audio=skip_audio, latent=latent)
 
     def windows(self, cache, index, rngs=None):
         """Windows of a cache -> normalised z (B, C, L, h, w), text, audio. With generators, that is
@@ -519,12 +525,12 @@ class A2V:
         return dict(z=self.vae.normalise(z.to(self.device)), text=text,
                     audio=audio.float().to(self.device))
 
-    def loss(self, net, generator, z, text, audio, rows, skip_audio):
+    def loss(self, net, generators, z, text, audio, rows, skip_audio, latent):
         args = self.args
         if args.pretrained:
-            return pyramid.pyramid_loss(net, z, text, audio, rows, generator, skip_audio,
+            return pyramid.pyramid_loss(net, z, text, audio, rows, generators, latent, skip_audio,
                                         args.lambda_motion)
-        return syncphony_loss(net, z, text, audio, generator, skip_audio, args.lambda_motion,
+        return syncphony_loss(net, z, text, audio, generators, skip_audio, args.lambda_motion,
                               args.sigma, args.shift)
 
     def held_out(self, n):
@@ -552,8 +558,10 @@ class A2V:
             for k in range(0, len(clips), 16):
                 batch = self.windows(self.test, np.array([c["number"] for c in clips[k:k + 16]]))
                 rows = range(len(batch["z"]))
-                # The same noise at every evaluation.
-                loss, _ = self.loss(net, seeded(k), **batch, rows=rows, skip_audio=False)
+                # The same noise, and the same target, at every evaluation.
+                latent = 1 + k // 16 % (batch["z"].shape[2] - 1)
+                loss, _ = self.loss(net, seeded_each(rows, k), **batch, rows=rows,
+                                    skip_audio=False, latent=latent)
                 losses.append(loss.item())
         # At the published size a video takes hours.
         videos = [] if self.args.pretrained else generate(
@@ -595,10 +603,10 @@ class VideoVAE:
         source, target = frames_to_tensor(self.prefetch(step, rows), self.device).unbind(1)
         return dict(source=source, target=target)                     # (B, 3, F, H, W) each
 
-    def loss(self, net, generator, source, target):
-        B, _, F, H, W = source.shape
-        shape = (B, net.cfg.latent, (F - 1) // net.stride_t + 1, H // net.stride, W // net.stride)
-        noise = torch.randn(shape, generator=generator).to(source.device)
+    def loss(self, net, generators, source, target):
+        F, H, W = source.shape[2:]
+        shape = (net.cfg.latent, (F - 1) // net.stride_t + 1, H // net.stride, W // net.stride)
+        noise = randn_each(generators, shape).to(source.device)
         loss, error, rate = autoencoders.video_vae_loss(net, source, target, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
@@ -664,9 +672,9 @@ class AudioVAE:
     def batch(self, step, rows):
         return dict(wave=self.prefetch(step, rows).to(self.device))   # (B, rate)
 
-    def loss(self, net, generator, wave):
-        shape = (len(wave), net.cfg.latent, math.ceil(wave.shape[1] / net.hop))
-        noise = torch.randn(shape, generator=generator).to(wave.device)
+    def loss(self, net, generators, wave):
+        shape = (net.cfg.latent, math.ceil(wave.shape[1] / net.hop))
+        noise = randn_each(generators, shape).to(wave.device)
         return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl)
 
     def held_out(self, n):
@@ -781,9 +789,10 @@ class TwoTowers:
         return self.latents(torch.cat([c["z_v"].to(self.device) for c in clips]),
                             torch.cat([c["z_a"].to(self.device) for c in clips]))
 
-    def mean_report(self, loss_of):
+    def mean_report(self, loss_of, clips):
         """The report of four draws of noise, the same at every evaluation -> line, values."""
-        reports = torch.stack([loss_of(seeded(k))[1] for k in range(4)]).mean(0).tolist()
+        reports = [loss_of(seeded_each(range(len(clips)), k))[1] for k in range(4)]
+        reports = torch.stack(reports).mean(0).tolist()
         pairs = [f"{name} {value:.3f}" for name, value in zip(self.columns, reports)]
         return "loss " + "  ".join(pairs), reports
 
@@ -809,12 +818,12 @@ class SyncFlow(TwoTowers):
         batch = dict(self.cached(index), text=self.text("captions", index, rngs))
         return batch if self.args.stage == "audio" else batch | self.still_pictures(rngs)
 
-    def loss(self, net, generator, z_v, z_a, text, pictures=None, picture_text=None):
+    def loss(self, net, generators, z_v, z_a, text, pictures=None, picture_text=None):
         args = self.args
-        loss, report = syncflow_loss(net, z_v, z_a, text, generator, args.stage, args.ot,
+        loss, report = syncflow_loss(net, z_v, z_a, text, generators, args.stage, args.ot,
                                      args.sigma, args.shift)
         if pictures is not None:
-            loss = loss + image_loss(net, pictures, picture_text, generator, args.sigma, args.shift)
+            loss = loss + image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
         return loss, report
 
     def evaluate(self, net, clips, autocast, last):
@@ -823,11 +832,11 @@ class SyncFlow(TwoTowers):
         z = self.held_out_latents(clips)
         text = networks.text_bytes([c["caption"] for c in clips]).to(self.device)
 
-        def loss_of(generator):
+        def loss_of(generators):
             streams = "video" if stage == "video" else "joint"
-            return syncflow_loss(net, **z, text_inputs=text, generator=generator, stage=streams)
+            return syncflow_loss(net, **z, text_inputs=text, generators=generators, stage=streams)
         with torch.no_grad(), autocast():
-            line, (video, audio) = self.mean_report(loss_of)
+            line, (video, audio) = self.mean_report(loss_of, clips)
         score = -dict(video=video, audio=audio, joint=video + audio)[stage]
         sample = partial(self.generate, net, autocast=autocast, cfg=self.extra["guidance"]["cfg"])
         if stage == "video":
@@ -894,16 +903,16 @@ class Harmony(TwoTowers):
         mask = torch.tensor(exists, device=self.device)[:, None].expand(-1, R)
         return dict(ref=self.audio_vae.normalise(ref), ref_mask=mask)
 
-    def loss(self, net, generator, z_v, z_a, text, speech=None, ref=None, ref_mask=None,
+    def loss(self, net, generators, z_v, z_a, text, speech=None, ref=None, ref_mask=None,
              pictures=None, picture_text=None):
         args = self.args
         audio_text = (None, None) if speech is None else net.encode_audio_text(text, speech)
         loss, report = harmony_loss(
-            net, z_v, z_a, (*net.encode_text(text), *audio_text), generator, ref, ref_mask,
+            net, z_v, z_a, (*net.encode_text(text), *audio_text), generators, ref, ref_mask,
             args.stage, args.lambda_v, args.lambda_a, args.shift, args.sigma,
             lambda_joint=args.lambda_joint)
         if pictures is not None:
-            loss = loss + image_loss(net, pictures, picture_text, generator, args.sigma, args.shift)
+            loss = loss + image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
         return loss, report
 
     def evaluate(self, net, clips, autocast, last):
@@ -915,10 +924,10 @@ class Harmony(TwoTowers):
         with torch.no_grad(), autocast():
             states = (*net.encode_text(text), *net.encode_audio_text(text, speech))
 
-            def loss_of(generator):
-                return harmony_loss(net, **z, text=states, generator=generator, stage=stage,
+            def loss_of(generators):
+                return harmony_loss(net, **z, text=states, generators=generators, stage=stage,
                                     shift=self.args.shift)
-            line, (video, audio, *_) = self.mean_report(loss_of)
+            line, (video, audio, *_) = self.mean_report(loss_of, clips)
         if stage == "video":
             videos, _ = self.generate(net, clips[:8], autocast, cfg=1.)
             return Evaluation([line], -video, videos)
@@ -1051,8 +1060,8 @@ class Objective(nn.Module):
         self.net = task.net
         self.task = task
 
-    def forward(self, batch, generator):
-        return self.task.loss(self.net, generator, **batch)
+    def forward(self, batch, generators):
+        return self.task.loss(self.net, generators, **batch)
 
 
 def wrap(task, args):
@@ -1098,9 +1107,9 @@ def peak_flops(device):
     return PEAK[max(names, key=len)] if names else math.nan
 
 
-def count_flops(task, batch):
-    """FLOPs (2 per multiply-add) of forward and backward of a batch. Counted on the meta device,
-    which computes shapes and no numbers: nothing is allocated."""
+def count_flops(task, batch, clips):
+    """FLOPs (2 per multiply-add) per clip of forward and backward of a batch. Counted on the meta
+    device, which computes shapes and no numbers: nothing is allocated."""
     def to_meta(x):
         return x.to("meta") if isinstance(x, torch.Tensor) else x
     with torch.device("meta"):
@@ -1108,8 +1117,8 @@ def count_flops(task, batch):
     for copy, p in zip(net.parameters(), task.net.parameters()):
         copy.requires_grad_(p.requires_grad)
     with FlopCounterMode(display=False) as counter:
-        task.loss(net, seeded(0), **tree_map(to_meta, batch))[0].backward()
-    return counter.get_total_flops()
+        task.loss(net, seeded_each(range(clips)), **tree_map(to_meta, batch))[0].backward()
+    return counter.get_total_flops() / clips
 
 
 def log_row(path, **row):
@@ -1192,7 +1201,7 @@ class Run:
         args = self.args
         # Four clips: Pyramid Flow's loss trains each at one stage.
         batch = self.task.batch(0, [0, 1, 2, 3])
-        flops = count_flops(self.task, batch) * args.batch_size / 4
+        flops = count_flops(self.task, batch, 4) * args.batch_size
         sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6
                  for name, part in self.net.named_children()}
         parts = ", ".join(f"{k} {v:.2f}" for k, v in sizes.items() if v > .004)
@@ -1210,13 +1219,15 @@ class Run:
         """Gradients of this step, averaged over micro-batches and processes."""
         accum = self.args.accum
         for i in range(accum):
-            part = rank() * accum + i                                 # micro-batch of the step
-            rows = list(range(part * self.micro_batch, (part + 1) * self.micro_batch))
+            start = (rank() * accum + i) * self.micro_batch
+            rows = list(range(start, start + self.micro_batch))
             batch = self.task.batch(self.step, rows)
+            ids = [self.step * self.args.batch_size + row for row in rows]
+            generators = seeded_each(ids, self.args.seed, 5)
             # Processes exchange gradients at the last micro-batch.
             with self.exchange(i == accum - 1):
                 with self.autocast():
-                    loss, report = self.objective(batch, seeded(self.args.seed, self.step, part))
+                    loss, report = self.objective(batch, generators)
                 (loss / accum).backward()
             self.reports.append(torch.cat([loss.detach()[None], report]))
 
