@@ -228,7 +228,7 @@ def syncflow_loss(net, z_v, z_a, text_inputs, generators, stage="joint", ot=Fals
     # A stream that does not take part is None, and so is its prediction. Its error counts as zero.
     x_v = None if net.cfg.blind else add_noise(z_v, eps_v, sigma)
     x_a = None if stage == "video" else add_noise(z_a, eps_a, sigma)
-    v_v, v_a = net(x_v, x_a, sigma, *net.encode_text(text_inputs))
+    v_v, v_a = net(x_v, x_a, sigma, sigma, *net.encode_text(text_inputs))
 
     zero = z_v.new_zeros(())
     error_v = zero if v_v is None else mean_error(v_v, z_v, eps_v)
@@ -249,7 +249,7 @@ def image_loss(net, z, text_inputs, generators, sigma_dist="uniform", shift=1.):
     sigma = sample_sigma(u, sigma_dist, shift).to(z.device)             # (B n,)
     eps = randn_each(generators, (n, *z.shape[1:])).flatten(0, 1).to(z.device)
     # The video tower alone: no audio stream.
-    v, _ = net(add_noise(z, eps, sigma), None, sigma, *net.encode_text(text_inputs))
+    v, _ = net(add_noise(z, eps, sigma), None, sigma, None, *net.encode_text(text_inputs))
     return mean_error(v, z, eps)
 
 
@@ -294,24 +294,24 @@ def harmony_loss(net, z_v, z_a, text, generators, ref=None, ref_mask=None, stage
 
     joint_v = joint_a = driven_v = driven_a = z_v.new_zeros(())
     if stage == "video":
-        v_v, _ = net.forward_joint(x_v, None, sigma_v, None, *text)
+        v_v, _ = net(x_v, None, sigma_v, None, *text)
         loss = joint_v = mean_error(v_v, z_v, eps_v, sigma_v)
     elif stage != "joint":
-        _, v_a = net.forward_joint(None, x_a, None, sigma_a, *text, ref, ref_mask)
+        _, v_a = net(None, x_a, None, sigma_a, *text, ref, ref_mask)
         loss = joint_a = mean_error(v_a, z_a, eps_a)
     else:
         # Joint: both streams are noisy, both errors count.
         if lambda_joint:
-            v_v, v_a = net.forward_joint(x_v, x_a, sigma_v, sigma_a, *text, ref, ref_mask)
+            v_v, v_a = net(x_v, x_a, sigma_v, sigma_a, *text, ref, ref_mask)
             joint_v = mean_error(v_v, z_v, eps_v, sigma_v)
             joint_a = mean_error(v_a, z_a, eps_a)
         # Audio-driven: the true audio is given, the error of the video counts.
         if lambda_v:
-            v_v, _ = net.forward_joint(x_v, z_a, sigma_v, clean, *text, ref, ref_mask)
+            v_v, _ = net(x_v, z_a, sigma_v, clean, *text, ref, ref_mask)
             driven_v = mean_error(v_v, z_v, eps_v, sigma_v)
         # Video-driven: the true video is given, the error of the audio counts.
         if lambda_a:
-            _, v_a = net.forward_joint(z_v, x_a, clean, sigma_a, *text, ref, ref_mask)
+            _, v_a = net(z_v, x_a, clean, sigma_a, *text, ref, ref_mask)
             driven_a = mean_error(v_a, z_a, eps_a)
         loss = lambda_joint * (joint_v + joint_a) + lambda_v * driven_v + lambda_a * driven_a
     return loss, torch.stack([joint_v, joint_a, driven_v, driven_a]).detach()

@@ -118,7 +118,8 @@ def split_heads(x, K):                                                          
 
 def attention(q, k, v, mask=None):                                               # (B, K, N, d) -> (B, N, D)
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if v.device.type == "cpu" and torch.is_grad_enabled():                    # the fused kernel's backward is slow at these sizes
+    grad = q.requires_grad or k.requires_grad or v.requires_grad              # not in frozen layers
+    if v.device.type == "cpu" and grad:                                       # the fused kernel's backward is slow at these sizes
         s = (q * q.shape[-1] ** -.5) @ k.transpose(2, 3)                      # (B, K, N, M)
         o = (s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(-1).to(v.dtype) @ v
     else:

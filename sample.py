@@ -263,7 +263,8 @@ def sample_syncflow(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=
         if z_a is not None:
             n = z_a.shape[2]
             x_a = torch.cat([(1 - s) * z_a + s * eps_a[:, :, :n], x_a[:, :, n:]], 2)
-        made = model(twice(x_v), twice(x_a), torch.full((B * (1 + null),), s, device=device), text, mask)
+        sigma = torch.full((B * (1 + null),), s, device=device)
+        made = model(twice(x_v), twice(x_a), sigma, sigma, text, mask)
         v_v, v_a = (None if v is None else combine_guidance(v[:B].float(), (cfg if null else 1, v[B:].float())) for v in made)       # SyncFlow eq. 3
         x_v, x_a = (None if x is None else x + (s_next - s) * v for x, v in ((x_v, v_v), (x_a, v_a)))
         if bar is not None:
@@ -310,7 +311,7 @@ def sample_harmony(model, shape_v, shape_a, words, nothing=None, steps=40, sync_
         sigma_v = sigma_v[:, None].repeat(1, x_v.shape[2])                    # (R·B, L)
         if first is not None:
             sigma_v[:, 0] = 0
-        made = model.forward_joint(torch.cat(videos), torch.cat(sounds), sigma_v, sigma_a, *(torch.cat(t) for t in zip(*told)),
+        made = model(torch.cat(videos), torch.cat(sounds), sigma_v, sigma_a, *(torch.cat(t) for t in zip(*told)),
                               None if ref is None else ref.repeat(len(rows), 1, 1))
         v_v, v_a = (dict(zip(rows, v.float().unflatten(0, (-1, B)))) for v in made)
         text = cfg if "null" in rows else 1
@@ -351,7 +352,7 @@ def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast
                 x_v, x_a = sample_harmony(model, shape_v, shape_a, told, nothing, mute=mute, still=still, z_a=part(z_a), ref=part(refs), guidance_maps=guidance_maps, **given)
                 if attention_maps is not None:                                         # who attention_maps where in the finished clip
                     maps, clean = [], torch.zeros(len(told[0]), device=device)
-                    model.forward_joint(x_v, x_a, clean, clean, *told, part(refs), maps=maps)
+                    model(x_v, x_a, clean, clean, *told, part(refs), attention_maps=maps)
                     attention_maps.append(dict(heat=torch.stack(guidance_maps).mean(0).float().cpu() if guidance_maps else None,
                                       attention=torch.stack(maps).mean((0, 2)).float().cpu()       # over layers and heads: (B, S, N), rows sum to 1
                                       .unflatten(2, (x_v.shape[2], *(n // model.cfg.patch for n in x_v.shape[3:])))))

@@ -17,6 +17,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import cyclesync
 import data
@@ -101,57 +103,100 @@ def inputs(B=2, L=5, S=45, A=12, C=4, h=4, seed=0):
     return r(B, C, L, h, h), r(B, C, L - 1, h, h), r(B, S, A)
 
 
-# ------------------------------------------------------------------------------------------------ losses.py
+# ---------------------------------------------------------------------------------------- losses.py
 
-def test_the_path_starts_at_noise_ends_at_data_and_its_derivative_is_the_velocity():
-    """x = (1-s) z + s eps, v = eps - z, z = x - s v."""
-    z, eps = inputs()[0], inputs(seed=1)[0]
-    s = torch.rand(2, 5, dtype=torch.float64)
-    x, v = losses.add_noise(z, eps, s), losses.velocity(z, eps)
-    S = s[:, None, :, None, None]
-    assert torch.allclose(losses.add_noise(z, eps, 0 * s), z) and torch.allclose(losses.add_noise(z, eps, 0 * s + 1), eps)
-    assert torch.allclose(x - S * v, z) and torch.allclose(x + (1 - S) * v, eps)
-    assert torch.allclose((losses.add_noise(z, eps, s + 1e-6) - x) / 1e-6, v, atol=1e-6)
+def normal(*shape, seed=0):
+    """Standard normal numbers in double precision."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def test_the_shift_fixes_the_ends_is_off_at_one_and_is_five_sixths_at_a_half_for_five():
+def gap(a, b):
+    """The largest difference between two tensors."""
+    return (a - b).abs().max().item()
+
+
+def test_the_path_runs_from_data_to_noise_and_its_derivative_is_the_velocity():
+    """Rectified flow: x = (1 - sigma) z + sigma eps and v = eps - z, so z = x - sigma v."""
+    z = normal(2, 4, 5, 3, 3, seed=0)
+    eps = normal(2, 4, 5, 3, 3, seed=1)
+    sigma = torch.rand(2, 5, dtype=torch.float64)
+    s = sigma[:, None, :, None, None]
+
+    x = losses.add_noise(z, eps, sigma)
+    v = losses.velocity(z, eps)
+    derivative = (losses.add_noise(z, eps, sigma + 1e-6) - x) / 1e-6
+
+    assert gap(losses.add_noise(z, eps, 0 * sigma), z) == 0
+    assert gap(losses.add_noise(z, eps, 0 * sigma + 1), eps) == 0
+    assert gap(x - s * v, z) < 1e-12
+    assert gap(x + (1 - s) * v, eps) < 1e-12
+    assert gap(derivative, v) < 1e-6
+
+
+@pytest.mark.parametrize("sigma, z, expanded", [
+    ((2,), (2, 3, 37), (2, 1, 1)),                      # audio
+    ((2,), (2, 4, 5, 8, 8), (2, 1, 1, 1, 1)),           # video, one level per clip
+    ((2, 5), (2, 4, 5, 8, 8), (2, 1, 5, 1, 1)),         # video, one level per latent
+])
+def test_a_noise_level_per_sample_or_per_latent_multiplies_streams_of_every_rank(sigma, z, expanded):
+    assert losses.expand_sigma(torch.zeros(sigma), torch.zeros(z)).shape == expanded
+
+
+def test_the_shift_keeps_both_ends_and_is_off_at_one():
+    """s' = k s / (1 + (k - 1) s), Harmony's k = 5: a half becomes five sixths."""
     s = torch.linspace(0, 1, 11, dtype=torch.float64)
+    shifted = losses.shift_sigma(s, 5)
     assert torch.equal(losses.shift_sigma(s, 1), s)
-    five = losses.shift_sigma(s, 5)
-    assert five[0] == 0 and five[-1] == 1 and (five.diff() > 0).all() and abs(five[5] - 5 / 6) < 1e-12
+    assert shifted[0] == 0
+    assert shifted[-1] == 1
+    assert shifted[5].item() == pytest.approx(5 / 6)
+    assert shifted.diff().min() > 0
 
 
-def test_guidance_is_syncphony_equation_six_typed_literally_and_scale_one_is_off():
-    v, off, null = torch.randn(3, 2, 4, 1, 4, 4, dtype=torch.float64)
-    literal = v + 2 * (v - off) + 4 * (v - null)
-    assert torch.allclose(losses.combine_guidance(v, (1 + 2, off), (1 + 4, null)), literal)
-    assert losses.combine_guidance(v, (1, None), (1., None)) is v
+def test_logit_normal_noise_levels_favour_the_middle_of_the_path():
+    """SD3's distribution; of uniform levels two fifths lie between .3 and .7."""
+    u = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+
+    def share_in_the_middle(sigma):
+        return ((sigma > .3) & (sigma < .7)).float().mean().item()
+    assert share_in_the_middle(losses.sample_sigma(u)) == pytest.approx(.4, abs=.02)
+    assert share_in_the_middle(losses.sample_sigma(u, "logit-normal")) > .55
+
+
+def test_guidance_has_one_form_for_the_rules_of_all_three_papers():
+    """v_pos + sum (S - 1)(v_pos - v_neg), against the equations as the papers print them."""
+    v, off_sync, null = normal(3, 2, 4, 1, 4, 4)
+    syncphony_eq6 = v + 2 * (v - off_sync) + 4 * (v - null)
+    syncflow_eq3 = null + 6 * (v - null)
+    harmony_eq9 = off_sync + 3 * (v - off_sync)
+    assert gap(losses.combine_guidance(v, (1 + 2, off_sync), (1 + 4, null)), syncphony_eq6) < 1e-12
+    assert gap(losses.combine_guidance(v, (6, null)), syncflow_eq3) < 1e-12
+    assert gap(losses.combine_guidance(v, (3, off_sync)), harmony_eq9) < 1e-12
+    assert losses.combine_guidance(v, (1, None), (1., None)) is v       # off: no second prediction
 
 
 def test_motion_weight_by_hand():
-    """Syncphony eq. 1: 1 + lambda m^2, m = z_l - z_(l-1), none for the first latent; clipped where tails are heavy."""
+    """Syncphony eq. 1: 1 + lambda m^2 with m = z_l - z_(l-1), |m| clipped, no m for the first."""
     z = torch.tensor([0., .5, .5, 5.]).view(1, 1, 4, 1, 1).requires_grad_()
-    w = losses.motion_weight(z)
-    assert w.flatten().tolist() == [1, 1.25, 1, 1 + 1.5 ** 2] and not w.requires_grad
+    weight = losses.motion_weight(z)
+    assert weight.flatten().tolist() == [1, 1 + .5 ** 2, 1, 1 + 1.5 ** 2]
+    assert not weight.requires_grad
     assert losses.motion_weight(z, lambda_motion=0).unique().tolist() == [1]
     assert losses.motion_weight(z, clip=99).flatten()[3] == 1 + 4.5 ** 2
     assert losses.motion_weight(z, skip=2).flatten()[1] == 1
 
 
-def test_the_loss_of_the_true_velocity_is_zero_and_buckets_hold_their_noise_levels():
+def test_the_error_is_reported_for_four_ranges_of_the_noise_level():
     v = torch.randn(2, 3, 4, 2, 2)
     sigma = torch.tensor([[.1, .3, .6, .9], [.2, .4, .7, 1.]])
-    assert losses.flow_loss(v, v, sigma)[0] == 0
     wrong = v.clone()
-    wrong[:, :, 2] += 2                                                       # sigma .6 and .7: the third bucket
+    wrong[:, :, 2] += 2                                 # latents at sigma .6 and .7: third range
     loss, report = losses.flow_loss(wrong, v, sigma)
-    assert abs(loss - 1) < 1e-6 and report.tolist() == pytest.approx([0, 0, 4, 0], abs=1e-5)
-
-
-def test_noise_levels_logit_normal_favours_the_middle():
-    u = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    middle = lambda s: ((s > .3) & (s < .7)).float().mean()
-    assert abs(middle(losses.sample_sigma(u)) - .4) < .02 and middle(losses.sample_sigma(u, "logit-normal")) > .55
+    assert losses.flow_loss(v, v, sigma)[0] == 0
+    assert loss.item() == pytest.approx(1)              # 4 in a quarter of the latents
+    assert report.tolist() == pytest.approx([0, 0, 4, 0], abs=1e-5)
+    assert losses.flow_loss(v, v, 0 * sigma)[1].isnan().tolist() == [False, True, True, True]
 
 
 # ------------------------------------------------------------------------------------------------ model.py
@@ -2189,215 +2234,400 @@ def test_the_counted_flops_are_those_of_the_matrix_products():
     assert .85 < counter.get_total_flops() / (6 * per_token * 112) < 1.35
 
 
-# ------------------------------------------------------------------------------------------------ SyncFlow: two towers, the audio VAE
+# -------------------------------------------------------------- SyncFlow: two towers, the audio VAE
+
+LITTLE_TOWERS = dict(depth=2, width=32, heads=2, latent=4, audio_latent=3, text_dim=16)
+
 
 def small_towers(std=.05, **changes):
-    """Two towers of `tiny`'s kind that run in milliseconds, nothing in them zero."""
+    """SyncFlow's towers of `tiny`'s kind that run in milliseconds, nothing in them zero."""
     torch.manual_seed(0)
-    net = DualTower(DualTowerConfig(**{**towers.TOWERS["tiny"], "depth": 2, "width": 32, "heads": 2, "latent": 4, "audio_latent": 3, "text_dim": 16, **changes}))
-    return shaken(net, std)
+    config = {**towers.SYNCFLOW["tiny"], **LITTLE_TOWERS, **changes}
+    return shaken(DualTower(DualTowerConfig(**config)), std)
 
 
 def two_streams(B=2, L=5, S=37, side=4, C=4, A=3, seed=0):
+    """Latents of video and audio, and a noise level for each clip."""
     g = torch.Generator().manual_seed(seed)
-    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    return r(B, C, L, side, side), r(B, A, S), torch.linspace(.3, .7, B, dtype=torch.float64)
+    video = torch.randn(B, C, L, side, side, generator=g, dtype=torch.float64)
+    audio = torch.randn(B, A, S, generator=g, dtype=torch.float64)
+    return video, audio, torch.linspace(.3, .7, B, dtype=torch.float64)
 
 
-def test_syncflows_towers_have_open_soras_width_because_sixteen_heads_do_not_divide_1142():
+def time_rotation(times):
+    """Rotation by times in latents, for the heads of the small towers."""
+    return rope_table(torch.as_tensor(times)[:, None], (16,), 4.)
+
+
+def video_features(net, video, sigma):
+    """F_l of every layer: the results of the temporal attention."""
+    features = []
+    hooked = []
+    for layer in net.layers:
+        block = layer.video[-1]
+        attention = block.attention
+
+        def spy(x, cond, attention=attention):
+            features.append(attention(x, cond))
+            return features[-1]
+        block.attention = spy
+        hooked.append(block)
+    net(video, None, sigma, None, *net.encode_text(text_bytes(["a"] * len(video))))
+    for block in hooked:
+        del block.attention
+    return features
+
+
+def test_syncflows_towers_have_the_papers_size():
+    """Section 4: 28 layers, 16 heads. 1142 channels are no multiple of 16: Open-Sora's 1152."""
     with torch.device("meta"):
-        net = DualTower(DualTowerConfig(**towers.TOWERS["syncflow"]))
-    assert 1142 % 16 and net.cfg.width == 1152 and net.cfg.depth == 28 and net.cfg.heads == 16
-    assert len(net.video.space_blocks) == len(net.video.time_blocks) == len(net.audio.blocks) == 28
-    assert net.video.embed.kernel_size == net.video.embed.stride == (1, 2, 2)
+        net = DualTower(DualTowerConfig(**towers.SYNCFLOW["syncflow"]))
+    assert 1142 % 16 != 0
+    assert (net.cfg.width, net.cfg.heads, len(net.layers)) == (1152, 16, 28)
+    assert [block.axis for block in net.layers[0].video] == ["space", "time"]
+    assert net.video.proj_in.kernel_size == net.video.proj_in.stride == (1, 2, 2)
 
 
 def test_a_token_of_the_video_tower_is_one_by_two_by_two_of_the_latent():
-    net, z = small_towers(), two_streams()[0]
-    tokens = net.video.embed(z).flatten(3).permute(0, 2, 3, 1)
-    with torch.no_grad():
-        z[:, :, 1, 2, 3] += 1                                                 # latent 1, row 2, column 3: patch (1, 1)
-    moved = (net.video.embed(z).flatten(3).permute(0, 2, 3, 1) - tokens).abs().amax((0, 3)) > 1e-9
-    assert moved.nonzero().tolist() == [[1, 3]]
-    assert net.video(z, two_streams()[2], *net.encode_text(text_bytes(["a", "b"])))[0].shape == z.shape
+    """Section 3.2: one strided convolution cuts the latent into tokens."""
+    net = small_towers()
+    video, _, sigma = two_streams()
+    text = net.encode_text(text_bytes(["a", "b"]))
+    moved = video.clone()
+    moved[:, :, 1, 2, 3] += 1                           # latent 1, row 2, column 3: patch (1, 1)
+    tokens, _ = net.video.embed(video, sigma, *text)
+    moved_tokens, _ = net.video.embed(moved, sigma, *text)
+    changed = (moved_tokens - tokens).abs().amax((0, 2)) > 1e-9
+    assert changed.nonzero().flatten().tolist() == [4 + 3]
+    assert net(video, None, sigma, None, *text)[0].shape == video.shape
 
 
-@pytest.mark.parametrize("axis", ["space", "time"])
-def test_spatial_attention_stays_in_its_frame_and_temporal_attention_at_its_place(axis):
-    block = small_towers().video.space_blocks[0] if axis == "space" else small_towers().video.time_blocks[0]
-    x, text, t6 = torch.randn(1, 12, 32, dtype=torch.float64), torch.randn(1, 3, 32, dtype=torch.float64), torch.randn(1, 1, 192, dtype=torch.float64)
-    p = towers.TowerConditioning(None, t6, rope_table(torch.arange(3)[:, None], (16,)), 3, text, torch.ones(1, 1, 1, 3, dtype=torch.bool))
-    far = x.clone()
-    far[:, 5] += torch.randn(32)                                              # 3 latents of 4 places: latent 1, place 1
-    changed = (block.attend(far, p) - block.attend(x, p)).abs().amax((0, 2)) > 1e-9
-    assert changed.nonzero().flatten().tolist() == ([4, 5, 6, 7] if axis == "space" else [1, 5, 9])
+@pytest.mark.parametrize("index, reached", [(0, [4, 5, 6, 7]), (1, [1, 5, 9])])
+def test_spatial_attention_stays_in_its_latent_and_temporal_attention_at_its_place(index, reached):
+    """Section 3.2: (B L) rows of h w tokens in one block, (B h w) rows of L tokens in the next."""
+    block = small_towers().layers[0].video[index]
+    x = normal(1, 12, 32, seed=0)                       # 3 latents of 4 places
+    adaln = normal(6, 1, 1, 32, seed=1).unbind(0)
+    mask = torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    cond = towers.TowerConditioning(None, time_rotation(range(3)), None, adaln, normal(1, 3, 32),
+                                    mask, grid=(3, 4, 4))
+    moved = x.clone()
+    moved[:, 5] += normal(32, seed=2)                   # latent 1, place 1
+    changed = (block.attention(moved, cond) - block.attention(x, cond)).abs().amax((0, 2)) > 1e-9
+    assert changed.nonzero().flatten().tolist() == reached
 
 
 def test_text_reaches_the_video_in_both_kinds_of_block_and_its_padding_does_not():
-    net, (x_v, x_a, sigma) = small_towers(), two_streams()
+    """Section 3.2: cross-attention to the text in spatial and in temporal blocks."""
+    net = small_towers()
+    video, _, sigma = two_streams()
     text, mask = net.encode_text(text_bytes(["a ball drops onto the floor", "a hammer"]))
-    before = net(x_v, None, sigma, text, mask)[0]
-    assert mask.sum(1).tolist() == [4, 1] and net.encode_text(text_bytes([""]))[1].sum() == 1
-    noisy = text + torch.randn_like(text) * (mask == 0)[..., None]
-    assert torch.equal(net(x_v, None, sigma, noisy, mask)[0], before)
-    for blocks in (net.video.space_blocks, net.video.time_blocks):
-        forwards = [b.cross.forward for b in blocks]
-        for b in blocks:
-            b.cross.forward = lambda x, *a, **k: torch.zeros_like(x)
-        assert not torch.allclose(net(x_v, None, sigma, text, mask)[0], before)
-        for b, f in zip(blocks, forwards):
-            b.cross.forward = f
+    v = net(video, None, sigma, None, text, mask)[0]
+    other_padding = text + torch.randn_like(text) * (mask == 0)[..., None]
+    assert mask.sum(1).tolist() == [4, 1]               # a token is eight letters
+    assert net.encode_text(text_bytes([""]))[1].sum() == 1
+    assert gap(net(video, None, sigma, None, other_padding, mask)[0], v) == 0
+    for index in (0, 1):
+        without = small_towers()
+        for layer in without.layers:
+            layer.video[index].cross_attn.to_out.weight.data.zero_()
+        assert gap(without(video, None, sigma, None, text, mask)[0], v) > 1e-6
 
 
-def test_the_video_never_hears_and_the_audio_sees():
-    net, (x_v, x_a, sigma) = small_towers(), two_streams()
-    said = net.encode_text(text_bytes(["a", "b"]))
-    v_v, v_a = net(x_v, x_a, sigma, *said)
-    again_v, other_a = net(x_v, two_streams(seed=1)[1], sigma, *said)
-    assert torch.equal(v_v, again_v) and not torch.allclose(v_a, other_a)
-    assert not torch.allclose(net(two_streams(seed=1)[0], x_a, sigma, *said)[1], v_a)
-    assert torch.equal(net(x_v, None, sigma, *said)[0], v_v) and net(x_v, None, sigma, *said)[1] is None
+def test_the_video_does_not_depend_on_the_audio_and_the_audio_depends_on_the_video():
+    """Section 3.2: features go from the video tower to the audio tower, and never back."""
+    net = small_towers()
+    video, audio, sigma = two_streams()
+    other_video, other_audio, _ = two_streams(seed=1)
+    text = net.encode_text(text_bytes(["a", "b"]))
+    v_v, v_a = net(video, audio, sigma, sigma, *text)
+    assert gap(net(video, other_audio, sigma, sigma, *text)[0], v_v) == 0
+    assert gap(net(video, None, sigma, None, *text)[0], v_v) == 0
+    assert net(video, None, sigma, None, *text)[1] is None
+    assert gap(net(video, other_audio, sigma, sigma, *text)[1], v_a) > 1e-3
+    assert gap(net(other_video, audio, sigma, sigma, *text)[1], v_a) > 1e-6
 
 
-def test_layer_l_of_the_audio_looks_at_the_temporal_attention_of_layer_l_and_at_nothing_above():
-    """SyncFlow: F_l, the output of the temporal attention of layer l, conditions layer l."""
-    net, (x_v, x_a, sigma) = small_towers(depth=3), two_streams()
-    told, (_, features) = net.encode_text(text_bytes(["a", "b"])), net.video(x_v, sigma, *net.encode_text(text_bytes(["a", "b"])))
-    block, a = net.audio.blocks[1], net.audio.embed(x_a.transpose(1, 2))
-    turn = lambda t: rope_table(t[:, None], (16,), 4.)
-    out = block(a, net.audio.clock(1000 * sigma[:, None]), None, turn(torch.arange(37.)), features[1], turn(torch.arange(5.).repeat_interleave(4)))
-    grads = torch.autograd.grad(out.square().sum(), [net.video.time_blocks[l].attn.to_q.weight for l in range(3)], retain_graph=True, allow_unused=True)
-    assert grads[0].abs().sum() > 0 and grads[1].abs().sum() > 0 and grads[2] is None
-    feed = torch.autograd.grad(features[1].square().sum(), [net.video.time_blocks[l].mlp.net[2].weight for l in (0, 1)], allow_unused=True)
-    assert feed[0] is not None and feed[1] is None                            # after attention, before the layer's MLP
-    tapped, forward = [], net.audio.forward
-    net.audio.forward = lambda *a: tapped.append(a[5]) or forward(*a)
-    net(x_v, x_a, sigma, *told)
-    assert len(tapped[0]) == 3 and torch.equal(tapped[0][1], features[1])
+def test_audio_layer_l_reads_the_temporal_attention_of_video_layer_l():
+    """Section 3.2: F_l is the output of layer l's temporal attention, before its MLP."""
+    net = small_towers(depth=3)
+    video, audio, sigma = two_streams()
+    text = net.encode_text(text_bytes(["a", "a"]))
+    features = video_features(net, video, sigma)
+    read = []
+    for layer in net.layers:
+        layer.audio.register_forward_pre_hook(lambda block, args: read.append(args[1]))
+    net(video, audio, sigma, sigma, *text)
+    assert len(read) == 3
+    assert all(gap(a, b) == 0 for a, b in zip(read, features))
+
+    weights = [layer.video[1].attn.to_q.weight for layer in net.layers]
+    weights += [layer.video[1].mlp.net[2].weight for layer in net.layers]
+    grads = torch.autograd.grad(features[1].square().sum(), weights, allow_unused=True)
+    assert [g is not None for g in grads] == [True, True, False, True, False, False]
 
 
-def test_the_adaptor_is_attention_norm_linear_and_can_be_left_out():
-    with_it, without = small_towers(), small_towers(adaptor=False)
-    adaptor, x = with_it.audio.blocks[0].adaptor, torch.randn(2, 20, 32, dtype=torch.float64)
+def test_the_adaptor_is_self_attention_norm_linear_and_can_be_left_out():
+    """Figure 2, and the ablation of table 4."""
+    with_adaptor = small_towers()
+    without = small_towers(adaptor=False)
+    adaptor = with_adaptor.layers[0].audio.adaptor
     inside = []
-    adaptor.linear.register_forward_hook(lambda m, given, out: inside.append(given[0]))
-    adaptor(x, rope_table(torch.arange(5).repeat_interleave(4)[:, None], (16,)))
+    adaptor.linear.register_forward_hook(lambda linear, args, out: inside.append(args[0]))
+    adaptor(normal(2, 20, 32), time_rotation(torch.arange(5).repeat_interleave(4)))
     normed = (inside[0] - adaptor.norm.bias) / adaptor.norm.weight
-    assert normed.mean(-1).abs().max() < 1e-6 and (normed.var(-1, correction=0) - 1).abs().max() < 1e-3
-    count = lambda net: sum(p.numel() for p in net.audio.parameters())
-    assert without.audio.blocks[0].adaptor is None and count(without) < count(with_it)
-    x_v, x_a, sigma = two_streams()
-    assert without(x_v, x_a, sigma, *without.encode_text(text_bytes(["a", "b"])))[1].isfinite().all()
+    video, audio, sigma = two_streams()
+    _, v_a = without(video, audio, sigma, sigma, *without.encode_text(text_bytes(["a", "b"])))
+    assert normed.mean(-1).abs().max() < 1e-6
+    assert (normed.var(-1, correction=0) - 1).abs().max() < 1e-3
+    assert without.layers[0].audio.adaptor is None
+    assert v_a.isfinite().all()
 
 
-def test_the_audio_tower_is_told_the_noise_level_by_a_token_beside_the_video():
-    net, (x_v, x_a, sigma) = small_towers(precondition=False), two_streams()
-    said = net.encode_text(text_bytes(["a", "b"]))
-    _, features = net.video(x_v, sigma, *said)
-    early, late = (net.audio(x_a, torch.full_like(sigma, s), *said, 5, features) for s in (.9, .1))
-    assert not torch.allclose(early, late)
+def test_the_noise_level_is_a_key_of_the_audios_cross_attention():
+    """Figure 2: the time embedding is concatenated with the adapted video features."""
+    net = small_towers()
+    _, audio, sigma = two_streams()
+    text = net.encode_text(text_bytes(["a", "b"]))
+    _, early = net.audio.embed(audio, sigma, *text)
+    _, late = net.audio.embed(audio, sigma - .2, *text)
+    assert early.context.shape == (2, 1, 32)            # no text in it: that comes by the video
+    assert early.adaln is None
+    assert gap(early.context, late.context) > 1e-3
 
 
-def test_sound_and_picture_share_one_clock_in_latent_units_and_without_it_order_is_lost():
-    """Audio latent i stands at (i + 0.5)/alpha - 0.5. Video that moves by one latent while the sound moves by alpha changes nothing;
-    and with positions off, the order of the latents cannot be seen at all."""
-    net = small_towers(adaptor=False, alpha=4., depth=1, precondition=False)
-    block, D = net.audio.blocks[0], 32
-    seen, a = torch.randn(1, 6, D, dtype=torch.float64), torch.randn(1, 9, D, dtype=torch.float64)
-    turn = lambda t: rope_table(t[:, None], (16,), 4.)
-    kv = lambda shift: block.cross.project_kv(seen, turn(torch.arange(6.) + shift))
-    see = lambda shift: block.cross(a, kv(shift), turn((torch.arange(9.) + .5) / 4 - .5 + shift))
-    assert torch.allclose(see(0.), see(1.), atol=1e-6)
-    mixed = torch.randperm(6)
-    blind = block.cross(a, block.cross.project_kv(seen))
-    assert torch.allclose(block.cross(a, block.cross.project_kv(seen[:, mixed])), blind)
-    assert not torch.allclose(block.cross(a, block.cross.project_kv(seen[:, mixed], turn(torch.arange(6.))), turn(torch.arange(9.) / 4)), see(0.), atol=1e-4)
-    net, (x_v, x_a, sigma) = small_towers(), two_streams()
+def test_audio_and_video_share_a_timeline_in_latents():
+    """Audio step i stands at (i + 0.5) / alpha - 0.5. Shifting both streams changes nothing; without
+    positions the order of the latents is lost."""
+    block = small_towers(adaptor=False).layers[0].audio
+    features = normal(1, 6, 32, seed=0)
+    a = normal(1, 9, 32, seed=1)
+    frames = torch.arange(6.)
+    steps = towers.audio_positions(9, 4.)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+
+    def read(x, query_times=None, key_times=None):
+        query_rope = None if query_times is None else time_rotation(query_times)
+        key_rope = None if key_times is None else time_rotation(key_times)
+        return towers.attend(block.cross_attn, a, x, query_rope, key_rope)
+    assert gap(read(features, steps, frames), read(features, steps + 1, frames + 1)) < 1e-6
+    assert gap(read(features), read(features[:, order])) < 1e-12
+    assert gap(read(features, steps, frames), read(features[:, order], steps, frames)) > 1e-4
+
+
+def test_without_cross_rope_the_audio_is_another_function_of_the_same_weights():
+    """The ablation of the timeline: keys and queries of the cross-attention are not rotated."""
+    net = small_towers()
     off = small_towers(xrope=False)
     off.load_state_dict(net.state_dict())
-    said = net.encode_text(text_bytes(["a", "b"]))
-    assert not torch.allclose(net(x_v, x_a, sigma, *said)[1], off(x_v, x_a, sigma, *said)[1])
+    video, audio, sigma = two_streams()
+    text = net.encode_text(text_bytes(["a", "b"]))
+    assert gap(net(video, audio, sigma, sigma, *text)[1],
+               off(video, audio, sigma, sigma, *text)[1]) > 1e-6
 
 
 @pytest.mark.parametrize("side", [2, 8])
-def test_the_same_weights_make_half_and_double_the_resolution(side):
-    net, (x_v, x_a, sigma) = small_towers(), two_streams(side=side)
-    v_v, v_a = net(x_v, x_a, sigma, *net.encode_text(text_bytes(["a", "b"])))
-    assert v_v.shape == x_v.shape and v_a.shape == x_a.shape
-    sizes = {p.shape for p in net.parameters()}
-    assert sizes == {p.shape for p in small_towers(grid=7).parameters()}
+def test_the_same_weights_serve_half_and_double_the_resolution(side):
+    """Section 5, table 1: 128 and 512 pixels by the weights of 256."""
+    net = small_towers()
+    video, audio, sigma = two_streams(side=side)
+    v_v, v_a = net(video, audio, sigma, sigma, *net.encode_text(text_bytes(["a", "b"])))
+    assert v_v.shape == video.shape
+    assert v_a.shape == audio.shape
+    shapes = [p.shape for p in net.parameters()]
+    assert shapes == [p.shape for p in small_towers(grid=7).parameters()]
 
 
-def test_text_alone_makes_sound_where_there_is_no_video():
-    net, (_, x_a, sigma) = small_towers(blind=True), two_streams()
-    made = [net(None, x_a, sigma, *net.encode_text(text_bytes([c, "b"]))) for c in ("a ball", "a hammer")]
-    assert made[0][0] is None and not torch.allclose(made[0][1][0], made[1][1][0]) and torch.allclose(made[0][1][1], made[1][1][1])
+def test_text_alone_conditions_the_audio_where_there_is_no_video():
+    """The text-to-audio ablation of table 4."""
+    net = small_towers(blind=True)
+    _, audio, sigma = two_streams()
+
+    def velocity(caption):
+        text = net.encode_text(text_bytes([caption, "b"]))
+        v_v, v_a = net(None, audio, None, sigma, *text)
+        assert v_v is None
+        return v_a
+    ball = velocity("a ball")
+    hammer = velocity("a hammer")
+    assert gap(ball[0], hammer[0]) > 1e-6
+    assert gap(ball[1], hammer[1]) < 1e-12
+
+
+def test_the_text_encoder_of_the_towers_cannot_die():
+    """A GELU at its end did in training, and the towers ignored every caption: a norm is there."""
+    net = small_towers()
+    captions = text_bytes(["a bell tolls", "a ball drops"])
+    for p in net.text_encoder.parameters():
+        p.data *= .3
+    net.text_encoder.token.bias.data.fill_(-1)          # a GELU would return about -.16 everywhere
+    assert net.encode_text(captions)[0].std().item() == pytest.approx(1, abs=.05)
+    net.text_encoder.token.bias.data.zero_()
+    states = net.encode_text(captions)[0]
+    assert (states[0, 0] - states[1, 0]).abs().mean() > .3
+
+
+@pytest.mark.parametrize("system", ["syncflow", "harmony"])
+def test_a_layer_is_one_module_that_can_be_checkpointed_and_compiled(system):
+    """A layer holds both towers' blocks and their bridges. Before, bridges were outside of what
+    compilation and checkpointing act on."""
+    net = small_towers() if system == "syncflow" else harmony()
+    video, audio, sigma = two_streams()
+    text = net.encode_text(text_bytes(["a", "b"])) if system == "syncflow" else harmony_text(net)
+    of_layers = set(net.layers.state_dict())
+    assert not [name for name in net.state_dict() if "attn" in name and name[7:] not in of_layers]
+
+    def gradients():
+        net.zero_grad()
+        v_v, v_a = net(video, audio, sigma, sigma, *text)
+        (v_v.square().sum() + v_a.square().sum()).backward(retain_graph=True)
+        return [p.grad.clone() for p in net.layers.parameters() if p.grad is not None]
+    plain = gradients()
+    for layer in net.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    checkpointed = gradients()
+    for layer in net.layers:
+        del layer.forward
+        layer.compile(backend="eager")
+    assert all(gap(a, b) < 1e-10 for a, b in zip(plain, checkpointed, strict=True))
+    assert all(gap(a, b) < 1e-10 for a, b in zip(plain, gradients(), strict=True))
 
 
 @pytest.mark.parametrize("case", ["b8_4x3x5", "b32_16", "b32_4x4x8"])
 def test_minibatch_optimal_transport_is_the_exact_assignment(case):
-    """The pairing of noise and data by the exact solver `ot.emd` of POT (squared distances)."""
-    g = golden("ot")
-    noise = torch.from_numpy(g[f"{case}/x0"])
-    clips = torch.from_numpy(g[f"{case}/x1"])
-
+    """Section 3.1 (Tong et al. 2024), against arrays of the original implementation."""
+    stored = golden("ot")
+    noise = torch.from_numpy(stored[f"{case}/x0"])
+    clips = torch.from_numpy(stored[f"{case}/x1"])
     order = losses.ot_permutation(noise, clips)
-
     cost = (noise[order] - clips).flatten(1).double().square().sum().item()
-    assert order.tolist() == g[f"{case}/inv_perm"].tolist()
-    assert cost == pytest.approx(float(g[f"{case}/total_cost"]), rel=1e-6)
+    assert order.tolist() == stored[f"{case}/inv_perm"].tolist()
+    assert cost == pytest.approx(float(stored[f"{case}/total_cost"]), rel=1e-6)
 
 
-def test_the_coupling_permutes_the_noise_alone_by_one_order_for_both_streams(monkeypatch):
-    g = torch.Generator().manual_seed(0)
-    noise, clips = [torch.randn(8, 3, generator=g), torch.randn(8, 5, generator=g)], [torch.randn(8, 3, generator=g), torch.randn(8, 5, generator=g)]
-    order = losses.ot_permutation(noise, clips)
-    cost = lambda o: sum((e[o] - z).square().mean(1).sum() for e, z in zip(noise, clips))
-    assert sorted(order.tolist()) == list(range(8)) and cost(order) < cost(torch.arange(8))
-    net, (z_v, z_a, _) = small_towers(), two_streams(B=4)
-    fed = []
-    monkeypatch.setattr(net, "forward", lambda x_v, x_a, sigma, text, mask: (fed.append((x_v, x_a, sigma, text)), (torch.zeros_like(x_v), torch.zeros_like(x_a)))[1])
-    words = text_bytes(["a", "b", "c", "d"])
+def test_the_pairing_of_noise_minimises_the_cost_of_both_streams_together():
+    noise = [normal(8, 3, seed=0), normal(8, 5, seed=1)]
+    clips = [normal(8, 3, seed=2), normal(8, 5, seed=3)]
+
+    def cost(order):
+        return sum((eps[order] - z).square().mean(1).sum() for eps, z in zip(noise, clips))
+    best = losses.ot_permutation(noise, clips)
+    others = [torch.randperm(8, generator=torch.Generator().manual_seed(k)) for k in range(50)]
+    assert sorted(best.tolist()) == list(range(8))
+    assert all(cost(best) < cost(order) for order in others)
+
+
+def test_optimal_transport_permutes_the_noise_alone_by_one_order_for_both_streams(monkeypatch):
+    """Captions stay with their clips, and both streams of a clip keep one noise level."""
+    net = small_towers()
+    z_v, z_a, _ = two_streams(B=4)
+    calls = []
+
+    def spy(video, audio, sigma_v, sigma_a, text, mask):
+        calls.append((video, audio, sigma_v, text))
+        return torch.zeros_like(video), torch.zeros_like(audio)
+    monkeypatch.setattr(net, "forward", spy)
+    captions = text_bytes(["a", "b", "c", "d"])
     for ot in (False, True):
-        losses.syncflow_loss(net, z_v, z_a, words, generators(4), ot=ot)
-    noises = [[(x - (1 - s.view(-1, *[1] * (x.dim() - 1))) * z) / s.view(-1, *[1] * (x.dim() - 1)) for x, z in zip(f[:2], (z_v, z_a))] for f in fed for s in [f[2]]]
-    same = [(a[:, None].flatten(2) - b[None].flatten(2)).abs().amax(2) < 1e-4 for a, b in zip(*noises)]              # which noise went where
-    assert torch.equal(same[0], same[1]) and same[0].sum() == 4 and torch.equal(fed[0][3], fed[1][3]) and torch.equal(fed[0][2], fed[1][2])
+        losses.syncflow_loss(net, z_v, z_a, captions, generators(4), ot=ot)
+
+    def noise_of(x, z, sigma):
+        s = losses.expand_sigma(sigma, z)
+        return ((x - (1 - s) * z) / s).flatten(1)
+
+    def same_rows(a, b):
+        return (a[:, None] - b[None]).abs().amax(2) < 1e-4              # (4, 4) which went where
+    (v0, a0, sigma, text), (v1, a1, sigma_ot, text_ot) = calls
+    moved_v = same_rows(noise_of(v0, z_v, sigma), noise_of(v1, z_v, sigma))
+    moved_a = same_rows(noise_of(a0, z_a, sigma), noise_of(a1, z_a, sigma))
+    assert moved_v.sum(0).tolist() == moved_v.sum(1).tolist() == [1, 1, 1, 1]
+    assert torch.equal(moved_v, moved_a)
+    assert torch.equal(sigma, sigma_ot)
+    assert torch.equal(text, text_ot)
 
 
-def test_both_streams_are_trained_on_one_clock_with_equal_weight():
-    net, (z_v, z_a, _) = small_towers(), two_streams()
-    words, seen = text_bytes(["a", "b"]), []
-    forward = net.forward
-    net.forward = lambda x_v, x_a, sigma, *said: seen.append((x_v, x_a, sigma)) or forward(x_v, x_a, sigma, *said)
-    loss, report = losses.syncflow_loss(net, z_v, z_a, words, generators(2))
-    assert loss.item() == pytest.approx(report.sum().item()) and seen[0][2].shape == (2,)
-    g = generators(2)
-    sigma, eps_v, eps_a = losses.rand_each(g), losses.randn_each(g, z_v.shape[1:]), losses.randn_each(g, z_a.shape[1:])
-    assert torch.equal(seen[0][2], sigma) and torch.allclose(seen[0][1], (1 - sigma.view(2, 1, 1)) * z_a + sigma.view(2, 1, 1) * eps_a)
-    v_a = forward(*seen[0], *net.encode_text(words))[1]
-    assert report[1].item() == pytest.approx((v_a - (eps_a - z_a)).square().mean().item(), rel=1e-5)
+def test_syncflow_loss_is_the_sum_of_both_errors_at_one_noise_level():
+    """Section 3.1: one tau for both streams, equal weight."""
+    net = small_towers()
+    z_v, z_a, _ = two_streams()
+    captions = text_bytes(["a", "b"])
+    loss, report = losses.syncflow_loss(net, z_v, z_a, captions, generators(2))
+
+    rngs = generators(2)
+    sigma = losses.rand_each(rngs)
+    eps_v = losses.randn_each(rngs, z_v.shape[1:])
+    eps_a = losses.randn_each(rngs, z_a.shape[1:])
+    s_v = sigma.view(2, 1, 1, 1, 1)
+    s_a = sigma.view(2, 1, 1)
+    v_v, v_a = net((1 - s_v) * z_v + s_v * eps_v, (1 - s_a) * z_a + s_a * eps_a, sigma, sigma,
+                   *net.encode_text(captions))
+    error_v = (v_v - (eps_v - z_v)).square().mean()
+    error_a = (v_a - (eps_a - z_a)).square().mean()
+    assert report[0].item() == pytest.approx(error_v.item(), rel=1e-5)
+    assert report[1].item() == pytest.approx(error_a.item(), rel=1e-5)
+    assert loss.item() == pytest.approx((error_v + error_a).item(), rel=1e-5)
 
 
-def test_stage_two_leaves_the_video_tower_as_it_is_and_builds_no_graph_for_it(towers_on_disk, tmp_path):
-    d, run = towers_on_disk
-    parts = {stage: torch.load(d / f"t2av/{stage}/last.pt", weights_only=True) for stage in ("video", "audio", "joint")}
-    moved = lambda a, b, part: any(not torch.equal(parts[a]["model"][k], parts[b]["model"][k]) for k in parts[a]["model"] if k.startswith(part))
-    start = parts["video"]["ema"] | {k: v for k, v in parts["video"]["model"].items() if k.startswith("audio.")}
-    kept = lambda k: torch.equal(parts["audio"]["model"][k], start[k].half().float())
-    assert all(kept(k) for k in start if not k.startswith("audio.")) and not all(kept(k) for k in start if k.startswith("audio."))
-    assert moved("audio", "joint", "video.") and moved("audio", "joint", "audio.")
-    assert run("one", "--stage", "video", "--steps", 1) == 0                  # stage 1 moves the video tower alone
-    one = torch.load(d / "one/last.pt", weights_only=True)["model"]
-    same = {k for k, v in parts["video"]["model"].items() if torch.equal(v, one[k])}
-    assert {k for k in one if k.startswith("audio.")} <= same and not any("_blocks" in k for k in same if not k.startswith("audio."))
-    net, (z_v, z_a, _) = small_towers(), two_streams()
+def test_a_frozen_video_tower_builds_no_graph():
+    """Stage 2 of section 3.2 trains the audio tower on features of a frozen video tower."""
+    net = small_towers()
+    z_v, z_a, _ = two_streams()
     for name, p in net.named_parameters():
-        p.requires_grad_(name.startswith("audio."))
-    seen, video = [], net.video.forward
-    net.video.forward = lambda *a: seen.append(video(*a)) or seen[-1]
-    losses.syncflow_loss(net, z_v, z_a, text_bytes(["a", "b"]), generators(2), "audio")[0].backward()
-    assert not any(t.requires_grad for t in (seen[0][0], *seen[0][1])) and all(p.grad is None for p in net.video.parameters())
+        p.requires_grad_(towers.part_of(name) == "audio")
+    outputs = []
+    for layer in net.layers:
+        layer.register_forward_hook(lambda layer, args, out: outputs.append(out))
+    loss, _ = losses.syncflow_loss(net, z_v, z_a, text_bytes(["a", "b"]), generators(2), "audio")
+    loss.backward()
+    trained = {towers.part_of(name) for name, p in net.named_parameters() if p.grad is not None}
+    assert [video.requires_grad for video, _ in outputs] == [False, False]
+    assert [audio.requires_grad for _, audio in outputs] == [True, True]
+    assert trained == {"audio"}
+
+
+def test_every_weight_belongs_to_the_video_the_audio_or_the_bridges():
+    """Training in stages freezes by these parts."""
+    parts = {}
+    for net in (small_towers(), harmony()):
+        for name in net.state_dict():
+            keys = name.split(".")
+            key = keys[2] if keys[0] == "layers" else keys[0]
+            parts.setdefault(towers.part_of(name), set()).add(key)
+    assert parts["video"] == {"video", "text_encoder"}
+    assert parts["audio"] == {"audio", "transcript_encoder"}
+    assert parts["bridge"] == {"audio_to_video", "video_to_audio", "style"}
+
+
+def test_image_loss_is_rectified_flow_on_single_latents():
+    """The first stage learns from stills beside the clips, as Open-Sora did."""
+    net = small_towers()
+    z = two_streams()[0][:, :, :1]
+    captions = text_bytes(["a", "b"])
+    loss = losses.image_loss(net, z, captions, generators(2))
+
+    rngs = generators(2)
+    sigma = losses.rand_each(rngs)
+    eps = losses.randn_each(rngs, z.shape[1:])
+    s = sigma.view(2, 1, 1, 1, 1)
+    v, _ = net((1 - s) * z + s * eps, None, sigma, None, *net.encode_text(captions))
+    assert loss.item() == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-5)
+
+
+def test_stages_of_syncflow_train_the_video_then_the_audio_then_both(towers_on_disk):
+    """SyncFlow section 3.2: stage 1 moves the video tower alone, stage 2 the audio tower alone."""
+    d, run = towers_on_disk
+    files = {stage: d / f"t2av/{stage}/last.pt" for stage in ("video", "audio", "joint")}
+    stages = {stage: torch.load(path, weights_only=True) for stage, path in files.items()}
+    assert run("one", "--stage", "video", "--steps", 1) == 0
+    one = torch.load(d / "one/last.pt", weights_only=True)["model"]
+
+    def moved(before, after):
+        return {towers.part_of(k) for k in after if not torch.equal(before[k], after[k])}
+    video_ema = {k: v.half().float() for k, v in stages["video"]["ema"].items()}
+    video_after_stage_two = {k: stages["audio"]["model"][k] for k in video_ema}
+    assert moved(one, stages["video"]["model"]) == {"video"}
+    assert moved(video_ema, video_after_stage_two) <= {"audio"}
+    assert moved(stages["audio"]["model"], stages["joint"]["model"]) == {"video", "audio"}
 
 
 def test_video_to_audio_feeds_the_true_latents_at_each_steps_noise_level_and_keeps_them():
@@ -2418,26 +2648,7 @@ def test_video_to_audio_feeds_the_true_latents_at_each_steps_noise_level_and_kee
     assert all(torch.allclose(x[:, :, :1], (1 - s) * z_v[:, :, :1] + s * eps[:, :, :1], atol=1e-6) for x, s in fed)
 
 
-def test_the_towers_text_cannot_fall_silent():
-    """A gelu at the end of the encoder did, in training: the towers then made anything, whatever they were told."""
-    net = small_towers()
-    for p in net.text.parameters():
-        p.data *= .3
-    net.text.token.bias.data.fill_(-1)
-    states = net.encode_text(text_bytes(["a bell tolls", "a ball drops"]))[0]
-    assert states.std().item() == pytest.approx(1, abs=.05)
-    net.text.token.bias.data.zero_()
-    states = net.encode_text(text_bytes(["a bell tolls", "a ball drops"]))[0]
-    assert (states[0, 0] - states[1, 0]).abs().mean() > .3
-
-
 def test_the_first_stage_learns_from_single_pictures_beside_the_clips(towers_on_disk):
-    net, (z_v, _, sigma), words = small_towers(), two_streams(), text_bytes(["a", "b"])
-    g = generators(2)
-    s, eps = losses.rand_each(g), losses.randn_each(g, (4, 1, 4, 4))
-    z, by = z_v[:, :, :1], s.view(2, 1, 1, 1, 1)
-    v = net((1 - by) * z + by * eps, None, s, *net.encode_text(words))[0]
-    assert losses.image_loss(net, z, words, generators(2)).item() == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-5)
     task = train.SyncFlow.__new__(train.SyncFlow)
     vars(task).update(cache=dict(at=np.stack([np.zeros(5, int), np.arange(5)], 1), captions=list("abcde"), arrays=dict(latents=[np.arange(5.).reshape(5, 1, 1, 1, 1, 1) * np.ones((1, 2, 1, 3, 2, 2))])),
                            args=SimpleNamespace(pictures=4, drop_text=0.), device="cpu", vae=SimpleNamespace(normalise=lambda z: z))
@@ -2501,7 +2712,7 @@ def towers_on_disk(toy, tmp_path_factory):
     d = tmp_path_factory.mktemp("towers")
     vae = little_audio_vae().float().eval()
     data.save_checkpoint(d / "audio-vae.pt", task="audio-vae", config=asdict(vae.cfg), ema={k: v.half() for k, v in vae.state_dict().items()}, step=0)
-    towers.TOWERS["little"] = {**towers.TOWERS["tiny"], "depth": 1, "width": 32, "heads": 2, "audio_latent": 3, "text_dim": 16}
+    towers.SYNCFLOW["little"] = {**towers.SYNCFLOW["tiny"], "depth": 1, "width": 32, "heads": 2, "audio_latent": 3, "text_dim": 16}
     flags = ["--task", "t2av", "--size", "little", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--resolution", 32, "--clips", 24, "--steps", 2, "--batch-size", 4,
              "--eval-clips", 2, "--log-every", 1, "--warmup", 1, "--data-root", d / "data"]
 
@@ -2574,180 +2785,307 @@ def test_syncflows_ablation_trains_every_audio_tower_on_the_same_video_tower(tow
     assert set(json.loads(capsys.readouterr().out.splitlines()[-1])) == {row for row, *_ in cyclesync.ROWS["syncflow"]}
 
 
-# ------------------------------------------------------------------------------------------------ Harmony
+# ------------------------------------------------------------------------------------------ Harmony
 
 def harmony(std=.05, **changes):
     """Harmony's towers of `tiny`'s kind that run in milliseconds, nothing in them zero."""
     torch.manual_seed(0)
-    little = dict(depth=2, width=32, heads=2, axes=(8, 4, 4), latent=4, audio_latent=3, text_dim=16)
-    return shaken(DualTower(DualTowerConfig(**{**towers.HARMONY["tiny"], **little, **changes})), std)
+    config = {**towers.HARMONY["tiny"], **LITTLE_TOWERS, "axes": (8, 4, 4), **changes}
+    return shaken(DualTower(DualTowerConfig(**config)), std)
 
 
-def told(net, captions=("a ball drops", "a bell rings"), speech=("u i", "")):
-    words, said = text_bytes(list(captions)), text_bytes(list(speech))
-    return *net.encode_text(words), *net.encode_audio_text(words, said)
+def harmony_text(net, captions=("a ball drops", "a bell rings"), transcripts=("u i", "")):
+    """States and masks of the captions, states and masks of [transcript; caption]."""
+    captions = text_bytes(list(captions))
+    transcripts = text_bytes(list(transcripts))
+    return *net.encode_text(captions), *net.encode_audio_text(captions, transcripts)
 
 
-def test_harmonys_size_is_that_of_wan_and_every_layer_has_its_three_bridges():
+def test_harmonys_towers_have_the_size_of_wan_and_three_bridges_in_every_layer():
+    """Section 3.1: the video tower is Wan2.2-5B's, and the audio tower mirrors it."""
     with torch.device("meta"):
         net = DualTower(DualTowerConfig(**towers.HARMONY["harmony"]))
-    assert (net.cfg.width, net.cfg.heads, net.cfg.depth) == (3072, 24, 30) and sum(net.cfg.axes) == 128
-    assert len(net.a2v_blocks) == len(net.v2a_blocks) == len(net.style_blocks) == len(net.audio.blocks) == len(net.video.time_blocks) == 30
+    assert (net.cfg.width, net.cfg.heads, len(net.layers)) == (3072, 24, 30)
+    assert sum(net.cfg.axes) == 3072 // 24
+    for layer in net.layers:
+        assert {name for name, _ in layer.named_children()} == {
+            "video", "audio", "audio_to_video", "video_to_audio", "style"}
 
 
 def test_a_fresh_bridge_adds_nothing():
+    """The bridges' outputs start at zero: each tower begins as what it was trained to be."""
     torch.manual_seed(0)
-    net = DualTower(DualTowerConfig(**{**towers.HARMONY["tiny"], "latent": 4, "audio_latent": 3, "precondition": False})).double()
-    torch.nn.init.normal_(net.video.proj_out.weight), torch.nn.init.normal_(net.audio.proj_out.weight)
-    x_v, x_a, s = two_streams()
-    both, video, audio = (net.forward_joint(v, a, s, s, *told(net)) for v, a in ((x_v, x_a), (x_v, None), (None, x_a)))
-    assert torch.allclose(both[0], video[0]) and torch.allclose(both[1], audio[1]) and video[1] is None and audio[0] is None
+    config = dict(towers.HARMONY["tiny"], latent=4, audio_latent=3, precondition=False)
+    net = DualTower(DualTowerConfig(**config)).double()
+    torch.nn.init.normal_(net.video.proj_out.weight)
+    torch.nn.init.normal_(net.audio.proj_out.weight)
+    video, audio, s = two_streams()
+    text = harmony_text(net)
+    v_v, v_a = net(video, audio, s, s, *text)
+    assert gap(v_v, net(video, None, s, None, *text)[0]) < 1e-12
+    assert gap(v_a, net(None, audio, None, s, *text)[1]) < 1e-12
+    assert net(video, None, s, None, *text)[1] is None
+    assert net(None, audio, None, s, *text)[0] is None
 
 
-def test_the_bridges_join_towers_of_either_kind():
-    net, (x_v, x_a, s) = harmony(axes=()), two_streams()                      # spatial and temporal layers in turns, as SyncFlow's
-    v, a = net.forward_joint(x_v, x_a, s, s, *told(net))
-    other_v, other_a = net.forward_joint(x_v, x_a + 1, s, s, *told(net))[0], net.forward_joint(x_v + 1, x_a, s, s, *told(net))[1]
-    assert v.shape == x_v.shape and a.shape == x_a.shape and not torch.allclose(v, other_v) and not torch.allclose(a, other_a)
-    each = s[:, None].repeat(1, 5)
-    assert torch.allclose(v, net.forward_joint(x_v, x_a, each, s, *told(net))[0])
+@pytest.mark.parametrize("axes", [(8, 4, 4), ()])
+def test_the_bridges_join_video_towers_of_either_kind(axes):
+    """Supplement section 9: full attention, or blocks over space and time in turn."""
+    net = harmony(axes=axes)
+    video, audio, s = two_streams()
+    text = harmony_text(net)
+    v_v, v_a = net(video, audio, s, s, *text)
+    assert v_v.shape == video.shape
+    assert v_a.shape == audio.shape
+    assert gap(net(video, audio + 1, s, s, *text)[0], v_v) > 1e-6
+    assert gap(net(video + 1, audio, s, s, *text)[1], v_a) > 1e-6
 
 
-def test_places_on_another_timeline_are_multiplied_by_the_ratio_of_the_lengths():
-    ids = torch.arange(157).double()
-    assert torch.allclose(towers.align_positions(ids, 31 / 157), ids * 31 / 157) and torch.equal(towers.align_positions(ids, 1, .5), ids)
-    assert torch.allclose(towers.align_positions(torch.arange(40).double(), 1 / 8, .5).unflatten(0, (5, 8)).mean(1), torch.arange(5).double())
-    (q, k, _), (q_a, k_v, _) = harmony().bridge_times(5, 40, 1, "cpu")        # frame 2 and step 16 are at one place: one rotation
-    assert torch.allclose(q[0][2], k[0][16]) and torch.allclose(q_a[1][16], k_v[1][2])
-    raw = harmony(align=False).bridge_times(5, 40, 1, "cpu")[0]
-    assert torch.allclose(raw[0][0][2], raw[1][0][2]) and not torch.allclose(raw[0][0][2], raw[1][0][16])
-    same = harmony(alpha=1.).bridge_times(6, 6, 1, "cpu")                     # equal lengths: nothing to rescale
-    assert all(torch.allclose(a, b) for q, k, _ in same for a, b in zip(q, k))
+def test_keys_are_rotated_at_their_place_on_the_queries_timeline():
+    """RoPE alignment, section 3.3: j' = j T_v / T_a, and the inverse for the other direction."""
+    L, S = 5, 40                                        # step 16 stands at latent 2
+    def bridges(L, S, **changes):
+        return towers.align_streams(harmony(**changes).cfg, (L, 2, 2), S, "cpu")
+
+    (video_q, audio_k, _), (audio_q, video_k, _) = bridges(L, S)
+    assert gap(video_q[0][2], audio_k[0][16]) < 1e-6
+    assert gap(audio_q[0][16], video_k[0][2]) < 1e-6
+
+    (video_q, audio_k, _), _ = bridges(L, S, align=False)               # the ablation: raw indices
+    assert gap(video_q[0][2], audio_k[0][2]) < 1e-6
+    assert gap(video_q[0][2], audio_k[0][16]) > .1
+
+    for query_rope, key_rope, _ in bridges(6, 6, alpha=1.):             # equal lengths: no rescaling
+        assert gap(query_rope[0], key_rope[0]) < 1e-6
 
 
-def test_frame_wise_attention_sees_its_window_and_always_the_nearest():
-    near = towers.temporal_window(torch.arange(31.), towers.align_positions(torch.arange(157.), 31 / 157), 1.5)
-    assert near.any(1).all() and near.sum(1).max() <= 16
-    steps = towers.temporal_window(torch.arange(157.), towers.align_positions(torch.arange(31.), 157 / 31), .1)
-    assert steps.any(1).all() and steps.sum(1).min() == 1                     # even where the window holds nothing
-    net, (x_v, x_a, s) = harmony(depth=1), two_streams(L=6, S=48)
-    far_sound, far_frame = x_a.clone(), x_v.clone()
-    far_sound[:, :, 40:] += 1
-    far_frame[:, :, 5] += 1
-    for block in (net.video.time_blocks[0], net.audio.blocks[0]):             # one bridge, and no other way from one time to another
-        block.attn.to_out.weight.data.zero_()
-    pairs = [net.forward_joint(v, a, s, s, *told(net)) for v, a in ((x_v, x_a), (x_v, far_sound), (far_frame, x_a))]
-    moved = (pairs[1][0] - pairs[0][0]).abs().amax((0, 1, 3, 4)) > 1e-12
-    assert moved.tolist() == [False] * 4 + [True] * 2                         # frame i at 8i: |j/8 - i| < 1.5
-    heard = (pairs[2][1] - pairs[0][1]).abs().amax((0, 1)) > 1e-12
-    assert heard.nonzero().min() == 29 and heard[29:].all()                   # |5 - j/8| < 1.5
-    wide = harmony(depth=1, local=False)
-    assert wide.bridge_times(6, 48, 4, "cpu")[0][2] is None and wide.bridge_times(6, 48, 4, "cpu")[1][2] is None
+def test_frame_wise_attention_stays_in_its_window():
+    """Eq. 5. With 8 steps a latent and radius 1.5: latent i reads steps with |j/8 - i| < 1.5, and
+    step j latents with |i - j/8| < 1.5."""
+    net = harmony(depth=1)
+    video, audio, s = two_streams(L=6, S=48)
+    text = harmony_text(net)
+    # Let the bridge be the only way from one time to another.
+    net.layers[0].video[0].attn.to_out.weight.data.zero_()
+    net.layers[0].audio.attn.to_out.weight.data.zero_()
+    late_audio = audio.clone()
+    late_audio[:, :, 40:] += 1
+    late_video = video.clone()
+    late_video[:, :, 5] += 1
+
+    v_v, v_a = net(video, audio, s, s, *text)
+    changed_v = (net(video, late_audio, s, s, *text)[0] - v_v).abs().amax((0, 1, 3, 4)) > 1e-12
+    changed_a = (net(late_video, audio, s, s, *text)[1] - v_a).abs().amax((0, 1)) > 1e-12
+    assert changed_v.nonzero().flatten().tolist() == [4, 5]             # 40/8 - 1.5 < i
+    assert changed_a.nonzero().flatten().tolist() == list(range(29, 48))            # 5 - j/8 < 1.5
 
 
-def test_the_reference_stands_before_the_target_and_is_not_part_of_what_comes_out():
-    net, (x_v, x_a, s) = harmony(), two_streams()
-    ref, words = torch.randn(2, 3, 20, dtype=torch.float64), told(net)
-    with_it, without = net.forward_joint(x_v, x_a, s, s, *words, ref), net.forward_joint(x_v, x_a, s, s, *words)
-    assert with_it[1].shape == x_a.shape and not torch.allclose(with_it[1], without[1])
-    masked = net.forward_joint(x_v, x_a, s, s, *words, ref, torch.zeros(2, 20, dtype=torch.bool))
-    assert torch.allclose(masked[1], without[1]) and torch.allclose(masked[0], without[0])
-    (_, p), (_, q) = net.audio.embed_tokens(x_a, s, *words[2:], ref), net.audio.embed_tokens(x_a, s, *words[2:])
-    assert torch.equal(p.table[0][20:20 + 37], q.table[0][:37])               # the target stands where it stood
-    assert not torch.equal(p.c[:, 0], p.c[:, 20]) and torch.equal(p.c[:, 0], p.c[:, -1])      # reference and words are clean, at sigma 0
+def test_no_latent_and_no_step_is_without_a_key():
+    """Wan's 31 latents and MMAudio's 157 steps; a window that holds nothing falls to the nearest."""
+    latents = torch.arange(31.)
+    steps = torch.arange(157.)
+    a2v = towers.temporal_window(latents, steps * 31 / 157, 1.5)
+    narrow = towers.temporal_window(steps, latents * 157 / 31, .1)
+    assert a2v.any(1).all()
+    assert a2v.sum(1).max() <= 16
+    assert narrow.sum(1).min() == 1
 
 
-def test_the_style_of_the_reference_comes_from_all_of_the_video_and_its_target_is_not_touched_by_it(monkeypatch):
-    net, (x_v, x_a, s), seen = harmony(depth=1), two_streams(), {}
-    ref, words = torch.randn(2, 3, 20, dtype=torch.float64), told(net)
-    mix = net.audio.attend
-    monkeypatch.setattr(net.audio, "attend", lambda l, a, p: (seen.update(a=a), mix(l, a, p))[1])
+def test_without_gldi_every_token_attends_to_every_token():
+    """The ablation of the global-local decoupled interaction (table 3): no masks."""
+    bridges = towers.align_streams(harmony(local=False).cfg, (6, 4, 4), 48, "cpu")
+    assert [mask for _, _, mask in bridges] == [None, None]
+
+
+def test_the_reference_stands_before_the_target_and_is_cut_off_again():
+    """Eq. 2: z_r is prepended, clean, and takes no part in what comes out."""
+    net = harmony()
+    video, audio, s = two_streams()
+    ref = normal(2, 3, 20)
+    text = harmony_text(net)
+    with_ref = net(video, audio, s, s, *text, ref)
+    without = net(video, audio, s, s, *text)
+    masked = net(video, audio, s, s, *text, ref, torch.zeros(2, 20, dtype=torch.bool))
+    assert with_ref[1].shape == audio.shape
+    assert gap(with_ref[1], without[1]) > 1e-6
+    assert gap(masked[1], without[1]) < 1e-12
+    assert gap(masked[0], without[0]) < 1e-12
+
+    _, cond = net.audio.embed(audio, s, *text[2:], ref)
+    _, no_ref = net.audio.embed(audio, s, *text[2:])
+    noise_levels = cond.sigma_index.split([20, 37, 24])
+    assert gap(cond.rope[0][20:57], no_ref.rope[0][:37]) == 0           # targets keep their times
+    assert [index.unique().tolist() for index in noise_levels] == [[0], [1], [0]]
+    assert gap(cond.temb[:, :1], net.audio.time_embed(torch.zeros(2, 1).double())) < 1e-12
+
+
+def test_the_style_of_the_reference_comes_from_the_whole_video():
+    """Eq. 7: z_r reads all of z_v; the target is not changed by it. Without GLDI there is no style."""
+    net = harmony(depth=1)
+    layer = net.layers[0]
+    video, audio, s = two_streams()
+    ref = normal(2, 3, 20)
+    text = harmony_text(net)
     states = []
-    for frame in (None, 0, 4):
-        v = x_v.clone()
-        if frame is not None:
-            v[:, :, frame] += 1
-        net.forward_joint(v, x_a, s, s, *words, ref)
-        states.append(seen["a"])
-    assert all(not torch.allclose(a[:, :20], states[0][:, :20]) and torch.equal(a[:, 20:], states[0][:, 20:]) for a in states[1:])
-    net.cfg.local = False
-    net.forward_joint(x_v, x_a, s, s, *words, ref)
-    assert torch.equal(seen["a"], net.audio.embed_tokens(x_a, s, *words[2:], ref)[0])             # GLDI off: the reference as it came
+    attention = layer.audio.attention
+
+    def spy(x, cond):
+        states.append(x)
+        return attention(x, cond)
+    layer.audio.attention = spy
+    net(video, audio, s, s, *text, ref)
+    for latent in (0, 4):
+        moved = video.clone()
+        moved[:, :, latent] += 1
+        net(moved, audio, s, s, *text, ref)
+        assert gap(states[-1][:, :20], states[0][:, :20]) > 1e-6, latent
+        assert gap(states[-1][:, 20:], states[0][:, 20:]) == 0, latent
+    layer.use_gldi = False
+    net(video, audio, s, s, *text, ref)
+    assert gap(states[-1], net.audio.embed(audio, s, *text[2:], ref)[0]) == 0
 
 
-def test_the_video_does_not_look_at_the_reference_nor_the_reference_at_the_video_by_frames(monkeypatch):
-    net, (x_v, x_a, s), shapes = harmony(depth=1), two_streams(), {}
-    keys, ask = net.a2v_blocks[0].project_kv, net.v2a_blocks[0].forward
-    monkeypatch.setattr(net.a2v_blocks[0], "project_kv", lambda a, *k: (shapes.update(keys=a.shape[1]), keys(a, *k))[1])
-    monkeypatch.setattr(net.v2a_blocks[0], "forward", lambda x, *k: (shapes.update(queries=x.shape[1]), ask(x, *k))[1])
-    net.forward_joint(x_v, x_a, s, s, *told(net), torch.randn(2, 3, 20, dtype=torch.float64))
-    assert shapes == dict(keys=37, queries=37)
+def test_frame_wise_attention_leaves_out_the_reference_and_the_text():
+    """Section 3.3: a reference has no time in the video, so it is no key and no query."""
+    net = harmony(depth=1)
+    layer = net.layers[0]
+    video, audio, s = two_streams()
+    lengths = []
+    layer.video_to_audio.register_forward_pre_hook(
+        lambda bridge, args: lengths.append(args[0].shape[1]))
+    layer.audio_to_video.to_k.register_forward_pre_hook(
+        lambda linear, args: lengths.append(args[0].shape[1]))
+    net(video, audio, s, s, *harmony_text(net), normal(2, 3, 20))
+    assert lengths == [37, 37]
 
 
-def test_what_is_said_and_what_is_described_are_read_by_encoders_of_their_own():
-    net, words = harmony(), text_bytes(["a face", "a face"])
-    a, b = net.encode_audio_text(words, text_bytes(["u i", "o"])), net.encode_audio_text(words, text_bytes(["a u", "o"]))
-    assert not torch.equal(a[0][:, :12], b[0][:, :12]) and torch.equal(a[0][:, 12:], b[0][:, 12:])
-    x_v, x_a, s = two_streams()
-    out = [net.forward_joint(None, x_a, None, s, None, None, *t)[1] for t in (a, b, net.encode_audio_text(text_bytes(["a bell", "a face"]), text_bytes(["u i", "o"])))]
-    assert not torch.allclose(out[0][0], out[1][0]) and torch.allclose(out[0][1], out[1][1]) and not torch.allclose(out[0][0], out[2][0])
+def test_transcripts_and_captions_have_encoders_of_their_own():
+    """Section 3.1: a transcript says what is pronounced, a caption what is meant."""
+    net = harmony()
+    _, audio, s = two_streams()
+
+    def run(caption, transcript):
+        text = net.encode_audio_text(text_bytes([caption, "a face"]), text_bytes([transcript, "o"]))
+        return text[0], net(None, audio, None, s, None, None, *text)[1]
+    states, v = run("a face", "u i")
+    other_transcript, v_transcript = run("a face", "a u")
+    other_caption, v_caption = run("a bell", "u i")
+    assert gap(states[:, 12:], other_transcript[:, 12:]) == 0
+    assert gap(states[:, :12], other_caption[:, :12]) == 0
+    assert gap(v[0], v_transcript[0]) > 1e-6
+    assert gap(v[0], v_caption[0]) > 1e-6
+    assert gap(v[1], v_transcript[1]) < 1e-12           # the other clip's text is the same
 
 
-def test_every_latent_may_have_a_clock_of_its_own():
-    net, (x_v, x_a, s) = harmony(), two_streams()
-    each = s[:, None].repeat(1, 5)
-    words = told(net)
-    assert torch.allclose(net.forward_joint(x_v, x_a, s, s, *words)[0], net.forward_joint(x_v, x_a, each, s, *words)[0])
-    each[:, 0] = 0
-    t6 = net.video.embed_tokens(x_v, each, *words[:2])[1].t6.unflatten(1, (5, 4))
-    assert torch.allclose(t6[:, 1], t6[:, 4]) and not torch.allclose(t6[:, 0], t6[:, 1])
+def test_every_latent_may_have_a_noise_level_of_its_own():
+    """Image-to-video needs a clean first latent beside noisy ones."""
+    net = harmony()
+    video, audio, s = two_streams()
+    text = harmony_text(net)
+    per_latent = s[:, None].repeat(1, 5)
+    one_level = net(video, audio, s, s, *text)[0]
+    assert gap(net(video, audio, per_latent, s, *text)[0], one_level) < 1e-12
+    per_latent[:, 0] = 0
+    shift = net.video.embed(video, per_latent, *text[:2])[1].adaln[0].unflatten(1, (5, 4))
+    assert gap(shift[:, 1], shift[:, 4]) < 1e-12
+    assert gap(shift[:, 0], shift[:, 1]) > 1e-6
 
 
-def test_cross_task_synergy_is_joint_plus_a_tenth_audio_driven_plus_three_tenths_video_driven():
-    net, (z_v, z_a, _), calls = harmony(), two_streams(), []
-    words, forward_joint = told(net), net.forward_joint
-
-    def spy(x_v, x_a, s_v, s_a, *rest):
-        calls.append((x_v, x_a, s_v, s_a))
-        return forward_joint(x_v, x_a, s_v, s_a, *rest)
-    net.forward_joint = spy
-    loss, parts = losses.harmony_loss(net, z_v, z_a, words, generators(2), p_first_frame=0.)
-    assert torch.allclose(loss, parts[0] + parts[1] + .1 * parts[2] + .3 * parts[3]) and len(calls) == 3
-    joint, by_sound, by_video = calls
-    assert torch.equal(by_sound[1], z_a) and by_sound[3].abs().max() == 0 and torch.equal(by_sound[0], joint[0]) and torch.equal(by_sound[2], joint[2])
-    assert torch.equal(by_video[0], z_v) and by_video[2].abs().max() == 0 and torch.equal(by_video[1], joint[1]) and torch.equal(by_video[3], joint[3])
-    calls.clear()
-    plain = losses.harmony_loss(net, z_v, z_a, words, generators(2), lambda_v=0, lambda_a=0, p_first_frame=0.)
-    assert len(calls) == 1 and torch.allclose(plain[0], parts[0] + parts[1])  # eq. 1
-    calls.clear()
-    one_way = losses.harmony_loss(net, z_v, z_a, words, generators(2), lambda_v=1., lambda_a=0, p_first_frame=0., lambda_joint=0)
-    assert len(calls) == 1 and torch.allclose(one_way[0], parts[2]) and calls[0][3].abs().max() == 0       # figure 3: audio drives video, and nothing else
-    grads = lambda l, part: torch.autograd.grad(l, part.proj_out.weight, retain_graph=True, allow_unused=True)[0]
-    alone = losses.harmony_loss(net, z_v, z_a, words, generators(2), lambda_v=1., lambda_a=0, p_first_frame=0.)[0] - plain[0]
-    assert grads(alone, net.video).abs().max() > 0 and grads(alone, net.audio).abs().max() < 1e-12             # the audio-driven loss trains the video
+def harmony_forwards(net, *args, **settings):
+    """The loss, its report, and the inputs (video, audio, sigma_v, sigma_a) of every forward."""
+    calls = []
+    net.register_forward_pre_hook(lambda net, inputs: calls.append(inputs[:4]))
+    loss, report = losses.harmony_loss(net, *args, generators(2), **settings)
+    net._forward_pre_hooks.clear()
+    return loss, report, calls
 
 
-def test_a_clip_may_begin_with_a_given_picture_which_is_clean_and_no_part_of_the_loss():
-    net, (z_v, z_a, _), calls = harmony(), two_streams(), []
-    forward_joint = net.forward_joint
-    net.forward_joint = lambda *a: (calls.append(a), [None if v is None else v + torch.cat([torch.full_like(v[:, :, :1], 9.), 0 * v[:, :, 1:]], 2) if v.dim() == 5 else v
-                                                 for v in forward_joint(*a)])[1]
-    for stage in ("joint", "video"):
-        args = (net, z_v, z_a, told(net) if stage == "joint" else (*told(net)[:2], None, None))
-        all_, none = (losses.harmony_loss(*args, generators(2), stage=stage, p_first_frame=share)[1] for share in (1., 0.))
-        assert all_[0] < 5 < none[0]                                          # 9 too much in the first latent: seen only where it is made
-    x_v, _, s_v, s_a = calls[0][:4]
-    assert torch.equal(x_v[:, :, 0], z_v[:, :, 0]) and s_v[:, 0].abs().max() == 0 and torch.equal(s_v[:, 1:], s_a[:, None].expand(-1, 4)) and not torch.equal(x_v[:, :, 1], z_v[:, :, 1])
+def test_cross_task_synergy_is_one_joint_and_two_driven_tasks():
+    """Eqs. 3, 4: L_joint + 0.1 L_driven^audio + 0.3 L_driven^video, the driving stream clean."""
+    net = harmony()
+    z_v, z_a, _ = two_streams()
+    loss, report, calls = harmony_forwards(net, z_v, z_a, harmony_text(net), p_first_frame=0.)
+    (x_v, x_a, s_v, s_a), by_audio, by_video = calls
+    expected = report[0] + report[1] + .1 * report[2] + .3 * report[3]
+    assert gap(loss, expected) < 1e-12
+    assert gap(by_audio[1], z_a) == by_audio[3].abs().max() == 0        # clean audio at 0
+    assert gap(by_audio[0], x_v) == gap(by_audio[2], s_v) == 0          # the same noisy video
+    assert gap(by_video[0], z_v) == by_video[2].abs().max() == 0        # clean video at 0
+    assert gap(by_video[1], x_a) == gap(by_video[3], s_a) == 0          # the same noisy audio
+
+
+def test_a_weight_of_zero_leaves_its_task_out():
+    """Eq. 1 is the joint task alone; figure 3 trains the audio-driven task alone."""
+    net = harmony()
+    args = *two_streams()[:2], harmony_text(net)
+    _, report, _ = harmony_forwards(net, *args, p_first_frame=0.)
+    joint, _, joint_calls = harmony_forwards(net, *args, p_first_frame=0., lambda_v=0, lambda_a=0)
+    driven, _, driven_calls = harmony_forwards(net, *args, p_first_frame=0., lambda_v=1.,
+                                               lambda_a=0, lambda_joint=0)
+    assert (len(joint_calls), len(driven_calls)) == (1, 1)
+    assert gap(joint, report[0] + report[1]) < 1e-12
+    assert gap(driven, report[2]) < 1e-12
+
+
+def test_the_audio_driven_loss_trains_the_video_and_the_video_driven_loss_the_audio():
+    """lambda_v weighs L_driven^audio: what the network predicts for the given stream is ignored."""
+    net = harmony()
+    args = *two_streams()[:2], harmony_text(net)
+    heads = [net.video.proj_out.weight, net.audio.proj_out.weight]
+
+    def trains(**weights):
+        loss, _, _ = harmony_forwards(net, *args, lambda_joint=0, **weights)
+        grads = torch.autograd.grad(loss, heads, retain_graph=True, allow_unused=True)
+        return [g is not None and g.abs().max().item() > 0 for g in grads]
+    assert trains(lambda_v=1., lambda_a=0.) == [True, False]
+    assert trains(lambda_v=0., lambda_a=1.) == [False, True]
+
+
+@pytest.mark.parametrize("stage", ["joint", "video"])
+def test_a_given_first_latent_is_clean_and_no_part_of_the_loss(stage):
+    """Image-to-video as in Wan2.2-5B: latent 0 at sigma 0 for a share of the clips."""
+    net = harmony()
+    z_v, z_a, _ = two_streams()
+    text = harmony_text(net) if stage == "joint" else (*harmony_text(net)[:2], None, None)
+    with torch.no_grad():
+        _, given, calls = harmony_forwards(net, z_v, z_a, text, stage=stage, p_first_frame=1.)
+        # 9 too much in the prediction of latent 0
+        net.register_forward_hook(lambda net, args, out: (out[0].index_add(
+            2, torch.tensor([0]), torch.full_like(out[0][:, :, :1], 9.)), out[1]))
+        _, still_given, _ = harmony_forwards(net, z_v, z_a, text, stage=stage, p_first_frame=1.)
+        _, generated, _ = harmony_forwards(net, z_v, z_a, text, stage=stage, p_first_frame=0.)
+    video, _, sigma_v, _ = calls[0]
+    assert gap(video[:, :, 0], z_v[:, :, 0]) == sigma_v[:, 0].abs().max() == 0
+    assert sigma_v[:, 1:].min() > 0
+    assert gap(given[0], still_given[0]) == 0
+    assert generated[0] > given[0] + 5
+
+
+def test_attention_maps_reproduce_the_video_to_audio_layer():
+    """Supplement section 6: rows sum to one, nothing outside the window, map @ values = output."""
+    net = harmony(depth=1)
+    bridge = net.layers[0].video_to_audio
+    video, audio, s = two_streams()
+    maps = []
+    calls = []
+    bridge.register_forward_hook(lambda bridge, args, out: calls.append((args, out)))
+    net(video, audio, s, s, *harmony_text(net), attention_maps=maps)
+    (x, (_, values), _, window, _), out = calls[0]
+    reproduced = x + bridge.to_out((maps[0] @ values).transpose(1, 2).flatten(2))
+    assert maps[0].shape == (2, 2, 37, 20)
+    assert gap(maps[0].sum(3), torch.ones(2, 2, 37)) < 1e-12
+    assert maps[0][:, :, ~window].abs().max() == 0
+    assert gap(reproduced, out) < 1e-12
 
 
 def sampled(net, shape_v=(4, 5, 4, 4), shape_a=(3, 37), **settings):
     """Harmony's sampler with a spy on the network -> latents, the calls."""
-    calls, forward_joint = [], net.forward_joint
-    net.forward_joint = lambda *a, **k: (calls.append(a), forward_joint(*a, **k))[1]
+    calls, forward = [], net.forward
+    net.forward = lambda *a, **k: (calls.append(a), forward(*a, **k))[1]
     anchors = dict(mute=torch.full((1, *shape_a), .5), still=torch.full((1, *shape_v), .25))
     with torch.no_grad():
-        out = sample.sample_harmony(net, shape_v, shape_a, tuple(t[:1] for t in told(net)), seeds=[0], **{**anchors, **dict(steps=2), **settings})
-    net.forward_joint = forward_joint
+        out = sample.sample_harmony(net, shape_v, shape_a, tuple(t[:1] for t in harmony_text(net)), seeds=[0], **{**anchors, **dict(steps=2), **settings})
+    net.forward = forward
     return out, calls
 
 
@@ -2760,7 +3098,7 @@ def test_synccfg_is_equations_9_and_10_with_clean_anchors():
     assert torch.equal(x_a[1], anchors["mute"][0]) and torch.equal(x_v[2], anchors["still"][0]) and s_a.tolist() == [1, 0, 1] and s_v[:, 0].tolist() == [1, 1, 0]
     one = tuple(t[:1] for t in words[:4])
     with torch.no_grad():
-        joint, mute, still = (net.forward_joint(x_v[i:i + 1], x_a[i:i + 1], s_v[i:i + 1], s_a[i:i + 1], *one) for i in range(3))
+        joint, mute, still = (net.forward(x_v[i:i + 1], x_a[i:i + 1], s_v[i:i + 1], s_a[i:i + 1], *one) for i in range(3))
     eq9, eq10 = mute[0] + 3 * (joint[0] - mute[0]), still[1] + 2 * (joint[1] - still[1])
     assert torch.allclose(v, x_v[:1] - eq9, atol=1e-5) and torch.allclose(a, x_a[:1] - eq10, atol=1e-5)
     assert sampled(net, sync_video=1., sync_audio=1.)[1][0][0].shape[0] == 1 and sampled(net, sync_video=1.)[1][0][0].shape[0] == 2
@@ -2776,17 +3114,7 @@ def test_a_given_stream_stays_as_it_is_and_is_clean_to_the_network():
     assert torch.equal(v[:, :, :1], z_v[:, :, :1]) and all((c[2][:, 0] == 0).all() and (c[2][:, 1:] > 0).all() for c in calls)
 
 
-def test_the_map_of_who_looks_where_reproduces_the_layer_and_the_heat_is_zero_for_a_mute_partner():
-    net, (x_v, x_a, s), maps, inputs = harmony(depth=1), two_streams(), [], {}
-    bridge = net.v2a_blocks[0]
-    forward = bridge.forward
-    bridge.forward = lambda x, kv, table, mask, m=None: (inputs.update(x=x, v=kv[1]), inputs.update(out=forward(x, kv, table, mask, m)))[0] or inputs["out"]
-    net.forward_joint(x_v, x_a, s, s, *told(net), maps=maps)
-    weights = maps[0]
-    assert weights.shape == (2, 2, 37, 20) and torch.allclose(weights.sum(3), torch.ones(2, 2, 37).double())
-    see = net.bridge_times(5, 37, 4, "cpu")[1][2]
-    assert (weights[:, :, ~see] == 0).all()
-    assert torch.allclose(inputs["x"] + bridge.to_out((weights @ inputs["v"]).transpose(1, 2).flatten(2)), inputs["out"])
+def test_the_guidance_map_is_zero_for_a_mute_partner():
     mute, heat = torch.randn(1, 3, 37), []
     sampled(harmony().float(), z_a=mute, mute=mute, guidance_maps=heat)
     assert heat[0].shape == (1, 5, 4, 4) and max(h.max() for h in heat) < 1e-6
@@ -2817,7 +3145,7 @@ def test_another_take_is_of_the_same_thing_but_other_things_happen_to_it():
 def harmony_on_disk(towers_on_disk, toy):
     """All four stages of Harmony, two steps each, 32 px."""
     d, run = towers_on_disk
-    towers.HARMONY["little"] = {**towers.TOWERS["little"], "axes": (8, 4, 4), "bridges": True}
+    towers.HARMONY["little"] = {**towers.SYNCFLOW["little"], "axes": (8, 4, 4), "bridges": True}
     assert run("harmony", "--task", "joint", "--eval-clips", 9) == 0         # more than are shown
     return d, run, ["--ckpt", d / "harmony/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--steps", 2]
 
@@ -2826,8 +3154,8 @@ def test_harmony_trains_the_sound_then_its_timbre_then_both_and_leaves_alone_wha
     d, run, _ = harmony_on_disk
     stages = {s: torch.load(d / f"harmony/{s}/best.pt", weights_only=True) for s in ("video", "audio", "timbre", "joint")}
     assert [Path(c["args"]["init"]).parent.name for c in list(stages.values())[1:]] == ["video", "audio", "timbre"]
-    changed = lambda a, b: {k.split(".")[0] for k, v in stages[a]["ema"].items() if not torch.equal(v, stages[b]["ema"][k])}
-    assert changed("audio", "timbre") == {"audio", "speech"} and changed("timbre", "joint") == {"video", "audio", "text", "speech", "a2v_blocks", "v2a_blocks", "style_blocks"}
+    changed = lambda a, b: {towers.part_of(k) for k, v in stages[a]["ema"].items() if not torch.equal(v, stages[b]["ema"][k])}
+    assert changed("audio", "timbre") == {"audio"} and changed("timbre", "joint") == {"video", "audio", "bridge"}
     assert stages["joint"]["guidance"] == dict(cfg=1., sync_video=3., sync_audio=2., shift=5.)
     assert (d / "harmony/joint/scores.csv").read_text().splitlines()[0] == "step,video_driven,audio_driven,pairs"
     assert run("nothing", "--task", "joint", "--lambda-joint", 0, "--lambda-v", 0, "--lambda-a", 0) == 2 and not (d / "nothing").exists()

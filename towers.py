@@ -1,360 +1,556 @@
-"""The two towers of SyncFlow and Harmony."""
+"""The networks of SyncFlow and Harmony: a video tower and an audio tower of equal depth.
+
+SyncFlow (section 3.2), text -> video + audio. Video conditions audio, never the reverse: the video
+tower can be trained first, and frozen. One layer:
+
+    video  x -> space block -> time attention --> F_l ---> MLP -> x
+                                                   | adaptor
+    audio  x -> self-attention -------> cross-attention -> MLP -> x
+                                                   ^ [noise level; text]
+
+Harmony (sections 2, 3.3), each stream conditions the other and has its own noise level, so that a
+given stream (sigma = 0) can drive the other. One layer, audio tokens [reference; target; text]:
+
+    video  x -----------------> attention ----> + from audio -> MLP -> x
+                | eq. 7                     X   eqs. 5, 6: both attend to the state before
+    audio  x -> + to reference -> attention --> + from video -> MLP -> x
+
+A `SyncFlowLayer` or `HarmonyLayer` holds the blocks of both towers and all that is between them, so
+that compilation, checkpointing and sharding act on one module. Before and after the layers each
+tower has a stream module: embed (latents -> tokens, conditioning), unembed (tokens -> latents).
+
+    B batch · L latents · H W their grid, h w in patches · N = L h w video tokens · C video channels
+    S audio steps · A audio channels · R reference steps · T text tokens · D width · K heads x d
+"""
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (MLP, Attention, AudioCrossAttention, ByteText, Modulation, TimeTextEmbed, init_weights, modulate, velocity_from_output, rope_table,
-                   unpatchify)
+from losses import expand_sigma
+from model import (MLP, Attention, AudioCrossAttention, ByteText, Modulation, TimeTextEmbed,
+                   init_weights, modulate, rope_table, unpatchify, velocity_from_output)
 
-# ------------------------------------------------------------------------------------------------ two towers (SyncFlow, Harmony)
 
 @dataclass
 class DualTowerConfig:
-    depth: int = 28                           # layers of either tower
-    width: int = 1152                         # of either tower. The paper says 1142, which its 16 heads do not divide: Open-Sora's 1152
+    depth: int = 28               # layers
+    width: int = 1152             # the paper's 1142 is no multiple of 16 heads; Open-Sora has 1152
     heads: int = 16
-    latent: int = 4                           # channels of the video latent (Open-Sora's VAE, 4x8x8)
-    audio_latent: int = 128                   # channels of the audio latent: the paper gives the towers' width here too, surely a slip
-    patch: int = 2                            # a token is 1 x patch x patch of the video latent
-    grid: int = 16                            # tokens in a column or row in training; other sizes are laid over the same square
-    alpha: float = 50 * 4 / 16                # audio latents per video latent: 50 Hz, 4 frames at 16 fps
-    text_dim: int = 4096                      # width of the text states (T5-XXL)
-    text: str = "external"                    # "bytes": a small text encoder of our own, trained along
-    adaptor: bool = True                      # off: the ablation of SyncFlow table 4
-    xrope: bool = True                        # off: audio looks at the video without knowing when anything is
-    blind: bool = False                       # the ablation of table 4: audio reads the text, and there is no video
-    precondition: bool = False                # the last layers give what x does not tell yet, see `velocity_from_output`
-    time_scale: float = 1.                    # radians per latent at the highest frequency
-    axes: tuple = ()                          # full attention, these channels of a head rotated by time, row, column; (): space and time in turns
-    bridges: bool = False                     # Harmony: both towers read text, and they talk at every layer
-    window: float = 1.5                       # frame-wise attention: how far a query sees, in video latents
-    align: bool = True                        # off: the other stream's places in time are not rescaled to the queries'
-    local: bool = True                        # off: everything sees everything, and the reference is no style
+    latent: int = 4               # channels of the video latent (Open-Sora's VAE, 4x8x8)
+    audio_latent: int = 128       # Encodec's; the paper gives the towers' width, surely a slip
+    patch: int = 2                # a token is 1 x patch x patch of the video latent
+    grid: int = 16                # tokens per side in training; other sizes span the same range
+    alpha: float = 50 * 4 / 16    # audio steps per video latent: 50 Hz, 4 frames at 16 fps
+    text_dim: int = 4096          # width of the text states (T5-XXL)
+    text: str = "external"        # "bytes": a small text encoder, trained along with the towers
+    adaptor: bool = True          # False: the ablation of SyncFlow table 4
+    xrope: bool = True            # False: the audio's cross-attention has no positions in time
+    blind: bool = False           # SyncFlow table 4: no video, the audio tower reads the text
+    precondition: bool = False    # the output is a residual, see `velocity_from_output`
+    time_scale: float = 1.        # radians per latent at the highest frequency
+    # Full attention: channels of a head for time, row, column. (): blocks over space and time.
+    axes: tuple = ()
+    bridges: bool = False         # True: Harmony's layers, False: SyncFlow's
+    window: float = 1.5           # frame-wise attention (Harmony eq. 5): radius in video latents
+    align: bool = True            # False: an ablation, positions in time are not rescaled
+    local: bool = True            # False: an ablation, no window and no style update
 
 
-TOWERS = {
-    "tiny": dict(depth=4, width=160, heads=4, latent=16, audio_latent=16, grid=2, alpha=50 * 4 / 24, text_dim=128, text="bytes", precondition=True, time_scale=4.),
-    "small": dict(depth=8, width=512, heads=8, latent=16, audio_latent=16, grid=2, alpha=50 * 4 / 24, text_dim=256, text="bytes", precondition=True, time_scale=4.),
-    "syncflow": dict(),
+# For the toybox: 4 frames at 24 fps per latent, 2x2 tokens per latent. Four radians per latent at
+# the highest frequency: a tenth of a latent, 17 ms, turns a pair of channels by 23 degrees.
+TOYBOX = dict(latent=16, audio_latent=16, grid=2, alpha=50 * 4 / 24, text="bytes",
+              precondition=True, time_scale=4.)
+SYNCFLOW = {
+    "tiny": dict(TOYBOX, depth=4, width=160, heads=4, text_dim=128),
+    "small": dict(TOYBOX, depth=8, width=512, heads=8, text_dim=256),
+    "syncflow": dict(),           # the paper's
 }
 HARMONY = {
-    "tiny": dict(TOWERS["tiny"], axes=(16, 12, 12), bridges=True),
-    "small": dict(TOWERS["small"], axes=(32, 16, 16), bridges=True),
-    # the size of Wan2.2-5B's tower (whose MLPs are 14336 wide, ours 4 x 3072), its VAE of 4x16x16, MMAudio's latents at 31.25 Hz
-    "harmony": dict(depth=30, width=3072, heads=24, latent=48, audio_latent=20, grid=22, alpha=31.25 * 4 / 24, axes=(44, 42, 42), bridges=True),
+    "tiny": dict(SYNCFLOW["tiny"], axes=(16, 12, 12), bridges=True),
+    "small": dict(SYNCFLOW["small"], axes=(32, 16, 16), bridges=True),
+    # Depth, width and heads of Wan2.2-5B (its MLPs are 14336 wide, these 4 x 3072), latents of its
+    # 4x16x16 VAE, audio latents of MMAudio at 31.25 Hz.
+    "harmony": dict(depth=30, width=3072, heads=24, latent=48, audio_latent=20, grid=22,
+                    alpha=31.25 * 4 / 24, axes=(44, 42, 42), bridges=True),
 }
 
 
-def align_positions(ids, r, center=0.):
-    """Places in time on another stream's timeline, r of whose steps are one of ours: Harmony's j' = j T_v / T_a (section 3.3). Counted
-    from the first samples' starts; center=0.5: from their middles, as Syncphony's t_i."""
-    return (ids + center) * r - center
-
-
-def temporal_window(queries, keys, window):
-    """Which keys are within the window of which queries, all on one timeline: booleans (Q, K). The nearest one always is."""
-    away = (queries[:, None] - keys).abs()
-    return (away < window) | (away <= away.amin(1, keepdim=True) + 1e-6)
-
-
-def sincos_embedding(ids, D):
-    """Places (N, 2), rows and columns, as D numbers to be added to a token: sines and cosines at D/4 rates each. (N, D)"""
-    angle = ids[..., None] * 10000. ** (-torch.arange(D // 4, device=ids.device) / (D // 4))      # (N, 2, D/4)
-    return torch.cat([angle.sin(), angle.cos()], -1).flatten(1)
-
-
-class TowerBlock(nn.Module):
-    """Open-Sora's (STDiT): self-attention along ONE axis ("space", "time") or over everything ("all"), text cross-attention (neither
-    normed nor gated; left out where text is among the tokens), MLP. The modulation is computed once for all blocks; a block has
-    a table of its own that is added."""
-
-    def __init__(self, D, K, axis, reads=True):
-        super().__init__()
-        self.axis, self.attn, self.cross, self.mlp = axis, Attention(D, K, D), Attention(D, K, D) if reads else None, MLP(D)
-        self.norm_table = nn.Parameter(torch.randn(6, D) / D ** .5)
-
-    def attend(self, x, p):
-        """x (B, N, D), p: see `TowerConditioning` -> x after both attentions."""
-        shift, scale, gate = (p.t6.unflatten(2, (6, -1)) + self.norm_table).unbind(2)[:3]              # (B, 1 or N, D) each
-        h = modulate(x, shift, scale)
-        if self.axis != "all":                                                # (B·L, S, D), every frame for itself, or (B·S, L, D), every place
-            h = h.unflatten(1, (p.L, -1))
-            h = (h if self.axis == "space" else h.transpose(1, 2)).flatten(0, 1)
-        table = None if self.axis == "space" else p.table
-        h = self.attn(h, self.attn.project_kv(h, table), table, p.here)
-        if self.axis != "all":
-            h = h.unflatten(0, (len(x), -1))
-            h = (h if self.axis == "space" else h.transpose(1, 2)).flatten(1, 2)
-        x = x + gate * h
-        return x if self.cross is None else x + self.cross(x, self.cross.project_kv(p.text), mask=p.mask)
-
-    def feed_forward(self, x, p):
-        shift, scale, gate = (p.t6.unflatten(2, (6, -1)) + self.norm_table).unbind(2)[3:]
-        return x + gate * self.mlp(modulate(x, shift, scale))
-
-    def compile(self, **options):                                             # both halves: what is between them differs
-        self.attend, self.feed_forward = (torch.compile(half, **options) for half in (self.attend, self.feed_forward))
-
+# ----------------------------------------------------------------------- conditioning and positions
 
 @dataclass
 class TowerConditioning:
-    """What the layers of one tower share in one pass."""
-    c: torch.Tensor                           # (B, 1 or N, D) the clock of every token
-    t6: torch.Tensor                          # (B, 1 or N, 6D) the modulation that blocks begin from
-    table: tuple                              # rotation of the tokens
-    L: int = 0                                # latents: tokens are (L, S)
-    text: torch.Tensor = None                 # (B, T, D) to look at
-    mask: torch.Tensor = None                 # (B, 1, 1, T) which of it is there
-    here: torch.Tensor = None                 # (B, 1, 1, N) which tokens are there; None: all
+    """What all layers of one tower share in one pass."""
+    temb: torch.Tensor                  # (B, G, D) embeddings of G noise levels
+    rope: tuple                         # rotation of the tokens in self-attention
+    sigma_index: torch.Tensor = None    # (N,) row of temb of each token; None: G is 1
+    adaln: tuple = None                 # 6 x (B, 1 or N, D) shifts, scales, gates; None: no adaLN
+    context: torch.Tensor = None        # (B, T, D) what cross-attention reads beside the video
+    context_mask: torch.Tensor = None   # (B, 1, 1, T) which of it is no padding
+    token_mask: torch.Tensor = None     # (B, 1, 1, N) which tokens are no padding; None: all
+    grid: tuple = (1, 1, 1)             # L, H, W of the video latents
+    n_ref: int = 0                      # R of the audio's tokens [R reference; S target; T text]
+    n_target: int = 0                   # S
+    # Attention to the other stream: rotation of the queries, of the keys, mask (queries, keys).
+    bridge: tuple = (None, None, None)
+    attention_maps: list = None         # receives this attention of every layer (Harmony's audio)
 
 
-class VideoTower(nn.Module):
-    """Text to video. SyncFlow: in every layer a block over the places of each frame, then a block over the times of each place. Nothing
-    in it has the size of a picture: places are fractions of the training grid, times are angles. Harmony: full attention, and
-    places are angles too; every latent may have a noise level of its own."""
+def audio_positions(n, per_latent):
+    """Times (i + 0.5) / per_latent - 0.5 of audio steps i in latents -> (n,)"""
+    return (torch.arange(n) + .5) / per_latent - .5
 
-    def __init__(self, cfg):
+
+def temporal_window(t_query, t_key, radius):
+    """Which keys are within `radius` of which queries -> (Q, K); the nearest always is."""
+    distance = (t_query[:, None] - t_key).abs()
+    return (distance < radius) | (distance <= distance.amin(1, keepdim=True) + 1e-6)
+
+
+def time_rope(times, cfg, steps_per_latent=1.):
+    """Rotation of a head's channels by times (N,), of which `steps_per_latent` are one latent."""
+    return rope_table(times[:, None], (cfg.width // cfg.heads,), cfg.time_scale / steps_per_latent)
+
+
+def sincos_embedding(ids, D):
+    """Rows and columns ids (N, 2) as vectors (N, D): sines and cosines of D/4 frequencies each."""
+    rates = 10000. ** (-torch.arange(D // 4, device=ids.device) / (D // 4))
+    angles = ids[..., None] * rates                                     # (N, 2, D/4)
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+
+
+def align_streams(cfg, grid, S, device):
+    """How latents (L, H, W) and S audio steps are aligned in time -> `bridge` of video, of audio.
+
+    Harmony section 3.3: keys are placed on the queries' timeline, so that one moment is one
+    rotation in both. SyncFlow's audio counts in latents anyway; its video has no bridge."""
+    L, H, W = grid
+    # All tokens of a latent share its time.
+    latents = torch.arange(L, device=device).float()
+    tokens = latents.repeat_interleave(H * W // cfg.patch ** 2)         # (N,)
+    if not cfg.bridges:
+        times = audio_positions(S, cfg.alpha).to(device)
+        return None, (time_rope(times, cfg), time_rope(tokens, cfg), None)
+
+    steps = torch.arange(S, device=device).float()
+    steps_on_video = steps * (L / S)                                    # j' = j T_v / T_a
+    tokens_on_audio = tokens * (S / L)
+    # Eq. 5, frame-wise attention: the same window of time in both directions.
+    a2v_mask = v2a_mask = None
+    if cfg.local:
+        a2v_mask = temporal_window(tokens, steps_on_video, cfg.window)              # (N, S)
+        v2a_mask = temporal_window(steps, tokens_on_audio, cfg.window * S / L)      # (S, N)
+    # The ablation without alignment rotates by unscaled indices.
+    if not cfg.align:
+        steps_on_video = steps
+        tokens_on_audio = tokens
+    a2v = time_rope(tokens, cfg), time_rope(steps_on_video, cfg), a2v_mask
+    v2a = time_rope(steps, cfg, cfg.alpha), time_rope(tokens_on_audio, cfg, cfg.alpha), v2a_mask
+    return a2v, v2a
+
+
+# ------------------------------------------------------------------------------------------- blocks
+
+def attend(attn, x, source, query_rope=None, key_rope=None, mask=None, attention_maps=None):
+    """Tokens x (B, N, D) attend to a source (B, M, D), which may be x, by the module `attn`."""
+    return attn(x, attn.project_kv(source, key_rope), query_rope, mask, attention_maps)
+
+
+class TowerBlock(nn.Module):
+    """A block of Open-Sora's STDiT: self-attention along an axis ("space": within each latent;
+    "time": at each place; "all": both), cross-attention to the text (neither norm nor gate, as in
+    Open-Sora; left out where the text is among the tokens), MLP."""
+
+    def __init__(self, D, K, axis, cross_attention=True):
         super().__init__()
-        D, p, self.cfg = cfg.width, cfg.patch, cfg
-        self.embed = nn.Conv3d(cfg.latent, D, (1, p, p), (1, p, p))
-        self.clock, self.adaln, self.read = TimeTextEmbed(D), nn.Linear(D, 6 * D), nn.Linear(cfg.text_dim, D)
-        blocks = lambda axis: nn.ModuleList([TowerBlock(D, cfg.heads, axis) for _ in range(cfg.depth)])
-        self.space_blocks, self.time_blocks = (None, blocks("all")) if cfg.axes else (blocks("space"), blocks("time"))
-        self.norm_out, self.proj_out = Modulation(D, 2), nn.Linear(D, p * p * cfg.latent)
+        self.axis = axis
+        self.attn = Attention(D, K, D)
+        self.cross_attn = Attention(D, K, D) if cross_attention else None
+        self.mlp = MLP(D)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, D) / D ** .5)
 
-    def embed_tokens(self, z, sigma, text, mask):
-        """z (B, C, L, H, W) at sigma (B,) or (B, L), text states (B, T, text_dim) with mask (B, T) -> tokens x (B, L·S, D), TowerConditioning."""
-        cfg, (L, H, W) = self.cfg, z.shape[2:]
-        x = self.embed(z).flatten(3).permute(0, 2, 3, 1)                      # (B, L, S, D)
-        h, w = H // cfg.patch, W // cfg.patch
-        rows, cols = (torch.arange(h) + .5) * cfg.grid / h, (torch.arange(w) + .5) * cfg.grid / w
-        c = self.clock(1000 * (sigma[:, None] if sigma.dim() == 1 else sigma))                    # (B, 1 or L, D)
-        t6 = self.adaln(F.silu(c))
-        if sigma.dim() == 2:                                                  # every token has its latent's clock
-            c, t6 = c.repeat_interleave(h * w, 1), t6.repeat_interleave(h * w, 1)
-        if cfg.axes:
-            ids = torch.stack(torch.meshgrid(torch.arange(L).float(), rows, cols, indexing="ij"), -1).flatten(0, 2)
-            table = rope_table(ids.to(z.device), cfg.axes, cfg.time_scale)        # N tokens
-        else:
-            places = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)
-            x = x + sincos_embedding(places.to(z.device), cfg.width).to(x.dtype)
-            table = rope_table(torch.arange(L, device=z.device)[:, None], (cfg.width // cfg.heads,), cfg.time_scale)       # L times
-        return x.flatten(1, 2), TowerConditioning(c, t6, table, L, self.read(text), mask[:, None, None].bool())
+    def modulations(self, cond):                                        # 6 x (B, 1 or N, D)
+        # adaLN is computed once per tower; every block adds a table of its own.
+        return [m + row for m, row in zip(cond.adaln, self.scale_shift_table)]
 
-    def attend(self, l, x, p):
-        """Layer l up to F_l (B, L·S, D): what its last attention gave."""
-        if self.space_blocks is not None:
-            x = self.space_blocks[l].feed_forward(self.space_blocks[l].attend(x, p), p)
-        return self.time_blocks[l].attend(x, p)
+    def self_attention(self, x, cond):                                  # (B, N, D) -> (B, N, D)
+        # Groups of tokens that attend to each other become rows of a batch.
+        latents = 1 if self.axis == "all" else cond.grid[0]
+        x = x.unflatten(1, (latents, -1))                               # (B, L, hw, D)
+        if self.axis == "time":
+            x = x.transpose(1, 2)                                       # (B, hw, L, D)
+        rows = x.flatten(0, 1)
+        rope = None if self.axis == "space" else cond.rope
+        out = attend(self.attn, rows, rows, rope, rope, cond.token_mask)
+        # And back to one row of tokens per clip.
+        out = out.unflatten(0, x.shape[:2])
+        if self.axis == "time":
+            out = out.transpose(1, 2)                                   # (B, L, hw, D)
+        return out.flatten(1, 2)
 
-    def feed_forward(self, l, x, p):
-        return self.time_blocks[l].feed_forward(x, p)
+    def attention(self, x, cond):
+        """First half of the block: tokens x (B, N, D) after both attentions."""
+        shift, scale, gate, _, _, _ = self.modulations(cond)
+        x = x + gate * self.self_attention(modulate(x, shift, scale), cond)
+        if self.cross_attn is not None:
+            x = x + attend(self.cross_attn, x, cond.context, mask=cond.context_mask)
+        return x
 
-    def unembed(self, x, p, z):
-        return unpatchify(self.proj_out(modulate(x, *self.norm_out(p.c))), *z.shape[2:], self.cfg.patch)
+    def feed_forward(self, x, cond):                                    # second half of the block
+        _, _, _, shift, scale, gate = self.modulations(cond)
+        return x + gate * self.mlp(modulate(x, shift, scale))
 
-    def forward(self, z, sigma, text, mask):
-        """-> output like z, and of every layer F_l."""
-        (x, p), features = self.embed_tokens(z, sigma, text, mask), []
-        for l in range(self.cfg.depth):
-            features.append(self.attend(l, x, p))
-            x = self.feed_forward(l, features[-1], p)
-        return self.unembed(x, p, z), features
+    def forward(self, x, cond):
+        return self.feed_forward(self.attention(x, cond), cond)
 
 
 class Adaptor(nn.Module):
-    """SyncFlow figure 2: self-attention, layer norm, linear. The paper does not say along what it attends: all tokens here, knowing
-    when they are; nor whether the features also pass by: they do, or an average over places and times is all the audio would get."""
+    """SyncFlow figure 2: self-attention, layer norm, linear. Not in the paper: it attends over all
+    tokens, with their times, and has a residual, or the audio would get averages alone."""
 
     def __init__(self, D, K):
         super().__init__()
-        self.attn, self.norm, self.linear = Attention(D, K, D), nn.LayerNorm(D), nn.Linear(D, D)
+        self.attn = Attention(D, K, D)
+        self.norm = nn.LayerNorm(D)
+        self.linear = nn.Linear(D, D)
 
-    def forward(self, x, table):                                              # (B, L·S, D)
-        return self.linear(self.norm(x + self.attn(x, self.attn.project_kv(x, table), table)))
+    def forward(self, x, rope):                                         # (B, N, D) -> (B, N, D)
+        return self.linear(self.norm(x + attend(self.attn, x, x, rope, rope)))
 
 
 class AudioBlock(nn.Module):
-    """AudioBox's: self-attention, cross-attention, MLP, a layer norm AFTER each. The noise level comes in as a token to look at."""
+    """SyncFlow's audio block, as in AudioBox: self-attention, cross-attention and MLP, a layer norm
+    AFTER each. The noise level enters as a key of the cross-attention, not by adaLN."""
 
-    def __init__(self, D, K, adaptor):
+    def __init__(self, cfg):
         super().__init__()
-        self.adaptor = Adaptor(D, K) if adaptor else None
-        self.attn, self.cross, self.mlp = Attention(D, K, D), Attention(D, K, D), MLP(D)
+        D, K = cfg.width, cfg.heads
+        self.use_rope = cfg.xrope
+        self.adaptor = Adaptor(D, K) if cfg.adaptor else None
+        self.attn = Attention(D, K, D)
+        self.cross_attn = Attention(D, K, D)
+        self.mlp = MLP(D)
         self.norms = nn.ModuleList([nn.LayerNorm(D) for _ in range(3)])
 
-    def forward(self, a, told, mask, times, seen=None, seen_times=None, xrope=True):
-        """a (B, S, D), told (B, 1 + T, D): clock and text, with mask (B, 1, 1, keys); seen (B, L·S_v, D): F_l. times, seen_times:
-        rotations of audio and video, in one unit -> a"""
-        a = self.norms[0](a + self.attn(a, self.attn.project_kv(a, times), times))
-        kv = self.cross.project_kv(told)                                     # what has no time is not turned
-        if seen is not None:
-            seen = seen if self.adaptor is None else self.adaptor(seen, seen_times)
-            kv = [torch.cat(pair, 2) for pair in zip(self.cross.project_kv(seen, seen_times if xrope else None), kv)]
-        a = self.norms[1](a + self.cross(a, kv, times if xrope else None, mask))
+    def forward(self, a, features, cond):
+        """Audio tokens a (B, S, D), video features F_l (B, N, D) or None -> a (B, S, D)."""
+        a = self.norms[0](a + attend(self.attn, a, a, cond.rope, cond.rope))
+
+        # Keys: [F_l by the adaptor; noise level; text]. The last two have no time: no rotation.
+        k, v = self.cross_attn.project_kv(cond.context)                 # (B, K, 1 + T, d)
+        mask = cond.context_mask
+        if features is not None:
+            _, video_rope, _ = cond.bridge
+            if self.adaptor is not None:
+                features = self.adaptor(features, video_rope)
+            key_rope = video_rope if self.use_rope else None
+            video_k, video_v = self.cross_attn.project_kv(features, key_rope)
+            k = torch.cat([video_k, k], 2)                              # (B, K, N + 1 + T, d)
+            v = torch.cat([video_v, v], 2)
+            mask = F.pad(mask, (features.shape[1], 0), value=True)
+        query_rope = cond.rope if self.use_rope else None
+        a = self.norms[1](a + self.cross_attn(a, (k, v), query_rope, mask))
         return self.norms[2](a + self.mlp(a))
 
 
-class SyncFlowAudioTower(nn.Module):
-    """Video features to audio: layer l looks at F_l of the video tower's layer l."""
+# ------------------------------------------------------------------------------------------- layers
+
+def video_blocks(cfg):
+    """The video tower's blocks of one depth: [full attention], or [space, time]."""
+    axes = ["all"] if cfg.axes else ["space", "time"]
+    return nn.ModuleList([TowerBlock(cfg.width, cfg.heads, axis) for axis in axes])
+
+
+class SyncFlowLayer(nn.Module):
+    """One layer of both towers of SyncFlow. Nothing flows from the audio to the video, and frozen
+    video blocks build no graph."""
 
     def __init__(self, cfg):
         super().__init__()
-        D, self.cfg = cfg.width, cfg
-        self.embed, self.clock, self.proj_out = nn.Linear(cfg.audio_latent, D), TimeTextEmbed(D), nn.Linear(D, cfg.audio_latent)
-        self.read = nn.Linear(cfg.text_dim, D) if cfg.blind else None
-        self.blocks = nn.ModuleList([AudioBlock(D, cfg.heads, cfg.adaptor) for _ in range(cfg.depth)])
+        self.video = video_blocks(cfg)
+        self.audio = AudioBlock(cfg)
 
-    def forward(self, z, sigma, text, mask, L=0, features=None):
-        """z (B, A, S) at sigma (B,); features: F_l (B, L·S_v, D) of every layer, None: there is no video -> output like z"""
-        cfg, S = self.cfg, z.shape[2]
-        turn = lambda t: rope_table(t[:, None].to(z.device), (cfg.width // cfg.heads,), cfg.time_scale)
-        a, told, times = self.embed(z.transpose(1, 2)), self.clock(1000 * sigma[:, None]), turn((torch.arange(S) + .5) / cfg.alpha - .5)
-        here, see = torch.ones_like(told[..., 0]).bool(), None                # (B, 1): the clock's token is always there
-        if self.read is not None:
-            told, here = torch.cat([told, self.read(text)], 1), torch.cat([here, mask.bool()], 1)
-        if features is not None:
-            n = features[0].shape[1]
-            see, here = turn(torch.arange(L).repeat_interleave(n // L)), F.pad(here, (n, 0), value=True)
-        for block, seen in zip(self.blocks, features or [None] * len(self.blocks)):
-            a = block(a, told, here[:, None, None], times, seen, see, cfg.xrope)
-        return self.proj_out(a).transpose(1, 2)
+    def forward(self, video, audio, cond_v, cond_a):
+        """video (B, N, D) or None, audio (B, S, D) or None -> the same."""
+        features = None
+        if video is not None:
+            for block in self.video[:-1]:
+                video = block(video, cond_v)
+            features = self.video[-1].attention(video, cond_v)          # F_l
+            video = self.video[-1].feed_forward(features, cond_v)
+        if audio is not None:
+            audio = self.audio(audio, features, cond_a)
+        return video, audio
 
 
-class HarmonyAudioTower(nn.Module):
-    """Harmony's audio tower: the video tower's mirror image, but the words are among the tokens. Attention is joint over [reference;
-    target; transcript; caption] (Harmony eq. 2), with one set of weights for all of them. Only the target is noisy; the
-    reference stands before it in time, at -R .. -1, and words have no time."""
+class HarmonyLayer(nn.Module):
+    """One layer of both towers of Harmony, and the three bridges between them (figure 2)."""
 
     def __init__(self, cfg):
         super().__init__()
-        D, self.cfg = cfg.width, cfg
-        self.embed, self.clock, self.adaln = nn.Linear(cfg.audio_latent, D), TimeTextEmbed(D), nn.Linear(D, 6 * D)
-        self.read, self.blocks = nn.Linear(cfg.text_dim, D), nn.ModuleList([TowerBlock(D, cfg.heads, "all", reads=False) for _ in range(cfg.depth)])
-        self.norm_out, self.proj_out = Modulation(D, 2), nn.Linear(D, cfg.audio_latent)
+        D, K = cfg.width, cfg.heads
+        self.use_gldi = cfg.local
+        self.video = video_blocks(cfg)
+        self.audio = TowerBlock(D, K, "all", cross_attention=False)
+        self.audio_to_video = AudioCrossAttention(D, K, D)
+        self.video_to_audio = AudioCrossAttention(D, K, D)
+        self.style = AudioCrossAttention(D, K, D)
 
-    def embed_tokens(self, z, sigma, told, told_mask, ref=None, ref_mask=None):
-        """z (B, A, S) at sigma (B,); told (B, T, text_dim): transcript and caption; ref (B, A, R), clean; masks (B, T) and (B, R) say
-        what of them is there -> tokens (B, R + S + T, D), TowerConditioning"""
-        B, _, S = z.shape
+    def forward(self, video, audio, cond_v, cond_a):
+        """video (B, N, D) or None, audio (B, R + S + T, D) or None -> the same."""
+        # One tower alone.
+        if video is None:
+            return None, self.audio(audio, cond_a)
+        if audio is None:
+            for block in self.video:
+                video = block(video, cond_v)
+            return video, None
+
+        # Eq. 7: the reference attends to the whole video, z_r <- z_r + CrossAttn(z_r, z_v).
+        n_ref = cond_a.n_ref
+        if n_ref and self.use_gldi:
+            ref = attend(self.style, audio[:, :n_ref], video)
+            audio = torch.cat([ref, audio[:, n_ref:]], 1)
+
+        # Attention within each tower.
+        for block in self.video[:-1]:
+            video = block(video, cond_v)
+        video = self.video[-1].attention(video, cond_v)
+        audio = self.audio.attention(audio, cond_a)
+
+        # Eqs. 5, 6: both attend to the other as it was before. Of the audio only the target takes
+        # part: reference and text have no time in the video.
+        ref, target, text = audio.tensor_split([n_ref, n_ref + cond_a.n_target], 1)
+        maps = cond_a.attention_maps
+        new_target = attend(self.video_to_audio, target, video, *cond_a.bridge, maps)
+        video = attend(self.audio_to_video, video, target, *cond_v.bridge)
+        audio = torch.cat([ref, new_target, text], 1)
+
+        video = self.video[-1].feed_forward(video, cond_v)
+        return video, self.audio.feed_forward(audio, cond_a)
+
+
+# ------------------------------------------------------------- streams: before and after the layers
+
+class AdaLNStream(nn.Module):
+    """First and last modules of a tower whose tokens are modulated by their noise levels."""
+
+    def __init__(self, cfg, proj_in, out_channels):
+        super().__init__()
+        D = cfg.width
+        self.cfg = cfg
+        self.proj_in = proj_in
+        self.time_embed = TimeTextEmbed(D)
+        self.adaln = Modulation(D, 6)
+        self.text_proj = nn.Linear(cfg.text_dim, D)
+        self.norm_out = Modulation(D, 2)
+        self.proj_out = nn.Linear(D, out_channels)
+
+    def head(self, x, cond):                                            # (B, N, D) -> (B, N, out)
+        shift, scale = self.norm_out(cond.temb, cond.sigma_index)
+        return self.proj_out(modulate(x, shift, scale))
+
+
+class VideoStream(AdaLNStream):
+    """Video latents -> tokens, and back. No weight has the size of a picture: places are fractions
+    of the training grid, times are angles, so the weights serve any resolution and length."""
+
+    def __init__(self, cfg):
+        size = (1, cfg.patch, cfg.patch)
+        proj_in = nn.Conv3d(cfg.latent, cfg.width, size, stride=size)
+        super().__init__(cfg, proj_in, cfg.patch ** 2 * cfg.latent)
+
+    def embed(self, z, sigma, text, text_mask):
+        """z (B, C, L, H, W) at sigma (B,) or (B, L), text states (B, T, text_dim), mask (B, T)
+        -> tokens (B, N, D), TowerConditioning."""
+        cfg = self.cfg
+        _, _, L, H, W = z.shape
+        h = H // cfg.patch
+        w = W // cfg.patch
+        x = self.proj_in(z).flatten(3).permute(0, 2, 3, 1)              # (B, L, hw, D)
+
+        # Times in latents; rows and columns in units of the training grid, at the tokens' middles.
+        times = torch.arange(L).float()
+        rows = (torch.arange(h) + .5) * cfg.grid / h
+        cols = (torch.arange(w) + .5) * cfg.grid / w
+        ids = torch.stack(torch.meshgrid(times, rows, cols, indexing="ij"), -1).to(z.device)
+        if cfg.axes:
+            # Full attention rotates by all three.
+            rope = rope_table(ids.flatten(0, 2), cfg.axes, cfg.time_scale)          # N tokens
+        else:
+            # Attention over time rotates by time; rows and columns are added to the tokens.
+            x = x + sincos_embedding(ids[0, ..., 1:].flatten(0, 1), cfg.width).to(x.dtype)
+            rope = time_rope(ids[:, 0, 0, 0], cfg)                                  # L times
+
+        # One noise level for the clip, or one per latent for its h w tokens.
+        sigma = sigma.view(len(z), -1)                                  # (B, 1 or L)
+        index = None
+        if sigma.shape[1] > 1:
+            index = torch.arange(L, device=z.device).repeat_interleave(h * w)       # (N,)
+        temb = self.time_embed(1000 * sigma)                            # (B, 1 or L, D)
+        cond = TowerConditioning(temb, rope, index, self.adaln(temb, index), self.text_proj(text),
+                                 text_mask[:, None, None].bool(), grid=z.shape[2:])
+        return x.flatten(1, 2), cond
+
+    def unembed(self, x, cond):                                         # (B, N, D) -> like z
+        return unpatchify(self.head(x, cond), *cond.grid, self.cfg.patch)
+
+
+class SyncFlowAudioStream(nn.Module):
+    """Audio latents -> tokens, and back. Times are in video latents, on F_l's timeline."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.proj_in = nn.Linear(cfg.audio_latent, cfg.width)
+        self.time_embed = TimeTextEmbed(cfg.width)
+        self.proj_out = nn.Linear(cfg.width, cfg.audio_latent)
+        # Text reaches the audio through the video, but where there is none (T2A of table 4).
+        self.text_proj = nn.Linear(cfg.text_dim, cfg.width) if cfg.blind else None
+
+    def embed(self, z, sigma, text, text_mask, ref=None, ref_mask=None):
+        """z (B, A, S) at sigma (B,) -> tokens (B, S, D), TowerConditioning. ref is not used."""
+        x = self.proj_in(z.transpose(1, 2))                             # (B, S, D)
+        temb = self.time_embed(1000 * sigma[:, None])                   # (B, 1, D)
+        context = temb
+        mask = torch.ones_like(temb[..., 0]).bool()                     # (B, 1)
+        if self.text_proj is not None:
+            context = torch.cat([context, self.text_proj(text)], 1)     # (B, 1 + T, D)
+            mask = torch.cat([mask, text_mask.bool()], 1)
+        times = audio_positions(z.shape[2], self.cfg.alpha)
+        rope = time_rope(times.to(z.device), self.cfg)
+        cond = TowerConditioning(temb, rope, context=context, context_mask=mask[:, None, None])
+        return x, cond
+
+    def unembed(self, x, cond):                                         # (B, S, D) -> (B, A, S)
+        return self.proj_out(x).transpose(1, 2)
+
+
+class HarmonyAudioStream(AdaLNStream):
+    """[reference; target; transcript; caption] -> tokens, target tokens -> latents (Harmony eq. 2).
+    One set of weights serves all tokens."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg, nn.Linear(cfg.audio_latent, cfg.width), cfg.audio_latent)
+
+    def embed(self, z, sigma, text, text_mask, ref=None, ref_mask=None):
+        """z (B, A, S) at sigma (B,), text states (B, T, text_dim) with mask (B, T), clean ref
+        (B, A, R) with mask (B, R) -> tokens (B, R + S + T, D), TowerConditioning."""
         ref = z[:, :, :0] if ref is None else ref
-        R, T, there = ref.shape[2], told.shape[1], lambda n: torch.ones(B, n, dtype=torch.bool, device=z.device)
-        a = torch.cat([self.embed(torch.cat([ref, z], 2).transpose(1, 2)), self.read(told)], 1)
-        clean, noisy = self.clock(1000 * torch.stack([torch.zeros_like(sigma), sigma], 1)).split(1, 1)                 # (B, 1, D) each
-        c = torch.cat([clean.expand(-1, R, -1), noisy.expand(-1, S, -1), clean.expand(-1, T, -1)], 1)
-        t6 = torch.cat([m.expand(-1, n, -1) for m, n in zip(self.adaln(F.silu(torch.cat([clean, noisy, clean], 1))).split(1, 1), (R, S, T))], 1)
-        ids = torch.cat([torch.arange(-R, S), torch.zeros(T)]).to(z.device)
-        here = torch.cat([there(R) if ref_mask is None else ref_mask.bool(), there(S), told_mask.bool()], 1)
-        return a, TowerConditioning(c, t6, rope_table(ids[:, None], (self.cfg.width // self.cfg.heads,), self.cfg.time_scale / self.cfg.alpha), here=here[:, None, None])
+        R = ref.shape[2]
+        S = z.shape[2]
+        audio = torch.cat([ref, z], 2).transpose(1, 2)                  # (B, R + S, A)
+        x = torch.cat([self.proj_in(audio), self.text_proj(text)], 1)   # (B, R + S + T, D)
 
-    def attend(self, l, a, p):
-        return self.blocks[l].attend(a, p)
+        # Noise levels: 0 for references and text, sigma for the target.
+        index = torch.zeros(x.shape[1], dtype=torch.long, device=z.device)
+        index[R:R + S] = 1
+        sigmas = torch.stack([torch.zeros_like(sigma), sigma], 1)       # (B, 2)
+        temb = self.time_embed(1000 * sigmas)                           # (B, 2, D)
 
-    def feed_forward(self, l, a, p):
-        return self.blocks[l].feed_forward(a, p)
+        # Times: the reference stands before the target, at -R .. -1; text stands at 0.
+        times = torch.cat([torch.arange(-R, S), torch.zeros(text.shape[1])]).to(z.device)
+        rope = time_rope(times, self.cfg, self.cfg.alpha)
 
-    def unembed(self, a, p, R, S):                                                # the target alone: (B, A, S)
-        target = slice(R, R + S)
-        return self.proj_out(modulate(a[:, target], *self.norm_out(p.c[:, target]))).transpose(1, 2)
+        # Padding of references and text.
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=z.device)
+        if ref_mask is not None:
+            mask[:, :R] = ref_mask
+        mask[:, R + S:] = text_mask
+        cond = TowerConditioning(temb, rope, index, self.adaln(temb, index), n_ref=R, n_target=S,
+                                 token_mask=mask[:, None, None])
+        return x, cond
+
+    def unembed(self, x, cond):                                         # -> (B, A, S)
+        out = self.head(x, cond)                                        # (B, R + S + T, A)
+        return out[:, cond.n_ref:cond.n_ref + cond.n_target].transpose(1, 2)
+
+
+# -------------------------------------------------------------------------------------- the network
+
+def part_of(name):
+    """Which part of a DualTower a parameter belongs to, by its name: "video" (with the encoder of
+    captions), "audio" (with that of transcripts) or "bridge". Training in stages freezes by it."""
+    keys = name.split(".")
+    key = keys[2] if keys[0] == "layers" else keys[0]                   # layers.<l>.<key>. ...
+    return dict(text_encoder="video", video="video", transcript_encoder="audio",
+                audio="audio").get(key, "bridge")
 
 
 class DualTower(nn.Module):
-    """SyncFlow: a video tower and an audio tower of equal depth on ONE clock. Video never hears: F_l goes from left to right only,
-    so the video tower can be trained first, frozen, and given its sound.
-
-    Harmony (`bridges`): at every layer both hear each other, each on a clock of its own, so either may be given (sigma = 0)."""
-
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.video, self.audio = cfg, VideoTower(cfg), (HarmonyAudioTower if cfg.bridges else SyncFlowAudioTower)(cfg)
-        if cfg.text == "bytes":
-            self.text = ByteText(cfg.text_dim, 0)
-        if cfg.bridges:
-            bridge = lambda: nn.ModuleList([AudioCrossAttention(cfg.width, cfg.heads, cfg.width) for _ in range(cfg.depth)])
-            self.a2v_blocks, self.v2a_blocks, self.style_blocks = bridge(), bridge(), bridge()
-            if cfg.text == "bytes":
-                self.speech = ByteText(cfg.text_dim, 0)                       # what is said is spelled, what is described is meant
+        self.cfg = cfg
+        harmony = cfg.bridges
+        self.video = VideoStream(cfg)
+        self.audio = HarmonyAudioStream(cfg) if harmony else SyncFlowAudioStream(cfg)
+        layer = HarmonyLayer if harmony else SyncFlowLayer
+        self.layers = nn.ModuleList([layer(cfg) for _ in range(cfg.depth)])
+        # Harmony: a transcript says what is pronounced, a caption what is meant. Each has an
+        # encoder of its own (eq. 2).
+        trained = cfg.text == "bytes"
+        self.text_encoder = ByteText(cfg.text_dim, 0) if trained else None
+        self.transcript_encoder = ByteText(cfg.text_dim, 0) if trained and harmony else None
+
+        # A fresh network outputs zero, and its bridges add nothing.
         init_weights(self)
-        for last in (self.video.adaln, self.video.proj_out, self.audio.proj_out, *([self.audio.adaln] if cfg.bridges else [])):
-            nn.init.zeros_(last.weight)
+        nn.init.zeros_(self.video.proj_out.weight)
+        nn.init.zeros_(self.audio.proj_out.weight)
 
-    def encode_text(self, words):
-        """Text -> states (B, T, text_dim), mask (B, T), as `MMDiT.encode_text`; the null text is one token."""
-        return self._states(self.text if self.cfg.text == "bytes" else None, words)
+    def encode_text(self, text_inputs):
+        """Captions (B, 96) as bytes, or states and mask -> states (B, T, text_dim), mask (B, T)."""
+        return self.encode(self.text_encoder, text_inputs)
 
-    def encode_audio_text(self, words, speech):
-        """What Harmony's audio tower is told: the transcript, then the caption of the sound -> states, mask, as of `read`."""
-        spelled = self._states(self.speech if self.cfg.text == "bytes" else None, speech)
-        return tuple(torch.cat(both, 1) for both in zip(spelled, self.encode_text(words)))
+    def encode_audio_text(self, text_inputs, transcripts):
+        """Harmony: what the audio tower reads -> states and mask of [transcript; caption]."""
+        transcript = self.encode(self.transcript_encoder, transcripts)
+        caption = self.encode(self.text_encoder, text_inputs)
+        return tuple(torch.cat(pair, 1) for pair in zip(transcript, caption))
 
-    def _states(self, encoder, words):
-        if encoder is None:                                                   # made elsewhere
-            return words[:2]
-        mask = words.unflatten(1, (-1, 8)).any(2)                             # a token is 8 letters
-        return encoder(words)[0], torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1)
+    def encode(self, encoder, text_inputs):
+        if encoder is None:
+            return text_inputs[:2]
+        states, _ = encoder(text_inputs)                                # (B, T, text_dim)
+        # A token is 8 bytes. The first one stays where the text is empty: no empty softmax row.
+        mask = text_inputs.unflatten(1, (-1, 8)).any(2)                 # (B, T)
+        return states, torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1)
 
     def all_blocks(self):
-        return [*(self.video.space_blocks or []), *self.video.time_blocks, *self.audio.blocks]
-
-    def bridge_times(self, L, S, places, device):
-        """Where audio and video stand for each other -> for A2V and V2A: rotations of queries and of keys, window (queries, keys).
-
-        Keys are laid on the queries' timeline by the ratio of the lengths; frame-wise attention (eq. 5) is a window on it."""
-        cfg, frames, steps = self.cfg, torch.arange(L, device=device).float(), torch.arange(S, device=device).float()
-        turn = lambda t, unit: rope_table(t[:, None], (cfg.width // cfg.heads,), cfg.time_scale / unit)
-        wide = lambda t: t.repeat_interleave(places)                          # all places of a frame share its time
-        a2v, v2a = temporal_window(frames, align_positions(steps, L / S), cfg.window), temporal_window(steps, align_positions(frames, S / L), cfg.window * S / L)
-        a2v, v2a = (a2v.repeat_interleave(places, 0), v2a.repeat_interleave(places, 1)) if cfg.local else (None, None)
-        heard, seen = (align_positions(steps, L / S), align_positions(frames, S / L)) if cfg.align else (steps, frames)
-        return (turn(wide(frames), 1), turn(heard, 1), a2v), (turn(steps, cfg.alpha), turn(wide(seen), cfg.alpha), v2a)
-
-    def forward_joint(self, x_v, x_a, sigma_v, sigma_a, text, mask, told, told_mask, ref=None, ref_mask=None, maps=None):
-        """Harmony. x_v (B, C, L, H, W) at sigma_v (B,) or (B, L), x_a (B, A, S) at sigma_a (B,), either may be None; text from `encode_text`, told
-        from `encode_audio_text`; ref (B, A, R): a clean reference of the timbre -> their velocities. maps: a list that gets every layer's V2A
-        attention (B, K, S, L·h·w), where each moment of the sound looks in the video."""
-        v = a = None
-        R = 0 if ref is None else ref.shape[2]
-        if x_v is not None:
-            v, p = self.video.embed_tokens(x_v, sigma_v, text, mask)
-        if x_a is not None:
-            a, q = self.audio.embed_tokens(x_a, sigma_a, told, told_mask, ref, ref_mask)
-            S = x_a.shape[2]
-        if x_v is not None and x_a is not None:
-            (q_v, k_a, hear), (q_a, k_v, see) = self.bridge_times(p.L, S, v.shape[1] // p.L, v.device)
-        for l in range(self.cfg.depth):
-            both = v is not None and a is not None
-            if both and R and self.cfg.local:                                 # eq. 7: z_r <- z_r + CrossAttn(z_r, z_v)
-                style = self.style_blocks[l]
-                a = torch.cat([style(a[:, :R], style.project_kv(v)), a[:, R:]], 1)
-            v = v if v is None else self.video.attend(l, v, p)
-            a = a if a is None else self.audio.attend(l, a, q)
-            if both:                                                          # eqs. 5, 6: both read what the other was before
-                a2v, v2a, target = self.a2v_blocks[l], self.v2a_blocks[l], a[:, R:R + S]
-                sound = v2a(target, v2a.project_kv(v, k_v), q_a, see, maps)
-                v = a2v(v, a2v.project_kv(target, k_a), q_v, hear)
-                a = torch.cat([a[:, :R], sound, a[:, R + S:]], 1)
-            v = v if v is None else self.video.feed_forward(l, v, p)
-            a = a if a is None else self.audio.feed_forward(l, a, q)
-        return (None if v is None else self.to_velocity(self.video.unembed(v, p, x_v), x_v, sigma_v),
-                None if a is None else self.to_velocity(self.audio.unembed(a, q, R, S), x_a, sigma_a))
+        return list(self.layers)
 
     def to_velocity(self, out, x, sigma):
-        if sigma.dim() == 1:
-            sigma = sigma.view(-1, *[1] * (x.dim() - 1))
-        else:
-            sigma = sigma[:, None, :, None, None]                             # a clock for every latent
-        return velocity_from_output(out, x, sigma) if self.cfg.precondition else out
+        if not self.cfg.precondition:
+            return out
+        return velocity_from_output(out, x, expand_sigma(sigma, x))
 
-    def forward(self, x_v, x_a, sigma, text, mask):
-        """SyncFlow. Noisy latents x_v (B, C, L, H, W) and x_a (B, A, S), either may be None, at sigma (B,) -> their velocities, None for None."""
-        v_v = v_a = features = None
-        if x_v is not None:
-            # a frozen tower has no graph anyway; knowing that there is none, attention takes its faster kernel
-            with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.video.parameters())):
-                out, features = self.video(x_v, sigma, text, mask)
-                v_v = self.to_velocity(out, x_v, sigma)
-        if x_a is not None:
-            v_a = self.to_velocity(self.audio(x_a, sigma, text, mask, x_v.shape[2] if x_v is not None else 0, features), x_a, sigma)
-        return v_v, v_a
+    def forward(self, video, audio, sigma_v, sigma_a, text, text_mask, audio_text=None,
+                audio_text_mask=None, ref=None, ref_mask=None, attention_maps=None):
+        """Velocities of both streams; a stream may be absent (None), and so is its velocity.
+
+        video (B, C, L, H, W) at sigma_v (B,) or (B, L); audio (B, A, S) at sigma_a (B,). SyncFlow
+        has one noise level for both; Harmony's are independent, 0 for a stream that is given.
+        Text states and masks from `encode_text`, for Harmony also from `encode_audio_text`.
+        Harmony: ref (B, A, R), mask (B, R): clean references of the timbre; attention_maps: a list
+        that receives every layer's video-to-audio attention (B, K, S, N).
+        """
+        v = a = cond_v = cond_a = None
+        if video is not None:
+            v, cond_v = self.video.embed(video, sigma_v, text, text_mask)
+        if audio is not None:
+            # SyncFlow's audio tower reads the caption of the video, if any.
+            texts = (text, text_mask) if audio_text is None else (audio_text, audio_text_mask)
+            a, cond_a = self.audio.embed(audio, sigma_a, *texts, ref, ref_mask)
+            cond_a.attention_maps = attention_maps
+        if video is not None and audio is not None:
+            bridges = align_streams(self.cfg, video.shape[2:], audio.shape[2], v.device)
+            cond_v.bridge, cond_a.bridge = bridges
+        for layer in self.layers:
+            v, a = layer(v, a, cond_v, cond_a)
+
+        # Tokens to velocities.
+        if video is not None:
+            v = self.to_velocity(self.video.unembed(v, cond_v), video, sigma_v)
+        if audio is not None:
+            a = self.to_velocity(self.audio.unembed(a, cond_a), audio, sigma_a)
+        return v, a

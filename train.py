@@ -140,7 +140,7 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         hubert=(None, str, "with --pretrained: HuBERT for audio features, folder or hub name"),
         fsdp=(False, bool, "with --pretrained: share weights and states among processes"))),
     "t2av": (COMMON, TOWERS, dict(
-        size=("tiny", towers.TOWERS, "size of the towers"),
+        size=("tiny", towers.SYNCFLOW, "size of the towers"),
         stage=("all", ("video", "audio", "joint", "all"), "what is trained"),
         audio_vae=(str(AUDIO_VAE_FILE), str, "the VAE that makes the latents of the sound"),
         # losses.ot_permutation says why it is off.
@@ -738,10 +738,10 @@ class TwoTowers:
             before = data.load_checkpoint(self.args.init, self.args.task)
             weights = before["ema"]
             if before["stage"] == "video":        # its audio tower was never trained
-                weights = {k: v for k, v in weights.items() if not k.startswith("audio.")}
+                weights = {k: v for k, v in weights.items() if towers.part_of(k) != "audio"}
             data.load_weights(self.net, {**self.net.state_dict(), **weights}, self.args.init)
         for name, p in self.net.named_parameters():
-            p.requires_grad_(name.startswith(self.TRAINS[self.args.stage]))
+            p.requires_grad_(towers.part_of(name) in self.TRAINS[self.args.stage])
 
     def encode_waveform(self, wave):
         """Waveform (samples,) -> the mean of its latents, (S, A)."""
@@ -806,10 +806,10 @@ class SyncFlow(TwoTowers):
     """Text -> video and sound on one noise level; audio attends to the video tower's features."""
 
     columns = ("video", "audio")
-    TRAINS = {"video": ("video.", "text."), "audio": ("audio.",), "joint": ("",)}
+    TRAINS = {"video": ("video",), "audio": ("audio",), "joint": ("video", "audio")}
 
     def __init__(self, args, device, autocast):
-        self.open(args, device, autocast, towers.TOWERS, adaptor=not args.no_adaptor,
+        self.open(args, device, autocast, towers.SYNCFLOW, adaptor=not args.no_adaptor,
                   blind=args.no_video)
         self.extra["guidance"] = dict(cfg=2.)     # w of eq. 3; the paper samples with 6
 
@@ -857,8 +857,8 @@ class Harmony(TwoTowers):
     clip itself; with references out of other clips of that voice; both towers and their bridges."""
 
     columns = ("video", "audio", "audio-driven video", "video-driven audio")
-    TRAINS = {"video": ("video.", "text."), "audio": ("audio.", "speech."),
-              "timbre": ("audio.", "speech."), "joint": ("",)}
+    TRAINS = {"video": ("video",), "audio": ("audio",), "timbre": ("audio",),
+              "joint": ("video", "audio", "bridge")}
 
     def __init__(self, args, device, autocast):
         self.open(args, device, autocast, towers.HARMONY, variations=2,
@@ -1006,7 +1006,9 @@ class Muon(torch.optim.Optimizer):
 def make_optimisers(net, name, lr, weight_decay=.01, dtype=torch.float32):
     """Muon for the matrices and kernels of the blocks, AdamW for everything else; or AdamW."""
     def is_muons(key, p):
-        return name == "muon" and p.dim() > 1 and "block" in key and "norm" not in key
+        if name != "muon" or p.dim() < 2 or "norm" in key or "table" in key:
+            return False
+        return "block" in key or key.startswith("layers.")
     trained = [(key, p) for key, p in net.named_parameters() if p.requires_grad]
     inside = [p for key, p in trained if is_muons(key, p)]
     rest = [p for key, p in trained if not is_muons(key, p)]
