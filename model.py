@@ -1,42 +1,42 @@
-"""The networks: Pyramid Flow's multimodal diffusion transformer with Syncphony's audio layers in it; SyncFlow's and Harmony's two towers.
+"""Syncphony's network: Pyramid Flow's multimodal diffusion transformer (MMDiT) with audio
+cross-attention in its later blocks (Syncphony, section 3.2 and appendix D).
 
-**Backbone.** Video arrives as latents (see vae.py), cut into 2x2 patches: tokens. Text tokens stand before them, and
-attention is over [text; video] together. The first `n_double` blocks have separate weights for text and video, the
-`n_single` blocks after them share one set. Where a token stands in (time, row, column) is told to attention by rotating
-pairs of query and key channels (RoPE, three axes); how noisy it is, by scaling and shifting its features (adaLN).
+    caption --> T5 and CLIP, or ByteText --> text y (B, T, D) --.
+                                                                v
+    latents (B, C, L, h, w) --> patchify, linear --> x (B, N, D) --> double blocks: text and video
+                                                                |    have their own weights
+    sigma, pooled text --> temb (B, G, D), used by every adaLN  v
+    audio features (B, S, A) --> audio_kv ----------> single blocks: audio cross-attention, then
+      of HuBERT or MelEncoder                                   |    one set of weights for both
+                                                                v
+                     adaLN, linear, unpatchify --> velocity v = eps - z (B, C, L, h, w)
 
-**Autoregression.** Latent l is made given text, audio and the clean latents before it, so attention is causal over
-latents. Three calls, one meaning:
+Rotary embeddings (RoPE) of (time, row, column) say where a token is, adaLN says how noisy it is.
+Three calls run these blocks, with the same result where they overlap:
 
-    `forward_teacher_forced`          training: [text; all clean latents; all noisy latents] in ONE pass; noisy latent l sees clean
-                        latents < l and itself, so every latent of a clip is a target in every step
-    `append_latent`, `denoise_step` sampling: keys and values of the clean context are kept; a step runs only the latent being made
-    `forward`           Pyramid Flow's own call: a list of clean clips at falling resolutions, then one noisy clip
+    forward_teacher_forced    training: [text; clean latents; noisy latents] in one pass, so that
+                              every latent of a clip is a target (see `teacher_forcing_mask`)
+    prefill, denoise_step,    sampling, one latent after another: keys and values of the finished
+      append_latent           latents are kept (see `KVCache`), a step runs the noisy latent only
+    forward                   Pyramid Flow's own: clean latents at falling resolutions, then the
+                              noisy one at the resolution of its stage (see pyramid.py)
 
-The cache is exact because the clean context keeps its own clock (`context_clock="own"`): text and clean latents are
-modulated as what they are, sigma = 0, so their keys and values do not depend on how far the noisy latent has come. The
-published weights were trained with the noisy clip's clock on every token ("shared"), and cannot be cached.
+The cache is exact because text and clean latents are modulated with sigma = 0 whatever the noise
+level of the latent being generated (`context_clock="own"`), so their keys and values never change.
+Published Pyramid Flow modulates all tokens with the noisy latent's sigma ("shared"): there the
+context must be recomputed in every step. What synchronises the audio layers is not learned:
 
-**Audio (Syncphony, section 3.2 and appendix D).** Before the self-attention of every single-stream block, video tokens
-look into the audio through `AudioCrossAttention`. Two facts make it synchronous, and neither is learned:
+    window      latent l attends to the audio steps i with |t_i - l| < 1.5          Syncphony eq. 7
+    Audio RoPE  queries are rotated by (l, row, column), keys by (t_i, 0, 0), with one table for
+                both: the attention score depends on t_i - l                              eqs. 8-10
 
-    window     latent l sees the audio steps i with |t_i - l| < 1.5 and no others                             eq. 7
-    Audio RoPE queries are rotated at (l, h, w), keys at (t_i, 0, 0), t_i = (i + 0.5)/alpha - 0.5 in latent units, with
-               the SAME table: when exactly something sounds becomes an angle between query and key        eqs. 8-10
-
-t_i depends on i alone, so keys are rotated once and the window is a boolean mask. Its output layer starts at zero: a
-fresh audio model IS the backbone. Audio Sync Guidance (sample.py) leaves these layers out: `audio=None`.
-
-**Two towers (SyncFlow, section 3.2)** at the end of the file: `DualTower`, a video tower of spatial and temporal attention and an
-audio tower beside it, whose layer l looks at what layer l of the video saw. Same attention, same rotation by time. **Harmony** (section 3.3)
-lets both look, through the bridges that Syncphony's audio layers are too: at every layer, in a window, at places laid on the
-queries' timeline. Text is looked at by the video and stands among the tokens of the audio, after a reference of its timbre.
-
-    B batch · L latent frames · h w latent grid · C latent channels · N = L·(h/p)·(w/p) video tokens, p patch side · T text tokens
-    S audio steps at 50 Hz · A audio channels · D width = K heads x d · G groups of tokens that share one sigma
+    B batch (R rows: guidance branches)    L latent frames, h x w each, of C channels; patch side p
+    T text tokens    N video tokens, n = (h/p)(w/p) of them a latent    G noise levels in one pass
+    S audio steps at 50 Hz, of A channels    D width = K heads x d channels    W latents in the ring
 """
 import math
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -45,118 +45,199 @@ import torch.nn.functional as F
 
 @dataclass
 class MMDiTConfig:
-    n_double: int = 8                         # blocks with separate weights for text and video
-    n_single: int = 16                        # blocks that share them; audio layers sit in these
+    """The defaults are Pyramid Flow's published miniFLUX."""
+    n_double: int = 8               # blocks with separate weights for text and video
+    n_single: int = 16              # blocks with shared weights; these have the audio layers
     heads: int = 30
     head_dim: int = 64
-    axes: tuple = (16, 24, 24)                # channels of a head rotated by time, row, column
-    latent: int = 16                          # channels of the video latent
-    patch: int = 2                            # a token is a patch x patch piece of it
-    text_dim: int = 4096                      # width of the text states (T5-XXL)
-    pooled_dim: int = 768                     # width of the pooled text vector (CLIP-L)
-    context_clock: str = "shared"             # "own": clean tokens are modulated with sigma = 0, and can be cached
-    precondition: bool = False                # the last layer gives what x does not tell yet, see `velocity_from_output`
-    text: str = "external"                    # "bytes": a small text encoder of our own, trained along
-    audio_dim: int = 0                        # width of the audio features; 0 = no audio layers
-    audio: str = "external"                   # "mel": a small convolutional encoder of our own over log-mels
-    alpha: float = 50 * 8 / 24                # audio steps per latent: 50 Hz, 8 frames at 24 fps
-    window: float = 1.5                       # |t_i - l| < Delta + 0.5 with Delta = 1
-    audio_rope: bool = True                   # off: the ablation of Syncphony table 11
-    time_scale: float = 1.                    # radians per latent at the highest frequency of the time axis
-    context: int = 30                         # clean latents that a latent looks back on, beside the first
+    axes: tuple = (16, 24, 24)      # channels of a head that rotate with time, row, column
+    latent: int = 16                # channels of the video latent
+    patch: int = 2                  # a token is a patch x patch piece of one latent
+    text_dim: int = 4096            # width of the text states (T5-XXL)
+    pooled_dim: int = 768           # width of the pooled text vector (CLIP-L)
+    context_clock: str = "shared"   # "own": clean tokens are modulated with sigma = 0 (cacheable)
+    precondition: bool = False      # EDM-style output, see `velocity_from_output`
+    text: str = "external"          # "bytes": ByteText, trained along with the network
+    audio_dim: int = 0              # width of the audio features; 0: no audio layers
+    audio: str = "external"         # "mel": MelEncoder, trained along with the network
+    alpha: float = 50 * 8 / 24      # audio steps per latent: 50 a second, 8 frames at 24 a second
+    window: float = 1.5             # eq. 7 with Syncphony's Delta = 1: |t_i - l| < Delta + 0.5
+    audio_rope: bool = True         # off: the ablation of Syncphony table 11
+    time_scale: float = 1.          # radians per latent of the fastest pair on the time axis
+    context: int = 30               # latents that a latent attends to, beside latent 0
 
 
+TOYBOX = dict(
+    axes=(32, 16, 16),              # 2 x 2 tokens a latent: positions need few channels, time many
+    context_clock="own",            # trained from scratch, so that the context can be cached
+    precondition=True,
+    text="bytes",                   # short captions
+    audio="mel",
+    alpha=50 * 4 / 24,              # the toybox VAE has 4 frames in a latent
+    time_scale=4.,                  # a step of 20 ms turns the fastest pair by 0.48, not 0.12 rad
+    context=12,                     # clips of 49 frames are latent 0 and 12 more
+)
 SIZES = {
-    "tiny": dict(n_double=1, n_single=4, heads=4, axes=(32, 16, 16), text_dim=128, pooled_dim=128,
-                 context_clock="own", precondition=True, text="bytes", audio_dim=96, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
-    "small": dict(n_double=4, n_single=8, heads=8, axes=(32, 16, 16), text_dim=256, pooled_dim=256,
-                  context_clock="own", precondition=True, text="bytes", audio_dim=384, audio="mel", alpha=50 * 4 / 24, time_scale=4., context=12),
-    "miniflux": dict(),                       # Pyramid Flow's: 1,972,059,200 parameters; Syncphony adds audio_dim=1024
+    "tiny": dict(TOYBOX, n_double=1, n_single=4, heads=4, text_dim=128, pooled_dim=128,
+                 audio_dim=96),
+    "small": dict(TOYBOX, n_double=4, n_single=8, heads=8, text_dim=256, pooled_dim=256,
+                  audio_dim=384),
+    "miniflux": dict(),             # 1,972,059,200 parameters; Syncphony adds audio_dim=1024
 }
 
 
-# ------------------------------------------------------------------------------------------------ small parts
+# --------------------------------------------------------------------- patches, positions, windows
 
-def patchify(z, p=2):                                                         # (B, C, L, h, w) -> (B, N, ppC), channel fastest
-    z = z.unflatten(4, (-1, p)).unflatten(3, (-1, p))                         # (B, C, L, h/p, p, w/p, p)
+def patchify(z, p=2):
+    """Latents (B, C, L, h, w) -> tokens (B, N, p p C)"""
+    # cut columns and rows into patches; inside a token the channel is fastest, then column, row
+    z = z.unflatten(4, (-1, p)).unflatten(3, (-1, p))                   # (B, C, L, h/p, p, w/p, p)
     return z.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
 
 
-def unpatchify(x, L, h, w, p=2):                                              # (B, N, ppC) -> (B, C, L, h, w)
-    x = x.unflatten(2, (p, p, -1)).unflatten(1, (L, h // p, w // p))          # (B, L, h/p, w/p, p, p, C)
+def unpatchify(x, L, h, w, p=2):
+    """The inverse: tokens (B, N, p p C) -> latents (B, C, L, h, w)"""
+    x = x.unflatten(2, (p, p, -1)).unflatten(1, (L, h // p, w // p))    # (B, L, h/p, w/p, p, p, C)
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
 
-def position_ids(times, h, w, fine=None):
-    """Ids (time, row, column) of the tokens of some latents -> (len(times)·h·w, 3), h w in patches. A grid coarser than
-    `fine` (the grid that is being made) is laid over it: cell i covers r fine cells, its centre is (i + 0.5) r - 0.5."""
-    r = 1. if fine is None else fine / h
-    rows, cols = (torch.arange(h) + .5) * r - .5, (torch.arange(w) + .5) * r - .5
-    return torch.stack(torch.meshgrid(torch.as_tensor(times).float(), rows, cols, indexing="ij"), -1).flatten(0, 2)
+def position_ids(times, h, w, target_grid=None):
+    """Ids (time, row, column) of all tokens of latents at `times` -> (len(times) h w, 3).
+
+    h, w: tokens in a column and a row. target_grid: tokens in a column of the latent being
+    generated, over whose grid a coarser history is laid."""
+    # cell i covers r cells of the target grid; their centre is at (i + 0.5) r - 0.5
+    r = 1. if target_grid is None else target_grid / h
+    rows = (torch.arange(h) + .5) * r - .5
+    cols = (torch.arange(w) + .5) * r - .5
+    grid = torch.meshgrid(torch.as_tensor(times).float(), rows, cols, indexing="ij")
+    return torch.stack(grid, -1).flatten(0, 2)
+
+
+def audio_positions(n, per_latent, start=0):
+    """Times in latents of audio steps start .. start + n - 1 -> (n,): t_i = (i + 0.5)/alpha - 0.5.
+
+    The mean time of the steps that belong to latent l is l (Syncphony appendix D.2.1, step 1)."""
+    return (torch.arange(start, start + n) + .5) / per_latent - .5
+
+
+def temporal_window(t_query, t_key, radius):
+    """Which keys a query may attend to, times on one axis -> booleans (queries, keys).
+
+    Those nearer than `radius` (Syncphony eq. 7, Harmony eq. 5), and always the nearest."""
+    distance = (t_query[:, None] - t_key).abs()
+    # the nearest, so that no softmax is over nothing, for example behind the end of the audio;
+    # the tolerance is for two keys at equal distance, which both count
+    nearest = distance.amin(1, keepdim=True) + 1e-6
+    return (distance < radius) | (distance <= nearest)
+
+
+def teacher_forcing_mask(n_text, n_clean, n_noisy, first_noisy, tokens_per_latent, context):
+    """Who attends to whom when every latent of a clip is a target in one pass -> booleans (M, M),
+    M = n_text + (n_clean + n_noisy) tokens_per_latent.
+
+                   keys ->  text  clean 0  clean 1  clean 2 | noisy 1  noisy 2
+        text, clean 0        x       x                      |
+        clean 1              x       x        x             |
+        clean 2              x       x        x        x    |
+        noisy 1              x       x                      |    x
+        noisy 2              x       x        x             |             x
+
+    Of the clean latents before it, a latent attends to the last `context` ones, and always to
+    latent 0. With 13 clean and 12 noisy latents (first_noisy = 1) 29 % of the mask is True."""
+    # of every token: which latent it belongs to, and whether it is of the noisy copy
+    clean = torch.arange(n_clean).repeat_interleave(tokens_per_latent)
+    noisy = torch.arange(first_noisy, first_noisy + n_noisy).repeat_interleave(tokens_per_latent)
+    latent = torch.cat([torch.zeros(n_text).long(), clean, noisy])      # text counts as latent 0
+    is_noisy = torch.arange(len(latent)) >= n_text + len(clean)
+    query = latent[:, None]
+    key = latent[None]
+
+    same_latent = (query == key) & (is_noisy[:, None] == is_noisy[None])
+    earlier_clean = (key < query) & (query - key <= context) & ~is_noisy[None]
+    attention_sink = (key == 0) & ~is_noisy[None]                       # text and latent 0
+    return same_latent | earlier_clean | attention_sink
 
 
 def rope_table(ids, axes, time_scale=1.):
-    """Rotation table of positions ids (..., 3) -> cos, sin (..., d), fp32, the sine signed for the pairs (2j, 2j+1).
-    Id 0 is no rotation; ids may be fractions."""
+    """Rotation table of positions ids (..., 3) -> cos, sin (..., d) in float32.
+
+    axes[a] channels rotate with axis a, pair j of them by 10000^(-2j / axes[a]) radians per unit,
+    on the time axis times `time_scale`. Ids may be fractions; id 0 is no rotation. The sine has the
+    signs that `apply_rope` needs: minus for the first channel of each pair."""
+    # angles in float64: at latent 100 float32 would be wrong by 1e-5 radians; MPS has no float64
+    device = ids.device
+    if device.type == "mps":
+        ids = ids.cpu()
     angles = []
-    for axis, n in enumerate(axes):                                           # 10000^(-2j/n) radians per step
+    for axis, n in enumerate(axes):
         rate = 10000. ** (-torch.arange(0, n, 2, dtype=torch.float64, device=ids.device) / n)
-        angles.append(ids[..., axis, None].double() * (time_scale if axis == 0 else 1.) * rate)
-    angles = torch.cat(angles, -1)                                            # (..., d/2)
-    cos, sin = angles.cos().float(), angles.sin().float()
-    return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+        scale = time_scale if axis == 0 else 1.
+        angles.append(ids[..., axis, None].double() * scale * rate)
+    angles = torch.cat(angles, -1)                                      # (..., d/2)
+    cos = angles.cos().float().repeat_interleave(2, -1)                 # (..., d)
+    sin = angles.sin().float()
+    sin = torch.stack([-sin, sin], -1).flatten(-2)                      # (..., d)
+    return cos.to(device), sin.to(device)
 
 
-def apply_rope(x, table):                                                         # (u, v) -> (u cos - v sin, v cos + u sin)
-    cos, sin = table                                                          # x (B, K, N, d), table (N, d)
-    return torch.addcmul(x * cos, x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
+def apply_rope(x, table):
+    """Rotate each pair (u, v) of channels of x (B, K, N, d) by its angle in the table (N, d)."""
+    cos, sin = table
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)             # (v, u)
+    # (u cos - v sin, v cos + u sin)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
-def split_heads(x, K):                                                              # (B, N, D) -> (B, K, N, d)
-    return x.unflatten(2, (K, -1)).transpose(1, 2)
+# -------------------------------------------------------------------------------------- small parts
 
-
-def attention(q, k, v, mask=None):                                               # (B, K, N, d) -> (B, N, D)
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    grad = q.requires_grad or k.requires_grad or v.requires_grad              # not in frozen layers
-    if v.device.type == "cpu" and grad:                                       # the fused kernel's backward is slow at these sizes
-        s = (q * q.shape[-1] ** -.5) @ k.transpose(2, 3)                      # (B, K, N, M)
-        o = (s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(-1).to(v.dtype) @ v
-    else:
-        o = F.scaled_dot_product_attention(q, k, v, mask)
-    return o.transpose(1, 2).flatten(2)
+def split_heads(x, K):
+    return x.unflatten(2, (K, -1)).transpose(1, 2)                      # (B, N, D) -> (B, K, N, d)
 
 
 def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-class RMSNorm(nn.Module):                                                     # over the channels of a head
+def repeat_rows(t, n):
+    """(B, ...) -> (B + n, ...): the first n rows again, as the off-sync branch of eq. 2."""
+    return torch.cat([t, t[:n]]) if n else t
+
+
+class RMSNorm(nn.Module):
+    """Over the d channels of a head; in float32 also under autocast, unlike nn.RMSNorm."""
+
     def __init__(self, d):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        return F.rms_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, 1e-6)      # fp32 under autocast
+        return F.rms_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, 1e-6)
 
 
 class Modulation(nn.Module):
-    """adaLN: from the conditioning vectors c (B, G, D) to `n` vectors for every token. `rows` says which c a token uses."""
+    """adaLN: n vectors (shifts, scales, gates) for every token from temb (B, G, D)."""
 
     def __init__(self, D, n):
         super().__init__()
-        self.linear, self.n = nn.Linear(D, n * D), n
+        self.linear = nn.Linear(D, n * D)
+        self.n = n
 
-    def forward(self, c, rows=None):
-        m = self.linear(F.silu(c))                                            # (B, G, nD): once per sigma, not per token
-        return (m if rows is None else m[:, rows]).chunk(self.n, -1)          # n x (B, N or 1, D)
+    def forward(self, temb, sigma_index=None):
+        """sigma_index (N,): which of the G rows a token takes; None: G is 1."""
+        # the linear layer runs once per noise level, not once per token
+        m = self.linear(F.silu(temb))                                   # (B, G, n D)
+        if sigma_index is not None:
+            m = m[:, sigma_index]                                       # (B, N, n D)
+        return m.chunk(self.n, -1)                                      # n times (B, N or 1, D)
 
 
 class MLP(nn.Module):
-    """linear, GELU, linear, under the published names ff.net.0.proj and ff.net.2."""
+    """Linear, GELU, linear."""
 
     def __init__(self, D):
         super().__init__()
+        # published weights have the names ff.net.0.proj and ff.net.2
         first = nn.Module()
         first.proj = nn.Linear(D, 4 * D)
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * D, D)])
@@ -165,391 +246,587 @@ class MLP(nn.Module):
         return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
 
 
-# ------------------------------------------------------------------------------------------------ attention and blocks
+# ---------------------------------------------------------------------------- attention and blocks
 
 @dataclass
 class Conditioning:
-    """What all blocks of one pass over the network share."""
-    c: torch.Tensor                           # (B, G, D) conditioning vectors; row 0 is the text's
-    table: tuple                              # rotation of [text; video] tokens
-    rows: torch.Tensor = None                 # (T+N,) which of the G vectors a token uses; None: there is only one
-    mask: torch.Tensor = None                 # (T+N, keys) or (B, 1, T+N, keys) booleans; None: everybody sees everybody
-    audio_table: tuple = None                 # rotation of the video tokens as audio queries
-    audio_mask: torch.Tensor = None           # (N, S) windows
-    off_sync: int = 0                         # so many rows are repeated after the double blocks, and hear nothing
+    """What all blocks of one pass share. It is not changed during the pass."""
+    temb: torch.Tensor                  # (B, G, D) embedded noise levels and pooled text
+    rope: tuple                         # rotation of the [text; video] tokens: cos, sin (T+N, d)
+    sigma_index: torch.Tensor = None    # (T+N,) row of temb of each token; None: G is 1
+    mask: torch.Tensor = None           # (B or 1, 1, T+N or 1, keys) booleans; None: all to all
+    audio_rope: tuple = None            # rotation of the video tokens as audio queries: (N, d)
+    audio_mask: torch.Tensor = None     # (N, S) booleans: the window of each video token
+    n_off_sync: int = 0                 # rows that run a second time, without audio (eq. 2)
+
+
+def attention_weights(q, k, mask=None):
+    """q (B, K, N, d), k (B, K, M, d) -> softmax over the keys that mask allows (B, K, N, M)"""
+    scores = (q * q.shape[-1] ** -.5) @ k.transpose(2, 3)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1)
+
+
+def attention(q, k, v, mask=None):
+    """q (B, K, N, d), k and v (B, K, M, d), mask broadcast to (B, K, N, M) -> (B, N, D)"""
+    q = q.to(v.dtype)
+    k = k.to(v.dtype)
+    # at the toybox's sizes the fused kernel has the slower backward pass on a CPU
+    needs_gradient = q.requires_grad or k.requires_grad or v.requires_grad
+    if v.device.type == "cpu" and needs_gradient:
+        out = attention_weights(q, k, mask).to(v.dtype) @ v             # (B, K, N, d)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+    return out.transpose(1, 2).flatten(2)
 
 
 class JointAttention(nn.Module):
-    """Queries, keys and values of [text; video]. With `text` each stream has projections of its own (double blocks)."""
+    """Self-attention over [text; video]. Double blocks give the text projections of its own."""
 
-    def __init__(self, cfg, text):
+    def __init__(self, cfg, double):
         super().__init__()
-        D, d, self.K = cfg.heads * cfg.head_dim, cfg.head_dim, cfg.heads
-        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
-        self.norm_q, self.norm_k = RMSNorm(d), RMSNorm(d)
-        if text:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
-            self.norm_added_q, self.norm_added_k = RMSNorm(d), RMSNorm(d)
-            self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(D, D)]), nn.Linear(D, D)
+        self.K, d = cfg.heads, cfg.head_dim
+        D = self.K * d
+        self.to_q, self.to_k, self.to_v = (nn.Linear(D, D) for _ in range(3))
+        self.norm_q, self.norm_k = (RMSNorm(d) for _ in range(2))
+        if double:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(D, D) for _ in range(3))
+            self.norm_added_q, self.norm_added_k = (RMSNorm(d) for _ in range(2))
+            # output projections for DoubleBlock; a SingleBlock has one for attention and MLP
+            self.to_out = nn.ModuleList([nn.Linear(D, D)])
+            self.to_add_out = nn.Linear(D, D)
 
-    def forward(self, x, y, p, past=None):
-        """x (B, N, D) video (or everything, in single blocks), y (B, T, D) text or None; past: keys and values of a clean context
-        -> output (B, T+N, D), keys and values of this pass."""
-        K = self.K
-        q, k, v = self.norm_q(split_heads(self.to_q(x), K)), self.norm_k(split_heads(self.to_k(x), K)), split_heads(self.to_v(x), K)
-        if y is not None:                                                     # text first, then video
-            q = torch.cat([self.norm_added_q(split_heads(self.add_q_proj(y), K)), q], 2)
-            k = torch.cat([self.norm_added_k(split_heads(self.add_k_proj(y), K)), k], 2)
-            v = torch.cat([split_heads(self.add_v_proj(y), K), v], 2)
-        q, k = apply_rope(q, p.table), apply_rope(k, p.table).to(v.dtype)
-        made = k, v
-        if past is not None:                                                  # the clean context, rotated long ago
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        return attention(q, k, v, p.mask), made
+    def forward(self, x, y, cond, cached_kv=None):
+        """x (B, N, D), y (B, T, D) or None, cached_kv: rotated keys and values (B, K, M, d) of the
+        clean context -> (B, T+N, D) before the output projection, and the new keys and values."""
+        # queries and keys are normalised per head, which keeps the scores bounded
+        q = self.norm_q(split_heads(self.to_q(x), self.K))              # (B, K, N, d)
+        k = self.norm_k(split_heads(self.to_k(x), self.K))
+        v = split_heads(self.to_v(x), self.K)
+        # double blocks: the text's own projections, text before video
+        if y is not None:
+            text_q = self.norm_added_q(split_heads(self.add_q_proj(y), self.K))
+            text_k = self.norm_added_k(split_heads(self.add_k_proj(y), self.K))
+            text_v = split_heads(self.add_v_proj(y), self.K)
+            q = torch.cat([text_q, q], 2)                               # (B, K, T+N, d)
+            k = torch.cat([text_k, k], 2)
+            v = torch.cat([text_v, v], 2)
+        # keys are cached as rotated ones: a token's position never changes
+        q = apply_rope(q, cond.rope)
+        k = apply_rope(k, cond.rope).to(v.dtype)
+        new_kv = k, v
+        if cached_kv is not None:
+            k = torch.cat([cached_kv[0], k], 2)                         # (B, K, M+T+N, d)
+            v = torch.cat([cached_kv[1], v], 2)
+        return attention(q, k, v, cond.mask), new_kv
 
 
 class Attention(nn.Module):
-    """Queries of x, keys and values of a source of its own width. Where things stand is told by rotation, what may be seen by a mask."""
+    """Queries from x, keys and values from a source of its own width (or from x itself)."""
 
-    def __init__(self, D, K, source):
+    def __init__(self, D, K, source_dim):
         super().__init__()
         self.K = K
-        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(source, D), nn.Linear(source, D)
-        self.norm_q, self.norm_k = RMSNorm(D // K), RMSNorm(D // K)
+        self.to_q = nn.Linear(D, D)
+        self.to_k, self.to_v = (nn.Linear(source_dim, D) for _ in range(2))
+        self.norm_q, self.norm_k = (RMSNorm(D // K) for _ in range(2))
         self.to_out = nn.Linear(D, D)
 
-    def project_kv(self, a, table=None):
-        """Source (B, S, A) -> k, v (B, K, S, d). They depend on the source alone: what is not being made is asked once."""
-        k, v = self.norm_k(split_heads(self.to_k(a), self.K)), split_heads(self.to_v(a), self.K)
-        k = k if table is None else apply_rope(k, table)                          # eq. 8 and, for the keys, eq. 9
+    def project_kv(self, source, rope=None):
+        """Source (B, S, A) -> keys and values (B, K, S, d)"""
+        # they do not depend on x: if the source is the same in all steps they are computed once
+        k = self.norm_k(split_heads(self.to_k(source), self.K))         # Syncphony eq. 8
+        v = split_heads(self.to_v(source), self.K)
+        if rope is not None:
+            k = apply_rope(k, rope)                                     # eq. 9, keys
         return k.to(v.dtype), v
 
-    def forward(self, x, kv, table=None, mask=None, maps=None):               # x (B, N, D), mask (N, S) or wider; -> (B, N, D)
-        q = self.norm_q(split_heads(self.to_q(x), self.K))
-        q = q if table is None else apply_rope(q, table)                          # Syncphony eqs. 8, 9
-        if maps is not None:                                                  # somebody wants to see who looks where: (B, K, N, S)
-            s = q @ kv[0].to(q.dtype).transpose(2, 3) * q.shape[-1] ** -.5
-            maps.append((s if mask is None else s.masked_fill(~mask, -torch.inf)).softmax(-1))
-        return self.to_out(attention(q, *kv, mask))                              # eq. 10 (with values W_V a_i)
+    def forward(self, x, kv, rope=None, mask=None, attention_maps=None):
+        """x (B, N, D), kv of `project_kv`, mask (N, S) or wider -> (B, N, D). A list
+        `attention_maps` gets the softmax (B, K, N, S) appended."""
+        q = self.norm_q(split_heads(self.to_q(x), self.K))              # eq. 8
+        if rope is not None:
+            q = apply_rope(q, rope)                                     # eq. 9, queries
+        # for pictures of where the model attends: the fused kernel does not return its weights
+        if attention_maps is not None:
+            attention_maps.append(attention_weights(q, kv[0].to(q.dtype), mask))
+        return self.to_out(attention(q, *kv, mask))                     # eq. 10, values W_V a_i
 
 
 class AudioCrossAttention(Attention):
-    """Video tokens look into the audio around them (Syncphony eqs. 7-10). Adds to x; the output starts at zero."""
+    """Adds to the video tokens what they find in the audio around them (Syncphony eqs. 7-10)."""
 
-    def __init__(self, D, K, source):
-        super().__init__(D, K, source)
+    def __init__(self, D, K, source_dim):
+        super().__init__(D, K, source_dim)
         self.norm = nn.LayerNorm(D)
 
-    def forward(self, x, kv, table=None, mask=None, maps=None):
-        return x + super().forward(self.norm(x), kv, table, mask, maps)
+    def forward(self, x, kv, rope=None, mask=None, attention_maps=None):
+        return x + super().forward(self.norm(x), kv, rope, mask, attention_maps)
 
 
 class DoubleBlock(nn.Module):
-    """Text and video have weights of their own and meet in attention. y is None when the text sits in the past."""
+    """Text and video have weights of their own and meet in one attention."""
 
     def __init__(self, cfg):
         super().__init__()
         D = cfg.heads * cfg.head_dim
-        self.norm1, self.norm1_context = Modulation(D, 6), Modulation(D, 6)
-        self.attn = JointAttention(cfg, text=True)
+        self.norm1, self.norm1_context = (Modulation(D, 6) for _ in range(2))
+        self.attn = JointAttention(cfg, double=True)
         self.ff, self.ff_context = MLP(D), MLP(D)
 
-    def forward(self, x, y, p, past=None, heard=None):
+    def forward(self, x, y, cond, cached_kv=None):
+        """x (B, N, D), y (B, T, D) or None (the text is cached) -> x, y, new keys and values"""
+        # adaLN: shift, scale and gate for attention (1) and MLP (2) of each stream
         T = 0 if y is None else y.shape[1]
-        shift, scale, gate, shift2, scale2, gate2 = self.norm1(p.c, None if p.rows is None else p.rows[T:])
-        ny = None
-        if T:
-            t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = self.norm1_context(p.c[:, :1])
-            ny = modulate(y, t_shift, t_scale)
-        o, made = self.attn(modulate(x, shift, scale), ny, p, past)           # (B, T+N, D)
-        x = x + gate * self.attn.to_out[0](o[:, T:])
+        index = None if cond.sigma_index is None else cond.sigma_index[T:]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(cond.temb, index)
+        video_in = modulate(x, shift1, scale1)
+        text_in = None
+        if y is not None:
+            # text is never noisy: it takes row 0 of temb
+            text = self.norm1_context(cond.temb[:, :1])
+            text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text
+            text_in = modulate(y, text_shift1, text_scale1)
+        # one attention over both, then each stream goes on alone
+        attended, new_kv = self.attn(video_in, text_in, cond, cached_kv)         # (B, T+N, D)
+        x = x + gate1 * self.attn.to_out[0](attended[:, T:])
         x = x + gate2 * self.ff(modulate(x, shift2, scale2))
-        if T:
-            y = y + t_gate * self.attn.to_add_out(o[:, :T])
-            y = y + t_gate2 * self.ff_context(modulate(y, t_shift2, t_scale2))
-        return x, y, made
+        if y is not None:
+            y = y + text_gate1 * self.attn.to_add_out(attended[:, :T])
+            y = y + text_gate2 * self.ff_context(modulate(y, text_shift2, text_scale2))
+        return x, y, new_kv
 
 
 class SingleBlock(nn.Module):
-    """One set of weights over [text; video]; attention and MLP side by side. Audio enters first, for video tokens only."""
+    """Audio cross-attention for the video tokens, then one set of weights over [text; video], with
+    attention and MLP side by side."""
 
     def __init__(self, cfg):
         super().__init__()
         D = cfg.heads * cfg.head_dim
-        self.audio = AudioCrossAttention(D, cfg.heads, cfg.audio_dim) if cfg.audio_dim else None
-        self.norm, self.attn = Modulation(D, 3), JointAttention(cfg, text=False)
-        self.proj_mlp, self.proj_out = nn.Linear(D, 4 * D), nn.Linear(5 * D, D)
+        self.audio = None
+        if cfg.audio_dim:
+            self.audio = AudioCrossAttention(D, cfg.heads, cfg.audio_dim)
+        self.norm = Modulation(D, 3)
+        self.attn = JointAttention(cfg, double=False)
+        self.proj_mlp = nn.Linear(D, 4 * D)
+        self.proj_out = nn.Linear(5 * D, D)
 
-    def forward(self, x, y, p, past=None, heard=None):
-        """heard: keys and values of the audio, for the first rows of x at least; None: the audio layer is skipped."""
+    def forward(self, x, y, cond, cached_kv=None, audio_kv=None):
+        """x (B, N, D), y (B, T, D) or None, audio_kv: keys and values of the audio for the first
+        rows of x, or None -> x, y, new keys and values"""
+        if audio_kv is not None:
+            # rows beyond those of the audio are the off-sync branch, which skips the layer (eq. 2)
+            rows = len(audio_kv[0])
+            synced = self.audio(x[:rows], audio_kv, cond.audio_rope, cond.audio_mask)
+            x = synced if rows == len(x) else torch.cat([synced, x[rows:]])
+        # text and video as one sequence; [attention D, MLP 4D] are projected together
         T = 0 if y is None else y.shape[1]
-        if heard is not None:
-            hear = self.audio(x[:len(heard[0])], heard, p.audio_table, p.audio_mask)
-            x = hear if len(hear) == len(x) else torch.cat([hear, x[len(hear):]])      # off-sync rows pass by
-        z = x if y is None else torch.cat([y, x], 1)                          # (B, T+N, D)
-        shift, scale, gate = self.norm(p.c, p.rows)
-        n = modulate(z, shift, scale)
-        o, made = self.attn(n, None, p, past)
-        z = z + gate * self.proj_out(torch.cat([o, F.gelu(self.proj_mlp(n), approximate="tanh")], 2))     # [attention D, MLP 4D] -> D
-        return z[:, T:], (z[:, :T] if T else None), made
+        tokens = x if y is None else torch.cat([y, x], 1)                        # (B, T+N, D)
+        shift, scale, gate = self.norm(cond.temb, cond.sigma_index)
+        normed = modulate(tokens, shift, scale)
+        attended, new_kv = self.attn(normed, None, cond, cached_kv)              # (B, T+N, D)
+        mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")                  # (B, T+N, 4D)
+        tokens = tokens + gate * self.proj_out(torch.cat([attended, mlp], 2))    # (B, T+N, D)
+        return tokens[:, T:], None if y is None else tokens[:, :T], new_kv
 
 
-# ------------------------------------------------------------------------------------------------ conditions
+# ------------------------------------------------------------------------------ conditioning inputs
 
 class TimeTextEmbed(nn.Module):
-    """Timestep in 0..1000 and, if it has a width, pooled text -> the conditioning vector."""
+    """temb: timesteps (B, G) in 0..1000 and pooled text (B, pooled), where it has a width ->
+    (B, G, D)"""
 
     def __init__(self, D, pooled=0):
         super().__init__()
-        for name, n in (("timestep_embedder", 256), ("text_embedder", pooled))[:1 + (pooled > 0)]:
-            part = nn.Module()
-            part.linear_1, part.linear_2 = nn.Linear(n, D), nn.Linear(D, D)
-            setattr(self, name, part)
 
-    def forward(self, timestep, pooled=None):                                 # (B, G), (B, P) -> (B, G, D)
-        rate = (-math.log(10000) * torch.arange(128, device=timestep.device) / 128).exp()   # cosines first, no shift
-        angle, embed = timestep[..., None].float() * rate, lambda part, x: part.linear_2(F.silu(part.linear_1(x)))
-        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self.timestep_embedder.linear_1.weight.dtype)           # (B, G, 256)
-        c = embed(self.timestep_embedder, wave)
-        return c if pooled is None else c + embed(self.text_embedder, pooled)[:, None]
+        def mlp(n):
+            layers = dict(linear_1=nn.Linear(n, D), silu=nn.SiLU(), linear_2=nn.Linear(D, D))
+            return nn.Sequential(OrderedDict(layers))
+        self.timestep_embedder = mlp(256)
+        if pooled:
+            self.text_embedder = mlp(pooled)
+
+    def forward(self, timestep, pooled=None):
+        # 128 frequencies, in the order [cos, sin] of diffusers' flip_sin_to_cos=True
+        rate = (-math.log(10000) * torch.arange(128, device=timestep.device) / 128).exp()
+        angle = timestep[..., None].float() * rate
+        waves = torch.cat([angle.cos(), angle.sin()], -1)                        # (B, G, 256)
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        temb = self.timestep_embedder(waves.to(dtype))                           # (B, G, D)
+        return temb if pooled is None else temb + self.text_embedder(pooled)[:, None]
 
 
 def text_bytes(captions, length=96):
-    """Captions -> (B, length) int64: UTF-8 bytes + 1, cut at `length`, 0 where nothing stands. '' is the null text."""
-    rows = [[b + 1 for b in c.encode(errors="replace")[:length]] for c in captions]
-    return torch.tensor([r + [0] * (length - len(r)) for r in rows])
+    """Captions -> (B, length) int64: UTF-8 bytes + 1, cut or padded with 0 to `length`."""
+    # the empty caption, all 0, is the null text of guidance
+    encoded = [caption.encode(errors="replace")[:length] for caption in captions]
+    return torch.tensor([[b + 1 for b in row] + [0] * (length - len(row)) for row in encoded])
 
 
 class ByteText(nn.Module):
-    """Text states from bytes, in place of T5 and CLIP: letters, their neighbours, then one token for every 8 letters."""
+    """Small text encoder in place of T5 and CLIP: one token for every 8 bytes."""
 
     def __init__(self, dim, pooled, length=96, width=64):
         super().__init__()
-        self.letter, self.place = nn.Embedding(257, width), nn.Parameter(.02 * torch.randn(length, width))
-        self.near, self.token = nn.Conv1d(width, width, 5, padding=2), nn.Conv1d(width, dim, 8, 8)
+        self.letter = nn.Embedding(257, width)
+        self.place = nn.Parameter(.02 * torch.randn(length, width))
+        self.near = nn.Conv1d(width, width, 5, padding=2)
+        self.token = nn.Conv1d(width, dim, 8, 8)
         self.pool = nn.Linear(dim, pooled) if pooled else None
 
-    def forward(self, letters):                                               # (B, length) -> (B, length/8, dim), (B, pooled)
-        x = (self.letter(letters) + self.place).transpose(1, 2)
-        x = self.token(F.gelu(self.near(x)) + x).transpose(1, 2)
-        # a gelu in the end may fall silent at high learning rates, and never speaks again; the towers' texts have a norm instead
-        x = F.gelu(x) if self.pool else F.layer_norm(x, x.shape[-1:])
-        return x, self.pool(x.mean(1)) if self.pool else None
+    def forward(self, letters):
+        """(B, length) -> states (B, length/8, dim), pooled (B, pooled) or None"""
+        x = self.letter(letters) + self.place                                   # (B, length, 64)
+        x = x.transpose(1, 2)
+        x = F.gelu(self.near(x)) + x
+        x = self.token(x).transpose(1, 2)                                       # (B, length/8, dim)
+        if self.pool is None:
+            return F.layer_norm(x, x.shape[-1:]), None
+        # This GELU can die at high learning rates (outputs near 0, no gradient), which is why the
+        # towers' encoders end in a norm. It stays because the shipped a2v weights have it.
+        x = F.gelu(x)
+        return x, self.pool(x.mean(1))
 
 
 class MelEncoder(nn.Module):
-    """Log-mels at 100 Hz -> features at 50 Hz, in place of HuBERT. Dilated convolutions reach 1.3 s to either side: a ball
-    must start to roll 0.8 s before it is heard to hit, and the window of a latent alone sees 0.25 s ahead."""
+    """Small audio encoder in place of HuBERT: log-mels (B, 2S, mels), 100 Hz -> (B, S, A), 50 Hz.
+
+    It reaches 1.3 s to either side: a ball must start to roll 0.8 s before the sound of its hit,
+    and the window of a latent (eq. 7) alone reaches 0.25 s ahead."""
 
     def __init__(self, A, mels=64):
         super().__init__()
         self.strided = nn.Conv1d(mels, A, 4, 2, padding=1)
         self.norms = nn.ModuleList([nn.LayerNorm(A) for _ in range(7)])
-        self.layers = nn.ModuleList([nn.Conv1d(A, A, 3, padding=g, dilation=g) for g in (1, 2, 4, 8, 16, 32)])
+        dilations = (1, 2, 4, 8, 16, 32)
+        self.layers = nn.ModuleList([nn.Conv1d(A, A, 3, padding=g, dilation=g) for g in dilations])
 
-    def forward(self, mel):                                                   # (B, 2S, mels) -> (B, S, A)
-        x = self.strided(mel.transpose(1, 2)).transpose(1, 2)
+    def forward(self, mel):
+        # a strided convolution halves the rate, six residual ones reach ever farther
+        x = self.strided(mel.transpose(1, 2)).transpose(1, 2)                    # (B, S, A)
         for norm, layer in zip(self.norms, self.layers):
             x = x + layer(F.gelu(norm(x)).transpose(1, 2)).transpose(1, 2)
         return self.norms[-1](x)
 
 
-# ------------------------------------------------------------------------------------------------ the transformer
+# ------------------------------------------------------------------------------------ cache, output
+
+@dataclass
+class KVCache:
+    """What a roll-out keeps: its conditions, and the keys and values of the clean context.
+
+        | text | latent 0 | 13 | 14 | 15 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 |      W = 12,
+        '------ sink -----'----------- ring: latent l in slot (l - 1) mod W ----'      next: 16
+
+    The ring holds the last W latents: a new one replaces the oldest. Their order does not matter,
+    since the time of a key is in its rotation. The sink stays: attention degrades when its first
+    tokens are dropped (attention sinks, StreamingLLM, Xiao et al. 2023). A mask hides slots that
+    are still empty. So all shapes are constant, and one compiled graph serves clips of any length;
+    on a CPU (size tiny) the empty slots cost at most 3 % of a step."""
+    grid: tuple                         # tokens in a column and a row of a latent
+    n_text: int                         # T
+    window: int                         # W
+    pooled: torch.Tensor                # (R, pooled_dim)
+    audio_features: torch.Tensor        # (R, S, A) of the whole clip, or None
+    n_off_sync: int
+    kv: list = None                     # per block: keys and values (rows, K, slots, d)
+    sink_keys: list = None              # per block: the sink's keys as first computed
+    mask: torch.Tensor = None           # (1, 1, 1, slots + n): slots in use, a latent's own keys
+    latent: int = 0                     # index of the latent that comes next; for all its steps:
+    rope: tuple = None                  # its rotation,
+    audio_kv: list = None               # keys and values of the audio in its window,
+    audio_mask: torch.Tensor = None     # and that window
+
+    def append(self, new_kv):
+        """Store keys and values (rows, K, n, d) of the next latent; with latent 0 those of text."""
+        n = self.grid[0] * self.grid[1]
+        n_sink = self.n_text + n
+        n_slots = n_sink + self.window * n
+        start = n_sink + (self.latent - 1) % self.window * n
+        if self.latent == 0:
+            # zeros, not empty memory: masked values have weight 0, and 0 * nan would be nan
+            def slots(t):
+                return t.new_zeros(*t.shape[:2], n_slots, t.shape[3])
+            self.kv = [(slots(k), slots(v)) for k, v in new_kv]
+            self.sink_keys = [k for k, _ in new_kv]
+            start = 0
+        # the oldest latent is overwritten; no gradient flows through a roll-out
+        for old, new in zip(self.kv, new_kv):
+            for slots, value in zip(old, new):
+                slots[:, :, start:start + value.shape[2]] = value.detach()
+        # the keys of the latent in progress come after all slots
+        slot = torch.arange(n_slots + n, device=self.pooled.device)
+        filled = n_sink + min(self.latent, self.window) * n
+        self.mask = ((slot < filled) | (slot >= n_slots))[None, None, None]
+        self.latent += 1
+
+    def rotate_sink(self, table):
+        """Move the sink's keys in time, by a table (1, d): rotations add up."""
+        for (k, _), sink in zip(self.kv, self.sink_keys):
+            k[:, :, :sink.shape[2]] = apply_rope(sink.float(), table).to(k.dtype)
+
 
 def init_weights(module):
-    """Xavier for every linear layer, but zero for the ones that would be heard at once: adaLN (so that every block starts as
-    the identity) and the output of the audio layers. -> module"""
+    """Xavier for every linear layer, then zero for those that would act at once -> module"""
     for m in module.modules():
         if isinstance(m, nn.Linear):
-            nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
     for m in module.modules():
-        if isinstance(m, (Modulation, AudioCrossAttention)):
-            nn.init.zeros_((m.linear if isinstance(m, Modulation) else m.to_out).weight)
+        # adaLN-Zero (DiT): all gates are 0, so every block starts as the identity
+        if isinstance(m, Modulation):
+            nn.init.zeros_(m.linear.weight)
+        # new audio layers add 0: a pretrained backbone starts as the model it was
+        if isinstance(m, AudioCrossAttention):
+            nn.init.zeros_(m.to_out.weight)
     return module
 
 
 def velocity_from_output(out, x, sigma):
-    """The last layer's output F as a velocity (EDM's idea, on the straight path): of z with unit variance x already tells
-    (1-s) x / d, with d = (1-s)^2 + s^2, and what it does not tell has the size s / sqrt(d). The network gives that rest in units
-    of its size, z = ((1-s) x + s sqrt(d) F) / d, hence v = (x - z) / s as below.
-    After 400 steps (one seed) the error at sigma > 0.75 was 0.61 so, and 0.84 where the network gave z itself."""
+    """The last layer's output as a velocity, preconditioned as in EDM (Karras et al. 2022).
+
+    s = sigma; z and eps of unit variance; x = (1-s) z + s eps; d = Var x = (1-s)^2 + s^2:
+        E[z | x] = (1-s) x / d        Var[z | x] = 1 - (1-s)^2 / d = s^2 / d
+        z_hat    = ((1-s) x + s sqrt(d) out) / d       out: what x lacks, of unit variance
+        v_hat    = (x - z_hat) / s = ((2s - 1) x - sqrt(d) out) / d      as d - (1-s) = s (2s - 1)
+    After 400 steps (one seed) the error at sigma > 0.75 was 0.61 so, and 0.84 with out = z_hat."""
     d = (1 - sigma) ** 2 + sigma ** 2
     return ((2 * sigma - 1) * x - d ** .5 * out.to(x.dtype)) / d
 
 
+# ---------------------------------------------------------------------------------- the transformer
+
 class MMDiT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        D, self.cfg = cfg.heads * cfg.head_dim, cfg
-        assert sum(cfg.axes) == cfg.head_dim, f"axes {cfg.axes} must add up to the head's {cfg.head_dim} channels"
-        self.x_embedder, self.context_embedder = nn.Linear(cfg.patch ** 2 * cfg.latent, D), nn.Linear(cfg.text_dim, D)
+        assert sum(cfg.axes) == cfg.head_dim, \
+            f"axes {cfg.axes} must add up to the head's {cfg.head_dim} channels"
+        self.cfg = cfg
+        D = cfg.heads * cfg.head_dim
+        token = cfg.patch ** 2 * cfg.latent
+        # inputs, blocks, output: named as in the published weights
+        self.x_embedder = nn.Linear(token, D)
+        self.context_embedder = nn.Linear(cfg.text_dim, D)
         self.time_text_embed = TimeTextEmbed(D, cfg.pooled_dim)
         self.transformer_blocks = nn.ModuleList([DoubleBlock(cfg) for _ in range(cfg.n_double)])
-        self.single_transformer_blocks = nn.ModuleList([SingleBlock(cfg) for _ in range(cfg.n_single)])
-        self.norm_out, self.proj_out = Modulation(D, 2), nn.Linear(D, cfg.patch ** 2 * cfg.latent)
+        singles = [SingleBlock(cfg) for _ in range(cfg.n_single)]
+        self.single_transformer_blocks = nn.ModuleList(singles)
+        self.norm_out = Modulation(D, 2)
+        self.proj_out = nn.Linear(D, token)
+        # encoders that are trained along
         if cfg.text == "bytes":
             self.text = ByteText(cfg.text_dim, cfg.pooled_dim)
         if cfg.audio == "mel" and cfg.audio_dim:
             self.ears = MelEncoder(cfg.audio_dim)
         init_weights(self)
+        # as in DiT, the first output is 0 instead of a random velocity
         nn.init.zeros_(self.proj_out.weight)
 
-    def encode_text(self, words):
-        """Text -> states (B, T, text_dim), mask (B, T), pooled (B, pooled_dim): letters (B, 96) by the encoder that is trained
-        along, or, of a network that was trained with others, these three themselves (data.t5_clip_states)."""
+    def encode_text(self, text_inputs):
+        """Bytes (B, 96) of `text_bytes` -> states (B, T, text_dim), their mask (B, T), pooled"""
+        # of a network with external encoders these three come from pyramid.t5_clip_states
         if self.cfg.text != "bytes":
-            return words
-        states, pooled = self.text(words)
+            return text_inputs
+        states, pooled = self.text(text_inputs)
         return states, torch.ones_like(states[..., 0]), pooled
 
-    def encode_audio(self, sound):
-        """Log-mels (B, 2S, 64), or features that were made elsewhere -> features (B, S, A) at 50 Hz."""
-        return self.ears(sound) if self.cfg.audio == "mel" else sound
-
-    def run_blocks(self, x, y, p, past=None, heard=None):
-        """Tokens x (B, N, D), text y (B, T, D) or None -> x after all blocks; the keys and values of every block.
-
-        past: per block, keys and values of the clean context. heard: per single block, those of the audio; None: audio layers
-        are skipped. Blocks are given their own, not the lists: to torch.compile they are all the same function."""
-        n, made = len(self.transformer_blocks), []
-        past, heard = past or [None] * (n + len(self.single_transformer_blocks)), heard or [None] * len(self.single_transformer_blocks)
-        for block, before in zip(self.transformer_blocks, past):
-            x, y, kv = block(x, y, p, before)
-            made.append(kv)
-        if p.off_sync:                          # up to here full and off-sync are the same: computed once, then repeated
-            again = lambda t: torch.cat([t, t[:p.off_sync]])
-            x, y, p.c = again(x), None if y is None else again(y), again(p.c)
-            p.mask = again(p.mask) if p.mask is not None and p.mask.dim() == 4 else p.mask
-        for block, before, sound in zip(self.single_transformer_blocks, past[n:], heard):
-            x, y, kv = block(x, y, p, before, sound)
-            made.append(kv)
-        return x, made
+    def encode_audio(self, audio_inputs):
+        """Log-mels (B, 2S, 64) or the features of an external encoder -> features (B, S, A)"""
+        return self.ears(audio_inputs) if self.cfg.audio == "mel" else audio_inputs
 
     def all_blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
-    def embed_latents(self, *clips):                   # latents, in the order given -> (B, N, D)
+    def token_grid(self, z):
+        """Tokens in a column and in a row of latents z."""
+        return z.shape[3] // self.cfg.patch, z.shape[4] // self.cfg.patch
+
+    def rope(self, ids, device):
+        cos, sin = rope_table(ids, self.cfg.axes, self.cfg.time_scale)
+        return cos.to(device), sin.to(device)
+
+    def embed_latents(self, *clips):
+        """Latents, in the order given -> tokens (B, N, D)"""
         return self.x_embedder(torch.cat([patchify(z, self.cfg.patch) for z in clips], 1))
 
-    def final_layer(self, x, shape, c, rows=None):     # scale before shift here, unlike in the blocks
-        scale, shift = self.norm_out(c, rows)
+    def project_audio(self, audio_features, times, start=0):
+        """Audio features (B, S, A) of steps start .. start + S - 1, times (N,) of the video tokens
+        -> keys and values of every single block, windows (N, S). Without audio: None, None."""
+        if audio_features is None:
+            return None, None
+        device = audio_features.device
+        t = audio_positions(audio_features.shape[1], self.cfg.alpha, start)     # (S,)
+        window = temporal_window(times, t, self.cfg.window).to(device)          # eq. 7
+        t = t if self.cfg.audio_rope else torch.zeros_like(t)
+        rope = self.rope(F.pad(t[:, None], (0, 2)), device)                     # ids (t_i, 0, 0)
+        blocks = self.single_transformer_blocks
+        return [block.audio.project_kv(audio_features, rope) for block in blocks], window
+
+    def run_blocks(self, x, y, cond, cached_kv=None, audio_kv=None):
+        """x (B, N, D), y (B, T, D) or None -> x (B + n_off_sync, N, D), new keys, values per block
+
+        cached_kv: per block, those of the clean context; audio_kv: per single block, those of the
+        audio, None: no audio layers."""
+        # a block is given its own ones, not the list: torch.compile then compiles it once for all
+        n_double = len(self.transformer_blocks)
+        cached_kv = cached_kv or [None] * len(self.all_blocks())
+        audio_kv = audio_kv or [None] * len(self.single_transformer_blocks)
+        new_kv = []
+        for block, past in zip(self.transformer_blocks, cached_kv):
+            x, y, kv = block(x, y, cond, past)
+            new_kv.append(kv)
+
+        # Full and off-sync branch differ in the audio layers: up to the first of them they are
+        # computed once, then the rows are repeated. A mask of one row is broadcast to all.
+        n, mask = cond.n_off_sync, cond.mask
+        if n:
+            x = repeat_rows(x, n)
+            y = None if y is None else repeat_rows(y, n)
+            mask = mask if mask is None or len(mask) == 1 else repeat_rows(mask, n)
+            cond = replace(cond, temb=repeat_rows(cond.temb, n), mask=mask)
+
+        # single blocks: audio for the first B rows
+        cached = cached_kv[n_double:]
+        for block, past, audio in zip(self.single_transformer_blocks, cached, audio_kv):
+            x, y, kv = block(x, y, cond, past, audio)
+            new_kv.append(kv)
+        return x, new_kv
+
+    def final_layer(self, x, shape, temb, sigma_index=None):
+        """Tokens (B, N, D) -> (B, C, L, h, w), shape = (L, h, w)"""
+        # scale before shift, as in diffusers' AdaLayerNormContinuous
+        scale, shift = self.norm_out(temb, sigma_index)
         return unpatchify(self.proj_out(modulate(x, shift, scale)), *shape, self.cfg.patch)
 
     def to_velocity(self, out, x, sigma):
         return velocity_from_output(out, x, sigma) if self.cfg.precondition else out
 
-    def token_grid(self, z):                          # patches in a column and a row of latents z
-        return z.shape[3] // self.cfg.patch, z.shape[4] // self.cfg.patch
+    def forward(self, clips, timestep, text, text_mask, pooled, audio_features=None, n_off_sync=0,
+                latents_dropped=0):
+        """Pyramid Flow's call: velocity of the last, noisy clip, given clean clips before it.
 
-    def rope(self, ids):
-        return rope_table(ids, self.cfg.axes, self.cfg.time_scale)
+        clips: list of (B, C, L_i, h_i, w_i), oldest and coarsest first; timestep (B,) in 0..1000;
+        text (B, T, text_dim), its mask (B, T); pooled (B, pooled_dim); audio_features (B, S, A) of
+        the whole clip, None: no audio layers; latents_dropped: how many latents were before
+        clips[0] -> (B + n_off_sync, C, L, h, w) like clips[-1], off-sync rows last"""
+        noisy, device = clips[-1], text.device
+        h, w = self.token_grid(noisy)
+        T = text.shape[1]
 
-    def audio_times(self, S):
-        """t_i of audio steps, in latent units: step i begins at i/alpha latents; the middle of a latent's own steps is l."""
-        return (torch.arange(S) + .5) / self.cfg.alpha - .5
+        # text stands at (0, 0, 0), the clips one after another, laid over the noisy clip's grid
+        video_ids, t = [], 0
+        for z in clips:
+            video_ids.append(position_ids(range(t, t + z.shape[2]), *self.token_grid(z), h))
+            t += z.shape[2]
+        video_ids = torch.cat(video_ids)                                        # (N, 3)
+        ids = F.pad(video_ids, (0, 0, T, 0))                                    # (T+N, 3)
 
-    def project_audio_kv(self, a, start=0):
-        """Audio features a (B, S, A), the first of which is step `start` -> keys and values for every single block."""
-        t = self.audio_times(start + a.shape[1])[start:]
-        table = self.rope(F.pad(t[:, None], (0, 2)).to(a.device)) if self.cfg.audio_rope else self.rope(a.new_zeros(a.shape[1], 3))
-        return [b.audio.project_kv(a, table) for b in self.single_transformer_blocks]
+        # causal in time; padding attends to padding alone, so that no softmax is over nothing
+        causal = (ids[:, None, 0] >= ids[None, :, 0]).to(device)
+        real = F.pad(text_mask.bool(), (0, len(video_ids)), value=True)         # (B, T+N)
+        mask = (real[:, None] == real[:, :, None]) & causal                     # (B, T+N, T+N)
 
-    def audio_window(self, l, S):
-        """Which audio steps latents l (N,) see -> (N, S): |t_i - l| < Delta + 0.5, and always the nearest.     eq. 7"""
-        distance = (self.audio_times(S).to(l.device)[None] - l[:, None]).abs()
-        return (distance < self.cfg.window) | (distance == distance.min(1, keepdim=True).values)
+        # the audio runs on from the start, whatever part of the history was dropped
+        audio_ids = video_ids + torch.tensor([latents_dropped, 0, 0])
+        audio_kv, audio_mask = self.project_audio(audio_features, audio_ids[:, 0])
 
-    def forward(self, clips, timestep, text, text_mask, pooled, audio=None, off_sync=0, gone=0):
-        """Pyramid Flow's call: velocity of the last, noisy clip, given clean clips before it, oldest and coarsest first.
+        temb = self.time_text_embed(timestep[:, None], pooled)                  # (B, 1, D)
+        cond = Conditioning(temb, self.rope(ids, device), None, mask[:, None],
+                            self.rope(audio_ids, device), audio_mask, n_off_sync)
+        x = self.embed_latents(*clips)                                          # (B, N, D)
+        y = self.context_embedder(text)                                         # (B, T, D)
+        x, _ = self.run_blocks(x, y, cond, audio_kv=audio_kv)
+        x = x[:, -noisy.shape[2] * h * w:]                                      # the noisy tokens
+        return self.final_layer(x, noisy.shape[2:], repeat_rows(temb, n_off_sync))
 
-        clips: list of (B, C, L, h, w); timestep (B,) in 0..1000; text (B, T, text_dim) with mask (B, T); pooled
-        (B, pooled_dim); audio (B, S, A) features of the whole clip or None = audio layers skipped. -> like clips[-1], and
-        behind them the first `off_sync` rows once more, unheard. gone: so many latents were before the first of `clips`."""
-        x, y, T = self.embed_latents(*clips), self.context_embedder(text), text.shape[1]                   # (B, N, D), (B, T, D)
-        starts = [sum(z.shape[2] for z in clips[:i]) for i in range(len(clips))]
-        fine, width = self.token_grid(clips[-1])
-        ids = torch.cat([position_ids(range(s, s + z.shape[2]), *self.token_grid(z), fine) for s, z in zip(starts, clips)])
-        ids = torch.cat([torch.zeros(T, 3), ids]).to(x.device)                # text stands at (0, 0, 0)
-        real = F.pad(text_mask.bool(), (0, x.shape[1]), value=True)           # padding sees padding, real sees real ...
-        mask = (real[:, None] == real[:, :, None]) & (ids[:, None, 0] >= ids[None, :, 0])        # ... and nobody the future
-        p, heard = Conditioning(self.time_text_embed(timestep[:, None], pooled), self.rope(ids), mask=mask[:, None], off_sync=off_sync), None
-        if audio is not None:
-            at = ids[T:] + torch.tensor([gone, 0, 0], device=x.device)        # the sound runs on, whatever was forgotten
-            heard, p.audio_table, p.audio_mask = self.project_audio_kv(audio), self.rope(at), self.audio_window(at[:, 0], audio.shape[1])
-        n = clips[-1].shape[2] * fine * width
-        x, _ = self.run_blocks(x, y, p, heard=heard)
-        return self.final_layer(x[:, -n:], clips[-1].shape[2:], p.c)
+    # ---- the same network where clean tokens have sigma = 0 (context_clock="own")
 
-    # ---- the same network for a model whose context keeps its own clock
+    def forward_teacher_forced(self, clean, noisy, sigma, text, pooled, audio_features=None,
+                               start=1):
+        """Velocities of many latents in one pass, as `denoise_step` gives them one by one.
 
-    def forward_teacher_forced(self, clean, noisy, sigma, text, pooled, audio=None, start=1):
-        """Velocities of many latents in one pass.
+        clean (B, C, L, h, w): latents 0 .. L-1; noisy (B, C, M, h, w): latents start .. start+M-1
+        at sigma (B, M); text, pooled, audio_features as in `forward` -> like noisy"""
+        h, w = self.token_grid(noisy)
+        L = clean.shape[2]
+        M = noisy.shape[2]
+        T = text.shape[1]
+        n = h * w
+        device = noisy.device
 
-        clean (B, C, L, h, w): latents 0..L-1; noisy (B, C, M, h, w): latents start..start+M-1 at sigma (B, M); text,
-        pooled as `self.text` gives them; audio (B, S, A) or None -> like noisy. The same as `denoise_step`, one by one."""
-        L, M, T, (h, w) = clean.shape[2], noisy.shape[2], text.shape[1], self.token_grid(noisy)
-        x, y, n = self.embed_latents(clean, noisy), self.context_embedder(text), h * w                      # n tokens per latent
-        ids = position_ids([*range(L), *range(start, start + M)], h, w).to(x.device)
-        t = F.pad(ids[:, 0], (T, 0))                                          # (T+N,) text counts as latent 0
-        new = torch.arange(len(t), device=x.device) >= T + L * n              # which tokens are noisy
-        past = (t[None] < t[:, None]) & (t[:, None] - t[None] <= self.cfg.context) | (t[None] == 0)
-        same = (t[None] == t[:, None]) & (new[None] == new[:, None])
-        mask = past & ~new[None] | same                                       # everybody sees text and latent 0
-        rows = torch.arange(M).repeat_interleave(n) + 1                       # each noisy latent has its own sigma
-        rows = F.pad(rows, (T + L * n, 0)).to(x.device)                       # text and clean latents: row 0, sigma = 0
-        c = self.time_text_embed(1000 * F.pad(sigma, (1, 0)), pooled)         # (B, 1+M, D)
-        p, heard = Conditioning(c, self.rope(torch.cat([ids.new_zeros(T, 3), ids])), rows, mask), None
-        if audio is not None:
-            heard, p.audio_table, p.audio_mask = self.project_audio_kv(audio), self.rope(ids), self.audio_window(ids[:, 0], audio.shape[1])
-        x, _ = self.run_blocks(x, y, p, heard=heard)
-        out = self.final_layer(x[:, L * n:], noisy.shape[2:], c, rows[T + L * n:])
+        # noisy latents stand at the times of the clean latents that they will become
+        video_ids = position_ids([*range(L), *range(start, start + M)], h, w)   # (N, 3)
+        ids = F.pad(video_ids, (0, 0, T, 0))                                    # (T+N, 3)
+        mask = teacher_forcing_mask(T, L, M, start, n, self.cfg.context).to(device)
+        audio_kv, audio_mask = self.project_audio(audio_features, video_ids[:, 0])
+
+        # a noise level for every noisy latent; text and clean latents take row 0, sigma = 0
+        temb = self.time_text_embed(1000 * F.pad(sigma, (1, 0)), pooled)        # (B, 1+M, D)
+        index = torch.arange(1, M + 1).repeat_interleave(n)
+        index = F.pad(index, (T + L * n, 0)).to(device)                         # (T+N,)
+
+        cond = Conditioning(temb, self.rope(ids, device), index, mask[None, None],
+                            self.rope(video_ids, device), audio_mask)
+        x = self.embed_latents(clean, noisy)                                    # (B, N, D)
+        y = self.context_embedder(text)                                         # (B, T, D)
+        x, _ = self.run_blocks(x, y, cond, audio_kv=audio_kv)                   # (B, N, D)
+        out = self.final_layer(x[:, L * n:], noisy.shape[2:], temb, index[T + L * n:])
         return self.to_velocity(out, noisy, sigma[:, None, :, None, None])
 
-    def prefill(self, first, text, pooled, audio=None, off_sync=0):
-        """Start a roll-out: latent 0 (R, C, 1, h, w), text (R, T, ·), audio features (R, S, A) of the whole sound.
+    def prefill(self, first, text, pooled, audio_features=None, n_off_sync=0):
+        """Start a roll-out: latent 0 (R, C, 1, h, w), text (R, T, text_dim), pooled (R, pooled_dim)
+        and audio features (R, S, A) of the whole clip -> KVCache. R rows: the guidance branches of
+        one or more clips, of which the first n_off_sync get an off-sync row each."""
+        cache = KVCache(self.token_grid(first), text.shape[1], self.cfg.context, pooled,
+                        audio_features, n_off_sync)
+        self.begin_latent(cache)
+        self.append_latent(cache, first, self.context_embedder(text))
+        return cache
 
-        R rows are the guidance branches of one or more clips; the first `off_sync` of them are repeated after the
-        double blocks as rows that hear nothing. -> the context that `append_latent` and `denoise_step` read and grow"""
-        context = dict(pooled=pooled, audio=audio, off_sync=off_sync, l=0, at=(-1,), T=text.shape[1], cache=None)
-        self.append_latent(context, first, self.context_embedder(text))
-        return context
+    def begin_latent(self, cache):
+        """What all steps of the next latent share: its rotation, the audio in its window."""
+        ids = position_ids([cache.latent], *cache.grid)                         # (n, 3)
+        audio = cache.audio_features
+        if audio is not None:
+            # a slice of constant length that holds the window; `audio_mask` is the window in it
+            length = math.ceil(2 * self.cfg.window * self.cfg.alpha) + 1
+            first = math.floor((cache.latent + .5 - self.cfg.window) * self.cfg.alpha)
+            first = max(0, min(first, audio.shape[1] - length))
+            audio = audio[:, first:first + length]
+            cache.audio_kv, cache.audio_mask = self.project_audio(audio, ids[:, 0], first)
+        # the text, at (0, 0, 0), enters with latent 0
+        if cache.latent == 0:
+            ids = F.pad(ids, (0, 0, cache.n_text, 0))
+        cache.rope = self.rope(ids, cache.pooled.device)
 
-    def _pass(self, context, z, sigma):
-        """The Conditioning of latent l = context['l'], and what it hears. What does not depend on the step is made once per latent: its
-        rotation, and the keys and values of the audio in its window (of no other steps, so no mask is needed)."""
-        l, a = context["l"], context["audio"]
-        if context["at"][0] != l:
-            ids, kv = position_ids([l], *self.token_grid(z)).to(z.device), None
-            if a is not None:
-                seen = self.audio_window(ids[:1, 0], a.shape[1])[0].nonzero().flatten()
-                kv = self.project_audio_kv(a[:, seen[0]:seen[-1] + 1], int(seen[0]))
-            context["at"] = (l, self.rope(ids), kv)
-        _, table, kv = context["at"]
-        c = self.time_text_embed(torch.full((len(z), 1), 1000. * sigma, device=z.device), context["pooled"])
-        return Conditioning(c, table, off_sync=context["off_sync"], audio_table=table), kv
+    def run_latent(self, cache, z, sigma, y=None):
+        """One pass of latent z (R, C, 1, h, w) at sigma against the cache -> tokens
+        (R + n_off_sync, n, D), temb of these rows, new keys and values"""
+        timestep = torch.full((len(z), 1), 1000. * sigma, device=z.device)
+        temb = self.time_text_embed(timestep, cache.pooled)                     # (R, 1, D)
+        x = self.embed_latents(z)                                               # (R, n, D)
+        # audio queries are the video tokens alone, which come after the text
+        audio_rope = tuple(table[-x.shape[1]:] for table in cache.rope)
+        cond = Conditioning(temb, cache.rope, None, cache.mask, audio_rope, cache.audio_mask,
+                            cache.n_off_sync)
+        x, new_kv = self.run_blocks(x, y, cond, cache.kv, cache.audio_kv)
+        return x, repeat_rows(temb, cache.n_off_sync), new_kv
 
-    def append_latent(self, context, z, y=None):
-        """Append the finished latent z (R, C, 1, h, w) to the context, and with the first one the text y."""
-        (p, heard), n = self._pass(context, z, 0.), math.prod(self.token_grid(z))   # clean: sigma = 0; n tokens per latent
-        if y is not None:                       # [text; latent 0]: text has no position, and both see each other
-            p.table = tuple(torch.cat([t0, t]) for t0, t in zip(self.rope(torch.zeros(y.shape[1], 3, device=z.device)), p.table))
-            context["all"] = None
-        _, made = self.run_blocks(self.embed_latents(z), y, p, context["cache"], heard)
-        old, sink, W = context["all"], context["T"] + n, self.cfg.context * n
-        grown = made if old is None else [tuple(torch.cat(kv, 2) for kv in zip(a, b)) for a, b in zip(old, made)]
-        # bounded memory: the text and latent 0 stay for ever, of the rest the last `context` latents
-        context["all"] = [tuple(torch.cat([t[:, :, :sink], t[:, :, sink:][:, :, -W:]], 2) for t in kv) for kv in grown]
-        context["l"] += 1
-        # and never farther away than in training: past that distance their keys turn along (rotations add up)
-        away = max(0, context["l"] - self.cfg.context)
-        turn = self.rope(torch.tensor([[away, 0., 0.]], device=z.device))
-        context["cache"] = context["all"] if not away else [
-            (torch.cat([apply_rope(k[:, :, :sink].float(), turn).to(k.dtype), k[:, :, sink:]], 2), v) for k, v in context["all"]]
+    def append_latent(self, cache, z, y=None):
+        """Put the finished latent z (R, C, 1, h, w) into the cache, with latent 0 also text y."""
+        _, _, new_kv = self.run_latent(cache, z, 0., y)
+        cache.append(new_kv)
+        # no key farther than in training: text and latent 0 move up to W latents before the next
+        excess = cache.latent - cache.window
+        if excess > 0:
+            cache.rotate_sink(self.rope(torch.tensor([[excess, 0., 0.]]), z.device))
+        self.begin_latent(cache)
 
-    def denoise_step(self, context, x, sigma):
-        """Velocity of the noisy latent x (R, C, 1, h, w) at sigma (a number) -> (R + off_sync, C, 1, h, w)."""
-        p, heard = self._pass(context, x, sigma)
-        out, _ = self.run_blocks(self.embed_latents(x), None, p, context["cache"], heard)         # may change p.c: off-sync rows join
-        out = self.final_layer(out, x.shape[2:], p.c)
-        return self.to_velocity(out, torch.cat([x, x[:len(out) - len(x)]]), sigma)
-
+    def denoise_step(self, cache, x, sigma):
+        """Velocity of the noisy latent x (R, C, 1, h, w) at sigma, a number, off-sync rows last ->
+        (R + n_off_sync, C, 1, h, w)"""
+        tokens, temb, _ = self.run_latent(cache, x, sigma)
+        out = self.final_layer(tokens, x.shape[2:], temb)
+        return self.to_velocity(out, repeat_rows(x, cache.n_off_sync), sigma)

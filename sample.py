@@ -157,7 +157,7 @@ class WithoutAudio:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def prefill(self, first, text, pooled, audio, off_sync=0):
+    def prefill(self, first, text, pooled, audio, n_off_sync=0):
         return self.model.prefill(first, text, pooled)
 
     def __call__(self, clips, timestep, text, mask, pooled, audio, off_sync=0, gone=0):
@@ -183,7 +183,7 @@ def sample_autoregressive(model, z0, latents, sound, words, nothing=None, steps=
         return
     if null:
         audio, z0 = audio.repeat(2, 1, 1), z0.repeat(2, 1, 1, 1, 1)
-    context = model.prefill(z0, text, pooled, audio, off_sync=B if asg > 0 else 0)
+    context = model.prefill(z0, text, pooled, audio, n_off_sync=B if asg > 0 else 0)
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for _ in range(1, latents):
         x = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in noise]).to(z0)              # fp32 all the way

@@ -1,8 +1,9 @@
-"""The specification. Every test names one sentence of a paper or of README.md, and fails when it is no longer true.
+"""The specification. A test states one fact about a paper or README.md and fails when it is broken.
 
-Layers that start at zero are randomised first (`shaken`): a fresh network passes half of these tests for the wrong
-reason. Where two computations must agree, they run in float64. Nothing here needs a network or a GPU. Parity with the original
-programs is checked against the arrays in assets/golden."""
+Layers that start at zero get random weights first (`shaken`): a fresh network passes half of these
+tests for the wrong reason. Where two computations must agree, they run in float64. Nothing needs a
+network connection or a GPU. Parity with the original programs is checked against assets/golden.
+"""
 import importlib
 import json
 import math
@@ -40,16 +41,18 @@ import towers
 import toybox
 import train
 import vae as vae_module
-from model import MMDiT, MMDiTConfig, position_ids, patchify, rope_table, apply_rope, text_bytes, unpatchify
+from model import MMDiT, MMDiTConfig, apply_rope, patchify, position_ids, rope_table, text_bytes
+from model import unpatchify
 from pyramid import load_pyramid_flow, load_pyramid_vae
 from towers import DualTower, DualTowerConfig
-from vae import AUDIO_VAE_SIZES, VIDEO_VAE_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
-from vae import audio_vae_loss, video_vae_loss
+from vae import AUDIO_VAE_SIZES, VIDEO_VAE_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE
+from vae import VAEConfig, audio_vae_loss, video_vae_loss
 
-torch.set_num_threads(1)                                                      # these networks are too small to be shared
+torch.set_num_threads(1)            # these networks are too small to be split over cores
 HERE = Path(__file__).parent
-HELD_OUT_TESTS = 7 * 10 ** 8                                                 # seeds of clips that nothing was tuned or trained on
-weights = pytest.mark.skipif(not (HERE / "weights/a2v-toybox.pt").is_file(), reason="no trained weights in this checkout")
+HELD_OUT_TESTS = 7 * 10 ** 8        # seeds of clips that nothing was tuned or trained on
+weights = pytest.mark.skipif(not (HERE / "weights/a2v-toybox.pt").is_file(),
+                             reason="no trained weights in this checkout")
 
 
 def golden(name):
@@ -86,10 +89,10 @@ def shaken(net, std=.05):
 
 
 def small(**changes):
-    """A network of `tiny`'s kind that runs in milliseconds."""
+    """A network of the size `tiny`, cut down until it runs in milliseconds."""
     torch.manual_seed(0)
-    return MMDiT(MMDiTConfig(**{**networks.SIZES["tiny"], "heads": 2, "n_single": 2, "latent": 4, "text_dim": 16, "pooled_dim": 16,
-                                "audio_dim": 12, **changes}))
+    narrow = dict(heads=2, n_single=2, latent=4, text_dim=16, pooled_dim=16, audio_dim=12)
+    return MMDiT(MMDiTConfig(**(networks.SIZES["tiny"] | narrow | changes)))
 
 
 def generators(B, seed=0):
@@ -98,9 +101,12 @@ def generators(B, seed=0):
 
 
 def inputs(B=2, L=5, S=45, A=12, C=4, h=4, seed=0):
+    """Clean latents 0 .. L-1 (B, C, L, h, h), noisy ones 1 .. L-1, audio features (B, S, A)."""
     g = torch.Generator().manual_seed(seed)
-    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    return r(B, C, L, h, h), r(B, C, L - 1, h, h), r(B, S, A)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    return normal(B, C, L, h, h), normal(B, C, L - 1, h, h), normal(B, S, A)
 
 
 # ---------------------------------------------------------------------------------------- losses.py
@@ -199,45 +205,65 @@ def test_the_error_is_reported_for_four_ranges_of_the_noise_level():
     assert losses.flow_loss(v, v, 0 * sigma)[1].isnan().tolist() == [False, True, True, True]
 
 
-# ------------------------------------------------------------------------------------------------ model.py
+# -------------------------------------------------------------------------------------- model.py
 
-def test_the_preconditioned_network_is_asked_for_what_the_noisy_latent_does_not_tell():
-    """z of unit variance: F is uncorrelated with x and of unit size at every noise level, the ends included."""
+def test_the_preconditioned_output_is_uncorrelated_with_the_input_and_of_unit_variance():
+    """EDM (Karras et al. 2022) on the straight path: what the network has to add to E[z | x]."""
     z, eps = torch.randn(2, 200_000, dtype=torch.float64)
-    net = small(precondition=True)
-    for s in (0., .3, .8, 1.):
-        x, v = (1 - s) * z + s * eps, eps - z
-        F = (net.to_velocity(torch.zeros_like(x), x, s) - v) / (net.to_velocity(torch.zeros_like(x), x, s) - net.to_velocity(torch.ones_like(x), x, s))
-        assert abs(F.std() - 1) < .01 and abs((F * x).mean()) < .01 and torch.allclose(net.to_velocity(F, x, s), v)
+    for sigma in (0., .3, .8, 1.):
+        x, v = (1 - sigma) * z + sigma * eps, eps - z
+        # v is affine in the output: v = at_zero + slope * out
+        at_zero = networks.velocity_from_output(torch.zeros_like(x), x, sigma)
+        slope = networks.velocity_from_output(torch.ones_like(x), x, sigma) - at_zero
+        out = (v - at_zero) / slope
+
+        assert abs(out.std() - 1) < .01, f"sigma {sigma}: standard deviation {out.std():.4f}"
+        assert abs((out * x).mean()) < .01, f"sigma {sigma}: covariance {(out * x).mean():.4f}"
+        assert torch.allclose(networks.velocity_from_output(out, x, sigma), v)
 
 
 def test_patchify_puts_channels_fastest_and_unpatchify_undoes_it():
     z = torch.arange(2 * 3 * 2 * 4 * 6.).view(2, 3, 2, 4, 6)
     x = patchify(z)
-    assert x.shape == (2, 2 * 2 * 3, 12) and torch.equal(x[0, 0, :3], z[0, :, 0, 0, 0]) and torch.equal(x[0, 0, 3:6], z[0, :, 0, 0, 1])
-    assert torch.equal(unpatchify(x, 2, 4, 6), z) and torch.equal(unpatchify(patchify(z.repeat(1, 1, 1, 2, 2), 4), 2, 8, 12, 4), z.repeat(1, 1, 1, 2, 2))
+    assert x.shape == (2, 2 * 2 * 3, 12)
+    assert torch.equal(x[0, 0, :3], z[0, :, 0, 0, 0])
+    assert torch.equal(x[0, 0, 3:6], z[0, :, 0, 0, 1])
+    assert torch.equal(unpatchify(x, 2, 4, 6), z)
+    wide = z.repeat(1, 1, 1, 2, 2)
+    assert torch.equal(unpatchify(patchify(wide, 4), 2, 8, 12, 4), wide)
 
 
-def test_rotary_keeps_norms_depends_on_differences_only_and_is_nothing_at_zero():
-    q, k, ids = torch.randn(1, 1, 7, 64).double(), torch.randn(1, 1, 7, 64).double(), torch.rand(7, 3) * 9
-    turn = lambda x, shift: apply_rope(x, rope_table(ids + torch.tensor(shift), (16, 24, 24)))
-    score = lambda shift: turn(q, shift) @ turn(k, shift).transpose(2, 3)
-    assert torch.allclose(turn(q, [0., 0, 0]).norm(dim=-1), q.norm(dim=-1))
-    assert torch.allclose(score([0., 0, 0]), score([3.25, 1.5, -2.]), atol=1e-5)
-    assert torch.equal(apply_rope(q, rope_table(torch.zeros(7, 3), (16, 24, 24))), q)
+def test_rope_keeps_norms_depends_on_differences_only_and_is_nothing_at_zero():
+    q, k = torch.randn(2, 1, 1, 7, 64).double()
+    ids, axes = torch.rand(7, 3) * 9, (16, 24, 24)
+
+    def scores(*shift):
+        table = rope_table(ids + torch.tensor(shift), axes)
+        return apply_rope(q, table) @ apply_rope(k, table).transpose(2, 3)
+    norms = apply_rope(q, rope_table(ids, axes)).norm(dim=-1)
+    assert torch.allclose(norms, q.norm(dim=-1))
+    assert torch.allclose(scores(0., 0., 0.), scores(3.25, 1.5, -2.), atol=1e-5)
+    assert torch.equal(apply_rope(q, rope_table(torch.zeros(7, 3), axes)), q)
 
 
-def test_history_ids_lie_on_the_grid_that_is_being_made():
-    """Cell i of a grid r times coarser stands at (i + 0.5) r - 0.5."""
-    assert position_ids([3], 2, 2, 4)[:, 1].unique().tolist() == [.5, 2.5] and position_ids([3], 1, 1, 4)[0].tolist() == [3, 1.5, 1.5]
+def test_ids_of_a_coarse_history_lie_on_the_target_grid():
+    """Cell i of a grid r times coarser is at (i + 0.5) r - 0.5."""
+    assert position_ids([3], 2, 2, 4)[:, 1].unique().tolist() == [.5, 2.5]
+    assert position_ids([3], 1, 1, 4)[0].tolist() == [3, 1.5, 1.5]
 
 
 def test_the_published_size_has_the_published_number_of_parameters():
     with torch.device("meta"):
-        assert sum(p.numel() for p in MMDiT(MMDiTConfig()).parameters()) == 1_972_059_200
-        deaf, hearing = MMDiT(MMDiTConfig(**networks.SIZES["tiny"] | {"audio_dim": 0})), MMDiT(MMDiTConfig(**networks.SIZES["tiny"]))
-    new = {k for k in hearing.state_dict() if k not in deaf.state_dict()}
-    assert new and all(re.match(r"single_transformer_blocks\.\d\.audio\.|ears\.", k) for k in new)    # Syncphony 3.4: late blocks only
+        n = sum(p.numel() for p in MMDiT(MMDiTConfig()).parameters())
+    assert n == 1_972_059_200, f"{n:,} parameters"
+
+
+def test_audio_adds_layers_to_the_single_blocks_and_an_encoder_and_nothing_else():
+    """Syncphony section 3.4: audio enters the later blocks only."""
+    new = set(small().state_dict()) - set(small(audio_dim=0).state_dict())
+    other = [k for k in new if not re.match(r"single_transformer_blocks\.\d\.audio\.|ears\.", k)]
+    assert new
+    assert not other, other
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -263,136 +289,206 @@ def test_the_backbone_agrees_with_pyramid_flow_number_for_number(stage):
     assert difference < 1e-5, f"stage {stage}: velocities differ by {difference:.1e}"
 
 
+def velocities(net, audio, *, z=None, x=None, sigma=None):
+    """One teacher-forced pass over `inputs`, parts of which may be replaced."""
+    clean, noisy, _ = inputs()
+    z, x = clean if z is None else z, noisy if x is None else x
+    sigma = torch.full((2, 4), .37, dtype=z.dtype) if sigma is None else sigma
+    states, _, pooled = net.encode_text(text_bytes(["a ball", "a bell"]))
+    with torch.no_grad():
+        return net.forward_teacher_forced(z, x, sigma, states, pooled, audio)
+
+
+def change_per_latent(a, b):
+    """Largest change of each latent of (B, C, L, h, w) -> list of L numbers."""
+    return (a - b).abs().amax((0, 1, 3, 4)).tolist()
+
+
 def test_a_fresh_audio_model_is_the_backbone_exactly():
-    net = small()
+    """The output of new audio layers is zero (`init_weights`), until it is trained."""
+    net, a = small().double(), inputs()[2]
     torch.nn.init.normal_(net.proj_out.weight)
-    z, x, a = (t.float() for t in inputs())
-    text = net.text(text_bytes(["a", "b"]))
-    s = torch.rand(2, 4)
-    assert torch.equal(net.forward_teacher_forced(z, x, s, *text, a), net.forward_teacher_forced(z, x, s, *text))
+    assert torch.equal(velocities(net, a), velocities(net, None))
     net = shaken(net)
-    z, x, a = inputs()
-    text = net.text(text_bytes(["a", "b"]))
-    assert not torch.allclose(net.forward_teacher_forced(z, x, s.double(), *text, a), net.forward_teacher_forced(z, x, s.double(), *text))
+    assert max(change_per_latent(velocities(net, a), velocities(net, None))) > 1e-3
 
 
-def hearing_layer(net, a, times):
-    """One audio layer alone: video tokens at the given latents, all alike, looking into features a."""
-    layer, n = net.single_transformer_blocks[0].audio, len(times)
+def audio_layer(net, a, times):
+    """The output (1, n, D) of one audio layer alone, for equal video tokens at the given times."""
+    D = net.cfg.heads * net.cfg.head_dim
     ids = torch.nn.functional.pad(torch.tensor(times).float()[:, None], (0, 2))
-    x = torch.ones(1, n, net.cfg.heads * net.cfg.head_dim).double() * torch.linspace(-1, 1, net.cfg.heads * net.cfg.head_dim).double()
-    kv = net.project_audio_kv(a)[len(net.transformer_blocks)]
-    return layer(x, kv, net.rope(ids), net.audio_window(ids[:, 0], a.shape[1]))
+    x = torch.linspace(-1, 1, D).double().expand(1, len(times), D)
+    kv, window = net.project_audio(a, ids[:, 0])
+    return net.single_transformer_blocks[0].audio(x, kv[0], net.rope(ids, "cpu"), window)
 
 
-def test_audio_outside_the_window_of_a_latent_cannot_change_it():
-    """Syncphony eq. 7: latent l sees chunks l-1, l, l+1 and no others; at the borders what is left of them."""
+def test_audio_beyond_the_window_of_a_latent_cannot_change_it():
+    """Syncphony eq. 7: latent l attends to the audio of latents l-1, l and l+1."""
     net, a = shaken(small(alpha=5.)), inputs(S=40)[2][:1]
-    before = hearing_layer(net, a, range(8))
+    before = audio_layer(net, a, range(8))
     for chunk in range(8):
         b = a.clone()
         b[:, 5 * chunk:5 * chunk + 5] += 1
-        changed = [l for l, d in enumerate((hearing_layer(net, b, range(8)) - before).abs().amax((0, 2))) if d > 1e-9]
-        assert changed == [l for l in range(8) if abs(l - chunk) <= 1]
-    window = net.audio_window(torch.arange(8.), 40)
-    assert window.sum(1).tolist() == [10, 15, 15, 15, 15, 15, 15, 10] and net.audio_window(torch.tensor([30.]), 40)[0].nonzero().tolist() == [[39]]
+        change = (audio_layer(net, b, range(8)) - before).abs().amax((0, 2))
+        changed = (change > 1e-9).nonzero().flatten().tolist()
+        assert changed == [l for l in range(8) if abs(l - chunk) <= 1], f"audio of latent {chunk}"
 
 
-def test_shifting_sound_and_picture_together_changes_nothing_and_order_inside_a_window_counts():
+def test_the_temporal_window_is_open_at_its_radius_and_always_has_the_nearest_key():
+    """Syncphony eq. 7, Harmony eq. 5; the nearest key is for queries with nothing in reach."""
+    steps = networks.audio_positions(40, 5.)
+    window = networks.temporal_window(torch.arange(8.), steps, 1.5)
+    assert window.sum(1).tolist() == [10, 15, 15, 15, 15, 15, 15, 10]
+    late = networks.temporal_window(torch.tensor([30.]), steps, 1.5)
+    assert late.nonzero().tolist() == [[0, 39]]
+    # both keys at the same distance count, whatever rounding makes of it
+    tie = networks.temporal_window(torch.tensor([.5]), torch.tensor([0., 1. + 1e-7, 3.]), .1)
+    assert tie.tolist() == [[True, True, False]]
+
+
+def test_shifting_audio_and_video_together_changes_nothing_but_order_in_a_window_counts():
     """Audio RoPE (eq. 9): time is relative; without it the keys of a window are a set."""
     net, a = shaken(small(alpha=5.)), inputs(S=40)[2][:1]
-    moved = hearing_layer(net, a.roll(5, 1), [l + 1 for l in range(2, 6)])
-    assert torch.allclose(hearing_layer(net, a, range(2, 6)), moved, atol=1e-6)
+    moved = audio_layer(net, a.roll(5, 1), range(3, 7))
+    assert torch.allclose(audio_layer(net, a, range(2, 6)), moved, atol=1e-6)
+
     swapped = a.clone()
     swapped[:, [20, 24]] = a[:, [24, 20]]
-    assert (hearing_layer(net, swapped, [4]) - hearing_layer(net, a, [4])).abs().max() > 1e-6
+    assert not torch.allclose(audio_layer(net, swapped, [4]), audio_layer(net, a, [4]), atol=1e-6)
     net.cfg.audio_rope = False
-    assert torch.allclose(hearing_layer(net, swapped, [4]), hearing_layer(net, a, [4]), atol=1e-12)
+    assert torch.allclose(audio_layer(net, swapped, [4]), audio_layer(net, a, [4]), atol=1e-12)
 
 
-def test_audio_positions_centre_every_latents_own_chunk_on_it():
-    """t_i = (i + 0.5)/alpha - 0.5: the mean over the steps of latent l is l, and a key at t = l turns as the query (l, 0, 0)."""
-    net = small(alpha=6.)
-    t = net.audio_times(48).view(8, 6)
-    assert torch.allclose(t.mean(1), torch.arange(8.), atol=1e-5)
-    key, query = net.rope(torch.tensor([[3., 0, 0]])), net.rope(position_ids([3], 2, 2)[:1])
-    assert all(torch.equal(a, b) for a, b in zip(key, query))
+def test_audio_positions_centre_the_steps_of_every_latent_on_it():
+    """Syncphony D.2.1, step 1: t_i = (i + 0.5)/alpha - 0.5, from any start."""
+    t = networks.audio_positions(48, 6.)
+    assert torch.allclose(t.view(8, 6).mean(1), torch.arange(8.), atol=1e-5)
+    assert torch.equal(networks.audio_positions(8, 6., start=40), t[40:])
+
+
+def test_the_teacher_forcing_mask_is_the_one_that_its_docstring_draws():
+    """One token of text and one per latent; then with a context of one latent beside latent 0."""
+    drawn = ["xx....",                  # text       keys: text, clean 0 1 2, noisy 1 2
+             "xx....",                  # clean 0
+             "xxx...",                  # clean 1
+             "xxxx..",                  # clean 2
+             "xx..x.",                  # noisy 1
+             "xxx..x"]                  # noisy 2
+    mask = networks.teacher_forcing_mask(1, 3, 2, 1, 1, context=12)
+    assert ["".join(".x"[m] for m in row) for row in mask.tolist()] == drawn
+
+    short = networks.teacher_forcing_mask(1, 4, 1, 4, 1, context=1)
+    assert short[-1].tolist() == [True, True, False, False, True, True]      # 0, 3 and itself
+    pairs = networks.teacher_forcing_mask(0, 13, 12, 1, 4, context=12)
+    assert pairs.sum() == 181 * 16, f"{pairs.sum() / 16} of 625 pairs of latents"
 
 
 def test_one_pass_over_all_latents_equals_one_latent_at_a_time():
-    """`forward_teacher_forced`, cached `denoise_step` and their off-sync rows are one model (DESIGN: two layouts, one meaning)."""
+    """`forward_teacher_forced`, cached `denoise_step` and its off-sync rows (Syncphony eq. 2)."""
     net = shaken(small())
     z, x, a = inputs()
-    text, pooled = net.text(text_bytes(["a ball", "a bell"]))
-    sigma = torch.full((2, 4), .37, dtype=torch.float64)
+    states, _, pooled = net.encode_text(text_bytes(["a ball", "a bell"]))
+    full, off_sync = velocities(net, a), velocities(net, None)
     with torch.no_grad():
-        whole, deaf = net.forward_teacher_forced(z, x, sigma, text, pooled, a), net.forward_teacher_forced(z, x, sigma, text, pooled)
-        context = net.prefill(z[:, :, :1], text, pooled, a, off_sync=2)
+        cache = net.prefill(z[:, :, :1], states, pooled, a, n_off_sync=2)
         for l in range(1, 5):
-            v = net.denoise_step(context, x[:, :, l - 1:l], .37)
-            alone = net.forward_teacher_forced(z[:, :, :l], x[:, :, l - 1:l], sigma[:, :1], text, pooled, a, start=l)
-            assert torch.allclose(v[:2], whole[:, :, l - 1:l], atol=1e-10) and torch.allclose(alone, v[:2], atol=1e-10)
-            assert torch.allclose(v[2:], deaf[:, :, l - 1:l], atol=1e-10)     # off-sync = the model without audio layers
-            net.append_latent(context, z[:, :, l:l + 1])
-    assert (whole - deaf).abs().max() > 1e-3
+            noisy, sigma = x[:, :, l - 1:l], torch.full((2, 1), .37, dtype=x.dtype)
+            cached = net.denoise_step(cache, noisy, .37)
+            alone = net.forward_teacher_forced(z[:, :, :l], noisy, sigma, states, pooled, a, l)
+            net.append_latent(cache, z[:, :, l:l + 1])
+
+            for name, v, expected in (("cached", cached[:2], full), ("alone", alone, full),
+                                      ("off-sync", cached[2:], off_sync)):
+                difference = (v - expected[:, :, l - 1:l]).abs().max()
+                assert difference < 1e-10, f"latent {l}, {name}: {difference:.1e}"
+    assert max(change_per_latent(full, off_sync)) > 1e-3
 
 
-def test_a_latent_depends_on_nothing_later_and_on_everything_before():
-    net = shaken(small())
-    z, x, a = inputs()
-    text, s = net.text(text_bytes(["a", "b"])), torch.rand(2, 4).double()
-    with torch.no_grad():
-        before = net.forward_teacher_forced(z, x, s, *text, a)
-        later = z.clone()
-        later[:, :, 3:] += 1
-        d = (net.forward_teacher_forced(later, x, s, *text, a) - before).abs().amax((0, 1, 3, 4))
-        assert (d[:3] == 0).all() and d[3] > 0                                # noisy latents 1, 2, 3 see clean latents < 3
-        other = x.clone()
-        other[:, :, 1] += 1
-        d = (net.forward_teacher_forced(z, other, s, *text, a) - before).abs().amax((0, 1, 3, 4))
-        assert d[1] > 0 and (d[[0, 2, 3]] == 0).all()                         # a noisy latent is seen by itself alone
-        early = z.clone()
-        early[:, :, 0] += 1
-        assert ((net.forward_teacher_forced(early, x, s, *text, a) - before).abs().amax((0, 1, 3, 4)) > 0).all()
-
-
-def test_sigma_of_one_latent_changes_that_latent_only():
-    net = shaken(small())
-    z, x, a = inputs()
-    text, s = net.text(text_bytes(["a", "b"])), torch.rand(2, 4).double()
-    t = s.clone()
-    t[:, 2] += .1
-    d = (net.forward_teacher_forced(z, x, t, *text, a) - net.forward_teacher_forced(z, x, s, *text, a)).abs().amax((0, 1, 3, 4))
-    assert d[2] > 0 and (d[[0, 1, 3]] == 0).all()
-
-
-def test_the_context_is_bounded_however_long_the_sound():
+def test_the_cache_has_one_shape_and_finite_results_however_long_the_clip():
+    """Fixed slots: the text, latent 0, a ring of `context` latents; a mask while it fills."""
     net = shaken(small(context=3))
     z, x, a = inputs(L=12, S=100)
-    context = net.prefill(z[:, :, :1], *net.text(text_bytes(["a", "b"])), a)
-    sizes = []
+    states, _, pooled = net.encode_text(text_bytes(["a", "b"]))
+    cache = net.prefill(z[:, :, :1], states, pooled, a)
+    shapes, audio_shapes, in_use = set(), set(), []
     for l in range(1, 12):
-        v = net.denoise_step(context, x[:, :, l - 1:l], .5)
-        net.append_latent(context, z[:, :, l:l + 1])
-        sizes.append(context["cache"][0][0].shape[2])
-    assert sizes[3:] == [12 + 4 + 3 * 4] * 8 and torch.isfinite(v).all()
+        shapes |= {k.shape for k, _ in cache.kv}
+        audio_shapes |= {k.shape for k, _ in cache.audio_kv}
+        in_use.append(int(cache.mask.sum()))
+        v = net.denoise_step(cache, x[:, :, l - 1:l], .5)
+        net.append_latent(cache, z[:, :, l:l + 1])
+        assert torch.isfinite(v).all(), f"latent {l}"
+    sink, n = 12 + 4, 4
+    assert shapes == {(2, 2, sink + 3 * n, 64)}
+    assert len(audio_shapes) == 1, audio_shapes
+    # keys in use: the sink, the filled slots and the noisy latent's own
+    assert in_use == [sink + min(l, 3) * n + n for l in range(11)]
+
+
+def test_beyond_the_ring_text_and_latent_0_keep_the_distance_that_training_had():
+    """Attention sinks: latent 9 on [0; 6 7 8] equals latent 4 on [0; 1 2 3] with the same content.
+
+    One double block: deeper keys would depend on latents that have left the ring."""
+    net = shaken(small(context=3, n_single=0, audio_dim=0))
+    z, x, _ = inputs(L=12)
+    states, _, pooled = net.encode_text(text_bytes(["a", "b"]))
+
+    def velocity_after(latents):
+        cache = net.prefill(z[:, :, :1], states, pooled)
+        for l in latents:
+            net.append_latent(cache, z[:, :, l:l + 1])
+        return net.denoise_step(cache, x[:, :, :1], .5)
+    with torch.no_grad():
+        # at latent 4 the sink has moved once: the ring then is full, as after latent 9
+        difference = (velocity_after(range(1, 9)) - velocity_after((6, 7, 8))).abs().max()
+        other = (velocity_after((6, 7, 8)) - velocity_after((5, 7, 8))).abs().max()
+    assert difference < 1e-6, f"{difference:.1e}"
+    assert other > 1e-4, f"content of the ring: {other:.1e}"
+
+
+def test_a_latent_depends_on_clean_latents_before_it_and_on_its_own_noisy_copy_alone():
+    net, (z, x, a) = shaken(small()), inputs()
+    before = velocities(net, a)
+
+    later = z.clone()
+    later[:, :, 3:] += 1
+    d = change_per_latent(velocities(net, a, z=later), before)
+    assert d[:3] == [0, 0, 0], d                # targets 1, 2, 3
+    assert d[3] > 0, d                          # target 4 attends to clean latent 3
+
+    other = x.clone()
+    other[:, :, 1] += 1
+    d = change_per_latent(velocities(net, a, x=other), before)
+    assert [change > 0 for change in d] == [False, True, False, False], d
+
+    first = z.clone()
+    first[:, :, 0] += 1
+    d = change_per_latent(velocities(net, a, z=first), before)
+    assert min(d) > 0, d
+
+
+def test_the_noise_level_of_one_latent_changes_that_latent_only():
+    net, a = shaken(small()), inputs()[2]
+    sigma = torch.full((2, 4), .37, dtype=torch.float64)
+    sigma[:, 2] += .1
+    d = change_per_latent(velocities(net, a, sigma=sigma), velocities(net, a))
+    assert [change > 0 for change in d] == [False, False, True, False], d
 
 
 def test_silence_is_not_the_absence_of_audio_layers():
+    """Syncphony appendix B.1: silence is a condition of its own."""
     net = shaken(small())
-    z, x, _ = inputs()
-    text, s = net.text(text_bytes(["a", "b"])), torch.rand(2, 4).double()
-    silent = net.ears(torch.full((2, 90, 64), -1.9).double())
-    assert (net.forward_teacher_forced(z, x, s, *text, silent) - net.forward_teacher_forced(z, x, s, *text)).abs().max() > 1e-3
+    silence = net.encode_audio(torch.full((2, 90, 64), -1.9).double())       # log-mel of zeros
+    assert max(change_per_latent(velocities(net, silence), velocities(net, None))) > 1e-3
 
 
-def test_attention_on_a_cpu_equals_the_fused_kernel():
+def test_attention_on_a_cpu_equals_the_fused_kernel_with_and_without_gradients():
     q, k, v = torch.randn(3, 2, 3, 10, 16).double()
-    mask = torch.rand(10, 10) > .3
-    mask |= torch.eye(10).bool()
-    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-    with torch.no_grad():
-        assert torch.allclose(networks.attention(q, k, v, mask), fused)
+    mask = (torch.rand(10, 10) > .3) | torch.eye(10).bool()
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    fused = fused.transpose(1, 2).flatten(2)
+    assert torch.allclose(networks.attention(q, k, v, mask), fused)
+    q.requires_grad_()
     assert torch.allclose(networks.attention(q, k, v, mask), fused)
 
 
@@ -504,7 +600,7 @@ def test_new_audio_layers_leave_the_published_model_as_it_was(tmp_path):
     for block in net.single_transformer_blocks:
         torch.nn.init.normal_(block.audio.to_out.weight)
     assert not torch.allclose(net(*x), want) and torch.equal(net(*x[:-1]), want)
-    both = net(*x, off_sync=2)                                                # guidance: full rows, then the same unheard
+    both = net(*x, n_off_sync=2)                                                # guidance: full rows, then the same unheard
     assert torch.allclose(both[:2], net(*x), atol=1e-5) and torch.allclose(both[2:], want, atol=1e-5)
 
 
@@ -625,7 +721,7 @@ def test_a_roll_out_that_forgets_its_oldest_latents_hears_the_sound_where_it_is(
     """With k latents gone the rest stands at k, k+1, ... of the sound: the same as with k-1 gone and a sound one latent shorter."""
     net, x = little_flux(alpha=8., audio_dim=6).double(), [t if i in (1, 3) else [c.double() for c in t] if isinstance(t, list) else t.double()
                                                             for i, t in enumerate(flux_inputs(A=6))]
-    assert torch.allclose(net(*x, gone=3), net(*x[:-1], x[-1][:, 8:], gone=2)) and not torch.allclose(net(*x, gone=3), net(*x), atol=1e-3)
+    assert torch.allclose(net(*x, latents_dropped=3), net(*x[:-1], x[-1][:, 8:], latents_dropped=2)) and not torch.allclose(net(*x, latents_dropped=3), net(*x), atol=1e-3)
     seen = []
 
     def call(clips, t, S, gone):
@@ -1169,7 +1265,7 @@ class Straight:
     def encode_audio(self, sound):
         return sound
 
-    def prefill(self, z, *_, off_sync=0):
+    def prefill(self, z, *_, n_off_sync=0):
         return dict(l=1)
 
     def denoise_step(self, context, x, sigma):

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 
 from losses import expand_sigma
 from model import (MLP, Attention, AudioCrossAttention, ByteText, Modulation, TimeTextEmbed,
-                   init_weights, modulate, rope_table, unpatchify, velocity_from_output)
+                   audio_positions, init_weights, modulate, rope_table, temporal_window,
+                   unpatchify, velocity_from_output)
 
 
 @dataclass
@@ -95,17 +96,6 @@ class TowerConditioning:
     # Attention to the other stream: rotation of the queries, of the keys, mask (queries, keys).
     bridge: tuple = (None, None, None)
     attention_maps: list = None         # receives this attention of every layer (Harmony's audio)
-
-
-def audio_positions(n, per_latent):
-    """Times (i + 0.5) / per_latent - 0.5 of audio steps i in latents -> (n,)"""
-    return (torch.arange(n) + .5) / per_latent - .5
-
-
-def temporal_window(t_query, t_key, radius):
-    """Which keys are within `radius` of which queries -> (Q, K); the nearest always is."""
-    distance = (t_query[:, None] - t_key).abs()
-    return (distance < radius) | (distance <= distance.amin(1, keepdim=True) + 1e-6)
 
 
 def time_rope(times, cfg, steps_per_latent=1.):
