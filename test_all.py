@@ -2157,7 +2157,7 @@ def test_hubert_says_what_to_install(monkeypatch):
         pyramid.load_hubert("x", torch.device("cpu"))
 
 
-# ------------------------------------------------------------------------------------------------ train.py
+# ---------------------------------------------------------------------------------------- train.py
 
 def two_processes(*flags):
     """train.py as torchrun starts it, but forked: nothing is imported again."""
@@ -2166,24 +2166,46 @@ def two_processes(*flags):
         port = s.getsockname()[1]
 
     def process(rank):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         sys.exit(cli(train, *flags))
-    both = [get_context("fork").Process(target=process, args=(rank,)) for rank in (0, 1)]
-    for p in both:
+    processes = [get_context("fork").Process(target=process, args=(rank,)) for rank in (0, 1)]
+    for p in processes:
         p.start()
-    for p in both:
+    for p in processes:
         p.join(300)
-    assert [p.exitcode for p in both] == [0, 0]
+    assert [p.exitcode for p in processes] == [0, 0]
+
+
+def last(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def losses_of(folder):
+    """The losses of log.csv, as text: they differ if a bit differs."""
+    return [row.split(",")[2] for row in (folder / "log.csv").read_text().splitlines()[1:]]
+
+
+def assert_same_run(a, b):
+    """Two folders hold the same steps: weights, averages, and logged losses, bit for bit."""
+    one = last(a)
+    two = last(b)
+    assert one["step"] == two["step"], f"{one['step']} and {two['step']} steps"
+    for part in ("model", "ema"):
+        different = [k for k in one[part] if not torch.equal(one[part][k], two[part][k])]
+        assert not different, f"{part} differs in {len(different)} tensors, such as {different[0]}"
+    assert losses_of(a) == losses_of(b), f"{losses_of(a)} and {losses_of(b)}"
 
 
 @pytest.fixture(scope="module")
 def runs(toy, tmp_path_factory):
-    """A folder, and a function that trains `tiny` for four steps on 24 clips there with the flags given."""
+    """A folder, and a function that trains `tiny` for four steps on 24 clips there."""
     d = tmp_path_factory.mktemp("runs")
 
     def run(out, *flags):
         return cli(train, *run.flags, "--out", d / out, *flags)
-    run.flags = ["--vae", toy / "vae.pt", "--resolution", 32, "--clips", 24, "--steps", 4, "--batch-size", 4, "--eval-clips", 0, "--log-every", 1, "--warmup", 1,
+    run.flags = ["--vae", toy / "vae.pt", "--resolution", 32, "--clips", 24, "--steps", 4,
+                 "--batch-size", 4, "--eval-clips", 0, "--log-every", 1, "--warmup", 1,
                  "--data-root", d / "data"]
     assert run("whole", "--save-every", 2) == 0
     return d, run
@@ -2191,68 +2213,106 @@ def runs(toy, tmp_path_factory):
 
 @pytest.fixture
 def pyramid_flow(tmp_path, monkeypatch):
-    """A download of Pyramid Flow, but little, with stand-ins for T5, CLIP and HuBERT; and three clips of 64 px."""
+    """A small copy of Pyramid Flow's download, stand-ins for T5, CLIP and HuBERT, three clips of
+    64 px: -> the folder, flags of train.py."""
     folder = tmp_path / "pyramid-flow"
     published_folder(folder / "diffusion_transformer_384p", little_flux())
-    (folder / "causal_video_vae").mkdir()
-    (folder / "causal_video_vae/config.json").write_text(json.dumps(dict(
-        encoder_block_out_channels=[8, 8, 16, 16], encoder_out_channels=4, encoder_norm_num_groups=4, encoder_layers_per_block=[1] * 4, decoder_layers_per_block=[1] * 4)))
-    write_safetensors(folder / "causal_video_vae/diffusion_pytorch_model.safetensors", vae_of(PUBLISHED_KIND | dict(layers=(1, 1))).float().state_dict())
+    vae = folder / "causal_video_vae"
+    vae.mkdir()
+    config = dict(encoder_block_out_channels=[8, 8, 16, 16], encoder_out_channels=4,
+                  encoder_norm_num_groups=4, encoder_layers_per_block=[1] * 4,
+                  decoder_layers_per_block=[1] * 4)
+    (vae / "config.json").write_text(json.dumps(config))
+    weights = vae_of(PUBLISHED_KIND | dict(layers=(1, 1))).float().state_dict()
+    write_safetensors(vae / "diffusion_pytorch_model.safetensors", weights)
 
-    def states(folder, captions, device):
-        rows = [np.random.default_rng(len(c)).standard_normal((128 * 12 + 8)) for c in captions]
-        return (np.stack([r[:-8].reshape(128, 12) for r in rows]).astype(np.float16), np.repeat((np.arange(128) < 5)[None], len(rows), 0).astype(np.float32),
-                np.stack([r[-8:] for r in rows]).astype(np.float32))
-    monkeypatch.setattr(pyramid, "t5_clip_states", states)
-    monkeypatch.setattr(pyramid, "load_hubert", lambda name, device: lambda wave: np.repeat(np.abs(wave[:len(wave) // 320 * 320]).reshape(-1, 320).mean(1)[:, None], 6, 1).astype(np.float32))
+    def text_states(folder, captions, device):
+        """States (n, 128, 12), mask (n, 128), pooled (n, 8): random, by the caption's length."""
+        rows = [np.random.default_rng(len(c)).standard_normal(128 * 12 + 8) for c in captions]
+        states = np.stack([r[:-8].reshape(128, 12) for r in rows]).astype(np.float16)
+        mask = np.tile((np.arange(128) < 5).astype(np.float32), (len(rows), 1))
+        return states, mask, np.stack([r[-8:] for r in rows]).astype(np.float32)
+
+    def load_hubert(name, device):
+        """Six equal features at 50 Hz: the mean loudness."""
+        def features(wave):
+            steps = np.abs(wave[:len(wave) // 320 * 320]).reshape(-1, 320).mean(1)
+            return np.repeat(steps[:, None], 6, 1).astype(np.float32)
+        return features
+    monkeypatch.setattr(pyramid, "t5_clip_states", text_states)
+    monkeypatch.setattr(pyramid, "load_hubert", load_hubert)
     for i, split in enumerate(("train", "train", "test")):
-        (tmp_path / f"clips/{split}/lamp").mkdir(parents=True, exist_ok=True)
+        path = tmp_path / f"clips/{split}/lamp/{i}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
         clip = toybox.toybox_clip(i, 64, kind="lamp")
-        data.write_video(tmp_path / f"clips/{split}/lamp/{i}.mp4", clip["video"], clip["audio"])
-    return folder, tmp_path / "clips"
+        data.write_video(path, clip["video"], clip["audio"])
+    return folder, ["--pretrained", folder, "--hubert", "any", "--data", tmp_path / "clips",
+                    "--data-root", tmp_path / "data", "--resolution", 64, "--lr", .01,
+                    "--log-every", 1, "--sample-every", 2]
 
 
-def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(pyramid_flow, tmp_path, capsys):
-    """From the published folder to a training step, a checkpoint and a video; what is frozen stays bit for bit, and without its audio
-    layers the double blocks' part of the model is the backbone still."""
-    folder, clips = pyramid_flow
-    flags = ["--pretrained", folder, "--hubert", "any", "--data", clips, "--data-root", tmp_path / "data", "--resolution", 64, "--steps", 2, "--batch-size", 4,
-             "--eval-clips", 3, "--sample-every", 2, "--log-every", 1, "--lr", .01, "--checkpointing", "--out", tmp_path / "run"]
-    assert cli(train, *flags) == 0
-    out = capsys.readouterr().out
-    assert all(word in out for word in ("compute", "stage 2", "test windows"))
-    ckpt, published = torch.load(tmp_path / "run/best.pt", weights_only=True), load_pyramid_flow(folder / "diffusion_transformer_384p").state_dict()
-    model = sample.load_a2v(tmp_path / "run/best.pt", pretrained=folder)[0].state_dict()
-    moved = {k for k in published if not torch.equal(published[k], model[k])}
-    assert moved and all(k.startswith("single_transformer_blocks") for k in moved) and len(moved) > 15
-    assert ckpt["guidance"] == dict(asg=2., cfg=4.) and any(".audio." in k for k in ckpt["ema"])
+def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
+        pyramid_flow, tmp_path, capsys):
+    """Syncphony section 4.1: from the published folder to a training step, a checkpoint, a video.
+    What is frozen stays as it was, bit for bit."""
+    folder, flags = pyramid_flow
+
+    assert cli(train, *flags, "--steps", 2, "--batch-size", 4, "--eval-clips", 3,
+               "--checkpointing", "--out", tmp_path / "run") == 0
+
+    printed = capsys.readouterr().out
+    assert "stage 2" in printed and "test windows" in printed
+    before = load_pyramid_flow(folder / "diffusion_transformer_384p").state_dict()
+    model, _, ckpt = sample.load_a2v(tmp_path / "run/best.pt", pretrained=folder)
+    after = model.state_dict()
+    moved = [k for k in before if not torch.equal(before[k], after[k])]
+    assert len(moved) > 15, f"{len(moved)} tensors moved"
+    assert all(k.startswith("single_transformer_blocks") for k in moved), moved
+    assert ckpt["guidance"] == dict(asg=2., cfg=4.)
+    assert any(".audio." in k for k in ckpt["ema"])
+    assert all(k.startswith("single_transformer_blocks") for k in ckpt["ema"])
+
     clip = toybox.toybox_clip(5, 64)
-    iio.imwrite(tmp_path / "f.png", clip["video"][0]), soundfile.write(tmp_path / "x.wav", clip["audio"], 16000)
-    assert cli(sample, "--ckpt", tmp_path / "run/best.pt", "--pretrained", folder, "--hubert", "any", "--audio", tmp_path / "x.wav", "--image", tmp_path / "f.png", "--prompt", "lamp",
+    iio.imwrite(tmp_path / "f.png", clip["video"][0])
+    soundfile.write(tmp_path / "x.wav", clip["audio"], 16000)
+    inputs = ["--ckpt", tmp_path / "run/best.pt", "--audio", tmp_path / "x.wav",
+              "--image", tmp_path / "f.png"]
+    assert cli(sample, *inputs, "--pretrained", folder, "--hubert", "any", "--prompt", "lamp",
                "--steps", 6, "--out", tmp_path) == 0
     assert iio.imread(tmp_path / "x.mp4", plugin="FFMPEG").shape == (49, 64, 64, 3)
-    assert cli(sample, "--ckpt", tmp_path / "run/best.pt", "--audio", tmp_path / "x.wav", "--image", tmp_path / "f.png") == 2
-    assert "--pretrained" in capsys.readouterr().err
-    assert cli(train, *flags[:2], "--data", "toybox") == 2 and "--hubert" in capsys.readouterr().err
+
+    capsys.readouterr()
+    assert cli(sample, *inputs) == 2 and "--pretrained" in capsys.readouterr().err
+    assert cli(train, *flags[:2]) == 2 and "--hubert" in capsys.readouterr().err
+    assert cli(train, "--size", "miniflux") == 2 and "--pretrained" in capsys.readouterr().err
 
 
 def test_two_processes_that_share_the_weights_train_as_one_does_and_go_on(pyramid_flow, tmp_path):
-    """FSDP: stopped after a step and resumed, the same weights as one process with --accum 2, to rounding."""
-    folder, clips = pyramid_flow
-    flags = ["--pretrained", folder, "--hubert", "any", "--data", clips, "--data-root", tmp_path / "data", "--resolution", 64, "--batch-size", 8, "--eval-clips", 1,
-             "--sample-every", 2, "--lr", .01, "--optimizer", "adamw", "--skip-audio", 0, "--device", "cpu", "--log-every", 1]
-    assert cli(train, *flags, "--steps", 2, "--accum", 2, "--out", tmp_path / "one") == 0
+    """FSDP2, stopped after a step and resumed, ends with the weights of one process, to rounding;
+    AdamW divides by the gradient's size, so rounding of small gradients shows in the weights."""
+    folder, flags = pyramid_flow
+    flags += ["--batch-size", 8, "--eval-clips", 1, "--optimizer", "adamw", "--skip-audio", 0,
+              "--device", "cpu"]
 
-    def shared(out, steps):
-        two_processes(*flags, "--fsdp", "--steps", steps, "--out", out)
-    shared(tmp_path / "two", 1), shared(tmp_path / "two", 2)
-    one, two = (torch.load(tmp_path / f / "last.pt", weights_only=True) for f in ("one", "two"))
+    assert cli(train, *flags, "--steps", 2, "--out", tmp_path / "one") == 0
+    two_processes(*flags, "--fsdp", "--steps", 1, "--out", tmp_path / "two")
+    two_processes(*flags, "--fsdp", "--steps", 2, "--out", tmp_path / "two")
+
+    one = last(tmp_path / "one")
+    two = last(tmp_path / "two")
     start = load_pyramid_flow(folder / "diffusion_transformer_384p").state_dict()
-    felt = [k for k in one["model"] if ".audio." not in k or "to_out" in k]   # behind an output of zero there is nothing but rounding
-    distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in felt if k in b).sqrt()
-    assert set(one["model"]) == set(two["model"]) and distance(one["model"], two["model"]) < .2 * distance(one["model"], start)
-    assert distance(one["ema"], two["ema"]) < .2 * distance(one["ema"], start) and two["step"] == 2
-    assert set(torch.load(tmp_path / "two/best.pt", weights_only=True)["ema"]) == set(two["model"])
+    # Behind an output layer of zeros the gradient is rounding and nothing else.
+    compared = [k for k in one["model"] if k in start or "to_out" in k]
+
+    def distance(a, b):
+        return sum((a[k] - b[k]).square().sum() for k in compared if k in b).sqrt().item()
+    assert two["step"] == 2 and set(one["model"]) == set(two["model"])
+    for part in ("model", "ema"):
+        apart = distance(one[part], two[part])
+        moved = distance(one[part], start)
+        assert apart < .02 * moved, f"{part}: {apart:.2e} apart after moving by {moved:.2e}"
+    best = torch.load(tmp_path / "two/best.pt", weights_only=True)
+    assert set(best["ema"]) == set(two["model"])
 
 
 def test_a_cache_keeps_two_frames_of_every_convolution_and_not_the_chunk_they_came_from():
@@ -2289,164 +2349,420 @@ def test_the_skip_probe_shows_one_strip_for_every_block(toy, tmp_path, capsys):
     assert len(differences) == n and min(differences) > 0
 
 
+def entry_of_help(text, flag):
+    """What a help text says about one flag, on one line."""
+    found = re.search(rf"^  {flag}\b.*?(?=^  -|\Z)", text, re.M | re.S)
+    assert found, f"{flag} is not in the help"
+    return " ".join(found[0].split())
+
+
+def test_help_gives_the_default_of_every_setting_of_a_task_and_no_setting_of_another(
+        capsys, monkeypatch):
+    """`python train.py --task joint --help`, and the help of the other two programs."""
+    monkeypatch.setenv("COLUMNS", "10000")                            # no line breaks in file names
+    texts = {}
+    for task in train.TASKS:
+        assert cli(train, "--task", task, "--help") == 0
+        texts[task] = capsys.readouterr().out
+        for name, (default, *_) in train.settings_of(task).items():
+            entry = entry_of_help(texts[task], f"--{name.replace('_', '-')}")
+            assert entry.endswith(f"(default: {default})"), entry
+    assert "--lambda-motion" not in texts["joint"] and "--lambda-v" not in texts["a2v"]
+
+    for module in (sample, cyclesync):
+        parser = module.arguments()
+        for action in [a for a in parser._actions if a.option_strings and a.dest != "help"]:
+            entry = entry_of_help(parser.format_help(), action.option_strings[0])
+            assert entry.endswith(f"(default: {action.default})"), entry
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ot"], "--ot: a setting of --task t2av"),
+    (["--task", "vae", "--shift=3"], "--shift: a setting of --task a2v and t2av and joint"),
+    (["--task", "t2av", "--stage", "timbre"], "invalid choice: 'timbre'"),
+    (["--lambda", 1], "unrecognized arguments: --lambda"),
+    (["--task", "joint", "--lambda-joint", 0, "--lambda-v", 0, "--lambda-a", 0], "nothing is left"),
+    (["--resolution", "32x64"], "the toybox is square"),
+    (["--fsdp"], "--fsdp: shares a model on Pyramid Flow"),
+    (["--batch-size", 5, "--accum", 2], "--batch-size 5 must be a multiple"),
+])
+def test_a_setting_that_does_not_fit_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
+    """A flag of another task names that task; nothing is written."""
+    code = cli(train, *flags, "--out", tmp_path / "out")
+
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1, (code, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pretrained_has_the_papers_number_of_steps_and_clips_as_its_defaults():
+    """Syncphony: 33000 steps, total batch 32; and what is given on the command line is obeyed."""
+    flags = ["--pretrained", "x", "--hubert", "y", "--data", "z", "--resolution", "384x640"]
+
+    args = train.parse_args(flags)
+    shorter = train.parse_args([*flags, "--steps", 10])
+
+    assert (args.steps, args.batch_size, args.size) == (33000, 32, "miniflux")
+    assert (shorter.steps, shorter.batch_size) == (10, 32)
+
+
 def test_text_is_dropped_for_a_tenth_of_the_samples_and_audio_never(runs):
-    """Silence is information: audio layers are skipped now and then, but audio itself is never replaced. Evaluation drops nothing."""
+    """Syncphony appendix B.1: silence is information, so audio itself is never replaced; the audio
+    layers are skipped in a tenth of the steps. Evaluation drops nothing."""
     d, run = runs
     args = train.parse_args([*run.flags, "--batch-size", 512])
     task = train.A2V(args, torch.device("cpu"), nullcontext)
+
     batch = task.batch(0, range(512))
-    words, sound, numbers = batch["text"], batch["audio"], batch["rows"]
-    assert abs(np.mean([task.batch(i, [0])["skip_audio"] for i in range(400)]) - .1) < .05                  # the layers, in a tenth of the steps
-    assert abs((words == 0).all(1).float().mean() - .1) < .05 and list(numbers) == list(range(512))
-    index = np.arange(24)
-    _, words, again = task.windows(task.cache, index).values()
-    assert not (words == 0).all(1).any() and {r.numpy().tobytes() for r in sound} == {r.numpy().tobytes() for r in again}
+    skipped = np.mean([task.batch(step, [0])["skip_audio"] for step in range(400)])
+    evaluated = task.windows(task.cache, np.arange(24))
+
+    dropped = (batch["text"] == 0).all(1).float().mean().item()
+    assert abs(dropped - .1) < .05, f"{dropped:.3f} of the captions"
+    assert abs(skipped - .1) < .05, f"audio layers skipped in {skipped:.3f} of the steps"
+    assert list(batch["rows"]) == list(range(512))
+    assert not (evaluated["text"] == 0).all(1).any()
+    sounds = {s.numpy().tobytes() for s in evaluated["audio"]}
+    assert {s.numpy().tobytes() for s in batch["audio"]} == sounds
 
 
-def same_weights(a, b):
-    a, b = (torch.load(f / "last.pt", weights_only=True) for f in (a, b))
-    return a["step"] == b["step"] == 4 and all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
+def test_every_clip_is_drawn_once_per_epoch_in_an_order_of_its_own(runs):
+    """12 clips in batches of 5: epochs do not have to end with a batch."""
+    args = train.parse_args(["--batch-size", 5])
+    cache = dict(clips=[[i] for i in range(12)])
 
+    drawn = [train.batch_indices(cache, args, step, range(5))[0] for step in range(12)]
 
-def losses_of(folder):
-    return [row.split(",")[2] for row in (folder / "log.csv").read_text().splitlines()[1:]]
+    epochs = np.concatenate(drawn).reshape(5, 12)
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs), epochs
+    assert list(epochs[0]) != list(epochs[1])
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(runs, monkeypatch, capsys):
-    """SIGTERM in step 2 writes a checkpoint; the same command then takes the very steps it would have taken."""
+    """SIGTERM in step 2 ends the run after that step, with a checkpoint; the same command then takes
+    the very steps it would have taken."""
     d, run = runs
-    batch = train.A2V.batch
+    update_ema = train.update_ema
 
-    def interrupted(self, step, rows):
-        if step == 1 and len(rows) == 4:
+    def interrupted(ema, net, step, *rest):
+        update_ema(ema, net, step, *rest)
+        if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return batch(self, step, rows)
-    monkeypatch.setattr(train.A2V, "batch", interrupted)
-    assert run("stopped") == 130 and "same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(train, "update_ema", interrupted)
+    assert run("stopped") == 130
+    assert "same command continues" in capsys.readouterr().err
+    assert last(d / "stopped")["step"] == 2
     monkeypatch.undo()
-    assert torch.load(d / "stopped/last.pt", weights_only=True)["step"] == 2 and run("stopped") == 0
-    assert same_weights(d / "whole", d / "stopped") and losses_of(d / "whole") == losses_of(d / "stopped")
 
+    assert run("stopped") == 0
 
-def test_a_stopped_vae_run_goes_on_bit_for_bit(runs, monkeypatch):
-    """The VAE's data are drawn by a thread that runs ahead; its kernels are matrices to Muon. Neither forgets."""
-    d, _ = runs
-    flags = ["--task", "vae", "--resolution", 32, "--steps", 3, "--batch-size", 2, "--eval-clips", 0, "--log-every", 1, "--warmup", 1, "--out"]
-    assert cli(train, *flags, d / "vae") == 0
-    step = train.update_ema
-    monkeypatch.setattr(train, "update_ema", lambda ema, net, n, *a: (step(ema, net, n, *a), os.kill(os.getpid(), signal.SIGTERM) if n == 1 else None))
-    assert cli(train, *flags, d / "vae-stopped") == 130
-    monkeypatch.undo()
-    assert cli(train, *flags, d / "vae-stopped") == 0
-    a, b = (torch.load(d / f / "last.pt", weights_only=True) for f in ("vae", "vae-stopped"))
-    assert a["step"] == b["step"] == 3 and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-
-
-def test_a_tuned_decoder_paints_from_the_same_latents(runs, toy):
-    d, _ = runs
-    assert cli(train, "--task", "vae", "--tune-decoder", toy / "vae.pt", "--resolution", 32, "--steps", 2, "--batch-size", 2, "--eval-clips", 2, "--out", d / "tuned") == 0
-    before, after = sample.load_vae(toy / "vae.pt"), sample.load_vae(d / "tuned/best.pt")
-    assert sample.fingerprint(before) == sample.fingerprint(after)
-    moved = {n.split(".")[0] for (n, a), b in zip(before.named_parameters(), after.parameters()) if not torch.equal(a, b)}
-    assert moved == {"decoder", "post_quant_conv"}
+    assert_same_run(d / "whole", d / "stopped")
 
 
 def test_a_killed_run_goes_on_bit_for_bit(runs):
-    """After SIGKILL in step 4 only what was saved is left: step 2's checkpoint, whole."""
+    """After SIGKILL in step 4 there is what was saved, the checkpoint of step 2, and it is whole."""
     d, run = runs
-    flags = [*run.flags, "--out", d / "killed", "--save-every", 2]
-    code = ("import os, train; f = train.update_ema\n"
-            "train.update_ema = lambda ema, net, step, *a: (f(ema, net, step, *a), os.kill(os.getpid(), 9) if step == 3 else None)\n"
+    code = ("import os, train\n"
+            "update_ema = train.update_ema\n"
+            "def killed(ema, net, step, *rest):\n"
+            "    update_ema(ema, net, step, *rest)\n"
+            "    if step == 3: os.kill(os.getpid(), 9)\n"
+            "train.update_ema = killed\n"
             "train.main()")
-    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True, cwd=HERE)
+    flags = [*map(str, run.flags), "--out", str(d / "killed"), "--save-every", "2"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True,
+                          cwd=HERE)
     assert done.returncode == -9, done.stderr[-800:]
-    assert torch.load(d / "killed/last.pt", weights_only=True)["step"] == 2 and run("killed", "--save-every", 2) == 0
-    assert same_weights(d / "whole", d / "killed")
+    assert last(d / "killed")["step"] == 2
+    # The killed session has logged step 3, which its successor takes once more.
+    log = (d / "killed/log.csv").read_text().splitlines(keepends=True)
+    (d / "killed/log.csv").write_text("".join(log[:3]))
+
+    assert run("killed", "--save-every", 2) == 0
+
+    assert_same_run(d / "whole", d / "killed")
 
 
-def test_micro_batches_and_two_processes_see_what_one_process_sees(runs):
+def test_a_stopped_vae_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    """The VAE's data are made by a thread that runs ahead, and its kernels are Muon's."""
+    flags = ["--task", "vae", "--resolution", 32, "--batch-size", 2, "--eval-clips", 0,
+             "--log-every", 1, "--warmup", 1, "--steps", 3]
+    assert cli(train, *flags, "--out", tmp_path / "whole") == 0
+    update_ema = train.update_ema
+
+    def interrupted(ema, net, step, *rest):
+        update_ema(ema, net, step, *rest)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train, "update_ema", interrupted)
+    assert cli(train, *flags, "--out", tmp_path / "stopped") == 130
+    monkeypatch.undo()
+
+    assert cli(train, *flags, "--out", tmp_path / "stopped") == 0
+
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_the_second_signal_ends_a_run_at_once_and_old_handlers_come_back():
+    """The first Ctrl-C asks for a checkpoint after the step; who presses again does not wait."""
+    before = signal.getsignal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        with train.stop_on_signal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop == [signal.SIGINT]
+            signal.raise_signal(signal.SIGINT)
+
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_checkpoint_is_plain_data_and_resuming_with_other_settings_is_refused(
+        runs, toy, capsys):
+    """All settings but a few harmless ones have to be what they were, and so has the VAE."""
     d, run = runs
-    assert run("accum", "--accum", 2) == 0
-    two_processes(*run.flags, "--out", d / "two", "--device", "cpu")
-    one, two = (torch.load(d / f / "last.pt", weights_only=True)["model"] for f in ("accum", "two"))
-    moved = torch.load(d / "whole/last.pt", weights_only=True)["model"]
-    distance = lambda a, b: sum((a[k] - b[k]).square().sum() for k in a).sqrt()
-    assert distance(one, two) < .2 * distance(one, moved)                     # rounding apart, against other noise
+    ckpt = last(d / "whole")
+    assert (ckpt["task"], ckpt["step"], ckpt["size"]) == ("a2v", 4, 32)
+    assert not list((d / "whole").glob(".*")), "a temporary file is left"
+    assert any(not torch.equal(ckpt["ema"][k], ckpt["model"][k]) for k in ckpt["ema"])
+    other = torch.load(toy / "vae.pt", weights_only=True)
+    other["ema"] = {k: 2 * v if k.startswith("encoder") else v for k, v in other["ema"].items()}
+    torch.save(other, d / "other-vae.pt")
+    flags = {"--lr": 1e-3, "--lambda-motion": 0, "--shift": 1, "--seed": 1, "--clips": 12,
+             "--vae": d / "other-vae.pt"}
+
+    for flag, value in flags.items():
+        code = run("whole", flag, value)
+        error = capsys.readouterr().err
+        assert code == 2 and flag in error, (flag, code, error)
+
+    assert run("whole", "--accum", 2, "--log-every", 2, "--eval-clips", 1) == 0
 
 
-def test_every_micro_batch_draws_its_own_noise_and_gradients_are_averaged(runs, monkeypatch):
-    """Random numbers are a function of (seed, step, micro-batch); --accum 2 halves each gradient before adding them."""
+@pytest.mark.parametrize("kind", ["a2v", "t2av", "joint", "vae", "mel-vae", "pretrained"])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(kind, request):
+    """--accum: losses and noise are per sample, so that the mean of the halves' gradients is the
+    gradient of the whole batch: in float64 to 1e-10."""
+    flags = dict(vae=["--resolution", 32])
+    if kind == "a2v":
+        flags[kind] = request.getfixturevalue("runs")[1].flags
+    elif kind == "pretrained":
+        flags[kind] = request.getfixturevalue("pyramid_flow")[1]
+    elif kind in ("t2av", "joint"):
+        run = request.getfixturevalue("harmony_on_disk")[1]
+        flags[kind] = [*run.flags, "--stage", "joint"]
+    kind_of_task = "a2v" if kind == "pretrained" else kind
+    args = train.parse_args([*flags.get(kind, []), "--task", kind_of_task, "--batch-size", 8])
+    torch.manual_seed(0)
+    task = train.TASK_CLASSES[args.task](args, torch.device("cpu"), nullcontext)
+    shaken(task.net).train()
+
+    def double(x):
+        floating = isinstance(x, torch.Tensor) and x.is_floating_point()
+        return x.double() if floating else x
+
+    def gradient(*parts):
+        task.net.zero_grad()
+        for rows in parts:
+            batch = train.tree_map(double, task.batch(0, rows))
+            loss, _ = task.loss(task.net, train.seeded_each(rows, 0), **batch)
+            (loss / len(parts)).backward()
+        grads = [p.grad.flatten() for p in task.net.parameters() if p.grad is not None]
+        return torch.cat(grads)
+    whole = gradient(list(range(8)))
+    halves = gradient([0, 1, 2, 3], [4, 5, 6, 7])
+
+    error = ((whole - halves).norm() / whole.norm()).item()
+    assert error < 1e-10, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("skip_audio", [0, 1], ids=["with audio", "audio layers skipped"])
+def test_two_processes_have_the_gradient_of_one(runs, monkeypatch, skip_audio):
+    """DistributedDataParallel averages over processes, in steps that skip parameters too."""
     d, run = runs
-    seeds, norms, clip = [], [], torch.nn.utils.clip_grad_norm_
+    clip = torch.nn.utils.clip_grad_norm_
+    path = d / "gradients.pt"
 
-    def loss(self, net, generators, **batch):                                 # its gradient is 1 for every weight
+    def record(parameters, most):
+        parameters = list(parameters)
+        if train.rank() == 0:
+            torch.save([p.grad for p in parameters], path)
+        return clip(parameters, most)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    flags = [*run.flags, "--steps", 1, "--skip-audio", skip_audio, "--device", "cpu"]
+
+    assert cli(train, *flags, "--out", d / f"one-{skip_audio}") == 0
+    one = torch.load(path)
+    two_processes(*flags, "--out", d / f"two-{skip_audio}")
+    two = torch.load(path)
+
+    assert [g is None for g in one] == [g is None for g in two]
+    assert any(g is None for g in one) == bool(skip_audio)
+    one = torch.cat([g.flatten() for g in one if g is not None])
+    two = torch.cat([g.flatten() for g in two if g is not None])
+    error = ((one - two).norm() / one.norm()).item()
+    assert error < 1e-5, f"relative error {error:.1e}"
+
+
+def test_every_sample_of_a_run_has_noise_of_its_own(runs, monkeypatch):
+    """4 steps of 4 clips: 16 seeds, whatever the micro-batches; --accum 2 averages gradients."""
+    d, run = runs
+    seeds = []
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def loss(self, net, generators, **batch):
+        """Its gradient is 1 for every weight."""
         seeds.extend(g.initial_seed() for g in generators)
         return sum(p.sum() for p in net.parameters()), torch.zeros(losses.BUCKETS)
+
+    def record(parameters, most):
+        norms.append(clip(parameters, most))
+        return norms[-1]
     monkeypatch.setattr(train.A2V, "loss", loss)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append(float(clip(p, most))) or torch.tensor(norms[-1]))
-    assert run("ones", "--accum", 2) == 0
-    drawn = seeds[4:]                                                         # the first call counted FLOPs
-    assert len(drawn) == len(set(drawn)) == 16
-    weights = sum(v.numel() for v in torch.load(d / "ones/last.pt", weights_only=True)["model"].values())
-    assert norms == pytest.approx([weights ** .5] * 4, rel=1e-3)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+
+    assert run("ones") == 0
+    whole = seeds[4:]                                          # four clips counted the FLOPs
+    seeds.clear()
+    assert run("ones-accum", "--accum", 2) == 0
+
+    assert len(set(whole)) == 16 and seeds[4:] == whole
+    size = sum(v.numel() for v in last(d / "ones")["model"].values())
+    assert [n.item() for n in norms] == pytest.approx([size ** .5] * 8, rel=1e-3)
 
 
-def test_checkpoints_are_plain_data_and_resuming_with_other_flags_is_refused(runs, capsys):
-    d, run = runs
-    ckpt = torch.load(d / "whole/last.pt", weights_only=True)
-    assert ckpt["task"] == "a2v" and ckpt["step"] == 4 and ckpt["size"] == 32 and not list((d / "whole").glob(".*"))
-    assert any(not torch.equal(ckpt["ema"][k], ckpt["model"][k]) for k in ckpt["ema"])            # weights, and their averages
-    assert run("whole", "--lr", 1e-3) == 2 and "--lr" in capsys.readouterr().err
+def test_a_tuned_decoder_decodes_the_same_latents(toy, tmp_path):
+    """--tune-decoder leaves the encoder as it is, and with it the fingerprint."""
+    assert cli(train, "--task", "vae", "--tune-decoder", toy / "vae.pt", "--resolution", 32,
+               "--steps", 2, "--batch-size", 2, "--eval-clips", 2, "--out", tmp_path) == 0
 
-
-def test_every_clip_is_seen_once_per_epoch(runs):
-    class Task:
-        args, device, vae = train.parse_args(["--batch-size", 5]), "cpu", None
-        cache, windows = dict(clips=[[i] for i in range(12)]), staticmethod(lambda cache, index, draws: dict(z=index[:, None].repeat(2, 1)[:, None]))
-    seen = [i for step in range(12) for i in train.A2V.batch(Task(), step, range(5))["z"][:, 0, 0].tolist()]
-    assert all(sorted(seen[12 * e:12 * e + 12]) == list(range(12)) for e in range(5)) and seen[:12] != seen[12:24]
+    before = sample.load_vae(toy / "vae.pt")
+    after = sample.load_vae(tmp_path / "best.pt")
+    assert sample.fingerprint(before) == sample.fingerprint(after)
+    weights = dict(after.named_parameters())
+    moved = {k.split(".")[0] for k, p in before.named_parameters() if not torch.equal(p, weights[k])}
+    assert moved == {"decoder", "post_quant_conv"}
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_clear_line(runs, monkeypatch, capsys):
+    """The weights of the step before are not overwritten."""
     d, run = runs
     loss = train.A2V.loss
-    monkeypatch.setattr(train.A2V, "loss", lambda self, *a, **b: tuple(x * float("nan") for x in loss(self, *a, **b)))
-    assert run("nan") == 2 and "lower --lr" in capsys.readouterr().err
+
+    def nan_loss(self, *args, **batch):
+        value, report = loss(self, *args, **batch)
+        return value * float("nan"), report
+    monkeypatch.setattr(train.A2V, "loss", nan_loss)
+
+    assert run("nan") == 2
+    assert "lower --lr" in capsys.readouterr().err
+    assert not (d / "nan/last.pt").exists()
+
+
+def test_clip_zero_is_no_clipping(runs):
+    """--clip 0 switches clipping off, as in nanoGPT; a bound that is never met is the same."""
+    d, run = runs
+
+    assert run("unclipped", "--steps", 2, "--clip", 0) == 0
+    assert run("bounded", "--steps", 2, "--clip", 1e9) == 0
+
+    assert_same_run(d / "unclipped", d / "bounded")
 
 
 def test_the_network_overfits_one_batch():
+    """150 steps with the same noise: the loss falls to less than a fifth."""
     net = small()
-    z, mel = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 44, 64)
-    optimiser, history = torch.optim.AdamW(net.parameters(), 3e-3), []
+    z = torch.randn(2, 4, 3, 2, 2)
+    mel = torch.randn(2, 44, 64)
+    text = text_bytes(["a", "b"])
+    optimiser = torch.optim.AdamW(net.parameters(), 3e-3)
+    history = []
+
     for _ in range(150):
-        loss, _ = losses.syncphony_loss(net, z, text_bytes(["a", "b"]), mel, generators(2), context_noise=0)
-        optimiser.zero_grad(), loss.backward(), optimiser.step()
+        loss, _ = losses.syncphony_loss(net, z, text, mel, generators(2), context_noise=0)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
         history.append(loss.item())
-    assert history[-1] < history[0] / 5
+
+    assert history[-1] < history[0] / 5, f"{history[0]:.3f} -> {history[-1]:.3f}"
 
 
 def test_muon_moves_the_matrices_of_blocks_by_orthogonal_steps_and_adamw_all_else():
+    """Singular values of Muon's step are about equal; those of AdamW's are not."""
     net = small()
     optimisers = train.make_optimisers(net, "muon", .01, weight_decay=0)
-    assert sum(len(g["params"]) for o in optimisers for g in o.param_groups) == len(list(net.parameters()))
-    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    before = {k: p.detach().clone() for k, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.randn(p.shape)
-    for o in optimisers:
-        o.step()
-    spread = lambda name: (lambda s: (s.max() / s.median()).item())(torch.linalg.svdvals(net.get_parameter(name).detach() - before[name]))
-    assert all(not torch.equal(before[n], p) for n, p in net.named_parameters())
-    assert spread("single_transformer_blocks.0.attn.to_q.weight") < 1.5 < 2 < spread("time_text_embed.timestep_embedder.linear_2.weight")
+
+    for optimiser in optimisers:
+        optimiser.step()
+
+    def spread(name):
+        """Largest singular value of the step by the median one."""
+        s = torch.linalg.svdvals(net.get_parameter(name).detach() - before[name])
+        return (s.max() / s.median()).item()
+    groups = [g for o in optimisers for g in o.param_groups]
+    assert sum(len(g["params"]) for g in groups) == len(before)
+    assert all(not torch.equal(before[k], p) for k, p in net.named_parameters())
+    assert spread("single_transformer_blocks.0.attn.to_q.weight") < 1.5
+    assert spread("time_text_embed.timestep_embedder.linear_2.weight") > 2
 
 
-def test_the_counted_flops_are_those_of_the_matrix_products():
-    """About 6 FLOP per weight and token: the counter sees every layer, attention included."""
-    from torch.utils.flop_counter import FlopCounterMode
+def test_muons_steps_are_those_of_torch_in_bfloat16():
+    """train.Muon exists for its dtype only: in bfloat16 it is torch.optim.Muon, bit for bit."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 16), (16, 8))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    muon = train.Muon(ours, lr=.01, weight_decay=.01, dtype=torch.bfloat16)
+    reference = torch.optim.Muon(theirs, lr=.01, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
+
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        muon.step()
+        reference.step()
+
+    for p, q in zip(ours, theirs):
+        assert torch.equal(p, q), (p - q).abs().max().item()
+
+
+def test_flops_are_counted_on_the_meta_device_and_are_those_of_the_matrix_products():
+    """About 6 FLOP per weight and token, in every layer; nothing is computed for it."""
     net = MMDiT(MMDiTConfig(**networks.SIZES["tiny"]))
-    with FlopCounterMode(display=False) as counter:
-        losses.syncphony_loss(net, torch.randn(1, 16, 13, 4, 4), text_bytes(["a"]), torch.randn(1, 204, 64), generators(1))[0].backward()
-    per_token = sum(p.numel() for n, p in net.named_parameters() if p.dim() == 2 and re.search(r"attn|proj|ff|audio\.to_(q|out)", n) and "context" not in n and "add_" not in n)
-    assert .85 < counter.get_total_flops() / (6 * per_token * 112) < 1.35
+    task = SimpleNamespace(net=net)
+
+    def loss(net, generators, z, text, mel):
+        assert z.is_meta and next(net.parameters()).is_meta
+        return losses.syncphony_loss(net, z, text, mel, generators)
+    task.loss = loss
+    batch = dict(z=torch.randn(2, 16, 13, 4, 4), text=text_bytes(["a", "b"]),
+                 mel=torch.randn(2, 204, 64))
+
+    flops = train.count_flops(task, batch, 2)
+
+    per_token = 0
+    for name, p in net.named_parameters():
+        is_layer = re.search(r"attn|proj|ff|audio\.to_(q|out)", name)
+        if p.dim() == 2 and is_layer and "context" not in name and "add_" not in name:
+            per_token += p.numel()
+    share = flops / (6 * per_token * 112)
+    assert .85 < share < 1.35, f"{share:.2f} of 6 FLOP per weight and token"
+
+
+def test_the_peak_of_a_gpu_is_that_of_the_longest_name_and_unknown_for_others(monkeypatch):
+    """An L40S is no L4, the H100 for PCIe is slower than the other, and a guess is not printed."""
+    names = {"NVIDIA L40S": 362e12, "NVIDIA L4": 121e12, "NVIDIA H100 PCIe": 756e12,
+             "NVIDIA H100 80GB HBM3": 989e12}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert train.peak_flops(torch.device("cuda")) == peak, name
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+    assert np.isnan(train.peak_flops(torch.device("cuda")))
+    assert np.isnan(train.peak_flops(torch.device("cpu")))
 
 
 # -------------------------------------------------------------- SyncFlow: two towers, the audio VAE
@@ -2761,12 +3077,19 @@ def test_video_to_audio_feeds_the_true_latents_at_each_steps_noise_level_and_kee
     assert all(torch.allclose(x[:, :, :1], (1 - s) * z_v[:, :, :1] + s * eps[:, :, :1], atol=1e-6) for x, s in fed)
 
 
-def test_the_first_stage_learns_from_single_pictures_beside_the_clips(towers_on_disk):
+def test_the_first_stage_learns_from_single_pictures_beside_the_clips():
+    """--pictures 4: the first latents of four clips beside every sample, with their captions."""
     task = train.SyncFlow.__new__(train.SyncFlow)
-    vars(task).update(cache=dict(at=np.stack([np.zeros(5, int), np.arange(5)], 1), captions=list("abcde"), arrays=dict(latents=[np.arange(5.).reshape(5, 1, 1, 1, 1, 1) * np.ones((1, 2, 1, 3, 2, 2))])),
-                           args=SimpleNamespace(pictures=4, drop_text=0.), device="cpu", vae=SimpleNamespace(normalise=lambda z: z))
-    z, words = task.still_pictures([np.random.default_rng(k) for k in range(3)]).values()
-    assert z.shape == (12, 1, 1, 2, 2) and torch.equal(words, text_bytes(["abcde"[int(i)] for i in z[:, 0, 0, 0, 0]]))
+    task.args = SimpleNamespace(pictures=4, drop_text=0.)
+    task.device = "cpu"
+    task.vae = SimpleNamespace(normalise=lambda z: z)
+    latents = np.arange(5.).reshape(5, 1, 1, 1, 1, 1) * np.ones((1, 2, 1, 3, 2, 2))
+    task.cache = dict(at=np.stack([np.zeros(5, int), np.arange(5)], 1), captions=list("abcde"),
+                      arrays=dict(latents=[latents]))
+    batch = task.still_pictures([np.random.default_rng(k) for k in range(3)])
+    numbers = batch["pictures"][:, 0, 0, 0, 0].int().tolist()
+    assert batch["pictures"].shape == (12, 1, 1, 2, 2)
+    assert torch.equal(batch["picture_text"], text_bytes(["abcde"[i] for i in numbers]))
 
 
 def test_guidance_of_two_towers_is_equation_three_on_both_streams():
@@ -2829,35 +3152,60 @@ def test_a_scene_is_found_again_from_its_first_frame():
 
 @pytest.fixture(scope="module")
 def towers_on_disk(toy, tmp_path_factory):
-    """An untrained audio VAE, and all three stages of two towers, two steps each, 32 px."""
+    """An untrained audio VAE, and all three stages of SyncFlow, two steps each, 32 px: -> folder,
+    a function that trains there."""
     d = tmp_path_factory.mktemp("towers")
     vae = little_audio_vae().float().eval()
-    data.save_checkpoint(d / "audio-vae.pt", task="audio-vae", config=asdict(vae.cfg), ema={k: v.half() for k, v in vae.state_dict().items()}, step=0)
-    towers.SYNCFLOW["little"] = {**towers.SYNCFLOW["tiny"], "depth": 1, "width": 32, "heads": 2, "audio_latent": 3, "text_dim": 16}
-    flags = ["--task", "t2av", "--size", "little", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--resolution", 32, "--clips", 24, "--steps", 2, "--batch-size", 4,
-             "--eval-clips", 2, "--log-every", 1, "--warmup", 1, "--data-root", d / "data"]
+    weights = {k: v.half() for k, v in vae.state_dict().items()}
+    data.save_checkpoint(d / "audio-vae.pt", task="audio-vae", config=asdict(vae.cfg), ema=weights,
+                         step=0)
+    towers.SYNCFLOW["little"] = dict(towers.SYNCFLOW["tiny"], depth=1, width=32, heads=2,
+                                   audio_latent=3, text_dim=16)
 
-    def run(out, *more):
-        return cli(train, *flags, "--out", d / out, *more)
+    def run(out, *flags):
+        return cli(train, *run.flags, "--out", d / out, *flags)
+    run.flags = ["--task", "t2av", "--size", "little", "--vae", toy / "vae.pt",
+                 "--audio-vae", d / "audio-vae.pt", "--resolution", 32, "--clips", 24,
+                 "--steps", 2, "--batch-size", 4, "--eval-clips", 2, "--log-every", 1,
+                 "--warmup", 1, "--data-root", d / "data"]
     assert run("t2av") == 0
     return d, run
 
 
-def test_one_command_trains_the_three_stages_and_each_begins_where_the_last_one_ended(towers_on_disk):
+def test_one_command_trains_the_three_stages_and_each_begins_where_the_last_one_ended(
+        towers_on_disk):
+    """SyncFlow section 3.2: video, audio, joint; a checkpoint of something else is refused."""
     d, run = towers_on_disk
-    stages = [torch.load(d / f"t2av/{stage}/best.pt", weights_only=True) for stage in ("video", "audio", "joint")]
-    assert [s["stage"] for s in stages] == ["video", "audio", "joint"] and [Path(s["args"]["init"]).parent.name for s in stages[1:]] == ["video", "audio"]
-    assert stages[0]["args"]["init"] is None and run("odd", "--stage", "audio", "--init", d / "audio-vae.pt") == 2
+
+    stages = [torch.load(d / f"t2av/{stage}/best.pt", weights_only=True)
+              for stage in ("video", "audio", "joint")]
+
+    assert [c["stage"] for c in stages] == ["video", "audio", "joint"]
+    assert stages[0]["args"]["init"] is None
+    inits = [Path(c["args"]["init"]).parent.name for c in stages[1:]]
+    assert inits == ["video", "audio"], inits
+    assert run("odd", "--stage", "audio", "--init", d / "audio-vae.pt") == 2
 
 
-def test_two_towers_resume_bit_for_bit(towers_on_disk):
+def test_two_towers_resume_bit_for_bit(towers_on_disk, monkeypatch):
+    """SIGTERM in step 2 of 4 of the joint stage: weights, averages and losses are those of a run
+    that was not stopped."""
     d, run = towers_on_disk
-    assert run("half", "--stage", "joint", "--steps", 4, "--save-every", 2) == 0
-    whole = torch.load(d / "half/last.pt", weights_only=True)
-    assert run("rest", "--stage", "joint", "--steps", 2) == 0 and run("rest", "--stage", "joint", "--steps", 4) == 0
-    again = torch.load(d / "rest/last.pt", weights_only=True)
-    first = torch.load(d / "t2av/joint/last.pt", weights_only=True)
-    assert whole["step"] == again["step"] == 4 and first["step"] == 2
+    flags = ["--stage", "joint", "--steps", 4, "--eval-clips", 0]
+    assert run("uninterrupted", *flags) == 0
+    update_ema = train.update_ema
+
+    def interrupted(ema, net, step, *rest):
+        update_ema(ema, net, step, *rest)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train, "update_ema", interrupted)
+    assert run("interrupted", *flags) == 130
+    monkeypatch.undo()
+
+    assert run("interrupted", *flags) == 0
+
+    assert_same_run(d / "uninterrupted", d / "interrupted")
 
 
 def test_sampling_from_text_and_for_a_video_writes_sound_and_keeps_the_pictures(towers_on_disk, toy, tmp_path, capsys):
@@ -3207,40 +3555,64 @@ def test_another_take_is_of_the_same_thing_but_other_things_happen_to_it():
 
 @pytest.fixture(scope="module")
 def harmony_on_disk(towers_on_disk, toy):
-    """All four stages of Harmony, two steps each, 32 px."""
+    """All four stages of Harmony, two steps each, 32 px: -> folder, a function that trains there,
+    flags of the other programs."""
     d, run = towers_on_disk
-    towers.HARMONY["little"] = {**towers.SYNCFLOW["little"], "axes": (8, 4, 4), "bridges": True}
-    assert run("harmony", "--task", "joint", "--eval-clips", 9) == 0         # more than are shown
-    return d, run, ["--ckpt", d / "harmony/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--steps", 2]
+    towers.HARMONY["little"] = dict(towers.SYNCFLOW["little"], axes=(8, 4, 4), bridges=True)
+    # Nine clips are evaluated: more than are shown.
+    assert run("harmony", "--task", "joint", "--eval-clips", 9) == 0
+    return d, run, ["--ckpt", d / "harmony/joint/best.pt", "--vae", toy / "vae.pt",
+                    "--audio-vae", d / "audio-vae.pt", "--steps", 2]
 
 
-def test_harmony_trains_the_sound_then_its_timbre_then_both_and_leaves_alone_what_a_stage_is_not_about(harmony_on_disk):
+def test_harmony_trains_the_sound_then_its_timbre_then_both_and_leaves_alone_what_a_stage_is_not_about(
+        harmony_on_disk):
+    """Harmony section 2: stages "audio" and "timbre" move the audio tower and the encoder of the
+    transcript; "joint" moves everything, the three bridges of every layer included."""
     d, run, _ = harmony_on_disk
-    stages = {s: torch.load(d / f"harmony/{s}/best.pt", weights_only=True) for s in ("video", "audio", "timbre", "joint")}
-    assert [Path(c["args"]["init"]).parent.name for c in list(stages.values())[1:]] == ["video", "audio", "timbre"]
-    changed = lambda a, b: {towers.part_of(k) for k, v in stages[a]["ema"].items() if not torch.equal(v, stages[b]["ema"][k])}
-    assert changed("audio", "timbre") == {"audio"} and changed("timbre", "joint") == {"video", "audio", "bridge"}
+    names = ("video", "audio", "timbre", "joint")
+    stages = {s: torch.load(d / f"harmony/{s}/best.pt", weights_only=True) for s in names}
+
+    def moved(a, b):
+        before = stages[a]["ema"]
+        after = stages[b]["ema"]
+        return {towers.part_of(k) for k in before if not torch.equal(before[k], after[k])}
+    inits = [Path(stages[s]["args"]["init"]).parent.name for s in names[1:]]
+    assert inits == ["video", "audio", "timbre"], inits
+    assert moved("audio", "timbre") == {"audio"}
+    assert moved("timbre", "joint") == {"video", "audio", "bridge"}
     assert stages["joint"]["guidance"] == dict(cfg=1., sync_video=3., sync_audio=2., shift=5.)
-    assert (d / "harmony/joint/scores.csv").read_text().splitlines()[0] == "step,video_driven,audio_driven,pairs"
-    assert run("nothing", "--task", "joint", "--lambda-joint", 0, "--lambda-v", 0, "--lambda-a", 0) == 2 and not (d / "nothing").exists()
+    header = (d / "harmony/joint/scores.csv").read_text().splitlines()[0]
+    assert header == "step,video_driven,audio_driven,pairs"
 
 
-def test_references_are_one_to_three_seconds_of_the_clip_itself_and_later_of_another_that_does_not_overlap(harmony_on_disk):
-    S = 300                                                                   # six seconds: windows 0 and 1 of clip 0 overlap, window 2 is apart
-    features = np.arange(3 * S, dtype=np.float32).reshape(3, S, 1)
-    cache = dict(arrays=dict(features=[features]), at=np.array([(0, 0), (0, 1), (0, 2)]), starts=np.array([0., 1., 4.]), clips=[[0, 1, 2]])
-    task = SimpleNamespace(cache=cache, windows_of_clip={w: [0, 1, 2] for w in range(3)}, device="cpu", args=SimpleNamespace(stage="audio", drop_text=0.),
-                           audio_vae=SimpleNamespace(cfg=SimpleNamespace(rate=16000), hop=320, normalise=lambda z: z))
-    drawn, lengths = {"audio": set(), "timbre": set()}, set()
-    for stage in drawn:
+def test_references_are_one_to_three_seconds_of_the_clip_itself_and_later_of_another_that_does_not_overlap():
+    """Harmony section 2: windows 0 and 1 of the clip overlap, window 2 does not."""
+    S = 300                                                           # audio latents: six seconds
+    features = np.arange(3 * S, dtype=np.float32).reshape(3, S, 1)    # each names its window
+    task = train.Harmony.__new__(train.Harmony)
+    task.cache = dict(arrays=dict(features=[features]), at=np.array([(0, 0), (0, 1), (0, 2)]),
+                      starts=np.array([0., 1., 4.]))
+    task.windows_of_clip = {w: [0, 1, 2] for w in range(3)}
+    task.device = "cpu"
+    task.audio_vae = SimpleNamespace(cfg=SimpleNamespace(rate=16000), hop=320, normalise=lambda z: z)
+    task.args = SimpleNamespace(stage="audio", drop_text=0.)
+
+    def references(seed, seconds):
+        batch = task.references(np.array([0]), [np.random.default_rng(seed)], seconds)
+        return batch["ref"][0, 0], batch["ref_mask"]
+    for stage, window in (("audio", 0), ("timbre", 2)):
         task.args.stage = stage
-        for k in range(40):
-            ref, there = train.Harmony.references(task, np.array([0]), [np.random.default_rng(k)], np.random.default_rng([k, 1]).uniform(1, 3)).values()
-            assert torch.equal(ref[0, 0].diff(), torch.ones(ref.shape[2] - 1)) and there.all()      # one piece
-            drawn[stage].add(int(ref[0, 0, 0]) // S), lengths.add(ref.shape[2])
-    assert drawn == dict(audio={0}, timbre={2}) and min(lengths) >= 50 and max(lengths) <= 150 and len(lengths) > 20
-    task.windows_of_clip[0] = [0, 1]                                                 # nothing that does not overlap: no reference
-    assert not train.Harmony.references(task, np.array([0]), [np.random.default_rng(0)], 2.)["ref_mask"].any()
+        for seed in range(20):
+            ref, mask = references(seed, 1 + seed / 10)
+            assert len(ref) == round(50 + 5 * seed), f"{len(ref)} latents of 20 ms"
+            assert torch.equal(ref.diff(), torch.ones(len(ref) - 1)), "not one piece"
+            assert int(ref[0]) // S == window, f"stage {stage}: out of window {int(ref[0]) // S}"
+            assert mask.all()
+
+    # Nothing that does not overlap: no reference.
+    task.windows_of_clip[0] = [0, 1]
+    assert not references(0, 2.)[1].any()
 
 
 def test_harmony_makes_both_or_either_for_the_other_and_takes_a_picture_a_voice_and_words(harmony_on_disk, tmp_path, capsys):
@@ -3407,14 +3779,6 @@ def test_every_command_of_the_readme_is_accepted_by_its_program():
         module = importlib.import_module(script)
         parse = train.parse_args if module is train else module.arguments().parse_args
         parse(flags)                                                       # exits with 2 if unknown
-
-
-def test_help_tells_every_default(capsys):
-    for module in (train, sample, cyclesync):
-        with pytest.raises(SystemExit):
-            (train.parse_args if module is train else module.arguments().parse_args)(["--help"])
-        text = capsys.readouterr().out
-        assert "default" in text and "--ckpt" in text or module is train
 
 
 @weights
