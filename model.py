@@ -67,6 +67,7 @@ class MMDiTConfig:
     context: int = 30               # latents that a latent attends to, beside latent 0
 
 
+# What the sizes for the toybox have in common
 TOYBOX = dict(
     axes=(32, 16, 16),              # 2 x 2 tokens a latent: positions need few channels, time many
     context_clock="own",            # trained from scratch, so that the context can be cached
@@ -132,7 +133,8 @@ def temporal_window(t_query, t_key, radius):
     return (distance < radius) | (distance <= nearest)
 
 
-def teacher_forcing_mask(n_text, n_clean, n_noisy, first_noisy, tokens_per_latent, context):
+def teacher_forcing_mask(n_text, n_clean, n_noisy, first_noisy, tokens_per_latent, context,
+                         device="cpu"):
     """Who attends to whom when every latent of a clip is a target in one pass -> booleans (M, M),
     M = n_text + (n_clean + n_noisy) tokens_per_latent.
 
@@ -145,17 +147,17 @@ def teacher_forcing_mask(n_text, n_clean, n_noisy, first_noisy, tokens_per_laten
 
     Of the clean latents before it, a latent attends to the last `context` ones, and always to
     latent 0. With 13 clean and 12 noisy latents (first_noisy = 1) 29 % of the mask is True."""
-    # of every token: which latent it belongs to, and whether it is of the noisy copy
+    # of every token: which latent it belongs to (text: latent 0), and whether it is noisy
     clean = torch.arange(n_clean).repeat_interleave(tokens_per_latent)
     noisy = torch.arange(first_noisy, first_noisy + n_noisy).repeat_interleave(tokens_per_latent)
-    latent = torch.cat([torch.zeros(n_text).long(), clean, noisy])      # text counts as latent 0
-    is_noisy = torch.arange(len(latent)) >= n_text + len(clean)
+    latent = torch.cat([torch.zeros(n_text).long(), clean, noisy]).to(device)
+    is_noisy = torch.arange(len(latent), device=device) >= n_text + len(clean)
     query = latent[:, None]
     key = latent[None]
 
     same_latent = (query == key) & (is_noisy[:, None] == is_noisy[None])
     earlier_clean = (key < query) & (query - key <= context) & ~is_noisy[None]
-    attention_sink = (key == 0) & ~is_noisy[None]                       # text and latent 0
+    attention_sink = (key == 0) & ~is_noisy[None]
     return same_latent | earlier_clean | attention_sink
 
 
@@ -169,6 +171,7 @@ def rope_table(ids, axes, time_scale=1.):
     device = ids.device
     if device.type == "mps":
         ids = ids.cpu()
+    # one angle for every pair of channels
     angles = []
     for axis, n in enumerate(axes):
         rate = 10000. ** (-torch.arange(0, n, 2, dtype=torch.float64, device=ids.device) / n)
@@ -176,7 +179,7 @@ def rope_table(ids, axes, time_scale=1.):
         angles.append(ids[..., axis, None].double() * scale * rate)
     angles = torch.cat(angles, -1)                                      # (..., d/2)
     cos = angles.cos().float().repeat_interleave(2, -1)                 # (..., d)
-    sin = angles.sin().float()
+    sin = angles.sin().float()                                          # (..., d/2)
     sin = torch.stack([-sin, sin], -1).flatten(-2)                      # (..., d)
     return cos.to(device), sin.to(device)
 
@@ -312,10 +315,11 @@ class JointAttention(nn.Module):
             q = torch.cat([text_q, q], 2)                               # (B, K, T+N, d)
             k = torch.cat([text_k, k], 2)
             v = torch.cat([text_v, v], 2)
-        # keys are cached as rotated ones: a token's position never changes
+        # a key is rotated before it is cached: the position of its token does not change
         q = apply_rope(q, cond.rope)
         k = apply_rope(k, cond.rope).to(v.dtype)
         new_kv = k, v
+        # the clean context comes first, as in `KVCache.mask`
         if cached_kv is not None:
             k = torch.cat([cached_kv[0], k], 2)                         # (B, K, M+T+N, d)
             v = torch.cat([cached_kv[1], v], 2)
@@ -421,13 +425,14 @@ class SingleBlock(nn.Module):
             rows = len(audio_kv[0])
             synced = self.audio(x[:rows], audio_kv, cond.audio_rope, cond.audio_mask)
             x = synced if rows == len(x) else torch.cat([synced, x[rows:]])
-        # text and video as one sequence; [attention D, MLP 4D] are projected together
+        # text and video as one sequence, modulated once for both branches
         T = 0 if y is None else y.shape[1]
         tokens = x if y is None else torch.cat([y, x], 1)                        # (B, T+N, D)
         shift, scale, gate = self.norm(cond.temb, cond.sigma_index)
         normed = modulate(tokens, shift, scale)
         attended, new_kv = self.attn(normed, None, cond, cached_kv)              # (B, T+N, D)
         mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")                  # (B, T+N, 4D)
+        # one output projection for [attention, MLP]
         tokens = tokens + gate * self.proj_out(torch.cat([attended, mlp], 2))    # (B, T+N, D)
         return tokens[:, T:], None if y is None else tokens[:, :T], new_kv
 
@@ -478,8 +483,8 @@ class ByteText(nn.Module):
 
     def forward(self, letters):
         """(B, length) -> states (B, length/8, dim), pooled (B, pooled) or None"""
-        x = self.letter(letters) + self.place                                   # (B, length, 64)
-        x = x.transpose(1, 2)
+        # bytes and their places, a residual convolution over 5 of them, one token for each 8
+        x = (self.letter(letters) + self.place).transpose(1, 2)                 # (B, 64, length)
         x = F.gelu(self.near(x)) + x
         x = self.token(x).transpose(1, 2)                                       # (B, length/8, dim)
         if self.pool is None:
@@ -500,6 +505,7 @@ class MelEncoder(nn.Module):
         super().__init__()
         self.strided = nn.Conv1d(mels, A, 4, 2, padding=1)
         self.norms = nn.ModuleList([nn.LayerNorm(A) for _ in range(7)])
+        # 1 + 2 + ... + 32 = 63 steps of 20 ms to either side
         dilations = (1, 2, 4, 8, 16, 32)
         self.layers = nn.ModuleList([nn.Conv1d(A, A, 3, padding=g, dilation=g) for g in dilations])
 
@@ -544,6 +550,7 @@ class KVCache:
         n = self.grid[0] * self.grid[1]
         n_sink = self.n_text + n
         n_slots = n_sink + self.window * n
+        # the newest latent overwrites the oldest one of the ring
         start = n_sink + (self.latent - 1) % self.window * n
         if self.latent == 0:
             # zeros, not empty memory: masked values have weight 0, and 0 * nan would be nan
@@ -552,7 +559,7 @@ class KVCache:
             self.kv = [(slots(k), slots(v)) for k, v in new_kv]
             self.sink_keys = [k for k, _ in new_kv]
             start = 0
-        # the oldest latent is overwritten; no gradient flows through a roll-out
+        # no gradient flows through a roll-out
         for old, new in zip(self.kv, new_kv):
             for slots, value in zip(old, new):
                 slots[:, :, start:start + value.shape[2]] = value.detach()
@@ -624,6 +631,8 @@ class MMDiT(nn.Module):
         # as in DiT, the first output is 0 instead of a random velocity
         nn.init.zeros_(self.proj_out.weight)
 
+    # ---- encoders
+
     def encode_text(self, text_inputs):
         """Bytes (B, 96) of `text_bytes` -> states (B, T, text_dim), their mask (B, T), pooled"""
         # of a network with external encoders these three come from pyramid.t5_clip_states
@@ -635,6 +644,8 @@ class MMDiT(nn.Module):
     def encode_audio(self, audio_inputs):
         """Log-mels (B, 2S, 64) or the features of an external encoder -> features (B, S, A)"""
         return self.ears(audio_inputs) if self.cfg.audio == "mel" else audio_inputs
+
+    # ---- parts of all three calls
 
     def all_blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
@@ -659,8 +670,9 @@ class MMDiT(nn.Module):
         device = audio_features.device
         t = audio_positions(audio_features.shape[1], self.cfg.alpha, start)     # (S,)
         window = temporal_window(times, t, self.cfg.window).to(device)          # eq. 7
+        # keys stand at (t_i, 0, 0); without Audio RoPE all of them at 0
         t = t if self.cfg.audio_rope else torch.zeros_like(t)
-        rope = self.rope(F.pad(t[:, None], (0, 2)), device)                     # ids (t_i, 0, 0)
+        rope = self.rope(F.pad(t[:, None], (0, 2)), device)
         blocks = self.single_transformer_blocks
         return [block.audio.project_kv(audio_features, rope) for block in blocks], window
 
@@ -669,8 +681,8 @@ class MMDiT(nn.Module):
 
         cached_kv: per block, those of the clean context; audio_kv: per single block, those of the
         audio, None: no audio layers."""
-        # a block is given its own ones, not the list: torch.compile then compiles it once for all
         n_double = len(self.transformer_blocks)
+        # a block is given its own ones, not the list: torch.compile then compiles it once for all
         cached_kv = cached_kv or [None] * len(self.all_blocks())
         audio_kv = audio_kv or [None] * len(self.single_transformer_blocks)
         new_kv = []
@@ -687,7 +699,7 @@ class MMDiT(nn.Module):
             mask = mask if mask is None or len(mask) == 1 else repeat_rows(mask, n)
             cond = replace(cond, temb=repeat_rows(cond.temb, n), mask=mask)
 
-        # single blocks: audio for the first B rows
+        # single blocks, with audio for the first B rows
         cached = cached_kv[n_double:]
         for block, past, audio in zip(self.single_transformer_blocks, cached, audio_kv):
             x, y, kv = block(x, y, cond, past, audio)
@@ -703,9 +715,11 @@ class MMDiT(nn.Module):
     def to_velocity(self, out, x, sigma):
         return velocity_from_output(out, x, sigma) if self.cfg.precondition else out
 
+    # ---- Pyramid Flow's call
+
     def forward(self, clips, timestep, text, text_mask, pooled, audio_features=None, n_off_sync=0,
                 latents_dropped=0):
-        """Pyramid Flow's call: velocity of the last, noisy clip, given clean clips before it.
+        """Velocity of the last, noisy clip, given clean clips before it.
 
         clips: list of (B, C, L_i, h_i, w_i), oldest and coarsest first; timestep (B,) in 0..1000;
         text (B, T, text_dim), its mask (B, T); pooled (B, pooled_dim); audio_features (B, S, A) of
@@ -724,7 +738,8 @@ class MMDiT(nn.Module):
         ids = F.pad(video_ids, (0, 0, T, 0))                                    # (T+N, 3)
 
         # causal in time; padding attends to padding alone, so that no softmax is over nothing
-        causal = (ids[:, None, 0] >= ids[None, :, 0]).to(device)
+        times = ids[:, 0].to(device)
+        causal = times[:, None] >= times[None]                                  # (T+N, T+N)
         real = F.pad(text_mask.bool(), (0, len(video_ids)), value=True)         # (B, T+N)
         mask = (real[:, None] == real[:, :, None]) & causal                     # (B, T+N, T+N)
 
@@ -741,7 +756,7 @@ class MMDiT(nn.Module):
         x = x[:, -noisy.shape[2] * h * w:]                                      # the noisy tokens
         return self.final_layer(x, noisy.shape[2:], repeat_rows(temb, n_off_sync))
 
-    # ---- the same network where clean tokens have sigma = 0 (context_clock="own")
+    # ---- training where clean tokens have sigma = 0 (context_clock="own")
 
     def forward_teacher_forced(self, clean, noisy, sigma, text, pooled, audio_features=None,
                                start=1):
@@ -759,7 +774,7 @@ class MMDiT(nn.Module):
         # noisy latents stand at the times of the clean latents that they will become
         video_ids = position_ids([*range(L), *range(start, start + M)], h, w)   # (N, 3)
         ids = F.pad(video_ids, (0, 0, T, 0))                                    # (T+N, 3)
-        mask = teacher_forcing_mask(T, L, M, start, n, self.cfg.context).to(device)
+        mask = teacher_forcing_mask(T, L, M, start, n, self.cfg.context, device)
         audio_kv, audio_mask = self.project_audio(audio_features, video_ids[:, 0])
 
         # a noise level for every noisy latent; text and clean latents take row 0, sigma = 0
@@ -774,6 +789,8 @@ class MMDiT(nn.Module):
         x, _ = self.run_blocks(x, y, cond, audio_kv=audio_kv)                   # (B, N, D)
         out = self.final_layer(x[:, L * n:], noisy.shape[2:], temb, index[T + L * n:])
         return self.to_velocity(out, noisy, sigma[:, None, :, None, None])
+
+    # ---- sampling with a cache, of the same networks
 
     def prefill(self, first, text, pooled, audio_features=None, n_off_sync=0):
         """Start a roll-out: latent 0 (R, C, 1, h, w), text (R, T, text_dim), pooled (R, pooled_dim)
@@ -807,7 +824,7 @@ class MMDiT(nn.Module):
         timestep = torch.full((len(z), 1), 1000. * sigma, device=z.device)
         temb = self.time_text_embed(timestep, cache.pooled)                     # (R, 1, D)
         x = self.embed_latents(z)                                               # (R, n, D)
-        # audio queries are the video tokens alone, which come after the text
+        # audio queries are the video tokens alone; with latent 0 the text's come before them
         audio_rope = tuple(table[-x.shape[1]:] for table in cache.rope)
         cond = Conditioning(temb, cache.rope, None, cache.mask, audio_rope, cache.audio_mask,
                             cache.n_off_sync)

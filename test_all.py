@@ -317,6 +317,8 @@ def test_the_temporal_window_is_open_at_its_radius_and_always_has_the_nearest_ke
     steps = networks.audio_positions(40, 5.)
     window = networks.temporal_window(torch.arange(8.), steps, 1.5)
     assert window.sum(1).tolist() == [10, 15, 15, 15, 15, 15, 15, 10]
+    border = networks.temporal_window(torch.zeros(1), torch.tensor([-1.5, 0., 1.4999, 1.5]), 1.5)
+    assert border.tolist() == [[False, True, True, False]]
     late = networks.temporal_window(torch.tensor([30.]), steps, 1.5)
     assert late.nonzero().tolist() == [[0, 39]]
     # both keys at the same distance count, whatever rounding makes of it
@@ -345,7 +347,7 @@ def test_audio_positions_centre_the_steps_of_every_latent_on_it():
 
 
 def test_the_teacher_forcing_mask_is_the_one_that_its_docstring_draws():
-    """One token of text and one per latent; then with a context of one latent beside latent 0."""
+    """With one token of text and one per latent; then with other contexts and first latents."""
     drawn = ["xx....",                  # text       keys: text, clean 0 1 2, noisy 1 2
              "xx....",                  # clean 0
              "xxx...",                  # clean 1
@@ -357,13 +359,17 @@ def test_the_teacher_forcing_mask_is_the_one_that_its_docstring_draws():
 
     short = networks.teacher_forcing_mask(1, 4, 1, 4, 1, context=1)
     assert short[-1].tolist() == [True, True, False, False, True, True]      # 0, 3 and itself
+    from_0 = networks.teacher_forcing_mask(0, 2, 2, 0, 1, context=12)
+    assert from_0.tolist()[2:] == [[True, False, True, False], [True, False, False, True]]
     pairs = networks.teacher_forcing_mask(0, 13, 12, 1, 4, context=12)
     assert pairs.sum() == 181 * 16, f"{pairs.sum() / 16} of 625 pairs of latents"
 
 
 def test_one_pass_over_all_latents_equals_one_latent_at_a_time():
-    """`forward_teacher_forced`, cached `denoise_step` and its off-sync rows (Syncphony eq. 2)."""
-    net = shaken(small())
+    """`forward_teacher_forced`, cached `denoise_step` and its off-sync rows (Syncphony eq. 2).
+
+    Latent 4 is the last one for which a context of 4 needs no rotated sink."""
+    net = shaken(small(context=4))
     z, x, a = inputs()
     states, _, pooled = net.encode_text(text_bytes(["a ball", "a bell"]))
     full, off_sync = velocities(net, a), velocities(net, None)
