@@ -1,6 +1,28 @@
-"""Everything Pyramid Flow: the staged path, its loss and its sampler, the published weights and encoders."""
+"""Pyramid Flow (Jin et al. 2024), the backbone of Syncphony: staged path, loss, sampler, weights.
+
+A video is generated latent by latent, each latent in three stages from coarse to fine:
+
+    noise level    h/4 x w/4        h/2 x w/2          h x w
+       1.00        noise
+                     |  stage 0
+       0.80          |          .---> o
+       0.67          o --jump--'      |  stage 1
+       0.50                           |          .---> o
+       0.33                           o --jump--'      |  stage 2
+       0.00                                         latent
+
+Stage    a straight path with the same noise at both ends. The network predicts its velocity,
+         start - end; sigma counts from 1 (start) to 0 (end) within every stage.
+Jump     x <- alpha up(x) + beta b. Upsampling copies the noise of a value to 2x2 places; b is noise
+         that sums to zero in each such block. The sum is white noise again, of a higher level.
+History  the clean latents before: the last one at the stage's resolution, earlier ones coarser.
+
+    B batch · C latent channels · L latents · h w latent grid · S audio steps · A audio channels
+    T text tokens · D width of the text states · P width of the pooled text vector
+"""
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,344 +30,495 @@ import torch
 import torch.nn.functional as F
 
 from data import BadInput, temp_path
-from losses import add_noise, combine_guidance, flow_loss, motion_weight, rand_each, randn_each, shift_sigma
-from model import AudioCrossAttention, MelEncoder, MMDiT, MMDiTConfig, init_weights
+from losses import (add_noise, combine_guidance, motion_weight, rand_each, randn_each,
+                    shift_sigma)
+from model import AudioCrossAttention, MMDiT, MMDiTConfig, init_weights
 from vae import CausalVideoVAE, VAEConfig
 
-GAMMA = 1 / 3                                                                 # correlation of the repairing noise in a block: -gamma
-QUALITY_SUFFIX = ", hyper quality, Ultra HD, 8K"                                        # Pyramid Flow adds this to every prompt
+# Two values of b in one 2x2 block have the correlation -gamma. 1/3 is the largest gamma that four
+# values can have: they sum to zero.
+GAMMA = 1 / 3
+
+# The published inference code appends this to every prompt, and steers away from the other one.
+QUALITY_SUFFIX = ", hyper quality, Ultra HD, 8K"
+NEGATIVE_PROMPT = (
+    "cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, "
+    "extra limbs, extra digits, misplaced objects, mutated anatomy, monochrome, horror")
 
 
-# ------------------------------------------------------------------------------------------------ the staged path of Pyramid Flow
+# ------------------------------------------------------------------------------ the staged path
+
+@dataclass(frozen=True)
+class Stage:
+    level: int          # 0 = coarsest; the sides are 2^(level - n + 1) of the full ones
+    start: float        # noise level at the start
+    end: float          # noise level at the end
+    times: tuple        # the timestep given to the network at the start and at the end, in 1000..0
+    alpha: float        # factors of the jump that leads to this stage, 1 and 0 for the first
+    beta: float
+
 
 def make_stages(n=3, shift=1.):
-    """The n pieces into which the way from noise (1) to latent (0) is cut; piece s runs at 2^(s-n+1) of the full side.
-
-    -> dicts: noise levels `start` and `end`; `times` (from, to), what the network is told, of 1000 .. 1; `alpha`, `beta` of
-    the jump that begins it, x <- alpha up(x) + beta b. `shift` as in `shift_sigma`, on the grid of 1000 that is cut at thirds."""
+    """The n stages between noise and latent. shift: as in `losses.shift_sigma`; published: 1."""
+    # The published scheduler cuts a grid of 1000 noise levels at the indices 0, 333 and 666, so
+    # the stages end at 0.667, 0.334 and 0 rather than at exact thirds.
     grid = [shift_sigma((1000 - i) / 1000, shift) for i in range(1000)]
-    cuts = [grid[int(1000 * s / n)] for s in range(n)] + [0.]
-    pieces = []
-    for s in range(n):
-        p, root = 1 - cuts[s], (1 + 1 / GAMMA) ** .5                          # share of signal where the last piece ended; 2
-        alpha = 1 / (root * (1 - p) + p)
-        pieces.append(dict(start=1 - p * alpha, end=cuts[s + 1], alpha=alpha if s else 1., beta=alpha * (1 - p) / GAMMA ** .5 if s else 0.))
-    length, gone = sum(q["start"] - q["end"] for q in pieces), 0.
-    for q in pieces:                                                          # time is told in proportion to the way gone
-        first, gone = gone, gone + (q["start"] - q["end"]) / length
-        q["times"] = (1000 * grid[int(1000 * first)], 1000 * grid[min(int(1000 * gone), 999)])
-    return pieces
+    cuts = np.array([grid[int(1000 * s / n)] for s in range(n)] + [0.])
+
+    # The jump, from noise level c. In a 2x2 block up(x) has noise of covariance c^2 (all ones),
+    # and b has the covariance (1 + gamma) I - gamma (all ones). alpha^2 c^2 = beta^2 gamma cancels
+    # the correlation, and white noise remains, of the level start = alpha c sqrt(1 + 1/gamma).
+    # The share of signal has to be 1 - start = alpha (1 - c). Both equations give alpha and beta.
+    signal = 1 - cuts[:-1]                                              # 1 - c
+    alpha = 1 / ((1 + 1 / GAMMA) ** .5 * (1 - signal) + signal)
+    beta = alpha * (1 - signal) / GAMMA ** .5
+    start = 1 - signal * alpha
+    alpha[0], beta[0] = 1, 0                                            # no jump to the first stage
+
+    # All stages share one scale of time. Each takes a part of it in proportion to the noise that
+    # it removes.
+    removed = np.cumsum(start - cuts[1:])
+    elapsed = [0., *(removed / removed[-1])]
+    times = [1000 * grid[min(int(1000 * part), 999)] for part in elapsed]
+    return [Stage(s, float(start[s]), float(cuts[s + 1]), (times[s], times[s + 1]),
+                  float(alpha[s]), float(beta[s])) for s in range(n)]
 
 
-def sampling_grid(piece, n):
-    """n network calls within a piece -> times (n,), sigmas (n + 1,), both float64. The last sigma before 0 is 0.001, so the
-    last call moves next to nothing. That is how the published loop runs; it is kept."""
-    hi, lo = piece["times"]
-    return (torch.linspace(hi, hi + (lo - hi) * .999, n, dtype=torch.float64),
-            torch.cat([torch.linspace(1, .001, n, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]))
+def sampling_grid(stage, n):
+    """The n network calls of a stage -> timesteps (n,), noise levels (n + 1,), both float64."""
+    # Training divides a stage into 1000 times and leaves out its end, so the last time is 0.999 of
+    # the way and the last sigma 0.001. The published sampler spreads its n calls over just these
+    # and appends 0: its last call moves x by no more than 0.001. It is reproduced as it is.
+    first, last = stage.times
+    times = torch.linspace(first, first + (last - first) * .999, n, dtype=torch.float64)
+    sigmas = torch.linspace(1, .001, n, dtype=torch.float64)
+    return times, torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-def downsample2(z):                                                                 # (B, C, L, h, w) -> half the side, 2x2 means
-    return torch.nn.functional.avg_pool3d(z, (1, 2, 2))
+def downsample2(z):
+    """Means of 2x2 cells: (B, C, L, h, w) -> (B, C, L, h/2, w/2)."""
+    return F.avg_pool3d(z, (1, 2, 2))
 
 
 def upsample2(z):
+    """Every cell copied to 2x2: (B, C, L, h, w) -> (B, C, L, 2h, 2w)."""
     return z.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
 def latent_pyramid(z, n=3):
-    """Latents at n resolutions, coarsest first."""
-    out = [z]
+    """Latents z (B, C, L, h, w) at n resolutions, the coarsest first."""
+    levels = [z]
     for _ in range(n - 1):
-        out.insert(0, downsample2(out[0]))
-    return out
+        levels.insert(0, downsample2(levels[0]))
+    return levels
 
 
 def noise_pyramid(eps, n=3):
-    """The same for noise: a mean of four has half the deviation, so it is doubled, and stays N(0, 1)."""
-    out = [eps]
-    for _ in range(n - 1):
-        out.insert(0, 2 * downsample2(out[0]))
-    return out
+    """The same for noise: a mean of four has half the deviation, so each level is doubled again."""
+    levels = latent_pyramid(eps, n)
+    return [2 ** (n - 1 - k) * level for k, level in enumerate(levels)]
 
 
-def block_noise(shape, g=None):
-    """b: unit variance, correlation -1/3 within each 2x2 block, which therefore sums to zero. (B, C, L, h, w)
-
-    N(0, 1) minus the mean of its block has variance 3/4 and covariance -1/4: times (4/3)^(1/2) it is b, exactly."""
-    x = torch.randn(shape, generator=g)
+def block_noise(shape, generator=None):
+    """b of the jump: unit variance, correlation -1/3 within each 2x2 block. (..., h, w)"""
+    # N(0, 1) minus the mean of its block has variance 3/4 and covariance -1/4; scaled, it is b.
+    # (The published code draws each block by the Cholesky factor of its covariance.)
+    x = torch.randn(shape, generator=generator)
     return (4 / 3) ** .5 * (x - upsample2(downsample2(x)))
 
 
-def pyramid_history(z_levels, u, s):
-    """What the latent number u sees of those before it while it is made at level s, oldest first: the last one as sharp as
-    itself, every earlier one a level coarser, and all the rest at the coarsest. -> list of (B, C, L_k, h_k, w_k)"""
-    clips, l = [], u
-    for level in range(s, 0, -1) or (0,):
-        if l > 0:
-            l -= 1
-            clips.insert(0, z_levels[level][:, :, l:l + 1])
-    return ([z_levels[0][:, :, :l]] if l > 0 else []) + clips
+def pyramid_history(z_levels, n_past, level):
+    """The clean latents 0 .. n_past-1, as latent n_past attends to them in the stage of `level`.
+
+    The nearest one has the resolution of the stage, each one before it the next coarser. All that
+    are left are one clip at the coarsest. For latent 5:
+
+        level 2    [0 1 2] at level 0    [3] at level 1    [4] at level 2
+        level 1    [0 1 2 3] at level 0                    [4] at level 1
+        level 0    [0 1 2 3] at level 0                    [4] at level 0
+
+    z_levels: of `latent_pyramid` -> list of (B, C, L_k, h_k, w_k), the oldest first.
+    """
+    # Going back: level, level - 1, ... 1. The coarsest stage has one latent apart as well.
+    single_levels = range(level, 0, -1) if level > 0 else [0]
+    clips = []
+    for back, single_level in enumerate(single_levels, start=1):
+        latent = n_past - back
+        if latent >= 0:
+            clips.insert(0, z_levels[single_level][:, :, latent:latent + 1])
+    n_oldest = n_past - len(single_levels)
+    if n_oldest > 0:
+        clips.insert(0, z_levels[0][:, :, :n_oldest])
+    return clips
 
 
-def stage_endpoints(z_levels, eps_levels, piece, s):
-    """The straight line of stage s, from its noisy start to its less noisy end, with the SAME noise in both -> start, end."""
-    z, eps = z_levels[s], eps_levels[s]
-    start = eps if s == 0 else piece["start"] * eps + (1 - piece["start"]) * upsample2(z_levels[s - 1])
-    end = z if piece["end"] == 0 else piece["end"] * eps + (1 - piece["end"]) * z
+def stage_endpoints(z_levels, eps_levels, stage):
+    """Start and end of a stage's path, with the SAME noise in both; each like z_levels[level]."""
+    z = z_levels[stage.level]
+    eps = eps_levels[stage.level]
+    start = eps
+    if stage.level > 0:
+        # The stage before left nothing finer than its own resolution.
+        coarse = upsample2(z_levels[stage.level - 1])
+        start = stage.start * eps + (1 - stage.start) * coarse
+    end = stage.end * eps + (1 - stage.end) * z
     return start, end
 
 
-def pyramid_loss(model, z, words, sound, numbers, generators, u_fine, deaf=False, lam=1., corrupt=1 / 3, columns=(0, 1, 1, 2)):
-    """Syncphony's objective in Pyramid Flow's own layout: of every clip ONE latent, at one stage -> loss, report of the stages.
+# --------------------------------------------------------------------------------- the objective
 
-    z (B, C, L, h, w) normalised latents, words, sound, generators and deaf as in `syncphony_loss`. Clip number r of the whole batch, of which these
-    are the `numbers`, trains stage columns[r mod 4]. Coarse stages are cheap, so where the fine stage stands late in a clip and sees a long history, they
-    stand early, and the other way round: u_fine (1 .. L-1, common to the batch), L - u_fine coarse. The history is noised by c <= `corrupt`, untold.
-    Eq. 1 speaks of the difference of neighbouring latents: here of the clean ones at the resolution of the stage."""
+def draw_stage_sample(z_levels, latent, stage, context_noise, generators):
+    """Latent number `latent` of B clips, noisy, after its history -> clips, timestep (B,), velocity
+    (B, C, 1, h_k, w_k). z_levels: of `latent_pyramid`; generators: one for each clip."""
+    device = z_levels[0].device
+
+    def randn_like(z):
+        return randn_each(generators, z.shape[1:]).to(device)
+
+    target = [z[:, :, latent:latent + 1] for z in z_levels]             # (B, C, 1, h_k, w_k)
+    eps = noise_pyramid(randn_like(target[-1]), len(target))
+    start, end = stage_endpoints(target, eps, stage)
+
+    # Context noise augmentation: one level per clip, in [0, context_noise], for its history. The
+    # network is not given this level.
+    level = context_noise * rand_each(generators).to(device)
+    history = pyramid_history(z_levels, latent, stage.level)
+    history = [add_noise(clip, randn_like(clip), level) for clip in history]
+
+    # One of 1000 noise levels of the stage, and its timestep.
+    i = (1000 * rand_each(generators)).long().to(device)
+    noisy = add_noise(end, start, 1 - i / 1000)
+    first, last = stage.times
+    timestep = first + (last - first) * i / 1000
+    return [*history, noisy], timestep, start - end
+
+
+def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_latent,
+                 skip_audio=False, lambda_motion=1., context_noise=1 / 3,
+                 stage_of_row=(0, 1, 1, 2)):
+    """Syncphony's objective in Pyramid Flow's layout: ONE latent of every clip, in one stage.
+
+    z (B, C, L, h, w) normalised latents; text_inputs, audio_inputs, generators and skip_audio as in
+    `losses.syncphony_loss` -> loss, report: mean squared error of each stage, nan without a clip.
+
+    rows           positions (B,) of these clips in the batch of the step
+    fine_latent    the latent that the finest stage trains, 1 .. L-1, one for the step
+    stage_of_row   row r trains stage_of_row[r mod 4]: stages 0, 1, 2 in the ratio 1 : 2 : 1
+    context_noise  1/3, the published corruption of the history
+    """
     B, _, L = z.shape[:3]
-    to, n = lambda t: t.to(z.device), max(columns) + 1
-    (text, mask, pooled), audio = model.encode_text(words), None if deaf else model.encode_audio(sound)
-    losses, report = [], torch.full((n,), float("nan"), device=z.device)
-    for s, piece in enumerate(make_stages(n)):
-        rows = torch.tensor([i for i, r in enumerate(numbers) if columns[r % len(columns)] == s], dtype=torch.long)
-        if len(rows) == 0:
+    n = max(stage_of_row) + 1
+    text, mask, pooled = model.encode_text(text_inputs)                 # (B, T, D), (B, T), (B, P)
+    audio = None if skip_audio else model.encode_audio(audio_inputs)    # (B, S, A)
+    losses = []
+    report = torch.full((n,), float("nan"), device=z.device)
+    for stage in make_stages(n):
+        s = stage.level
+        members = [b for b, row in enumerate(rows) if stage_of_row[row % len(stage_of_row)] == s]
+        if not members:
             continue
-        some = [generators[i] for i in rows]
-        u, z_levels = u_fine if s == n - 1 else L - u_fine, latent_pyramid(z[rows], n)
-        now = [zk[:, :, u:u + 1] for zk in z_levels]
-        eps = noise_pyramid(to(randn_each(some, now[-1].shape[1:])), n)
-        c = to(corrupt * rand_each(some, (1,)))
-        before = [add_noise(h, to(randn_each(some, h.shape[1:])), c.expand(-1, h.shape[2])) for h in pyramid_history(z_levels, u, s)]
-        i = to((1000 * rand_each(some, (1,))).long())
-        (start, end), sigma, (hi, lo) = stage_endpoints(now, eps, piece, s), 1 - i / 1000, piece["times"]
-        v_hat = model([*before, add_noise(end, start, sigma)], (hi + (lo - hi) * i / 1000)[:, 0], text[rows], mask[rows], pooled[rows],
-                      None if deaf else audio[rows])
-        weight = motion_weight(z_levels[s][:, :, u - 1:u + 1], lam, skip=2 if u == 1 else 1)[:, :, 1:]
-        loss, _ = flow_loss(v_hat, start - end, sigma, weight)
-        report[s] = (v_hat.detach().float() - (start - end)).square().mean()
-        losses.append(loss * len(rows))
+        # The fine stage costs most, and a late latent has the longest history. So where the fine
+        # stage trains late latents the coarse ones train early ones, and the cost varies less.
+        latent = fine_latent if s == n - 1 else L - fine_latent
+        z_levels = latent_pyramid(z[members], n)
+        clips, timestep, velocity = draw_stage_sample(
+            z_levels, latent, stage, context_noise, [generators[b] for b in members])
+        v_hat = model(clips, timestep, text[members], mask[members], pooled[members],
+                      None if skip_audio else audio[members])
+
+        # Syncphony eq. 1, on clean latents at the stage's resolution. Latent 0, a single frame, is
+        # coded by other rules: its difference from latent 1 is not motion and does not weigh.
+        pair = z_levels[s][:, :, latent - 1:latent + 1]
+        weight = motion_weight(pair, lambda_motion, skip=2 if latent == 1 else 1)[:, :, 1:]
+        error = (v_hat.float() - velocity).square()                     # (b, C, 1, h_k, w_k)
+        report[s] = error.detach().mean()
+        losses.append((error * weight).mean() * len(members))
+    # Every clip counts the same, whatever the resolution of its stage.
     return sum(losses) / B, report
 
 
-def sample_pyramid(call, z0, latents, noise, steps=(10, 10, 10), cfg=3., first=None, jump=block_noise, keep=30, bar=None):
-    """Generate latents as Pyramid Flow does: each from coarse to fine, within sight of ever coarser earlier ones. Yields them.
+# ----------------------------------------------------------------------------------- the sampler
 
-    call(clips, t, S, gone) -> velocity (B, C, 1, h, w), guided with text scale S, see `guided`; clips have B rows.
-    z0: the first latent (B, C, 1, h, w), normalised, or None: then it is made too, with (steps, scale) of its own, `first`.
-    noise (B, C, >= latents to make, h, w): N(0, 1) at full resolution; its coarse levels begin the coarse pieces.
-    jump(shape) -> the noise that repairs a doubling (`losses.block_noise`). The first latent and the last
-    `keep` are looked back on, so memory stays bounded."""
-    pieces, done = make_stages(len(steps)), [] if z0 is None else [z0]
-    for number in range(len(done), latents):
-        u = len(done)
-        n_steps, S = first if first and u == 0 else (steps, 1 + cfg)
-        before = latent_pyramid(torch.cat(done, 2), len(steps)) if done else None     # all earlier latents, coarsest first
-        x = noise_pyramid(noise[:, :, number - (z0 is not None):][:, :, :1], len(steps))[0]
-        for s, (piece, n) in enumerate(zip(pieces, n_steps)):
-            if s:                                                             # to the next resolution, and its noise level
+def sample_pyramid(network, z0, n_latents, noise, steps=(10, 10, 10), cfg=3., jump=block_noise,
+                   keep=30, bar=None):
+    """Generate latents one after another, each from coarse to fine; yields (B, C, 1, h, w).
+
+    network   of `with_guidance`: (clips, timestep, text scale, latents_dropped) -> velocity
+    z0        the given latent 0 (B, C, 1, h, w), normalised; None: it is generated as well. (The
+              published text-to-video call has steps and a scale of its own for it: two calls.)
+    noise     (B, C, >= latents to generate, h, w) from N(0, 1)
+    steps     network calls per stage; cfg: w_t, so the text scale is 1 + cfg
+    jump      a function from a shape to the noise b
+    keep      the history is latent 0 (attention sink) and the last `keep` (sliding window)
+    """
+    n = len(steps)
+    past = [] if z0 is None else [z0]
+    for latent, eps in zip(range(len(past), n_latents), noise.split(1, dim=2)):
+        n_past = len(past)
+        past_levels = latent_pyramid(torch.cat(past, 2), n) if past else []
+        # Noise of the coarsest stage. The published sampler draws it for the full resolution and
+        # averages it down.
+        x = noise_pyramid(eps, n)[0]                                    # (B, C, 1, h/4, w/4)
+        for stage, n_calls in zip(make_stages(n), steps):
+            # From the end of the stage before to twice the sides and the start of this one.
+            if stage.level > 0:
                 x = upsample2(x)
-                x = piece["alpha"] * x + piece["beta"] * jump(x.shape).to(x)
-            context = pyramid_history(before, u, s) if done else []
-            times, sigmas = sampling_grid(piece, n)
-            for t, a, b in zip(times.tolist(), sigmas.tolist(), sigmas[1:].tolist()):
-                x = x + (b - a) * call([*context, x], t, S, number - u).to(x) # Euler; v = start - end of this piece
+                x = stage.alpha * x + stage.beta * jump(x.shape).to(x)
+            # From its start to its end by Euler steps. The history stays as it is.
+            history = pyramid_history(past_levels, n_past, stage.level)
+            times, sigmas = (grid.tolist() for grid in sampling_grid(stage, n_calls))
+            for time, sigma, sigma_next in zip(times, sigmas[:-1], sigmas[1:]):
+                v = network([*history, x], time, 1 + cfg, latent - n_past).to(x)
+                x = x + (sigma_next - sigma) * v
                 if bar is not None:
                     bar.update()
-        done = done[:1] + done[1:][-(keep - 1):] + [x]
+
+        past.append(x)
+        if len(past) > 1 + keep:
+            del past[1]
         yield x
 
 
 def with_guidance(model, text, mask, pooled, audio=None, asg=0.):
-    """A network of the published kind as `sample_pyramid` calls it. text (R·B, T, D), mask (R·B, T), pooled (R·B, P): for B
-    clips their prompts and, where there is text guidance (R = 2), as many times the negative prompt. audio (B, S, A) or
-    None; asg: w_a. All branches run in one batch."""
-    def call(clips, t, S, gone=0):
+    """The network of `sample_pyramid`: all guidance branches in one batch, Syncphony eq. 6.
+
+    text (R B, T, D), mask (R B, T), pooled (R B, P): the prompts of B clips and, for guidance by
+    text (R = 2), as many negative prompts behind them. audio (B, S, A) or None; asg: w_a.
+    """
+    def network(clips, timestep, text_scale, latents_dropped=0):
         B = len(clips[-1])
         R = len(text) // B
-        heard = None if audio is None else audio.repeat(R, 1, 1)
-        v = model([c.repeat(R, 1, 1, 1, 1) for c in clips], torch.full((R * B,), t, device=text.device), text, mask, pooled, heard,
-                  B if asg > 0 and audio is not None else 0, gone)
-        return combine_guidance(v[:B], (1 + asg if audio is not None else 1, v[-B:]), (S if R > 1 else 1, v[B:2 * B]))                # Syncphony eq. 6
-    return call
+        off_sync = B if asg > 0 and audio is not None else 0
+        clips = [clip.repeat(R, 1, 1, 1, 1) for clip in clips]
+        timestep = torch.full((R * B,), timestep, device=text.device)
+        audio_rows = None if audio is None else audio.repeat(R, 1, 1)
+
+        # rows of v: prompts, negative prompts (if R = 2), prompts without audio layers (if asg > 0)
+        v = model(clips, timestep, text, mask, pooled, audio_rows, off_sync, latents_dropped)
+        audio_term = (1 + asg if off_sync else 1, v[-B:])
+        text_term = (text_scale if R > 1 else 1, v[B:2 * B])
+        return combine_guidance(v[:B], audio_term, text_term)           # Syncphony eq. 6
+    return network
 
 
-# ------------------------------------------------------------------------------------------------ published weights
+# ----------------------------------------------------------------------------- published weights
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-
-
-def read_safetensors(path):
-    """A .safetensors file -> name: tensor, each a mapped stretch of the file: nothing is read before it is used, and what is
-    dropped gives its memory back.
-
-    The format is 8 bytes, the length n of the header; n bytes of JSON, {name: {dtype, shape, data_offsets}}; the numbers."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        try:
-            header = json.loads(f.read(n)) if 8 + n <= size else {}
-        except ValueError:
-            header = {}
-    header.pop("__metadata__", None)
-    if not header or 8 + n + max(t["data_offsets"][1] for t in header.values()) > size:
-        raise BadInput(f"{path}: not a whole .safetensors file ({size} bytes); it was cut short or is something else: download it again")
-    state = {}
-    for name, t in header.items():
-        a, b = (8 + n + offset for offset in t["data_offsets"])
-        piece = torch.from_numpy(np.memmap(path, np.uint8, "c", a, b - a))    # "c": changes stay in memory
-        piece = piece if a % 8 == 0 else piece.clone()                        # views of wider types must be aligned
-        state[name] = piece.view(_DTYPES[t["dtype"]]).view(t["shape"])
-    return state
+def read_weights(path):
+    """A .safetensors or .bin file -> state dict, mapped: what is not used is not read."""
+    try:
+        if path.suffix == ".bin":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        from safetensors.torch import load_file
+        return load_file(path)
+    except ImportError:
+        raise BadInput(f"{path}: needs an extra package: pip install safetensors") from None
+    except Exception as why:                    # of many kinds, for a damaged file
+        raise BadInput(f"{path}: not a complete file of weights ({type(why).__name__}); download "
+                       "it again") from None
 
 
 def read_published(folder, name="diffusion_pytorch_model"):
-    """A folder as model hubs hold them: config.json beside one .safetensors, several with an index, or a .bin
-    -> config, state dict. Prefixes of training checkpoints (dit., vae.) are dropped, and what is no weight of the model."""
+    """A folder of a model hub -> config, state dict: config.json beside one .safetensors, several
+    shards, or one .bin. Prefixes of training checkpoints (dit., vae.) are removed."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: no config.json in it; give the folder that holds config.json and {name}.safetensors")
-    index, whole, old = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors", folder / f"{name}.bin"
     try:
         config = json.loads((folder / "config.json").read_text())
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    except (ValueError, KeyError) as why:
-        raise BadInput(f"{folder}: config.json or the index of its shards cannot be read ({why}); download it again") from None
-    files = [folder / s for s in shards] or [p for p in (whole, old) if p.is_file()][:1]
-    gone = [p.name for p in files if not p.is_file()] if files else [whole.name]
-    if gone:
-        raise BadInput(f"{folder}: {', '.join(gone)} is missing; download the folder again")
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: no config.json in it; give the folder that holds config.json "
+                       f"and {name}.safetensors") from None
+    except ValueError as why:
+        raise BadInput(f"{folder}/config.json: cannot be read ({why}); download it again") from None
+    files = []
+    for pattern in (f"{name}.safetensors", f"{name}-*-of-*.safetensors", f"{name}.bin"):
+        files = files or sorted(folder.glob(pattern))
+    if not files:
+        raise BadInput(f"{folder}: {name}.safetensors is missing; download the folder again")
+
     state = {}
     for path in files:
-        if path.suffix == ".bin":
-            try:
-                state.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-            except Exception as why:                                          # torch raises half a dozen kinds here
-                raise BadInput(f"{path}: cannot be loaded safely ({type(why).__name__}); it is damaged or no file of weights") from None
-        else:
-            state.update(read_safetensors(path))
-    if any("lora" in k.lower() for k in state):
-        raise BadInput(f"{folder}: a LoRA file, which holds changes to a model; give the folder of the model itself")
-    return config, {k.removeprefix("dit.").removeprefix("vae."): v for k, v in state.items() if not k.startswith("loss.")}
+        state.update(read_weights(path))
+    # Training checkpoints of the VAE hold their discriminator as well, under `loss.`.
+    state = {key: value for key, value in state.items() if not key.startswith("loss.")}
+    return config, {key.removeprefix("dit.").removeprefix("vae."): v for key, v in state.items()}
 
 
-def load_published_state(model, state, where, device="cpu", dtype=None, fresh=()):
-    """Put published weights into a model made on the meta device, in `dtype` (None: their own). Parameters whose name holds one
-    of `fresh` may be missing. Every name or shape that does not fit is named, in one line."""
-    wanted, here = model.state_dict(), {}
-    missing = [k for k in wanted if k not in state and not any(f in k for f in fresh)]
-    unexpected = [k for k in state if k not in wanted]
-    odd = [f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in wanted.items() if k in state and state[k].shape != v.shape]
-    if missing or unexpected or odd:
-        parts = [f"{len(names)} {word}: {', '.join(names)}" for word, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", odd)) if names]
+def load_published_state(kind, cfg, state, where, device="cpu", new=()):
+    """kind(cfg) with published weights. Parameters whose name contains one of `new` may be missing,
+    and stay on the meta device. All that does not fit is named, in one line."""
+    with torch.device("meta"):
+        model = kind(cfg)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    missing = [key for key in expected if key not in found]
+    problems = {
+        "missing": [key for key in missing if not any(part in key for part in new)],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [f"{key} {found[key]}, not {shape}" for key, shape in expected.items()
+                             if found.get(key, shape) != shape]}
+    parts = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems.items() if keys]
+    if parts:
         raise BadInput(f"{where}: its weights are not those of this model. {'; '.join(parts)}")
-    for k in [k for k in wanted if k in state]:
-        here[k] = state.pop(k).to(device, dtype)
-    model.load_state_dict(here, strict=False, assign=True)
+
+    # Tensors leave `state` one by one, so that no second copy of the model is held meanwhile.
+    loaded = {key: state.pop(key).to(device) for key in found}
+    model.load_state_dict(loaded, strict=False, assign=True)
     return model
 
 
-def load_pyramid_flow(folder, device="cpu", dtype=None, **changes):
-    """Pyramid Flow's published weights (rain1011/pyramid-flow-miniflux, diffusion_transformer_384p). The file is mapped, not
-    read; with dtype=None it is used where it lies. `changes`: fields of the configuration that the file does not know, such
-    as audio_dim=1024: these layers are new, and unheard, so the result IS the published model until they are trained."""
+def load_pyramid_flow(folder, device="cpu", **changes):
+    """Published weights (rain1011/pyramid-flow-miniflux, diffusion_transformer_384p) -> MMDiT.
+
+    changes: fields of `MMDiTConfig` that the published configuration does not have, such as
+    audio_dim=1024. Until new audio layers are trained, the result is the published model. On a CPU
+    the weights stay in the mapped file.
+    """
     config, state = read_published(folder)
-    if not any(k.startswith("single_transformer_blocks") for k in state):
-        raise BadInput(f"{folder}: no single-stream blocks in it; the older SD3-based Pyramid Flow is another network: give a miniFLUX folder")
     try:
-        cfg = MMDiTConfig(n_double=config["num_layers"], n_single=config["num_single_layers"], heads=config["num_attention_heads"],
-                          head_dim=config["attention_head_dim"], axes=tuple(config["axes_dims_rope"]), latent=config["in_channels"] // 4,
-                          text_dim=config["joint_attention_dim"], pooled_dim=config["pooled_projection_dim"], **changes)
+        cfg = MMDiTConfig(
+            n_double=config["num_layers"], n_single=config["num_single_layers"],
+            heads=config["num_attention_heads"], head_dim=config["attention_head_dim"],
+            axes=tuple(config["axes_dims_rope"]),
+            latent=config["in_channels"] // 4,  # the file counts the channels of a 2x2 patch
+            text_dim=config["joint_attention_dim"], pooled_dim=config["pooled_projection_dim"],
+            **changes)
     except KeyError as why:
-        raise BadInput(f"{folder}/config.json: no {why}; expected the configuration of a PyramidFluxTransformer") from None
-    with torch.device("meta"):
-        net = MMDiT(cfg)
-    load_published_state(net, state, folder, device, dtype, fresh=(".audio.", "ears."))
+        raise BadInput(f"{folder}/config.json: no {why}; expected a PyramidFluxTransformer (the "
+                       "SD3-based Pyramid Flow is another network)") from None
+    net = load_published_state(MMDiT, cfg, state, folder, device, new=(".audio.",))
+
+    # Audio layers are not in the file, so they are on the meta device still: build them, with a
+    # zero output.
     if cfg.audio_dim:
         for block in net.single_transformer_blocks:
-            block.audio = init_weights(AudioCrossAttention(cfg.heads * cfg.head_dim, cfg.heads, cfg.audio_dim)).to(device, dtype)
-        if cfg.audio == "mel":
-            net.ears = MelEncoder(cfg.audio_dim).to(device, dtype)
+            layer = AudioCrossAttention(cfg.heads * cfg.head_dim, cfg.heads, cfg.audio_dim)
+            block.audio = init_weights(layer).to(device)
     return net
 
 
-def load_pyramid_vae(folder, device="cpu", dtype=None):
-    """Pyramid Flow's published VAE (rain1011/pyramid-flow-miniflux, causal_video_vae), mapped as the transformer's file is."""
+def load_pyramid_vae(folder, device="cpu"):
+    """The published VAE (rain1011/pyramid-flow-miniflux, causal_video_vae) -> CausalVideoVAE."""
     config, state = read_published(folder)
-    for new, old in zip(("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn")):      # names before 2023
-        state = {k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v for k, v in state.items()}
+    halves = (True, True, True, False)          # published: all levels but the last halve the size
     try:
-        widths = tuple(config["encoder_block_out_channels"])
-        flags = lambda key, default: tuple(int(f) for f in config.get(key, default))
-        three = (1,) * (len(widths) - 1) + (0,)
-        cfg = VAEConfig(widths=widths, latent=config["encoder_out_channels"], groups=config["encoder_norm_num_groups"],
-                        layers=(config["encoder_layers_per_block"][0], config["decoder_layers_per_block"][0]),
-                        space=flags("encoder_spatial_down_sample", three), time=flags("encoder_temporal_down_sample", three))
+        cfg = VAEConfig(
+            widths=tuple(config["encoder_block_out_channels"]),
+            latent=config["encoder_out_channels"], groups=config["encoder_norm_num_groups"],
+            layers=(config["encoder_layers_per_block"][0], config["decoder_layers_per_block"][0]),
+            space=tuple(map(int, config.get("encoder_spatial_down_sample", halves))),
+            time=tuple(map(int, config.get("encoder_temporal_down_sample", halves))))
     except KeyError as why:
-        raise BadInput(f"{folder}/config.json: no {why}; expected the configuration of a CausalVideoVAE") from None
-    with torch.device("meta"):
-        vae = CausalVideoVAE(cfg)
-    state = {k: v[..., 0, 0] if "attentions" in k and v.dim() == 4 else v for k, v in state.items()}
-    return load_published_state(vae, state, folder, device, dtype).eval()
+        raise BadInput(f"{folder}/config.json: no {why}; expected a CausalVideoVAE") from None
+    return load_published_state(CausalVideoVAE, cfg, state, folder, device).eval()
 
 
-def _optional(flag, build, name):
-    """Build something that needs transformers, which is not required otherwise, from a folder or a name on the hub."""
+# ------------------------------------------------------------------ HuBERT, T5 and CLIP (frozen)
+
+def build_with_transformers(flag, name, build):
+    """build(transformers), for the model `name` that a flag asks for; one clear line if not."""
     try:
         import transformers
-    except ImportError:
-        raise BadInput(f"{flag} needs a package that is not required otherwise: pip install transformers") from None
-    try:
         return build(transformers)
+    except ImportError as why:
+        raise BadInput(f"{flag} needs packages that are not required otherwise: pip install "
+                       f"transformers sentencepiece ({str(why).strip().splitlines()[0]})") from None
     except (OSError, ValueError) as why:
         raise BadInput(f"{flag} {name}: {str(why).splitlines()[0]}") from None
 
 
 def load_hubert(name, device):
-    """-> a function from a waveform (samples,) at 16 kHz to HuBERT's last states (samples / 320, 1024): 50 Hz, as DenseAV has it."""
-    net = _optional("--hubert", lambda t: t.HubertModel.from_pretrained(name), name).to(device).eval()
+    """HuBERT, a folder or a name on the hub -> function: waveform (samples,) at 16 kHz -> its last
+    hidden states (samples / 320, 1024), 50 features a second."""
+    def build(transformers):
+        return transformers.HubertModel.from_pretrained(name).to(device).eval()
+
+    net = build_with_transformers("--hubert", name, build)
 
     @torch.no_grad()
-    def features(wave):
+    def hubert_features(wave):
+        # The large models were trained on waveforms of zero mean and unit variance.
         x = torch.from_numpy((wave - wave.mean()) / (wave.std() + 1e-7)).to(device)
-        x = F.pad(x, (40, 40))                                                # a window of 400 every 320: centres at (i + 0.5) 20 ms
+        # The convolutions have a window of 400 samples every 320: with 40 more on both sides,
+        # feature i is centred at (i + 0.5) 20 ms and there is one for every 320 samples.
+        x = F.pad(x, (40, 40))
         with torch.autocast(device.type, enabled=False):
-            return net(x[None]).last_hidden_state[0].cpu().numpy()
-    return features
-
-
-NEGATIVE_PROMPT = ("cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, extra limbs, extra digits, "
-            "misplaced objects, mutated anatomy, monochrome, horror")             # what Pyramid Flow is steered away from
+            return net(x[None]).last_hidden_state[0].cpu().numpy()      # (S, A)
+    return hubert_features
 
 
 def t5_clip_states(folder, captions, device):
-    """What Pyramid Flow reads of captions: T5-XXL's states of 128 tokens and CLIP-L's pooled vector, by the encoders that lie in
-    its folder -> states (n, 128, 4096) float16, mask (n, 128), pooled (n, 768). 11 GB on disk, needed once: then cached."""
-    def build(t):
-        parts = dict(clip=(t.CLIPTokenizer, t.CLIPTextModel, ""), t5=(t.T5TokenizerFast, t.T5EncoderModel, "_2"))
-        return {k: (tok.from_pretrained(folder, subfolder=f"tokenizer{n}"), net.from_pretrained(folder, subfolder=f"text_encoder{n}", torch_dtype=torch.bfloat16))
-                for k, (tok, net, n) in parts.items()}
-    made, rows = _optional("--pretrained", build, folder), []
+    """Captions by the text encoders in Pyramid Flow's folder (11 GB) -> numpy arrays: T5-XXL's
+    states (n, 128, 4096) float16, their mask (n, 128), CLIP ViT-L/14's pooled vectors (n, 768)."""
+    def build(transformers):
+        def load(kind, name, **options):
+            return getattr(transformers, kind).from_pretrained(folder, subfolder=name, **options)
+        half = dict(torch_dtype=torch.bfloat16)
+        return (load("CLIPTokenizer", "tokenizer"), load("T5TokenizerFast", "tokenizer_2"),
+                load("CLIPTextModel", "text_encoder", **half).to(device),
+                load("T5EncoderModel", "text_encoder_2", **half).to(device))
+
+    clip_tokenizer, t5_tokenizer, clip, t5 = build_with_transformers("--pretrained", folder, build)
+    options = dict(padding="max_length", truncation=True, return_tensors="pt")
+    rows = []
     with torch.no_grad():
         for caption in captions:
-            short, long = (tok([caption], padding="max_length", max_length=n, truncation=True, return_tensors="pt") for (tok, _), n in zip(made.values(), (77, 128)))
-            pooled = made["clip"][1].to(device)(short.input_ids.to(device)).pooler_output[0]
-            states = made["t5"][1].to(device)(long.input_ids.to(device), attention_mask=long.attention_mask.to(device)).last_hidden_state[0]
-            rows.append([t.float().cpu().numpy() for t in (states, long.attention_mask[0], pooled)])
+            # The lengths of the published pipeline: 77 tokens for CLIP, 128 for T5.
+            tokens = clip_tokenizer([caption], max_length=77, **options).to(device)
+            pooled = clip(tokens.input_ids).pooler_output
+            tokens = t5_tokenizer([caption], max_length=128, **options).to(device)
+            mask = tokens.attention_mask
+            states = t5(tokens.input_ids, attention_mask=mask).last_hidden_state
+            rows.append([part[0].float().cpu().numpy() for part in (states, mask, pooled)])
     states, mask, pooled = (np.stack(column) for column in zip(*rows))
     return states.astype(np.float16), mask, pooled
 
 
+def text_table(captions, states, mask, pooled):
+    """Rows of `t5_clip_states` -> dict: caption -> (states (T, D), mask (T,), pooled (P,))."""
+    columns = [torch.from_numpy(array).float() for array in (states, mask, pooled)]
+    return dict(zip(captions, zip(*columns)))
+
+
 def cached_text_states(folder, captions, pretrained, device):
-    """The same, kept in a cache's folder: captions are few. -> dict: caption -> (states, mask, pooled) tensors; '' is the null text."""
-    path, wanted = Path(folder) / "prompts.npz", sorted({"", NEGATIVE_PROMPT, *captions})
+    """`text_table` of all captions, '' (dropped text) and the negative prompt, kept in `folder`."""
+    path = Path(folder) / "prompts.npz"
+    wanted = sorted({"", NEGATIVE_PROMPT, *captions})
+    arrays = dict(captions=np.array([]))
     if path.is_file():
-        with np.load(path) as z:
-            found = {name: z[name] for name in z.files}
-        if set(wanted) <= set(found["captions"].tolist()):
-            return {c: tuple(torch.from_numpy(found[k][i]).float() for k in ("states", "mask", "pooled")) for i, c in enumerate(found["captions"].tolist())}
-    states, mask, pooled = t5_clip_states(pretrained, wanted, device)
-    part = temp_path(path)
-    np.savez(part, captions=np.array(wanted), states=states, mask=mask, pooled=pooled)
-    os.replace(part, path)
-    return cached_text_states(folder, captions, pretrained, device)
+        with np.load(path) as stored:
+            arrays = dict(stored)
+    if not set(wanted) <= set(arrays["captions"].tolist()):
+        states, mask, pooled = t5_clip_states(pretrained, wanted, device)
+        arrays = dict(captions=np.array(wanted), states=states, mask=mask, pooled=pooled)
+        part = temp_path(path)
+        np.savez(part, **arrays)
+        os.replace(part, path)
+    captions = arrays.pop("captions").tolist()
+    return text_table(captions, **arrays)
+
+
+class ExternalEncoders:
+    """The frozen encoders of a model on Pyramid Flow: HuBERT for audio, T5-XXL and CLIP for text.
+
+    captions: all that will be asked for. They are encoded at once, then T5 (11 GB) is released.
+    """
+
+    def __init__(self, pretrained, hubert, captions, device):
+        if not hubert:
+            raise BadInput("--hubert is missing: this model was trained on its features; give "
+                           "--hubert facebook/hubert-large-ls960-ft")
+        captions = sorted(set(captions))
+        prompts = [caption + QUALITY_SUFFIX if caption else "" for caption in captions]
+        arrays = t5_clip_states(pretrained, [*prompts, NEGATIVE_PROMPT], device)
+        self.text = text_table([*captions, NEGATIVE_PROMPT], *arrays)
+        self.hubert = load_hubert(hubert, device)
+        self.device = device
+
+    def encode_audio(self, waves):
+        """B waveforms (samples,) of one length, 16 kHz -> features (B, S, A)."""
+        features = np.stack([self.hubert(wave) for wave in waves])
+        return torch.from_numpy(features).to(self.device)
+
+    def encode_text(self, captions):
+        """B captions -> states (B, T, D), mask (B, T), pooled (B, P)."""
+        columns = zip(*(self.text[caption] for caption in captions))
+        return tuple(torch.stack(column).to(self.device) for column in columns)
