@@ -1,36 +1,22 @@
-"""Data: a small world that makes sound, real clips as they were downloaded, and media in and out.
+"""Everything on disk: sounds, pictures and videos, datasets as they were downloaded, caches of
+latents, checkpoints; and the lines that all command-line programs share.
 
-    python data.py --data avsync15 --show look.png      # some clips as film strips over their sounds: look before you train
+    python data.py --data avsync15 --show sheet.png    # some clips as film strips over their sounds
 
-**The toybox.** Real clips that move with their sound are gigabytes, and nobody can log exactly when something in them
-happens. The toybox is a world that can: six things that sound, drawn and synthesised from a seed, nothing to download.
-Each is one audio-motion relation that the Syncphony paper discusses (appendix A):
+    a folder of clips -> find_clips -> read_clip -> clip_windows -> prepare -> open_cache -> gather
+    a toybox seed     -> toybox_clip ------------------/
 
-    ball     drops onto a floor                   sound at the instant of contact
-    hammer   winds up, then strikes               motion that announces the sound
-    mouth    stays open while a tone lasts        motion as long as the sound
-    lamp     flashes, then fades                  light that outlives the sound
-    roller   a slow ball rolls into a pin         long motion before a short, sharp sound
-    bell     swings and rings where it turns      the sound sits where motion is slowest
+`--data` is toybox, the name of a dataset (avsync15, greatesthits, vggsound, landscapes) or any
+folder of clips. The lists, tables and folder names that come with it are read as they are; nothing
+is renamed or unpacked. Clips that cannot be trusted are skipped, counted and named. `prepare` codes
+every clip once; training then reads latents from disk.
 
-Everything that moves is drawn from ONE number per frame, the state s(t): 0 at rest, 1 at the event (a bell uses -1..1, a
-hammer is negative while it winds up). So `draw_scene(scene, s)` is the whole physics of a clip, and cyclesync.py can
-read any video of this world back: draw some sixty states, take the closest. Scenes (what, where, which colours, which
-material) are drawn before and independently of events, and every clip starts at rest: the first frame never tells WHEN.
-Some clips are silent, some have sounds from off screen (a hum, a sweep, distant babble); in both nothing moves.
+Whatever is wrong with a file becomes a `BadInput`, whose text says what was found, what was
+expected and what to do; `run_cli` prints it as one line and exits with code 2.
 
-**Real clips.** `--data` is a name (avsync15, greatesthits, vggsound, landscapes) or any folder of clips. `find_clips` reads
-the lists, tables and folder names that come with it; nothing is renamed or unpacked. `read_clip` decodes picture and sound
-on ONE clock: the tracks of a file may begin at different times, and a clip whose sound is 40 ms off teaches the wrong thing.
-What cannot be trusted is skipped, counted and named, never repaired in silence. `prepare` codes everything once (latents,
-log-mels), in shards that can be stopped at any moment, and the toybox goes the same way.
-
-**Media.** `read_audio`, `read_image`, `write_video`, `film_strip`, `log_mel`, and the two functions through which every
-checkpoint passes. Whatever is wrong with a file becomes a `BadInput` whose text says what was found, what was expected
-and what to do; `run_cli` prints it as one line and exits with code 2.
-
-    F frames · H W height, width · S audio steps · A mel bins · n events
-    video uint8 (F, H, W, 3) · waveform float32 (samples,) in [-1, 1], mono, 16 kHz · times in seconds
+    F frames · H W height, width · n windows of a shard · L latents · C h w latent channels and grid
+    S audio steps (50 Hz) · A audio features · video uint8 (F, H, W, 3) · times in seconds
+    waveform float32 (samples,) in [-1, 1], mono, 16 kHz · size: a side, or (height, width)
 """
 import argparse
 import csv
@@ -41,11 +27,15 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zlib
-from collections import deque
-from contextlib import nullcontext
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor, process
+from contextlib import closing, contextmanager, nullcontext
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,47 +43,51 @@ from tqdm import tqdm
 
 from toybox import FPS, FRAMES, RATE, toybox_clip
 
-MEL_RATE, MELS = 100, 64                                     # log-mel frames per second, bins
+MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step), bands up to 8 kHz
 
+# Checked before decoding, because a damaged header may claim any length.
+MAX_SAMPLES = 400_000_000       # of a sound: an hour of stereo at 48 kHz, 1.6 GB
+MAX_SECONDS = 600               # of a clip: 180 MB at 64 x 64, 11 GB at 384 x 640
+
+
+# -------------------------------------------------------------------------- command-line programs
 
 class BadInput(ValueError):
-    """Something a user gave cannot be used; the text says what was found, what was expected and what to do."""
+    """Something a user gave cannot be used; the text says what to do about it."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the module's docstring as it is."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the module's docstring as help, defaults shown, no abbreviated flags, errors in one line."""
-
     def __init__(self, doc):
-        both = type("Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-        super().__init__(description=doc, formatter_class=both, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def number(kind=float, low=None, high=None):
+def number(kind=float, low=-math.inf, high=math.inf):
     """For `type=` of an argument: a finite number in [low, high]."""
-    def read(text):
+    def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-        if not np.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            span = f"{'' if low is None else f' of at least {low}'}{'' if high is None else f' and at most {high}'}"
-            raise argparse.ArgumentTypeError(f"expected a finite number{span}, got {text}")
-        return value
-    return read
+            value = math.nan
+        if low <= value <= high and abs(value) < math.inf:
+            return value
+        raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text!r}")
+    return parse
 
 
 def picture_size(text):
-    """For `type=` of --resolution: '64' -> 64, a square; '384x640' -> (384, 640), height and width. Multiples of 32."""
-    try:
-        sides_ = [int(t) for t in text.split("x")]
-    except ValueError:
-        sides_ = []
-    if len(sides_) not in (1, 2) or any(v % 32 or not 32 <= v <= 2048 for v in sides_):
-        raise argparse.ArgumentTypeError(f"expected a side, such as 64, or height x width, such as 384x640, in multiples of 32, got {text!r}")
-    return sides_[0] if len(set(sides_)) == 1 else tuple(sides_)
+    """For `type=` of --resolution: '64' -> 64, '384x640' -> (384, 640): height x width."""
+    size = [int(side) if side.isdecimal() else 0 for side in text.split("x")]
+    if len(size) > 2 or any(side % 32 or not 32 <= side <= 2048 for side in size):
+        raise argparse.ArgumentTypeError("expected a side, such as 64, or height x width, such as "
+                                         f"384x640, in multiples of 32 up to 2048, got {text!r}")
+    return size[0] if len(set(size)) == 1 else tuple(size)
 
 
 def sides(size):
@@ -107,8 +101,9 @@ def only_square(size):
 
 
 def run_cli(main):
-    """Run a program's `main`: bad input ends in one line on stderr and exit code 2, never in a traceback."""
-    sys.stdout.reconfigure(line_buffering=True)                               # a log file grows while the run goes on
+    """Run a program's `main`: bad input ends in one line on stderr and exit code 2."""
+    # A log file grows while the run goes on; names that are not UTF-8 can be printed.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
     except BadInput as error:
@@ -119,18 +114,18 @@ def run_cli(main):
         sys.exit(130)
 
 
-# ------------------------------------------------------------------------------------------------ media in
+# ----------------------------------------------------------------------------------------- media in
 
 def frames_to_tensor(frames, device="cpu"):
-    """Frames uint8 (.., F, H, W, 3), numpy or torch -> float32 (.., 3, F, H, W) in [-1, 1] on `device`."""
+    """Frames uint8 (.., F, H, W, 3), numpy or torch -> float32 (.., 3, F, H, W) in [-1, 1]."""
     if not isinstance(frames, torch.Tensor):
         frames = torch.tensor(np.asarray(frames))
     return frames.to(device).movedim(-1, -4).float() / 127.5 - 1
 
 
 def tensor_to_frames(video):
-    """Float tensor (.., 3, F, H, W), clamped to [-1, 1] -> numpy uint8 (.., F, H, W, 3). Inverse of `frames_to_tensor`."""
-    # + 128, not + 127.5: the conversion to uint8 truncates, so this rounds to the nearest value
+    """Float tensor (.., 3, F, H, W), clamped to [-1, 1] -> numpy uint8 (.., F, H, W, 3)."""
+    # + 128, not + 127.5: the conversion to uint8 truncates, so this rounds to the nearest value.
     frames = (video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8)
     return frames.movedim(-4, -1).cpu().numpy()
 
@@ -144,288 +139,197 @@ def check_file(path, what):
     return path
 
 
+def run_ffmpeg(*arguments):
+    """Run the ffmpeg of imageio-ffmpeg -> whether it succeeded, its output (bytes), its log."""
+    import imageio_ffmpeg
+    # Files are the only protocol: a downloaded "clip" may be a playlist of addresses.
+    flags = ["-hide_banner", "-nostdin", "-nostats", "-y", "-protocol_whitelist", "file"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *flags, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    return done.returncode == 0, done.stdout, done.stderr.decode(errors="replace")
+
+
+def last_reason(log):
+    """The last line of ffmpeg's log without the names of its parts."""
+    return (log.strip().splitlines() or ["no reason given"])[-1].split(": ")[-1]
+
+
 def read_audio(path, rate=RATE):
-    """Any sound file or clip with sound (wav flac ogg mp3 by soundfile, the rest by ffmpeg) -> float32 (samples,), mono."""
+    """Any sound file, or clip with sound -> waveform float32 (samples,) at `rate`."""
     import librosa
     import soundfile
     path = check_file(path, "audio")
     try:
-        wave, found = soundfile.read(path, dtype="float32", always_2d=True)   # (samples, channels)
-        wave = wave.mean(1)
+        # wav, flac, ogg and mp3. Channels are mixed down to their mean.
+        with soundfile.SoundFile(path) as file:
+            file_rate = file.samplerate
+            if file.frames * file.channels > MAX_SAMPLES:
+                raise BadInput(f"{path}: longer than an hour, or damaged; cut it")
+            wave = file.read(dtype="float32", always_2d=True).mean(1)         # (samples,)
     except soundfile.LibsndfileError:
-        import imageio_ffmpeg
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path.resolve()), "-vn", "-ac", "1", "-ar", str(rate),
-                   "-f", "f32le", "-"]
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-        wave, found = np.frombuffer(done.stdout[:len(done.stdout) // 4 * 4], np.float32), rate
-        if done.returncode or len(wave) == 0:
-            why = (done.stderr.decode(errors="replace").strip().splitlines() or ["it holds no sound"])[-1]
-            raise BadInput(f"{path}: no sound can be read from it ({why.split(': ')[-1]}); expected wav, flac, ogg, mp3, m4a or mp4 with sound")
-    if not np.isfinite(wave).all():
-        raise BadInput(f"{path}: {int((~np.isfinite(wave)).sum())} samples are NaN or infinite; repair or re-export the recording")
-    if found != rate:
-        wave = librosa.resample(wave, orig_sr=found, target_sr=rate)
+        # All else: ffmpeg decodes, mixes down and resamples.
+        file_rate = rate
+        done, raw, log = run_ffmpeg("-v", "error", "-i", path.resolve(), "-t", MAX_SAMPLES // rate,
+                                    "-vn", "-ac", 1, "-ar", rate, "-f", "f32le", "-")
+        wave = np.frombuffer(raw[:len(raw) // 4 * 4], np.float32)
+        if not done or len(wave) == 0:
+            raise BadInput(f"{path}: no sound can be read from it ({last_reason(log)}); "
+                           "expected wav, flac, ogg, mp3, m4a or mp4 with sound") from None
+    # NaN fails every comparison. Values far above full scale would overflow when resampled.
+    bad = np.count_nonzero(~(np.abs(wave) < 1e6))
+    if bad:
+        raise BadInput(f"{path}: {bad} samples are NaN, infinite or above 1e6; re-export the sound")
+    if file_rate != rate:
+        wave = librosa.resample(wave, orig_sr=file_rate, target_sr=rate)
     if len(wave) < rate // 10:
-        raise BadInput(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; at least 100 ms are needed")
+        raise BadInput(f"{path}: {1000 * len(wave) / rate:.0f} ms of sound; 100 ms are needed")
     return np.clip(wave, -1, 1).astype(np.float32)
 
 
 def read_image(path, size=64):
-    """Any picture -> uint8 (H, W, 3) of a `size` (see `sides`): centre crop to its aspect, antialiased resize. Alpha lies on white."""
-    from PIL import Image                                                     # comes with imageio
+    """Any picture -> uint8 (H, W, 3): centre crop to the aspect of `size`, antialiased resize."""
+    from PIL import Image                                 # comes with imageio
     path = check_file(path, "image")
-    Image.MAX_IMAGE_PIXELS = None                                             # large pictures are welcome
+    height, width = sides(size)
     try:
         picture = Image.open(path)
-        picture.draft("RGB", (2 * max(sides(size)),) * 2)                     # a large jpeg is decoded small
+        # A large jpeg is decoded at a fraction of its size.
+        picture.draft("RGB", (2 * max(height, width), 2 * max(height, width)))
         picture.load()
-        if picture.mode.startswith("I") or picture.mode == "F":               # 16 bits or more a value: by its own range
+        # 16 bits or more per value: scaled by the range that the values use.
+        if picture.mode.startswith("I") or picture.mode == "F":
             values = np.asarray(picture, np.float64)
-            picture = Image.fromarray((values / (65535 if values.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8))
+            values = values / (65535 if values.max() > 255 else 255) * 255
+            picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        # What is transparent becomes white.
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
-        raise BadInput(f"{path}: not a picture that can be read ({str(why).splitlines()[0]}); expected png, jpg, webp or bmp") from why
-    (w, h), (height, width) = picture.size, sides(size)
-    cw, ch = min(w, h * width / height), min(h, w * height / width)           # the largest piece of that aspect
-    box = ((w - cw) / 2, (h - ch) / 2, (w + cw) / 2, (h + ch) / 2)
-    return np.asarray(picture.convert("RGB").resize((width, height), Image.LANCZOS, box=box))
+        raise BadInput(f"{path}: not a picture that can be read ({str(why).splitlines()[0]}); "
+                       "expected png, jpg, webp or bmp") from why
+    # The largest centred piece of the wanted aspect.
+    w, h = picture.size
+    crop_w = min(w, h * width / height)
+    crop_h = min(h, w * height / width)
+    crop = ((w - crop_w) / 2, (h - crop_h) / 2, (w + crop_w) / 2, (h + crop_h) / 2)
+    return np.asarray(picture.convert("RGB").resize((width, height), Image.LANCZOS, box=crop))
 
 
 def log_mel(wave):
-    """Waveform (samples,) at 16 kHz -> float32 (frames at 100 Hz, 64): log energies, about zero mean and unit variance.
-
-    Windows of 25 ms every 10 ms, 64 bands up to 8 kHz, centred. Energies under -80 dB count as silence, and the scale is a
-    constant, not the clip's own: loud and soft stay different, and silence stays silence however long it lasts."""
+    """Waveform (samples,) at 16 kHz -> float32 (frames at 100 Hz, 64): log energies of windows of
+    25 ms, about zero mean and unit variance. The floor (1e-6) and the scale are constants, not the
+    clip's: loud and soft stay different, silence stays silence however long it lasts."""
     import librosa
-    mel = librosa.feature.melspectrogram(y=wave, sr=RATE, n_fft=512, win_length=400, hop_length=RATE // MEL_RATE, n_mels=MELS, fmin=40)
+    mel = librosa.feature.melspectrogram(y=wave, sr=RATE, n_fft=512, win_length=400,
+                                         hop_length=RATE // MEL_RATE, n_mels=MELS, fmin=40)
     frames = len(wave) * MEL_RATE // RATE
     return ((np.log10(mel.T[:frames] + 1e-6) + 3.) / 1.6).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------ real clips: what lies on disk
+# ----------------------------------------------------------- media in: two streams on one clock
 
-DATASETS = {   # where it comes from, and how much it is
-    "avsync15": "1500 clips, 109 minutes; the Google Drive folder named in the README of github.com/lzhangbj/ASVA",
-    "greatesthits": "977 videos, 9.5 hours, vis-data-256.zip (or vis-data.zip, 50 GB); https://andrewowens.com/vis",
-    "vggsound": "200 000 clips of 10 s and vggsound.csv; https://www.robots.ox.ac.uk/~vgg/data/vggsound",
-    "landscapes": "about 1000 clips of 10 s; the Google Drive folder of github.com/researchmm/MM-Diffusion",
-}
-VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
-_GREATEST_HITS = ("_denoised", "_denoised_thumb", "_mic")                     # in order of preference
+def decode(path, max_seconds, *arguments):
+    """Decode a stream of a file -> its samples (bytes), ffmpeg's log with a [level] on every line.
+    The times of the file are kept; filters called showinfo print them to the log."""
+    _, raw, log = run_ffmpeg("-loglevel", "repeat+level+info", "-copyts", "-t", max_seconds + 1,
+                             "-i", Path(path).resolve(), *arguments, "-")
+    return raw, log
 
 
-def dataset_folder(name, root="data"):
-    """--data -> the folder: one that exists, or <root>/<name> in any spelling (AVSync15, avsync15, avsync_15)."""
-    plain = lambda s: "".join(c for c in s.lower() if c.isalnum())
-    if name in DATASETS:
-        found = [p for p in sorted(Path(root).glob("*"), key=lambda p: (len(p.name), p)) if p.is_dir() and plain(p.name).startswith(plain(name))]
-        if not found:
-            raise BadInput(f"--data {name}: not found in {root}/. It is {DATASETS[name]}. Unpack it as {Path(root) / name}/ (any inner layout) or give --data-root")
-        return found[0]
-    if not Path(name).is_dir():
-        raise BadInput(f"--data {name}: neither a dataset (toybox, {', '.join(DATASETS)}) nor a folder of clips")
-    return Path(name)
-
-
-def find_clips(name, root="data"):
-    """Everything that --data names, in whatever layout it was downloaded -> list of clips, and a line on how it was read.
-
-    A clip is a dict: path, name (relative to the folder), split ('train', 'test', 'val'), kind (its class), prompt, sound
-    (a wav beside it, for when the video has none) and events (times in seconds and materials, The Greatest Hits) or None."""
-    folder = dataset_folder(name, root)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise BadInput(f"{folder}: no clips in it; expected {' '.join(VIDEOS)}" + (f". {name} is {DATASETS[name]}" if name in DATASETS else ""))
-    lists = [p for p in sorted(folder.rglob("*.txt"), key=lambda p: (len(p.parts), p)) if p.stem in ("train", "test", "val")]
-    tables = [p for p in sorted(folder.rglob("*.[ct]sv"))]
-    chosen, missing, how = None, [], ""
-    mapping = next(folder.rglob("class_mapping.json"), None)
-    try:
-        texts = json.loads(mapping.read_text()) if mapping else {}
-        if lists:
-            chosen, missing = _by_lists(lists, files)
-            how = "lists " + ", ".join(sorted({p.name for p in lists}))
-        elif tables:
-            chosen, missing = _by_tables(tables, files)
-            how = "table " + ", ".join(p.name for p in tables)
-    except ValueError as why:                                                 # not a number, not UTF-8, not JSON
-        raise BadInput(f"{folder}: its {', '.join(p.name for p in [*lists, *(tables if not lists else []), *([mapping] if mapping else [])])} "
-                       f"cannot be read ({str(why).splitlines()[0]}); download it again") from None
-    if not chosen:
-        if missing:
-            raise BadInput(f"{folder}: none of the {len(missing)} clips that its {how} name is there (for instance {missing[0]}); check that the videos are unpacked in it")
-        chosen, how = _by_folders(folder, files)
-    clips = [_describe(path, folder, split, label, texts) for path, (split, label) in sorted(chosen.items())]
-    count = {s: sum(c["split"] == s for c in clips) for s in ("train", "test", "val")}
-    words = f"{folder}: {', '.join(f'{v} {k}' for k, v in count.items() if v)} clips of {len({c['kind'] for c in clips})} classes, by {how}"
-    if missing:
-        words += f"; {len(missing)} named there are missing, for instance {', '.join(missing[:3])}"
-    return clips, words
-
-
-def _by_lists(lists, files):
-    """train.txt, test.txt: lines are paths below the list, below videos/ or videos/<split>/, or bare names, or bare ids."""
-    by_name, by_stem = {p.name: p for p in reversed(files)}, {p.stem: p for p in reversed(files)}
-    known, chosen, missing = set(files), {}, []
-    for listing in lists:
-        base, split = listing.parent, listing.stem
-        for line in listing.read_text().splitlines():
-            line = line.strip()
-            if not line:
-                continue
-            paths = [base / line, base / "videos" / line, base / "videos" / split / line]
-            bare = Path(line).name                                            # ids may hold dots: never cut at one
-            found = next((p for p in paths if p in known), None) or by_name.get(bare) or by_stem.get(bare) or next(
-                (by_stem[bare + s] for s in _GREATEST_HITS if bare + s in by_stem), None)
-            if found:
-                chosen.setdefault(found, (split, None))
-            else:
-                missing.append(line)
-    return chosen, missing
-
-
-def youtube_key(stem):
-    """'<id>_<start>', seconds padded or not, with or without the end, or both in milliseconds -> (id, start in seconds)."""
-    numbers = [int(n) for n in stem[11:].split("_") if n.isdigit()]
-    if len(stem) < 12 or not numbers:
-        return stem[:11], None
-    milliseconds = len(numbers) > 1 and numbers[1] - numbers[0] == 10000
-    return stem[:11], numbers[0] // 1000 if milliseconds else numbers[0]
-
-
-def _by_tables(tables, files):
-    """vggsound.csv (no header: id, start, label, split), landscape.csv (ytid, start_time, class, set), or a .tsv (id, label)."""
-    rows = {}
-    for table in tables:
-        with open(table, newline="") as f:
-            lines = [r for r in csv.reader(f, delimiter="\t" if table.suffix == ".tsv" else ",") if r]
-        head = [h.strip().lower() for h in lines[0]] if lines else []
-        column = lambda *names: next((head.index(n) for n in names if n in head), None)
-        if len(head) >= 4 and head[3] in ("train", "test"):
-            rows.update({(r[0], int(float(r[1]))): (r[3].strip(), r[2]) for r in lines if len(r) >= 4})
-        elif column("ytid") is not None and None not in (column("start_time"), column("class", "label")):
-            at = [column("ytid"), column("start_time"), column("class", "label"), column("set", "split")]
-            rows.update({(r[at[0]], int(float(r[at[1]]))): (r[at[3]] if at[3] is not None else "train", r[at[2]]) for r in lines[1:] if len(r) == len(head)})
-        elif column("id") is not None and column("label") is not None:
-            split = next((s for s in ("train", "val", "test") if s in table.stem.lower()), "train")
-            rows.update({youtube_key(r[column("id")]): (split, r[column("label")]) for r in lines[1:] if len(r) == len(head)})
-    there = {youtube_key(p.stem): p for p in files}
-    chosen = {there[key]: row for key, row in rows.items() if key in there}
-    return chosen, [f"{i}_{s}" for i, s in rows if (i, s) not in there]
-
-
-def _by_folders(folder, files):
-    """Any tree: a folder called train, test or val on the way says the split, or one in ten clips is drawn for testing."""
-    told = {p: next((s for s in p.relative_to(folder).parts[:-1] if s in ("train", "test", "val")), None) for p in files}
-    if any(told.values()):
-        return {p: (s or "train", None) for p, s in told.items()}, "folders train and test"
-    draw = {p: zlib.crc32(str(p.relative_to(folder)).encode()) for p in files}
-    test = {p for p in files if draw[p] % 10 == 0} or {min(files, key=draw.get)}
-    return {p: ("test" if p in test and len(files) > 1 else "train", None) for p in files}, "a split invented here: one clip in ten is for testing, drawn by its name"
-
-
-def _describe(path, folder, split, label, texts):
-    hit = re.search(r"^\d{4}(?:-\d\d){5}.*?(_denoised_thumb|_denoised|_mic)$", path.stem)             # ids of The Greatest Hits are dates
-    hit = hit and hit[1]
-    parent = path.parent.name if path.parent != folder and path.parent.name not in ("videos", "train", "test", "val") else ""
-    clip = dict(path=str(path), name=path.relative_to(folder).as_posix(), split=split, kind=label or parent, sound=None, events=None)
-    clip["prompt"] = label or texts.get(parent) or " ".join(parent.replace("_", " ").split())
-    times = path.with_name(path.stem.removesuffix(hit) + "_times.txt") if hit else None
-    if hit:
-        clip.update(prompt="hitting with a stick", kind="hitting")
-        clip["sound"] = next((str(p) for p in (path.with_suffix(".wav"), *(path.with_name(path.stem.removesuffix(hit) + s + ".wav") for s in _GREATEST_HITS))
-                              if p.is_file()), None)
-    if times and times.is_file():                                             # time material action reaction; 'None None None' happens
-        rows = [line.split() for line in times.read_text().splitlines()]
-        clip["events"] = [(float(r[0]), r[1]) for r in rows if len(r) == 4 and r[2] != "None"]
-    return clip
-
-
-# ------------------------------------------------------------------------------------------------ real clips: decoding
-
-def _ffmpeg(path, most, after):
-    """Run the ffmpeg that imageio brings -> its output, and its log with a [level] on every line."""
-    import imageio_ffmpeg
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-nostats", "-loglevel", "repeat+level+info", "-copyts",
-               "-t", str(most + 1), "-i", str(Path(path).resolve()), *after, "-"]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-    return done.stdout, done.stderr.decode(errors="replace")
-
-
-def _stamps(log, name):
+def time_stamps(log, name):
+    """The times (seconds) that a showinfo filter printed, one per frame."""
     return [float(t) for t in re.findall(rf"Parsed_{name} .*pts_time:\s*(-?[\d.]+)", log)]
 
 
-def _pictures(path, height, width, fps, most):
-    """The picture track of a file -> video uint8 (F, height, width, 3), when its own frames and when these frames lie (seconds)."""
+def raise_on_decode_error(path, log, what):
+    """Any error in ffmpeg's log means that what came out is not what was recorded."""
+    if "matches no streams" in log:
+        raise BadInput(f"{path}: no {what} in it")
+    errors = re.findall(r"\[(?:error|fatal|panic)\] (.*)", log)
+    if errors:
+        reason = last_reason(errors[0])
+        raise BadInput(f"{path}: its {what} is damaged or not of a known kind ({reason})")
+
+
+def decode_pictures(path, height, width, fps, max_seconds):
+    """-> video uint8 (F, height, width, 3) at `fps`, times of the file's frames, times of these F.
+    Centre crop to the aspect, antialiased resize; rotation and pixel shape are honoured."""
     path = check_file(path, "video")
-    crop = f"crop=w='min(iw,ih*{width / height}/if(sar,sar,1))':h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1"
-    picture = f"showinfo=checksum=0,fps={fps},format=rgb24,{crop},scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0"
-    raw, log = _ffmpeg(path, most, ["-map", "0:V:0", "-vf", picture, "-f", "rawvideo", "-fps_mode", "passthrough"])
-    seen, shown = _stamps(log, "showinfo_0"), _stamps(log, "showinfo_6")
+    # sar: width of a pixel over its height, 0 if unknown. One showinfo before and one after the
+    # change of the frame rate.
+    crop = (f"crop=w='min(iw,ih*{width / height}/if(sar,sar,1))'"
+            f":h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1")
+    filters = (f"showinfo=checksum=0,fps={fps},format=rgb24,{crop},"
+               f"scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0")
+    raw, log = decode(path, max_seconds, "-map", "0:V:0", "-vf", filters,
+                      "-f", "rawvideo", "-fps_mode", "passthrough")
+    file_times = time_stamps(log, "showinfo_0")
+    frame_times = time_stamps(log, "showinfo_6")
     raise_on_decode_error(path, log, "picture")
     video = np.frombuffer(raw, np.uint8)
-    video = video[:len(shown) * height * width * 3].reshape(-1, height, width, 3)
+    video = video[:len(frame_times) * height * width * 3].reshape(-1, height, width, 3)
     if len(video) < 2:
         raise BadInput(f"{path}: {len(video)} frames; at least 2 are needed")
-    if len(video) > most * fps:
-        raise BadInput(f"{path}: longer than {most / 60:g} minutes; cut it into clips")
-    if len(seen) - 1 < .5 * fps * (seen[-1] - seen[0]):
-        raise BadInput(f"{path}: {(len(seen) - 1) / (seen[-1] - seen[0]):.1f} frames per second; at least {fps / 2:g} are needed")
-    return video, seen, shown
+    if len(video) > max_seconds * fps:
+        raise BadInput(f"{path}: longer than {max_seconds / 60:g} minutes; cut it into clips")
+    # At a low rate frames repeat, and motion is shown later than it happened.
+    steps = len(file_times) - 1
+    seconds = file_times[-1] - file_times[0]
+    if steps < fps / 2 * seconds:
+        raise BadInput(f"{path}: {steps / seconds:.1f} frames per second; {fps / 2:g} are needed")
+    return video, file_times, frame_times
 
 
-def read_video(path, size=64, fps=FPS, most=600):
-    """The pictures of a clip, with or without sound -> uint8 (F, H, W, 3), cropped and resized to `size` (see `sides`)."""
-    return _pictures(path, *sides(size), fps, most)[0]
+def read_video(path, size=64, fps=FPS, max_seconds=MAX_SECONDS):
+    """The pictures of a clip, with or without sound -> uint8 (F, H, W, 3) of `size`."""
+    return decode_pictures(path, *sides(size), fps, max_seconds)[0]
 
 
-def add_sound(path, video, wave, rate=RATE):
-    """Write the video file `video`, its pictures untouched, with `wave` (samples,) as its sound to `path` (mp4)."""
-    import imageio_ffmpeg
-    import soundfile
-    part = temp_path(path)
-    sound = part.with_suffix(".wav")
-    try:
-        soundfile.write(sound, wave, rate)
-        for codec in (["copy"], ["libx264", "-crf", "12", "-pix_fmt", "yuv420p"]):            # what an mp4 cannot hold is coded anew
-            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(Path(video).resolve()), "-i", str(sound), "-map", "0:V:0", "-map", "1:a:0",
-                       "-c:v", *codec, "-c:a", "aac", "-b:a", "128k", "-movflags", "+faststart", str(part)]
-            done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-            if done.returncode == 0:
-                return os.replace(part, path)
-        raise BadInput(f"{video}: cannot be written as mp4 ({done.stderr.decode(errors='replace').strip().splitlines()[-1]})")
-    finally:
-        for leftover in (part, sound):
-            leftover.unlink(missing_ok=True)
+def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, max_seconds=MAX_SECONDS):
+    """Both streams of a clip on ONE clock -> video uint8 (F, height, width, 3), waveform float32
+    (round(F / fps * rate),).
 
+    The tracks of a file may begin at different times, and a clip whose sound is 40 ms off teaches
+    the wrong thing. So each track is decoded with its times, and the clip is what both cover:
 
-def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, most=600):
-    """Both streams of a clip on ONE clock -> video uint8 (F, height, width, 3), waveform float32 (round(F / fps · rate),).
+        pictures    |----|----|----|----|----|----|          the grid of fps, from the first picture
+        sound             ~~~~~~~~~~~~~~~~~~~~~~~~~~~~       from its own first sample
+        clip              skip|----|----|----|----|          from the first frame with sound
 
-    Each stream is decoded by one call of ffmpeg, and says at which time its first frame and sample lie (tracks of a file
-    often begin apart). The clip is the stretch that both cover, from a frame on. Centre crop to the aspect, then an
-    antialiased resize; mono; any rotation, pixel shape and rates. `sound`: a wav for a video without one. Raises BadInput
-    with the reason for whatever cannot be trusted: damaged, still, silent, 9 fps; or longer than `most` seconds."""
-    video, seen, shown = _pictures(path, height, width, fps, most)
-    tone = f"aresample={rate}:async=1,aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
-    raw, log = _ffmpeg(path, most, ["-map", "0:a:0", "-af", tone, "-f", "f32le"])
+    sound: a wav for a video without a sound track. Raises BadInput for what cannot be trusted:
+    damaged, still, silent, under half of `fps`, longer than `max_seconds`.
+    """
+    video, file_times, frame_times = decode_pictures(path, height, width, fps, max_seconds)
+    video_start = frame_times[0]
+
+    # async=1 fills gaps in the track: a sample's index then says its time.
+    filters = f"aresample={rate}:async=1,aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
+    arguments = ["-map", "0:a:0", "-af", filters, "-f", "f32le"]
+    raw, log = decode(path, max_seconds, *arguments)
     if sound and "matches no streams" in log:
-        raw, log = _ffmpeg(sound, most, ["-map", "0:a:0", "-af", tone, "-f", "f32le"])
-        shown = [t - seen[0] for t in shown]                                  # a wav knows no time but its own: both begin at 0
+        # The times of a wav begin at 0, as does the first picture of the file then.
+        raw, log = decode(sound, max_seconds, *arguments)
+        video_start -= file_times[0]
     raise_on_decode_error(path, log, "sound")
-    wave, heard = np.frombuffer(raw, np.float32), _stamps(log, "ashowinfo_2")
+    wave = np.frombuffer(raw, np.float32)
+    wave_start = (time_stamps(log, "ashowinfo_2") or [video_start])[0]
     if not np.isfinite(wave).all():
         raise BadInput(f"{path}: its sound has NaN samples")
-    begin = max(0, math.ceil((heard[0] - shown[0]) * fps - 1e-3)) if heard else 0             # the first frame that has sound
-    skip = round((shown[0] + begin / fps - heard[0]) * rate) if heard else 0
-    frames = min(len(video) - begin, math.ceil((len(wave) - skip) / rate * fps - 1e-3))
+
+    # The first frame with sound, and the samples before it. Times are printed rounded: a thousandth
+    # of a frame is nothing. The last frame may have sound for a part of it.
+    first = max(0, math.ceil((wave_start - video_start) * fps - 1e-3))
+    skip = round((video_start + first / fps - wave_start) * rate)
+    frames = min(len(video) - first, math.ceil((len(wave) - skip) / rate * fps - 1e-3))
     if frames < 2 or skip < 0:
         raise BadInput(f"{path}: picture and sound have less than 2 frames in common")
-    video, wave = video[begin:begin + frames], wave[skip:skip + round(frames / fps * rate)]
-    wave = np.pad(wave, (0, round(frames / fps * rate) - len(wave)))
+    samples = round(frames / fps * rate)
+    video = video[first:first + frames]
+    wave = wave[skip:skip + samples]
+    wave = np.pad(wave, (0, samples - len(wave)))
+
+    # Static: no frame differs from the first by half a step of 255 on average. Silence: -80 dB.
     if np.abs(video[1:].astype(np.int16) - video[0]).mean((1, 2, 3)).max() < .5:
         raise BadInput(f"{path}: a static picture")
     if wave.std() < 1e-4:
@@ -433,122 +337,151 @@ def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, most=60
     return video, wave.clip(-1, 1)
 
 
-def raise_on_decode_error(path, log, what):
-    """Any error in ffmpeg's log means that what came out is not what was recorded."""
-    if "matches no streams" in log:
-        raise BadInput(f"{path}: no {what} in it")
-    wrong = re.findall(r"\[(?:error|fatal|panic)\] (.*)", log)
-    if wrong:
-        raise BadInput(f"{path}: its {what} is damaged or not of a known kind ({wrong[0].strip().split(': ')[-1]})")
-
-
-# ------------------------------------------------------------------------------------------------ media out
+# ---------------------------------------------------------------------------------------- media out
 
 def temp_path(path):
-    """Where to write before renaming to `path`: same folder, same suffix. Half a file never carries the real name."""
+    """Where to write before renaming to `path`: the same folder and suffix, a hidden name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
 
 
-def write_video(path, frames, wave, fps=FPS, rate=RATE):
-    """H.264 + AAC. `frames`: uint8 (F, H, W, 3), or an iterator of such pieces (a long roll-out never sits in memory).
-
-    The sound is cut or padded with silence to the length of the pictures; wave=None: no sound. H and W must be even: that is
-    H.264's."""
-    import imageio_ffmpeg
-    import soundfile
-    pieces = iter([frames] if isinstance(frames, np.ndarray) else frames)
-    piece, part, count = next(pieces), temp_path(path), 0
-    if piece.shape[1] % 2 or piece.shape[2] % 2:
-        raise BadInput(f"{path}: H.264 needs an even height and width, got {piece.shape[1]}x{piece.shape[2]}")
-    silent, sound = part.with_suffix(".silent.mp4"), part.with_suffix(".wav")
+@contextmanager
+def replacing(path):
+    """Yields a temporary path, which becomes `path` when the block ends and is removed when it
+    fails: half a file never carries the real name."""
+    part = temp_path(path)
     try:
-        writer = imageio_ffmpeg.write_frames(str(silent), piece.shape[2:0:-1], fps=fps, codec="libx264", quality=None, macro_block_size=1,
-                                             output_params=["-crf", "12"], ffmpeg_log_level="error")
-        writer.send(None)
-        while piece is not None:
-            for frame in piece:
-                writer.send(np.ascontiguousarray(frame))
-            count += len(piece)
-            piece = next(pieces, None)
-        writer.close()
-        if wave is None:
-            os.replace(silent, path)
-            return count
-        n = round(count / fps * rate)
-        soundfile.write(sound, np.pad(wave[:n], (0, max(0, n - len(wave)))), rate)
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(silent), "-i", str(sound), "-c:v", "copy",
-                   "-c:a", "aac", "-b:a", "128k", "-movflags", "+faststart", str(part)]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        yield part
         os.replace(part, path)
     finally:
-        for leftover in (part, silent, sound):
-            leftover.unlink(missing_ok=True)
-    return count
+        part.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_picture(path, picture):
     import imageio.v3 as iio
-    part = temp_path(path)
-    iio.imwrite(part, picture)
-    os.replace(part, path)
+    with replacing(path) as part:
+        iio.imwrite(part, picture)
 
 
 def write_sound(path, wave, rate=RATE):
     import soundfile
-    part = temp_path(path)
-    soundfile.write(part, wave, rate)
-    os.replace(part, path)
+    with replacing(path) as part:
+        soundfile.write(part, wave, rate)
+
+
+def add_sound(path, video, wave, rate=RATE):
+    """Write the video file `video` with `wave` (samples,) as its sound to `path` (mp4)."""
+    import soundfile
+    sound = temp_path(path).with_suffix(".wav")
+    inputs = ["-i", Path(video).resolve(), "-i", sound, "-map", "0:V:0", "-map", "1:a:0"]
+    outputs = ["-c:a", "aac", "-b:a", "128k", "-movflags", "+faststart"]
+    try:
+        soundfile.write(sound, wave, rate)
+        with replacing(path) as part:
+            # Pictures are copied as they are; codecs that an mp4 cannot hold are coded again.
+            for codec in (["copy"], ["libx264", "-crf", "12", "-pix_fmt", "yuv420p"]):
+                done, _, log = run_ffmpeg("-v", "error", *inputs, "-c:v", *codec, *outputs, part)
+                if done:
+                    break
+            else:
+                raise BadInput(f"{video}: cannot be written as mp4 ({last_reason(log)})")
+    finally:
+        sound.unlink(missing_ok=True)
+
+
+def write_video(path, frames, wave, fps=FPS, rate=RATE):
+    """H.264 + AAC -> the number of frames written. frames: uint8 (F, H, W, 3), or an iterator of
+    such pieces, so that a long video is never in memory. The sound is cut or padded with silence to
+    their length; wave=None: no sound."""
+    import imageio_ffmpeg
+    pieces = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    piece = next(pieces)
+    height, width = piece.shape[1:3]
+    if height % 2 or width % 2:
+        raise BadInput(f"{path}: H.264 needs an even height and width, got {height}x{width}")
+    silent = temp_path(path).with_suffix(".silent.mp4")
+    writer = imageio_ffmpeg.write_frames(
+        str(silent), (width, height), fps=fps, codec="libx264", quality=None, macro_block_size=1,
+        output_params=["-crf", "12"], ffmpeg_log_level="error")
+    count = 0
+    try:
+        # Closing waits until ffmpeg has finished the file.
+        with closing(writer):
+            writer.send(None)
+            for piece in chain([piece], pieces):
+                for frame in piece:
+                    writer.send(np.ascontiguousarray(frame))
+                count += len(piece)
+        if wave is None:
+            os.replace(silent, path)
+        else:
+            samples = round(count / fps * rate)
+            wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
+            add_sound(path, silent, wave, rate)
+    finally:
+        silent.unlink(missing_ok=True)
+    return count
 
 
 def film_strip(video, wave, shown=12, fps=FPS, rate=RATE, events=()):
-    """Frames over the waveform on one time axis, as a picture uint8 (H + 40, shown·W, 3). The frame above a stretch of
-    sound is the one in the middle of that stretch. `events`: seconds, marked by red lines in the waveform."""
+    """Frames over the waveform on one time axis -> uint8 (H + 40, shown * W, 3). The frame above a
+    stretch of sound is the one in its middle. events: seconds, marked by red lines."""
     F, H, W = video.shape[:3]
     shown = min(shown, F)
+    width, height = shown * W, 40
     middle = ((np.arange(shown) + .5) * F / shown).astype(int)
-    width, tall = shown * W, 40
-    n = max(1, round(F / fps * rate))
-    wave = np.pad(wave[:n], (0, max(0, n - len(wave))))
-    columns = np.array([np.abs(part).max() if len(part) else 0. for part in np.array_split(wave, width)])
-    loud = columns / max(columns.max(), 1e-3) * (tall / 2 - 2)                # height in pixels, to either side of the axis
-    y = np.abs(np.arange(tall) - (tall - 1) / 2)[:, None]                     # (40, 1)
-    plot = np.where(y <= np.maximum(loud, .5)[None], 60, 245).astype(np.uint8)
-    plot = np.repeat(plot[..., None], 3, 2)
-    at = (np.array([t for t in events if 0 <= t < F / fps]) / (F / fps) * width).astype(int)
-    plot[:, at] = 220, 40, 40
-    return np.concatenate([np.concatenate(list(video[middle]), 1), plot], 0)
+    frames = np.concatenate(list(video[middle]), 1)                           # (H, width, 3)
+
+    # The loudest sample of every column, in pixels to either side of the axis.
+    samples = max(1, round(F / fps * rate))
+    wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
+    loudest = [np.abs(part).max(initial=0) for part in np.array_split(wave, width)]
+    loudest = np.array(loudest) / max(*loudest, 1e-3) * (height / 2 - 2)      # (width,)
+    # Dark where a pixel is closer to the axis than that.
+    distance = np.abs(np.arange(height) - (height - 1) / 2)[:, None]          # (40, 1)
+    plot = np.where(distance <= np.maximum(loudest, .5), 60, 245).astype(np.uint8)
+    plot = np.repeat(plot[..., None], 3, 2)                                   # (40, width, 3)
+    marks = np.array([t for t in events if 0 <= t < F / fps]) / (F / fps) * width
+    plot[:, marks.astype(int)] = 220, 40, 40
+    return np.concatenate([frames, plot], 0)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, **content):
-    """Plain types and tensors only, written whole or not at all."""
-    part = temp_path(path)
-    torch.save(dict(content, torch=str(torch.__version__)), part)
-    os.replace(part, path)
+    """Plain types and tensors only: loading never runs code from the file."""
+    with replacing(path) as part:
+        torch.save(dict(content, torch=str(torch.__version__)), part)
+
+
+def load_checkpoint(path, task, hint="check the path, or train one with train.py"):
+    """A checkpoint of train.py as a dict. task: of which it must be, names joined by " or "; None:
+    of any."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such checkpoint; {hint}")
+    check_file(path, "checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as why:                              # torch raises half a dozen kinds
+        raise BadInput(f"{path}: not a checkpoint that can be loaded safely "
+                       f"({type(why).__name__}); expected a .pt written by train.py") from why
+    if not isinstance(content, dict) or not {"task", "config", "ema"} <= set(content):
+        raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config and "
+                       "weights in it); train one with train.py")
+    if task and content["task"] not in task.split(" or "):
+        raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; "
+                       f"give one made by train.py --task {task}")
+    return content
 
 
 def task_of(path):
     return load_checkpoint(path, None)["task"]
-
-
-def load_checkpoint(path, task, hint=""):
-    """A checkpoint of ours as a dict; anything else becomes one clear line. task: what it must be of, names joined by " or "; None: of any.
-    Never runs code from the file."""
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such checkpoint; {hint or 'check the path, or train one with train.py'}")
-    check_file(path, "checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as why:                                                  # torch raises half a dozen kinds here
-        raise BadInput(f"{path}: not a checkpoint that can be loaded safely ({type(why).__name__}); expected a .pt written by train.py") from why
-    if not isinstance(content, dict) or not {"task", "config", "ema"} <= set(content):
-        raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config and weights in it); train one with train.py")
-    if task and content["task"] not in task.split(" or "):
-        raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; give one made by train.py --task {task}")
-    return content
 
 
 def towers_names(state):
@@ -579,245 +512,506 @@ def towers_names(state):
 
 
 def load_weights(model, state, path):
-    """Weights (stored as half precision or not) into a model; every key that does not fit is named in one line."""
+    """Weights (stored as half precision or not) into a model; BadInput if they do not fit."""
     state = towers_names(state)
-    own = model.state_dict()
-    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    found = {name: value.shape for name, value in state.items()}
+    wrong = [k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]
     if wrong:
-        raise BadInput(f"{path}: {len(wrong)} of its tensors do not fit this network (for instance {sorted(wrong)[0]}); it was made for another size")
+        raise BadInput(f"{path}: {len(wrong)} of its tensors do not fit this network (for instance "
+                       f"{sorted(wrong)[0]}); it was made for another size")
     model.load_state_dict(state)
     return model
 
 
-# ------------------------------------------------------------------------------------------------ windows: what is trained on
+# --------------------------------------------------------------- datasets as they were downloaded
+
+DATASETS = {     # how much it is, and where it comes from
+    "avsync15": "1500 clips, 109 minutes; Google Drive, see the README of github.com/lzhangbj/ASVA",
+    "greatesthits": "977 videos, 9.5 hours, vis-data-256.zip; andrewowens.com/vis",
+    "vggsound": "200 000 clips of 10 s and vggsound.csv; www.robots.ox.ac.uk/~vgg/data/vggsound",
+    "landscapes": "1000 clips of 10 s; Google Drive, see github.com/researchmm/MM-Diffusion",
+}
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+SPLITS = ("train", "test", "val")
+HITS = ("_denoised", "_denoised_thumb", "_mic")    # what follows an id of The Greatest Hits
+
+
+def dataset_folder(name, root="data"):
+    """--data -> the folder: <root>/<name> in any spelling (AVSync15, avsync_15), or a path."""
+    def letters(text):
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    if name in DATASETS:
+        found = [p for p in Path(root).glob("*") if letters(p.name).startswith(letters(name))]
+        found = [p for p in found if p.is_dir()]
+        if found:
+            return min(found, key=lambda p: (len(p.name), p))
+        raise BadInput(f"--data {name}: not found in {root}/. It is {DATASETS[name]}. Unpack it as "
+                       f"{Path(root) / name}/ (any inner layout) or give --data-root")
+    if not Path(name).is_dir():
+        raise BadInput(f"--data {name}: neither a dataset (toybox, {', '.join(DATASETS)}) nor a "
+                       "folder of clips")
+    return Path(name)
+
+
+def find_clips(name, root="data"):
+    """Everything that --data names, in whatever layout it was downloaded -> list of clips, report.
+
+    A clip is a dict: path, name (relative to the folder), split ("train", "test", "val"), kind (its
+    class), prompt, sound (a wav beside it, for when the video has none) and events (times in
+    seconds and materials, The Greatest Hits) or None.
+    """
+    folder = dataset_folder(name, root)
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in VIDEOS and p.is_file()]
+    files = [p for p in files if not p.name.startswith(".")]
+    if not files:
+        raise BadInput(f"{folder}: no clips in it; expected {' '.join(VIDEOS)}")
+
+    # The split comes from lists, else from a table, else from folder names.
+    chosen, missing = {}, []
+    lists = [p for p in sorted(folder.rglob("*.txt")) if p.stem in SPLITS]
+    lists.sort(key=lambda p: len(p.parts))
+    tables = [] if lists else sorted(folder.rglob("*.csv"))
+    if lists or tables:
+        chosen, missing = clips_by_lists(lists, files) if lists else clips_by_tables(tables, files)
+        source = ", ".join(sorted({p.name for p in lists + tables}))
+    if missing and not chosen:
+        raise BadInput(f"{folder}: none of the {len(missing)} clips that its {source} name exists "
+                       f"(for instance {missing[0]}); check that the videos are unpacked in it")
+    if not chosen:
+        chosen, source = clips_by_folders(folder, files)
+
+    mapping = next(folder.rglob("class_mapping.json"), None)
+    prompts = parse_file(mapping, json.loads) if mapping else {}
+    clips = [describe_clip(path, folder, *chosen[path], prompts) for path in sorted(chosen)]
+    counts = Counter(c["split"] for c in clips)
+    counts = ", ".join(f"{counts[split]} {split}" for split in SPLITS if counts[split])
+    report = f"{folder}: {counts} clips of {len({c['kind'] for c in clips})} classes, by {source}"
+    if missing:
+        some = ", ".join(missing[:3])
+        report += f"; {len(missing)} named there are missing, for instance {some}"
+    return clips, report
+
+
+def parse_file(path, parse):
+    """parse(text of a file); BadInput if it is not UTF-8 or not of the expected form."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, csv.Error) as why:
+        reason = str(why).splitlines()[0]
+        raise BadInput(f"{path}: cannot be read ({reason}); download it again") from None
+
+
+def clips_by_lists(lists, files):
+    """train.txt, test.txt -> {path: (split, None)}, lines without a file.
+
+    A line is the end of a path, with or without its suffix: class/clip.mp4, clip.mp4 or an id. What
+    AVSync15 and Landscapes call class/clip.mp4 is in videos/ and in videos/<split>/.
+    """
+    chosen, missing = {}, []
+    for listing in lists:
+        # Every end of every path. Where two files share one, the last to be entered counts: one
+        # of this split, else the one highest up.
+        by_end = {}
+        for path in sorted(files, key=lambda p: (listing.stem in p.parts, -len(p.parts), p)):
+            for start in range(len(path.parts)):
+                end = "/".join(path.parts[start:])
+                by_end[end] = by_end[end.removesuffix(path.suffix)] = path
+        for line in filter(None, map(str.strip, parse_file(listing, str.splitlines))):
+            found = [by_end[line + suffix] for suffix in ("", *HITS) if line + suffix in by_end]
+            if found:
+                chosen.setdefault(found[0], (listing.stem, None))
+            else:
+                missing.append(line)
+    return chosen, missing
+
+
+def clips_by_tables(tables, files):
+    """vggsound.csv, rows of id, start, label, split without a header -> {path: (split, label)},
+    rows without a file. Clips are called <id>_<start> or <id>_<start>_<end>, padded or not."""
+    def parse(text):
+        rows = [row for row in csv.reader(text.splitlines()) if len(row) == 4]
+        rows = [row for row in rows if row[3].strip() in SPLITS]
+        return {(row[0], int(float(row[1]))): (row[3].strip(), row[2]) for row in rows}
+
+    by_key = {}
+    for path in files:
+        start = re.match(r"_(\d+)", path.stem[11:])       # ids have 11 characters, "_" among them
+        if start:
+            by_key[path.stem[:11], int(start[1])] = path
+    rows = {}
+    for table in tables:
+        rows |= parse_file(table, parse)
+    chosen = {by_key[key]: row for key, row in rows.items() if key in by_key}
+    return chosen, [f"{name}_{start}" for name, start in rows if (name, start) not in by_key]
+
+
+def clips_by_folders(folder, files):
+    """Any tree -> {path: (split, None)}, how it was split: by a folder called train, test or val on
+    the way, else one clip in ten is drawn for testing, by a hash of its name."""
+    names = {path: path.relative_to(folder) for path in files}
+    splits = {p: next((s for s in name.parts if s in SPLITS), None) for p, name in names.items()}
+    if any(splits.values()):
+        chosen = {path: (split or "train", None) for path, split in splits.items()}
+        return chosen, "folders train and test"
+    hashes = {path: zlib.crc32(str(name).encode()) for path, name in names.items()}
+    test = {p for p in files if hashes[p] % 10 == 0} or {min(files, key=hashes.get)}
+    test = test if len(files) > 1 else set()              # a single clip is for training
+    chosen = {path: ("test" if path in test else "train", None) for path in files}
+    return chosen, "a split invented here: one clip in ten is for testing, drawn by its name"
+
+
+def describe_clip(path, folder, split, label, prompts):
+    """The dict of a clip (see find_clips). Its class is the label of a table, else its folder."""
+    parent = path.parent.name
+    if path.parent == folder or parent in ("videos", *SPLITS):
+        parent = ""
+    # playing_violin__fiddle -> playing violin fiddle
+    prompt = label or prompts.get(parent) or " ".join(parent.replace("_", " ").split())
+    clip = dict(path=str(path), name=path.relative_to(folder).as_posix(), split=split,
+                kind=label or parent, prompt=prompt, sound=None, events=None)
+
+    # Ids of The Greatest Hits are dates: 2015-02-16-16-49-06_denoised.mp4
+    hit = re.fullmatch(r"(\d{4}(?:-\d\d){5}.*?)(_denoised_thumb|_denoised|_mic)", path.stem)
+    if hit:
+        clip.update(prompt="hitting with a stick", kind="hitting")
+        wavs = [path.with_name(hit[1] + suffix + ".wav") for suffix in (hit[2], *HITS)]
+        clip["sound"] = next((str(p) for p in wavs if p.is_file()), None)
+        times = path.with_name(hit[1] + "_times.txt")
+        clip["events"] = parse_file(times, parse_hits) if times.is_file() else None
+    return clip
+
+
+def parse_hits(text):
+    """Lines of time, material, action, reaction -> [(time, material)]; 'None None None' happens."""
+    rows = [line.split() for line in text.splitlines()]
+    return [(float(row[0]), row[1]) for row in rows if len(row) == 4 and row[2] != "None"]
+
+
+# ------------------------------------------------------------------- windows: what is trained on
 
 def clip_windows(clip, size=64, frames=FRAMES, hop=.5, audio_lead=0.):
-    """A real clip -> its windows, dicts of video, audio, caption, start (seconds). BadInput if the clip cannot be used.
+    """A real clip -> its windows, dicts of video, audio, caption, start (seconds).
 
-    For training a window begins every `hop` seconds and the last one ends with the clip. These are the temporal crops, each
-    with a first frame of its own: a causal VAE codes a crop otherwise than the same stretch within a clip. For evaluation
-    (split 'test') there are three, evenly spaced: 450 for AVSync15, 732 for The Greatest Hits. audio_lead=0.5 is the protocol of
-    the CycleSync study (Syncphony C.2): the first begins at 0.5 s, each sound begins so much before its pictures (it can be
-    delayed and stays real), and clips too short for that are left out, which leaves AVSync15 with 438."""
+    Training: a window every `hop` seconds, the last one ends with the clip. Each has a first frame
+    of its own: a causal VAE codes a crop differently from the same stretch within a clip.
+    Evaluation (split "test"): three, evenly spaced, as Syncphony does: 450 for AVSync15, 732 for
+    The Greatest Hits. audio_lead=0.5 is the protocol of the CycleSync study (Syncphony C.2): the
+    first window begins at 0.5 s and each sound 0.5 s before its pictures, so that it can be delayed
+    and stays real. Clips too short for that are left out, which leaves AVSync15 with 438.
+    """
     video, wave = read_clip(clip["path"], *sides(size), sound=clip["sound"])
-    first, short = round(audio_lead * FPS), 1 if audio_lead else frames // 8
-    spare = len(video) - frames
-    if spare < first - short:
-        raise BadInput(f"{clip['path']}: {len(video) / FPS:.2f} s long; at least {(first + frames - short) / FPS:.2f} s are needed")
-    if spare < first:                                                         # a little short: the last frame stays
-        video, spare = np.concatenate([video, np.repeat(video[-1:], first - spare, 0)]), first
-    starts = np.linspace(first, spare, 3).round() if clip["split"] == "test" else np.union1d(np.arange(first, spare, round(hop * FPS)), spare)
-    n, wave = round((audio_lead + frames / FPS) * RATE), np.pad(wave, (0, round(frames / FPS * RATE)))
-    cut = lambda s: wave[round((s - first) / FPS * RATE):][:n]                # exactly n samples
-    return [dict(video=video[s:s + frames], audio=cut(s), caption=clip["prompt"], start=s / FPS) for s in starts.astype(int)]
+    # The last frame is held where up to an eighth is missing: AVSync15's shortest clip has 48.
+    first = round(audio_lead * FPS)
+    needed = first + frames - (1 if audio_lead else frames // 8)
+    if len(video) <= needed - 1:
+        raise BadInput(f"{clip['path']}: {len(video) / FPS:.2f} s long; "
+                       f"at least {needed / FPS:.2f} s are needed")
+    lacking = max(0, first + frames - len(video))
+    video = np.concatenate([video, np.repeat(video[-1:], lacking, 0)])
+    last = len(video) - frames
+    if clip["split"] == "test":
+        starts = np.linspace(first, last, 3).round()
+    else:
+        starts = np.union1d(np.arange(first, last, round(hop * FPS)), last)
+
+    # Padded, so that every window gets exactly as many samples.
+    samples = round((audio_lead + frames / FPS) * RATE)
+    wave = np.pad(wave, (0, round(frames / FPS * RATE)))
+    windows = []
+    for start in starts.astype(int):
+        offset = round((start - first) / FPS * RATE)
+        windows.append(dict(video=video[start:start + frames], audio=wave[offset:offset + samples],
+                            caption=clip["prompt"], start=start / FPS))
+    return windows
 
 
-# ------------------------------------------------------------------------------------------------ caches
+# ------------------------------------------------------------------------------------------- caches
 
-def workers():
-    """A pool of fresh processes, one per core, that leave Ctrl-C to their parent and compute on one thread each."""
-    return get_context("spawn").Pool(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), _worker)
+class Skipped(NamedTuple):
+    """Stands for the windows of a clip that cannot be used."""
+    reason: str
 
 
-def _worker():
+def item_windows(item, size, variations=1):
+    """An item of a cache -> list of its windows (dicts) with their log-mels, or Skipped."""
+    # Items are the dicts of `find_clips`; those of the toybox have a seed instead of a path.
+    if "seed" in item:
+        windows = [dict(toybox_clip(item["seed"], size, variation=k), start=k * FRAMES / FPS)
+                   for k in range(variations)]
+    else:
+        try:
+            windows = clip_windows(item, size)
+        except BadInput as why:
+            return Skipped(str(why).removeprefix(f"{item['path']}: "))
+    kept = ("video", "audio", "caption", "start", "speech")
+    return [{k: w.get(k, "") for k in kept} | dict(mel=log_mel(w["audio"])) for w in windows]
+
+
+def start_worker():
+    """A worker leaves Ctrl-C to its parent and computes on one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def _prepared(job):
-    """In a worker: an item (a toybox seed, or a real clip) -> its windows with their log-mels, or why there are none."""
-    item, size, variations = job
-    try:
-        windows = [dict(toybox_clip(item, size, variation=k), start=k * FRAMES / FPS) for k in range(variations)] if isinstance(item, int) else clip_windows(item, size)
-    except BadInput as why:
-        return str(why).removeprefix(f"{item['path']}: ")
-    return [{k: w.get(k, "") for k in ("video", "audio", "caption", "start", "speech")} | dict(mel=log_mel(w["audio"])) for w in windows]
+def workers():
+    """A pool of fresh processes, one per core, at most 16: each of them imports torch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ProcessPoolExecutor(min(16, cores), get_context("spawn"), start_worker)
+
+
+def all_windows(items, size, variations, pool, ahead=16):
+    """(item, item_windows(item)) of all items, in order."""
+    if pool is None:
+        yield from ((item, item_windows(item, size, variations)) for item in items)
+        return
+
+    def submit(item):
+        return item, pool.submit(item_windows, item, size, variations)
+
+    # Workers run at most `ahead` items ahead of the reader: videos are large.
+    items = iter(items)
+    waiting = deque(map(submit, islice(items, ahead)))
+    while waiting:
+        item, future = waiting.popleft()
+        try:
+            yield item, future.result()
+        except process.BrokenProcessPool:
+            raise BadInput("a worker process died while it prepared clips, probably for lack of "
+                           "memory; free some and run the same command again") from None
+        waiting.extend(map(submit, islice(items, 1)))
 
 
 def prepare(folder, settings, items, vae, device, autocast, audio_encoder=None, raw=False):
-    """Fill a cache with the windows of `items`, or go on filling it; then `open_cache` reads it.
+    """Fill a cache with the windows of `items`, or go on filling it; `open_cache` then reads it.
 
-    Shard after shard: latents (n, 2, C, L, h, w) (posterior mean and log-variance), mels (n, 2S, 64), with `audio_encoder` also
-    features (n, S, A), with `raw` also videos and sounds; a .json written last makes a shard complete. A shard depends on
-    its items alone, so a run that was killed at any moment and started again leaves the same bytes as one that was not.
-    settings: what the cache depends on; one made with others is refused."""
-    folder, settings = Path(folder), dict(settings, clips=len(items), 
-                                              named=zlib.crc32(json.dumps([[_name(i), i if isinstance(i, int) else i["prompt"]] for i in items]).encode()))
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "settings.json").is_file():
-        _same_settings(folder, settings)
-    else:
-        _write(folder / "settings.json", json.dumps(settings, sort_keys=True))
-    per = max(32, math.ceil(len(items) / 500))
-    shards = {k: items[a:a + per] for k, a in enumerate(range(0, len(items), per))}
-    todo = [k for k in shards if not (folder / f"{k:05d}.json").is_file()]
+        folder/settings.json        what the cache depends on; a run with others is refused
+               00000-latents.npy    (n, 2, C, L, h, w): posterior mean and log-variance
+               00000-mels.npy       (n, 2S, 64)
+               00000-features.npy   (n, S, A), if there is an `audio_encoder`
+               00000-videos.npy     (n, F, H, W, 3) uint8, and -sounds.npy (n, samples), if `raw`
+               00000.json           a row per window, skipped clips, sizes and sums of these files
+               00001-latents.npy    ...
+               manifest.json        the number of shards
+
+    All but videos are float16. A shard's .json is written last and says that the shard is complete;
+    manifest.json says so of the cache. A shard depends on its items alone, so a run that was killed
+    at any moment and started again ends with the same bytes as one that was not.
+    """
+    folder = Path(folder)
+    names = json.dumps([[item["name"], item["prompt"]] for item in items])
+    settings = dict(settings, clips=len(items), named=zlib.crc32(names.encode()))
+    check_settings(folder / "settings.json", settings)
+
+    # Shards of 32 items or more, at most 500 of them. Complete ones are left as they are.
+    per_shard = max(32, math.ceil(len(items) / 500))
+    shards = [items[a:a + per_shard] for a in range(0, len(items), per_shard)]
+    todo = [k for k in range(len(shards)) if not (folder / f"{k:05d}.json").is_file()]
     if not todo and (folder / "manifest.json").is_file():
-        return                                                                # several processes may open a finished cache at once
-    for leftover in folder.glob(".*"):                                        # of a run that was killed
-        leftover.unlink()
-    jobs = [(item, settings["resolution"], settings.get("variations", 1)) for k in todo for item in shards[k]]
-    with workers() if len(jobs) > 64 else nullcontext() as pool, torch.no_grad(), autocast(), tqdm(
-            total=len(items), initial=len(items) - len(jobs), desc=f"preparing {folder.parent.name}", unit="clip", disable=None) as bar:
-        results = imap_bounded(pool, jobs, bar)
+        return
+    # Temporary files of a run that was killed; those of one that is running are younger.
+    for leftover in folder.glob(".*"):
+        if time.time() - leftover.stat().st_mtime > 3600:
+            leftover.unlink(missing_ok=True)
+
+    # It takes workers seconds to start: a few clips are faster without.
+    left = list(chain.from_iterable(shards[k] for k in todo))
+    with workers() if len(left) > 64 else nullcontext() as pool, torch.no_grad(), autocast():
+        windows = all_windows(left, settings["resolution"], settings.get("variations", 1), pool)
+        windows = iter(tqdm(windows, f"preparing {folder.parent.name}", len(items), unit="clip",
+                            initial=len(items) - len(left), disable=None))
         for k in todo:
-            _write_shard(folder, k, shards[k], results, vae, device, audio_encoder, raw)
-    _write(folder / "manifest.json", json.dumps(dict(settings, shards=len(shards)), sort_keys=True))
+            results = islice(windows, len(shards[k]))
+            write_shard(folder, k, results, vae, device, audio_encoder, raw)
+    write_text(folder / "manifest.json", json.dumps(dict(settings, shards=len(shards))))
 
 
-def imap_bounded(pool, jobs, bar, most=16):
-    """What `_prepared` makes of the jobs, in order; workers run at most so many jobs ahead (videos are large)."""
-    waiting = deque()
-    for job in jobs:
-        waiting.append(pool.apply_async(_prepared, (job,)).get if pool else lambda job=job: _prepared(job))
-        if len(waiting) > most * bool(pool):
-            yield waiting.popleft()()
-            bar.update()
-    for result in waiting:
-        yield result()
-        bar.update()
-
-
-def _name(item):
-    return item if isinstance(item, int) else item["name"]
-
-
-def _write_shard(folder, k, items, results, vae, device, audio_encoder, raw):
-    rows, skipped, codes, batch = [], {}, [], []
-    arrays = dict(mels=[], **({"features": []} if audio_encoder else {}), **({"videos": [], "sounds": []} if raw else {}))
-
-    def encode():
-        video = torch.from_numpy(np.stack(batch)).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1         # (n, 3, F, H, W)
-        code = vae.encode(video) if video.shape[3] <= 256 else vae.encode_chunks(video)
-        codes.append(torch.stack(code, 1).cpu().to(torch.float16).numpy())                                    # (n, 2, C, L, h, w)
-        batch.clear()
-    for item, windows in zip(items, results):
-        if isinstance(windows, str):
-            skipped[_name(item)] = windows
-            continue
-        for w in windows:
-            made = dict(mels=w["mel"], videos=w["video"], sounds=w["audio"], features=audio_encoder(w["audio"]) if audio_encoder else None)
-            for name, rows_of in arrays.items():
-                rows_of.append(made[name] if name == "videos" else made[name].astype(np.float16))
-            rows.append([_name(item), w["caption"], w["start"], w["speech"]]), batch.append(w["video"])
-            if len(batch) == (4 if w["video"].shape[1] <= 256 else 1):
-                encode()
-    if batch:
-        encode()
-    arrays = {name: np.array(values) for name, values in arrays.items()} | dict(latents=np.concatenate(codes) if codes else np.zeros((0, 2)))
-    sums = {}
-    for key, array in arrays.items():
-        part = temp_path(folder / f"{k:05d}-{key}.npy")
-        np.save(part, array)
-        sums[key] = zlib.crc32(part.read_bytes())
-        os.replace(part, folder / f"{k:05d}-{key}.npy")
-    _write(folder / f"{k:05d}.json", json.dumps(dict(rows=rows, skipped=skipped, crc32=sums), sort_keys=True))
-
-
-def _write(path, text):
-    part = temp_path(path)
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def _same_settings(folder, settings):
-    found = json.loads((folder / "settings.json").read_text())
+def check_settings(path, settings):
+    """Write the settings of a new cache, compare those of an old one."""
+    if not path.is_file():
+        write_text(path, json.dumps(settings, sort_keys=True))
+    found = json.loads(path.read_text())
     other = [f"{k} {found.get(k)} (now {v})" for k, v in settings.items() if found.get(k) != v]
     if other:
-        raise BadInput(f"{folder}: this cache was made with {', '.join(other)}; remove that folder, or keep it and give another --data-root")
+        raise BadInput(f"{path.parent}: this cache was made with {', '.join(other)}; remove that "
+                       "folder, or keep it and give another --data-root")
 
 
-def open_cache(folder):
-    """A prepared folder -> dict: arrays (name -> list of memory-mapped shards), at (n, 2) the shard and row of every window,
-    captions, starts in seconds, speech (what is said), clips (for every clip the numbers of its windows), skipped (name -> reason). Every file's sum is checked."""
+def write_shard(folder, k, results, vae, device, audio_encoder, raw):
+    """Code and write shard k. results: (item, its windows or Skipped), in order."""
+    rows, skipped, batch = [], {}, []
+    arrays = dict(latents=[], mels=[])
+    arrays |= dict(features=[]) if audio_encoder else {}
+    arrays |= dict(videos=[], sounds=[]) if raw else {}
+
+    def encode_batch():
+        video = frames_to_tensor(np.stack(batch), device)                     # (n, 3, F, H, W)
+        mean, logvar = vae.encode(video) if video.shape[3] <= 256 else vae.encode_chunks(video)
+        latents = torch.stack([mean, logvar], 1).cpu().to(torch.float16)      # (n, 2, C, L, h, w)
+        arrays["latents"].extend(latents.numpy())
+        batch.clear()
+
+    for item, windows in results:
+        if isinstance(windows, Skipped):
+            skipped[item["name"]] = windows.reason
+            continue
+        for window in windows:
+            rows.append([item["name"], window["caption"], window["start"], window["speech"]])
+            arrays["mels"].append(window["mel"].astype(np.float16))
+            if audio_encoder:
+                arrays["features"].append(audio_encoder(window["audio"]).astype(np.float16))
+            if raw:
+                arrays["videos"].append(window["video"])
+                arrays["sounds"].append(window["audio"].astype(np.float16))
+            # Four windows of up to 256 pixels fit in any memory; larger ones are coded in chunks.
+            batch.append(window["video"])
+            if len(batch) == (4 if window["video"].shape[1] <= 256 else 1):
+                encode_batch()
+    if batch:
+        encode_batch()
+
+    files = {}
+    for name, values in arrays.items():
+        path = folder / f"{k:05d}-{name}.npy"
+        with replacing(path) as part:
+            np.save(part, np.array(values))
+        files[name] = dict(bytes=path.stat().st_size, crc32=checksum(path))
+    summary = dict(rows=rows, skipped=skipped, files=files)
+    write_text(folder / f"{k:05d}.json", json.dumps(summary, sort_keys=True))
+
+
+def checksum(path):
+    return zlib.crc32(np.memmap(path, np.uint8, "r"))
+
+
+def open_cache(folder, verify=False):
+    """A prepared folder -> dict: arrays (name -> list of memory-mapped shards), at (n, 2) the shard
+    and row of every window, captions, starts in seconds, speech, clips (for every clip the indices
+    of its windows), skipped (name -> reason). Every file must have the size that was noted when it
+    was written; verify: its checksum too, which reads all of it."""
     folder = Path(folder)
-    shards = [json.loads((folder / f"{k:05d}.json").read_text()) for k in range(json.loads((folder / "manifest.json").read_text())["shards"])]
-    arrays, at, captions, starts, speech, clips, skipped = {}, [], [], [], [], {}, {}
-    for k, shard in enumerate(shards):
-        for name, total in shard["crc32"].items():
+    arrays, skipped, clips, at, rows = {}, {}, {}, [], []
+    for k in range(json.loads((folder / "manifest.json").read_text())["shards"]):
+        summary = folder / f"{k:05d}.json"
+        shard = json.loads(summary.read_text())
+        for name, written in shard["files"].items():
             path = folder / f"{k:05d}-{name}.npy"
-            if not path.is_file() or zlib.crc32(path.read_bytes()) != total:
-                raise BadInput(f"{path}: missing or damaged (its sum is not the one noted when it was written); remove {folder / f'{k:05d}.json'} "
-                               "and run the same command: that shard is made again")
+            intact = path.is_file() and path.stat().st_size == written["bytes"]
+            if not intact or (verify and checksum(path) != written["crc32"]):
+                raise BadInput(f"{path}: missing or damaged (not as it was written); remove "
+                               f"{summary} and run the same command: that shard is made again")
             arrays.setdefault(name, []).append(np.load(path, mmap_mode="r"))
-        for row, (clip, caption, start, *said) in enumerate(shard["rows"]):       # caches of before there was speech have three entries
-            clips.setdefault(clip, []).append(len(at))
-            at.append((k, row)), captions.append(caption), starts.append(start), speech.append("".join(said))
-        skipped.update(shard["skipped"])
-    return dict(folder=folder, arrays=arrays, at=np.array(at).reshape(-1, 2), captions=captions, starts=np.array(starts), speech=speech, clips=list(clips.values()), skipped=skipped)
+        at += [(k, row) for row in range(len(shard["rows"]))]
+        rows += shard["rows"]
+        skipped |= shard["skipped"]
+    for i, (clip, *_) in enumerate(rows):
+        clips.setdefault(clip, []).append(i)
+    return dict(folder=folder, arrays=arrays, at=np.array(at).reshape(-1, 2), skipped=skipped,
+                clips=list(clips.values()), captions=[row[1] for row in rows],
+                starts=np.array([row[2] for row in rows]), speech=[row[3] for row in rows])
 
 
 def gather(cache, name, index):
     """Rows of an array of a cache -> tensor (len(index), ...)."""
-    return torch.from_numpy(np.stack([cache["arrays"][name][k][row] for k, row in cache["at"][index]]))
+    shards = cache["arrays"][name]
+    return torch.from_numpy(np.stack([shards[k][row] for k, row in cache["at"][index]]))
 
-
-# ------------------------------------------------------------------------------------------------ the command: look and prepare
 
 def list_clips(name, root="data", clips=2000, variations=1):
-    """--data -> a label for its cache, its items by split, and a line on what was found."""
+    """--data -> a label for its cache, its items by split, and a report of what was found."""
     if name == "toybox":
-        return f"toybox-{clips}{f'x{variations}' if variations > 1 else ''}", dict(train=list(range(clips)), test=[]), f"toybox: {clips} clips, drawn from their seeds"
-    found, words = find_clips(name, root)
-    splits = {s: [c for c in found if c["split"] == s] for s in ("train", "test")}
-    return dataset_folder(name, root).resolve().name, splits, words
+        label = f"toybox-{clips}" + (f"x{variations}" if variations > 1 else "")
+        report = f"toybox: {clips} clips, drawn from their seeds"
+        items = [dict(name=f"seed {seed}", seed=seed, prompt="") for seed in range(clips)]
+        return label, dict(train=items, test=[]), report
+    found, report = find_clips(name, root)
+    splits = {split: [c for c in found if c["split"] == split] for split in ("train", "test")}
+    return dataset_folder(name, root).resolve().name, splits, report
 
 
-def load_or_prepare(name, root, split, size, vae, vae_id, device, autocast, clips=2000, audio_encoder=None, audio_tag="hubert", variations=1, log=print):
-    """The cache of a dataset's split, made first where it is absent or unfinished. `vae_id` names the VAE that codes it, `audio_tag` what
-    `audio_encoder` makes of every sound; `variations`: of toybox clips; `log` gets the report: what was found, what was skipped and why."""
+def load_or_prepare(name, root, split, size, vae, vae_id, device, autocast, clips=2000,
+                    audio_encoder=None, audio_tag="hubert", variations=1, log=print):
+    """The cache of a dataset's split, prepared first where it is absent or unfinished. vae_id names
+    the VAE, audio_tag what `audio_encoder` makes of every sound. clips, variations: of the toybox.
+    log gets the report: what was found, what was skipped and why."""
     if name == "toybox":
         only_square(size)
-    label, splits, words = list_clips(name, root, clips, variations)
-    if not splits[split]:
-        raise BadInput(f"--data {name}: no clips for {'training' if split == 'train' else 'testing'} in it; give at least two clips, or lists that name some of both")
-    shown = "x".join(map(str, sides(size))) if not isinstance(size, int) else size
-    folder = Path(root) / "cache" / f"{label}-{shown}px-{vae_id}{f'-{audio_tag}' if audio_encoder else ''}" / split
-    settings = dict(data=label, split=split, resolution=size if isinstance(size, int) else list(size), vae=vae_id, fps=FPS, frames=FRAMES, **dict(variations=variations) if variations > 1 else {})
-    prepare(folder, settings, splits[split], vae, device, autocast, audio_encoder, raw=name != "toybox" and split == "test")
+    label, splits, report = list_clips(name, root, clips, variations)
+    items = splits[split]
+    if not items:
+        purpose = "training" if split == "train" else "testing"
+        raise BadInput(f"--data {name}: no clips for {purpose} in it; give at least two clips, or "
+                       "lists that name some of both")
+
+    settings = dict(data=label, split=split, vae=vae_id, fps=FPS, frames=FRAMES, resolution=size)
+    if variations > 1:
+        settings["variations"] = variations
+    pixels = "x".join(map(str, sides(size)[isinstance(size, int):]))
+    tag = f"{label}-{pixels}px-{vae_id}" + (f"-{audio_tag}" if audio_encoder else "")
+    folder = Path(root) / "cache" / tag / split
+    # Evaluation of real clips compares with the pixels and samples themselves.
+    raw = name != "toybox" and split == "test"
+    prepare(folder, settings, items, vae, device, autocast, audio_encoder, raw)
+
     cache = open_cache(folder)
-    log(f"{words}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of {FRAMES} frames")
-    reasons = {}
-    for clip, why in cache["skipped"].items():
-        reasons.setdefault(why, []).append(clip)
-    for why, named in sorted(reasons.items(), key=lambda r: -len(r[1])):
-        log(f"  skipped {len(named)}: {why}; for instance {', '.join(named[:3])}")
-    _write(folder / "skipped.txt", "".join(f"{clip}\t{why}\n" for clip, why in sorted(cache["skipped"].items())))
+    skipped = cache["skipped"]
+    log(f"{report}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of "
+        f"{FRAMES} frames")
+    for reason, count in Counter(skipped.values()).most_common():
+        log(f"  skipped {count}: {reason}")
+    lines = [f"{clip}\t{reason}\n" for clip, reason in sorted(skipped.items())]
+    write_text(folder / "skipped.txt", "".join(lines))
     if not cache["clips"]:
-        raise BadInput(f"--data {name}: not one of its {len(splits[split])} {split} clips can be used; {folder / 'skipped.txt'} says why")
+        raise BadInput(f"--data {name}: not one of its {len(items)} {split} clips can be used; "
+                       f"{folder / 'skipped.txt'} says why")
     return cache
 
 
-def contact_sheet(name, root, path, size=64, rows=8):
-    """What one looks at before training: some clips as film strips over their sounds, event times marked where they are known."""
+# --------------------------------------------------------------------- the command: a contact sheet
+
+def labelled_strip(item, size):
+    """An item -> film strip with a line of text above it, events marked, uint8 (H + 54, W, 3)."""
     from PIL import Image, ImageDraw
-    _, splits, words = list_clips(name, root)
-    items, strips = splits["train"] + splits["test"], []
-    for item in [items[i] for i in np.random.default_rng(0).permutation(len(items))]:
-        if len(strips) == rows:
-            break
+    if "seed" in item:
+        clip = toybox_clip(item["seed"], size)
+        video, wave, events, text = (clip[k] for k in ("video", "audio", "events", "caption"))
+    else:
+        video, wave = read_clip(item["path"], *sides(size), sound=item["sound"])
+        events = [t for t, _ in item["events"] or []]
+        text = f"{item['name']}  '{item['prompt']}'  {item['split']}"
+    strip = Image.fromarray(film_strip(video, wave, events=events))
+    picture = Image.new("RGB", (strip.width, strip.height + 14), "white")
+    picture.paste(strip, (0, 14))
+    ImageDraw.Draw(picture).text((2, 1), f"{text}  {len(video) / FPS:.1f} s", fill="black")
+    return np.asarray(picture)
+
+
+def contact_sheet(name, root, path, size=64, rows=8):
+    """Some clips of a dataset, drawn at random, as film strips over their sounds -> a picture."""
+    _, splits, report = list_clips(name, root)
+    items = splits["train"] + splits["test"]
+    strips = []
+    for i in np.random.default_rng(0).permutation(len(items)):
         try:
-            clip = toybox_clip(item, size) if isinstance(item, int) else dict(zip(("video", "audio"), read_clip(item["path"], *sides(size), sound=item["sound"])))
+            strips.append(labelled_strip(items[i], size))
         except BadInput as why:
             print(f"skipped  {why}")
-            continue
-        events = clip["events"] if isinstance(item, int) else [t for t, _ in item["events"] or []]
-        strip = Image.fromarray(film_strip(clip["video"], clip["audio"], events=events))
-        picture = Image.new("RGB", (strip.width, strip.height + 14), "white")
-        picture.paste(strip, (0, 14))
-        words_of = clip["caption"] if isinstance(item, int) else f"{item['name']}  '{item['prompt']}'  {item['split']}"
-        ImageDraw.Draw(picture).text((2, 1), f"{words_of}  {len(clip['video']) / FPS:.1f} s", fill="black")
-        strips.append(np.asarray(picture))
+        if len(strips) == rows:
+            break
     if not strips:
         raise BadInput(f"--data {name}: not one of its {len(items)} clips can be read")
     write_picture(path, np.concatenate(strips))
-    print(f"{words}\n{path}: {len(strips)} clips, frames over sound on one time axis")
+    print(f"{report}\n{path}: {len(strips)} clips, frames over sound on one time axis")
 
 
 def arguments():
     p = Parser(__doc__)
-    p.add_argument("--data", default="toybox", help=f"toybox, {', '.join(DATASETS)}, or a folder of clips")
-    p.add_argument("--data-root", default="data", help="where datasets and caches lie")
-    p.add_argument("--resolution", type=picture_size, default=64, help="side of the pictures in pixels, or height x width: 384x640")
+    p.add_argument("--data", default="toybox",
+                   help=f"toybox, {', '.join(DATASETS)}, or a folder of clips")
+    p.add_argument("--data-root", default="data", help="the folder of datasets and caches")
+    p.add_argument("--resolution", type=picture_size, default=64,
+                   help="side of the pictures in pixels, or height x width: 384x640")
     p.add_argument("--show", required=True, help="draw a contact sheet into this .png")
     return p
 
