@@ -14,16 +14,16 @@ events of any video of that world back, generated ones too (analysis by synthesi
                   F1 does not notice a smear at the right place and time, this does. Moving frames
                   only (|state| > 0.15): frames at rest are copies of frame 0 and would flatter
     shuffled      the same videos against ANOTHER clip's events: the chance level, computed
-    agreement     SyncFlow and Harmony generate both streams, so there are no true events. The scene
-                  is fitted to frame 0 (`fit_scene`), and the events in the picture are compared
-                  with the onsets in the sound (`onsets_in_sound`)
+    agreement     SyncFlow and Harmony generate both streams, so no true events exist. The scene is
+                  fitted to frame 0 (`fit_scene`), and the events in the picture are compared with
+                  the onsets in the sound (`onsets_in_sound`)
 
 **Any video.** CycleSync (Syncphony section 4, eqs. 3, 4): a video-to-audio model f generates a
 sound from the silent video. With A the onsets of the real sound and A' those of the generated one,
 
     score = (#{a in A near some a' in A'} + #{a' in A' near some a in A}) / (2 |A u A'|)
 
-There is no public code. Where the paper contradicts itself or is silent, this file decides:
+No public code exists. Where the paper contradicts itself or is silent, this file decides:
 
     tolerance  5 ms in appendix C.1, 0.05 s in C.2.1. Used: 50 ms. An analysis frame is 23 ms, and
                the detector does not agree with itself to 5 ms (one recording at two sample rates:
@@ -49,7 +49,7 @@ VAEs or of the networks of FVD, FID and FAD.
     python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's tables
     python cyclesync.py --audio claps.wav        # do toybox pictures move at a recording's onsets?
     python cyclesync.py clip.mp4                 # any video: onsets, lag, AV-Align
-    python cyclesync.py --pairs true/ remade/    # CycleSync of sounds made by any program
+    python cyclesync.py --pairs true/ remade/    # CycleSync of sounds that any program generated
 
 B clips, F frames, H W pixels, C channels, L h w latents, S audio steps, n m events. Video uint8
 (F, H, W, 3), waveforms float32 (samples,), times in seconds.
@@ -95,7 +95,7 @@ NAN = float("nan")
 
 def resample_clips(figures, rounds=1000):
     """Figures of B clips -> (1 + rounds,): their mean or ratio, then that of B clips drawn anew."""
-    # A number is a pair over 1. Clips without a value (nan) are left out.
+    # A number is a pair with the denominator 1. Clips without a value (nan) are left out.
     pairs = [f if isinstance(f, tuple) else (f, 1.) for f in figures]
     pairs = np.array(pairs, float).reshape(-1, 2)
     pairs = pairs[np.isfinite(pairs[:, 0])]
@@ -167,6 +167,7 @@ class Table:
         row = (summarise(records) if records else {}) | (figures or {})
         self.result[key] = row
         self.records += [dict(row=key) | record for record in records]
+        # The time is that since the last row, with the sampling before this call.
         cells = [self.cell(row, name, form) for _, name, form in self.columns]
         seconds = time.perf_counter() - self.start
         self.start += seconds
@@ -190,6 +191,7 @@ class Table:
     def finish(self, path=None):
         """Write the CSV to `path`; print the JSON of all rows as the last line."""
         if path:
+            # Columns are all keys of all records; a record has nothing in those of the others.
             part = temp_path(path)
             with open(part, "w", newline="") as f:
                 writer = csv.DictWriter(f, dict.fromkeys(chain.from_iterable(self.records)))
@@ -208,6 +210,7 @@ def match_events(a, b, tolerance):
     lags = np.asarray(b)[None] - np.asarray(a)[:, None]                      # (n, m)
     # 1e-9: two times that are exactly `tolerance` apart count, whatever their rounding.
     near = np.argwhere(np.abs(lags) <= tolerance + 1e-9).tolist()
+    # Greedy: the closest pair first, then the closest of what is left.
     used_a, used_b, paired = set(), set(), []
     for i, j in sorted(near, key=lambda ij: abs(lags[tuple(ij)])):
         if i not in used_a and j not in used_b:
@@ -226,7 +229,7 @@ def event_record(truth, found):
         record[f"precision_{ms}"] = matched, len(found)
         record[f"recall_{ms}"] = matched, len(truth)
         record[f"f1_{ms}"] = 2 * matched, len(truth) + len(found)
-    # |lag|: how imprecise the motion is. The lag is far from 0 only if it is always late (or early).
+    # |lag|: how imprecise the motion is. The lag is far from 0 only if it is always late or early.
     record["timing_ms"] = 1000 * float(np.abs(lags).sum()), matched
     record["lag_ms"] = 1000 * float(np.sum(lags)), matched
     return record
@@ -240,6 +243,7 @@ def event_scores(truth, found):
 def toybox_records(videos, clips):
     """Videos against the clips they were generated for -> records, and chance: the record of the
     same video against the events of the next clip that has any (empty for clips without)."""
+    # Chance: clips with events in a ring, each with the events of the next one.
     eventful = [i for i, c in enumerate(clips) if len(c["events"])]
     partner = dict(zip(eventful, eventful[1:] + eventful[:1]))
     records, chance = [], []
@@ -264,6 +268,7 @@ def score_toybox(videos, clips):
 # ---------------------------------------------------------------------- any video and sound
 
 def at_22050(wave, rate):
+    """The rate at which librosa's onset detector was tuned."""
     import librosa
     wave = np.asarray(wave, np.float32)
     return wave if rate == 22050 else librosa.resample(wave, orig_sr=rate, target_sr=22050)
@@ -326,6 +331,7 @@ def av_align(audio_times, video_times, fps, once=True):
         free = [j for j in near if not (once and j in used)]
         used.update(free[:1])
         matched += len(free[:1])
+    # Unlike CycleSync's, this union counts a matched pair once.
     union = len(audio_times) + len(video_times) - matched
     return matched / union if union else NAN
 
@@ -336,6 +342,7 @@ def flow_curve(frames):
         import cv2
     except ImportError:
         raise BadInput("AV-Align needs OpenCV: pip install opencv-python-headless") from None
+    # Parameters of the published code: pyramid .5, 3 levels, window 15, 3 rounds, poly 5, 1.2.
     grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]
     means = []
     for a, b in zip(grey, grey[1:]):
@@ -431,7 +438,8 @@ def v2a_from_command(command, least=0.):
         # sound is cut to the length of the video.
         held = np.repeat(frames[-1:], max(0, math.ceil(least * fps) - len(frames)), 0)
         with tempfile.TemporaryDirectory() as folder:
-            video, wav = f"{folder}/video.mp4", f"{folder}/sound.wav"
+            video = f"{folder}/video.mp4"
+            wav = f"{folder}/sound.wav"
             data.write_video(video, np.concatenate([frames, held]), None, fps)
             run = [p.replace("{video}", video).replace("{wav}", wav) for p in parts]
             try:
@@ -449,7 +457,7 @@ def v2a_from_command(command, least=0.):
 
 
 def v2a_models(args, clips):
-    """-> a video-to-audio model per clip (None: there is none), and its name."""
+    """-> a video-to-audio model per clip (None without any), and its name."""
     if args.v2a_cmd:
         return [v2a_from_command(args.v2a_cmd, args.v2a_seconds)] * len(clips), args.v2a_cmd
     if args.v2a_ckpt:
@@ -478,6 +486,7 @@ def frechet(a, b):
 def encode_clip(vae, video):
     """uint8 (F, H, W, 3) -> pixels (1, 3, F, H, W), latents (1, C, L, h, w), not normalised."""
     x = frames_to_tensor(video, next(vae.parameters()).device)[None]
+    # Large pictures chunk by chunk, for memory.
     encode = vae.encode if x.shape[3] <= 256 else vae.encode_chunks
     return x, encode(x)[0]
 
@@ -536,13 +545,13 @@ def held_out_clips(args, size, audio_lead=0.):
         clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + i, size) for i in range(args.clips)]
         for c in clips:
             c.update(name=str(c["seed"]), audio_lead=audio_lead)
-            # Before the clip there is the noise of the room.
+            # The noise of the room precedes the clip.
             if audio_lead:
                 c["audio"] = synthesise(c["scene"], c["events"] + audio_lead, c["durations"],
                                         audio_lead + FRAMES / FPS, c["seed"], c["off_screen"])
         return clips
 
-    # Test clips in random order, until there are enough windows.
+    # Test clips in random order, until their windows are enough.
     found, layout = data.find_clips(args.data, args.data_root)
     tests = [c for c in found if c["split"] == "test"]
     clips, unusable = [], []
@@ -603,6 +612,7 @@ def write_strips(path, videos, waves, marks, clips):
 
 # ---------------------------------------------------------------------- Syncphony's table
 
+# timing: mean |lag| of detected events in ms. false/quiet: events detected in a clip that has none.
 TOYBOX_COLUMNS = [
     ("F1 50 ms", "f1_50", ""), ("prec.", "precision_50", ".3f"), ("recall", "recall_50", ".3f"),
     ("F1 100", "f1_100", ".3f"), ("timing", "timing_ms", ".0f"), ("lag, ms", "lag_ms", ".0f"),
@@ -629,29 +639,37 @@ def sync_record(audio_onsets, analysis, tolerance=.05):
     return dict(cyclesync_set=literal, cyclesync_merged=merged, av_align=align)
 
 
-class Evaluator:
-    """Scores videos of the same clips, row by row. What depends on the clips is computed once."""
+class AudioToVideo:
+    """A checkpoint of Syncphony, its VAE and the held-out clips."""
 
-    def __init__(self, clips, vae, args):
-        self.clips = clips
-        self.vae = vae
+    def __init__(self, path, args):
+        self.device, self.autocast, self.described = pick_device(args.device)
+        loaded = load_a2v(path, args.vae, self.device, args.pretrained)
+        self.model, self.vae, self.ckpt = loaded
         self.args = args
-        self.models, self.v2a_name = v2a_models(args, clips)
+        self.clips = held_out_clips(args, self.ckpt["size"])
+        captions = [c["caption"] for c in self.clips]
+        attach_external_encoders(self.model, args, captions, self.device)
+        self.v2a, self.v2a_name = v2a_models(args, self.clips)
         self.networks = {what: getattr(args, what) for what in TORCHSCRIPT if getattr(args, what)}
-        self.columns = COLUMNS + [(what.upper(), what, ".4g") for what in self.networks]
-        if args.data == "toybox":
-            self.columns = TOYBOX_COLUMNS + self.columns
-        if args.fad and not self.models[0]:
+        if args.fad and not self.v2a[0]:
             raise BadInput(f"--fad {args.fad}: measures sounds generated for the videos; give a "
                            "video-to-audio model by --v2a-cmd")
         # What every row is compared with.
-        self.onsets = [onsets(c["audio"], RATE, args.trim_start) for c in clips]
-        sounds = [(c["audio"], RATE) for c in clips]
-        self.truth = self.features([c["video"] for c in clips], sounds)
+        self.sounds = [c["audio"] for c in self.clips]
+        self.videos = [c["video"] for c in self.clips]
+        self.onsets = [onsets(w, RATE, args.trim_start) for w in self.sounds]
+        self.truth = self.features(self.videos, [(w, RATE) for w in self.sounds])
         self.chance = []
 
+    def generate(self, asg, cfg=0.):
+        """asg, cfg: w_a, w_t of Syncphony eq. 6; asg=None: without the audio layers (off-sync)."""
+        model = WithoutAudio(self.model) if asg is None else self.model
+        return generate(model, self.vae, self.clips, self.autocast, self.args.seed,
+                        steps=self.args.steps, asg=asg or 0., cfg=cfg)
+
     def features(self, videos, sounds):
-        """-> {distance: features (n, d)} of a row."""
+        """-> {distance: features (n, d)}, for the distances between clouds of them."""
         found = dict(frechet_latent=latent_features(self.vae, videos))
         for what, path in self.networks.items():
             found[what] = torchscript_features(what, path, videos, sounds)
@@ -660,8 +678,8 @@ class Evaluator:
     def score(self, videos):
         """-> records, figures of the row. `self.chance` becomes the records of these videos with
         the sounds and events of other clips."""
-        start, tolerance = self.args.trim_start, self.args.tolerance
-        analyses = [analyse_video(v, f, start) for v, f in zip(videos, self.models)]
+        start = self.args.trim_start
+        analyses = [analyse_video(v, f, start) for v, f in zip(videos, self.v2a)]
         # Distances belong to the row, everything else to a clip.
         features = self.features(videos, [a["sound"] for a in analyses])
         figures = {k: frechet(v, self.truth[k]) for k, v in features.items()}
@@ -675,54 +693,51 @@ class Evaluator:
             # Windows of one clip are neighbours, so the other sound is half the list away.
             other = (i + len(videos) // 2) % len(videos)
             for record, j in ((records[i], i), (self.chance[i], other)):
-                record |= sync_record(self.onsets[j], analysis, tolerance)
+                record |= sync_record(self.onsets[j], analysis, self.args.tolerance)
                 record |= dict(clip=clip["name"], kind=clip["kind"])
         return records, figures
 
 
 def evaluate(args):
-    """Generated, true and reconstructed videos of held-out clips, without audio, and chance."""
-    device, autocast, described = pick_device(args.device)
-    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device, args.pretrained)
-    guidance = ckpt["guidance"]
-    clips = held_out_clips(args, ckpt["size"])
-    attach_external_encoders(model, args, [c["caption"] for c in clips], device)
-    evaluator = Evaluator(clips, vae, args)
+    """True, reconstructed and generated videos of held-out clips, without audio, and chance."""
+    system = AudioToVideo(args.ckpt, args)
+    ckpt, clips = system.ckpt, system.clips
+    asg, cfg = (float(ckpt["guidance"][k]) for k in ("asg", "cfg"))
     size = "x".join(map(str, data.sides(ckpt["size"])))
-    print(f"{described}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of "
-          f"{len(clips[0]['video'])} frames at {size} px; {args.steps} steps; w_t = "
-          f"{guidance['cfg']:g}; CycleSync by {evaluator.v2a_name}")
-    table = Table(*evaluator.columns)
+    print(f"{system.described}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of "
+          f"{len(clips[0]['video'])} frames at {size} px; {args.steps} steps; w_t = {cfg:g}; "
+          f"CycleSync by {system.v2a_name}; in brackets 95 % intervals over clips")
+    # The true events are known in the toybox alone.
+    columns = TOYBOX_COLUMNS if args.data == "toybox" else []
+    extra = [(what.upper(), what, ".4g") for what in system.networks]
+    table = Table(*columns, *COLUMNS, *extra)
 
-    # Without audio layers, then with them and Audio Sync Guidance of several strengths (eq. 2).
-    def sample(net, asg):
-        return generate(net, vae, clips, autocast, args.seed, steps=args.steps, asg=asg,
-                        cfg=guidance["cfg"])
-
-    table.add("ground_truth", "ground truth", *evaluator.score([c["video"] for c in clips]))
-    table.add("vae", "VAE reconstruction", *evaluator.score(reconstruct(vae, clips, autocast)))
-    table.add("off_sync", "off-sync", *evaluator.score(sample(WithoutAudio(model), 0.)))
-    own = float(guidance["asg"])
-    for asg in sorted({0., 1., 2., 4., own}):
-        videos = sample(model, asg)
-        records, figures = evaluator.score(videos)
-        star = "*" if asg == own else ""
-        table.add(f"asg_{asg:g}", f"generated, w_a = {asg:g}{star}", records, figures)
-        if asg == own:
-            # The checkpoint's guidance gives the row that other programs read.
-            table.result["generated"] = table.result[f"asg_{asg:g}"]
-            shuffled = evaluator.chance
+    # Bounds: the data, the VAE, and the model that ignores the sound.
+    table.add("ground_truth", "ground truth", *system.score(system.videos))
+    reconstructed = reconstruct(system.vae, clips, system.autocast)
+    table.add("vae", "VAE reconstruction", *system.score(reconstructed))
+    table.add("off_sync", "off-sync", *system.score(system.generate(None, cfg)))
+    # Audio Sync Guidance of several strengths; the checkpoint's is shown, and used for chance.
+    for w in sorted({0., 1., 2., 4., asg}):
+        videos = system.generate(w, cfg)
+        records, figures = system.score(videos)
+        star = "*" if w == asg else ""
+        table.add(f"asg_{w:g}", f"generated, w_a = {w:g}{star}", records, figures)
+        if w == asg:
+            table.result["generated"] = table.result[f"asg_{w:g}"]
+            shuffled = system.chance
             marks = [r.get("detected_times", ()) for r in records]
-            waves = [c["audio"] for c in clips]
-            write_strips(Path(args.out, "strips.png"), videos, waves, marks, clips)
+            write_strips(Path(args.out, "strips.png"), videos, system.sounds, marks, clips)
     table.add("shuffled", "shuffled sounds (chance)", shuffled)
-    print(f"* the checkpoint's guidance, shown in {args.out}/strips.png. In brackets: 95 % "
-          "intervals over clips")
+    print(f"* the checkpoint's guidance, shown in {args.out}/strips.png")
     table.finish(Path(args.out, "clips.csv"))
 
 
 # ---------------------------------------------------------------------- the table of two towers
 
+# onset F1: the sound against the true events, video F1: the picture against them, agreement F1: the
+# two against each other. false: events detected in clips that have none, in the picture of a silent
+# scene or beside a sound from off-screen, and in the sound of a silent scene.
 PAIR_COLUMNS = [
     ("onset F1", "onsets_f1_50", ""), ("shuffled", "onsets_shuffled", ".3f"),
     ("CycleSync merged", "cyclesync_merged", ""), ("video F1", "seen_f1_50", ".3f"),
@@ -750,8 +765,10 @@ class Towers:
         self.clips = held_out_clips(args, self.size)
         self.sounds = [c["audio"] for c in self.clips]
         self.videos = np.stack([c["video"] for c in self.clips])             # (B, F, H, W, 3)
+        # What either stream is when it is given: normalised latents (B, C, L, h, w), (B, A, S).
         self.z_v = torch.cat([encode_video(self.vae, v, self.device) for v in self.videos])
         self.z_a = torch.cat([encode_sound(self.audio_vae, w, self.device) for w in self.sounds])
+        # What rows are compared with.
         self.mels = mel_features(self.sounds)
         self.latents = latent_features(self.vae, self.videos)
         # Scenes fitted to frame 0, by frame 0: a fit takes about a second.
@@ -790,6 +807,7 @@ class Towers:
         frame = video[0].tobytes()
         if frame not in self.scenes:
             self.scenes[frame] = fit_scene(video[0], clip["kind"])
+        # Of the true scene nothing is used but its kind.
         scene = dict(kind=clip["kind"], scene=self.scenes[frame])
         found, residual, _ = detect_clip_events(video, scene)
         return found, (float(residual.sum()), len(residual))
@@ -803,7 +821,8 @@ class Towers:
         records = []
         for i, (clip, wave) in enumerate(zip(self.clips, waves)):
             other = (i + len(videos) // 2) % len(videos)
-            truth, sounding = clip["events"], onsets_in_sound(wave)
+            truth = clip["events"]
+            sounding = onsets_in_sound(wave)
             # The streams against each other, and the sound against another clip's picture.
             record = {"clip": clip["name"], "kind": clip["kind"], "residual": residuals[i],
                       "false_silent": NAN, "false_off_screen": NAN, "false_heard": NAN,
@@ -839,13 +858,12 @@ def evaluate_towers(args):
     table.add("vae", "both VAEs", *towers.score(*coded))
 
     # Variants (suffix of the key, of the title, guidance): the checkpoint's guidance, then none.
-    own = ckpt["guidance"]
     if towers.harmony:
-        guided = {k: own[k] for k in ("cfg", "sync_video", "sync_audio")}
+        guided = {k: ckpt["guidance"][k] for k in ("cfg", "sync_video", "sync_audio")}
         plain = guided | dict(sync_video=1., sync_audio=1.)
         rows = product([("", "", guided), ("_plain", ", no SyncCFG", plain)], MODES)
     else:
-        w = own["cfg"]
+        w = ckpt["guidance"]["cfg"]
         variants = [("", f", w = {w:g}", dict(cfg=w)), ("_plain", ", w = 1", dict(cfg=1.))]
         # From text alone guidance matters most (SyncFlow figure 5): more values of w.
         sweep = [("" if v == w else f"_{v:g}", f", w = {v:g}", dict(cfg=v))
@@ -860,7 +878,7 @@ def evaluate_towers(args):
             write_strips(Path(args.out, f"{mode}.png"), videos, waves, marks, clips)
     print(f"strips, onsets marked: {args.out}/v2a.png and so on")
 
-    # What guidance adds to the agreement of the same clips.
+    # What guidance adds to the agreement of the same clips, with a paired interval.
     for mode in [m for m in MODES if f"{m}_plain" in table.result]:
         first, second = ([r["agreement_f1_50"] for r in table.records if r["row"] == key]
                          for key in (mode, f"{mode}_plain"))
@@ -899,6 +917,7 @@ def timbre_records(waves, takes, clips):
     """-> records of `closer`: the share of the other clips of its kind whose material (the mean of
     that clip's `takes`) is less close in timbre to a sound than its own clip's material is. Chance
     is 0.5; true sounds have 0.95, since some materials of a kind are alike."""
+    # One timbre per material.
     voices = [np.mean([timbre(t) for t in some], 0) for some in takes]   # (64,) each
     eventful = [i for i, c in enumerate(clips) if len(c["events"])]
     records = []
@@ -917,6 +936,7 @@ def add_timbre(table, towers, coded, guidance):
     """Voice clone: do sounds generated with a reference have the timbre of its material?"""
     variations = other_variations(towers.clips)
     takes = [v[1:] for v in variations]
+    # The first take is the reference, the others say what its material sounds like.
     refs = torch.cat([encode_sound(towers.audio_vae, v[0], towers.device) for v in variations])
     rows = dict(true=towers.sounds, vae=coded, no_reference=towers.generate("v2a", **guidance)[1],
                 reference=towers.generate("v2a", refs=refs, **guidance)[1])
@@ -957,6 +977,7 @@ def map_records(maps, clips):
 
 
 def add_maps(table, towers, guidance):
+    """Rows of `map_records`, of the videos that are generated for the true sounds."""
     maps = []
     towers.generate("a2v", attention_maps=maps, **guidance)
     found = map_records(maps, towers.clips)
@@ -989,16 +1010,16 @@ def shift_study(args):
     0.5 s late. The sound is not moved within the clip, which would leave a gap: what precedes the
     clip is known and takes its place."""
     lead, delays = .5, np.arange(6) / 10
-    # The videos stay, so they are analysed once.
     clips = held_out_clips(args, args.resolution or 64, lead)
     models, v2a_name = v2a_models(args, clips)
     n = round(len(clips[0]["video"]) / FPS * RATE)
+    # The videos stay as they are, so they are analysed once.
     bar = tqdm(clips, desc="videos", disable=None, leave=False)
     analyses = [analyse_video(c["video"], f, args.trim_start) for c, f in zip(bar, models)]
     toybox = args.data == "toybox"
     found = [detect_clip_events(c["video"], c)[0] if toybox else () for c in clips]
     columns = TOYBOX_COLUMNS[:1] * toybox + COLUMNS[:3]
-    print(f"{len(clips)} true clips; CycleSync by {v2a_name}; mean and 95 % interval over clips")
+    print(f"{len(clips)} true clips; CycleSync by {v2a_name}; in brackets 95 % intervals")
     table = Table(*columns, ("lag, ms", "lag_ms", ".0f"))
     for delay in [*delays, None]:
         # The last row is chance: every video with the sound of the clip half the list away.
@@ -1011,14 +1032,16 @@ def shift_study(args):
             record = dict(clip=clip["name"], kind=clip["kind"])
             record |= sync_record(onsets(wave, RATE, args.trim_start), analysis, args.tolerance)
             record["lag_s"], record["lag_confidence"] = lag(clip["video"], FPS, wave, RATE)
+            # True events are as late as the sound; those after its end do not count.
             if toybox:
                 events = other["events"] + late
                 record |= event_record(events[events < n / RATE], found[i])
             records.append(record)
-        # The median over clips that have an answer.
+        # The median lag of clips with a clear answer.
         lags = [r["lag_s"] for r in records if r["lag_confidence"] > 3]
         table.add(key, "another clip's sound" if move else f"{key} s late", records,
                   dict(lag_ms=1000 * float(np.median(lags)) if lags else NAN))
+    # The paper's figure: every metric as a share of its value without delay.
     rows = [table.result[f"{d:.1f}"] for d in delays]
     curves = {title: [r[key] / rows[0][key] for r in rows] for title, key, _ in columns
               if math.isfinite(rows[0][key])}
@@ -1050,6 +1073,7 @@ class Ablation:
     rows: list
 
 
+# Cross-task synergy off; the audio-driven task alone; SyncCFG off and on.
 NO_CTS = "--lambda-v 0 --lambda-a 0"
 ALONE = "--lambda-joint 0 --lambda-v 1 --lambda-a 0"
 PLAIN = dict(sync_video=1., sync_audio=1.)
@@ -1121,6 +1145,7 @@ def ablate(args):
     trainings = [(f"{t}-tower", t, "") for t in (() if args.init else ablation.towers)]
     trainings += [(folder_name(flags), ablation.stage, flags)
                   for flags in dict.fromkeys(row.flags for row in ablation.rows)]
+    # A training that has its scores is skipped; one that was stopped goes on from its last.pt.
     scores = {row.title: [] for row in ablation.rows}
     for args.seed in range(seeds):
         init = args.init
@@ -1129,6 +1154,7 @@ def ablate(args):
             tower = stage in ablation.towers
             scored = folder / f"scores-{args.clips}.json"
             if not scored.is_file():
+                # Learning curves need evaluations on the way, four in all.
                 curve = args.ablate == "harmony" and any(flags == f for f, _ in LEARNING.values())
                 run_training(args, folder, [
                     *ablation.flags.split(), *(["--stage", stage] if stage else []), *flags.split(),
@@ -1139,11 +1165,13 @@ def ablate(args):
                 result = {} if tower else score_variant(folder / "best.pt", rows, args)
                 part.write_text(json.dumps(to_json(result)))
                 os.replace(part, scored)
+            # The next tower starts from this one, all rows from the last.
             if tower:
                 init = folder / "best.pt"
             for title, figures in json.loads(scored.read_text()).items():
                 scores[title].append(figures)
 
+    # A list of values, one per seed, is shown as mean ± standard deviation.
     print(f"{steps} steps on {clips} clips, {args.clips} held-out clips, {seeds} training seeds")
     table = Table(*ablation.columns, (f"paper: {ablation.paper}", "paper", "s"))
     for row in ablation.rows:
@@ -1163,6 +1191,7 @@ def run_training(args, folder, flags):
                "--out", folder, *flags]
     if args.audio_vae:
         command += ["--audio-vae", args.audio_vae]
+    # 130: Ctrl-C reached the training, which has saved its state.
     code = subprocess.run([str(part) for part in command]).returncode
     if code == 130:
         raise KeyboardInterrupt
@@ -1173,39 +1202,37 @@ def run_training(args, folder, flags):
 def score_variant(path, rows, args):
     """Sample and score the rows of one trained model -> title: figures. Every training seed meets
     other held-out clips."""
-    device, autocast, _ = pick_device(args.device)
-    if data.task_of(path) == "a2v":
-        model, vae, ckpt = load_a2v(path, args.vae, device)
-        clips = held_out_clips(args, ckpt["size"])
-        evaluator = Evaluator(clips, vae, args)
-    else:
-        towers = Towers(path, args)
-    found = {}
-    for row in tqdm(rows, desc="scoring", disable=None, leave=False):
-        extra = {}
-        if data.task_of(path) == "a2v":
-            net = model if row.guidance else WithoutAudio(model)
-            guidance = row.guidance or dict(asg=0.)
-            records, figures = evaluator.score(generate(
-                net, vae, clips, autocast, args.seed, steps=args.steps, cfg=0., **guidance))
-        elif towers.harmony:
-            # Pairs from the first picture; then either stream for the other.
-            records, figures = towers.score(*towers.generate("i2av", **row.guidance), known=False)
-            videos, _ = towers.generate("a2v", **row.guidance)
-            _, waves = towers.generate("v2a", **row.guidance)
-            events = [c["events"] for c in towers.clips]
-            scores = event_scores(events, [onsets_in_sound(w) for w in waves])
-            extra = dict(a2v_f1_50=score_toybox(videos, towers.clips)[0]["f1_50"],
-                         v2a_f1_50=scores["f1_50"])
-        else:
-            records, figures = towers.score(*towers.generate("v2a", **row.guidance))
-        found[row.title] = summarise(records) | figures | extra
-    return found
+    def score_a2v(guidance):
+        records, figures = system.score(system.generate(**(guidance or dict(asg=None))))
+        return summarise(records) | figures
+
+    def score_towers(guidance):
+        # SyncFlow: a sound for the true video. Harmony: pairs from the first picture ...
+        mode = "i2av" if system.harmony else "v2a"
+        pair = system.generate(mode, **guidance)
+        records, figures = system.score(*pair, known=not system.harmony)
+        figures |= summarise(records)
+        if system.harmony:
+            # ... and either stream for the other one.
+            events = [c["events"] for c in system.clips]
+            videos, _ = system.generate("a2v", **guidance)
+            _, waves = system.generate("v2a", **guidance)
+            onset_scores = event_scores(events, [onsets_in_sound(w) for w in waves])
+            figures["a2v_f1_50"] = score_toybox(videos, system.clips)[0]["f1_50"]
+            figures["v2a_f1_50"] = onset_scores["f1_50"]
+        return figures
+
+    a2v = data.task_of(path) == "a2v"
+    system = (AudioToVideo if a2v else Towers)(path, args)
+    score = score_a2v if a2v else score_towers
+    bar = tqdm(rows, desc="scoring", disable=None, leave=False)
+    return {row.title: score(row.guidance) for row in bar}
 
 
 def add_learning(table, root, seeds, quarters):
     """Harmony's figure 3: the scores of the trainings at every quarter, from their scores.csv."""
     table.head(*[(f"step {q}", str(q), ".3f") for q in quarters])
+    # Mean over training seeds.
     curves = {}
     for name, (flags, column) in LEARNING.items():
         found = []
@@ -1224,6 +1251,7 @@ def clear_onsets(wave):
     """Where a listener would tap: librosa's onsets with at least 0.3 of the strongest one's
     strength. (samples,) at 16 kHz -> seconds."""
     import librosa
+    # 100 values per second.
     strength = librosa.onset.onset_strength(y=wave, sr=RATE, hop_length=RATE // 100)
     found = librosa.onset.onset_detect(onset_envelope=strength, sr=RATE, hop_length=RATE // 100)
     return found[strength[found] >= .3 * strength.max()] / 100
@@ -1243,6 +1271,7 @@ def evaluate_recording(args):
     times = " ".join(f"{t:.2f}" for t in clear) or "no time"
     print(f"{described}\n{args.audio}: {len(wave) / RATE:.2f} s, clear onsets at {times}; {each} "
           f"pictures of every kind, w_a = {asg:g}, {args.steps} steps")
+    # met: onsets with an event within 100 ms. followed: events that come later with a later sound.
     table = Table(("onsets", "onsets", ".0f"), ("event within 100 ms", "met", ".2f"),
                   ("events per video", "events", ".1f"), ("late with sound", "followed", ".2f"))
     for kind in KINDS:
@@ -1259,7 +1288,7 @@ def evaluate_recording(args):
             videos = generate(model, vae, clips, autocast, args.seed, steps=args.steps, asg=asg)
             found.append([detect_clip_events(v, c)[0] for v, c in zip(videos, clips)])
 
-        # Onsets that this thing can meet: it needs time to get there, and 0.1 s to be visible.
+        # Onsets that this thing can meet: its motion takes time before, and 0.1 s to be visible.
         possible = clear[(clear >= TIMING[kind][0]) & (clear < frames / FPS - .1)]
         records = []
         for before, after in zip(*found):
@@ -1274,8 +1303,8 @@ def evaluate_recording(args):
 
 
 def score_pairs(args):
-    """Two folders of sound files with the same names: true sounds, and sounds that any program made
-    from the videos."""
+    """Two folders of sound files with the same names: true sounds, and sounds that any program
+    generated for the videos."""
     files = []
     for folder in map(Path, args.pairs):
         if not folder.is_dir():
@@ -1283,10 +1312,11 @@ def score_pairs(args):
                            "with the same names")
         files.append({p.stem: p for p in sorted(folder.iterdir())
                       if p.is_file() and not p.name.startswith(".")})
+    # The suffix of a file may differ.
     names = [n for n in files[0] if n in files[1]]
     if not names:
         raise BadInput(f"--pairs {' '.join(args.pairs)}: no file name occurs in both (the suffix "
-                       f"may differ); there are {len(files[0])} and {len(files[1])} files")
+                       f"may differ); they have {len(files[0])} and {len(files[1])} files")
     true, remade = ([onsets(read_audio(side[n]), RATE, args.trim_start) for n in names]
                   for side in files)
     print(f"{len(names)} pairs, {len(files[0]) + len(files[1]) - 2 * len(names)} files without a "
@@ -1305,6 +1335,7 @@ def score_pairs(args):
 
 def score_clip(args):
     """One video with its sound: where it sounds, how much later it moves, AV-Align."""
+    # Optical flow depends on the size of the picture, so it is always the same.
     frames, wave = data.read_clip(args.clip, 256, 256)
     if len(frames) < FPS // 2:
         raise BadInput(f"{args.clip}: {len(frames) / FPS:.2f} s long; at least 0.5 s are needed")
@@ -1315,6 +1346,7 @@ def score_clip(args):
     print(f"{args.clip}: {len(frames) / FPS:.2f} s, sound begins at {times}")
     print(f"motion is {1000 * late:+.0f} ms after the sound, confidence {confidence:.1f}{note}")
     result = dict(onsets=found, lag_s=late, confidence=confidence, av_align=None)
+    # AV-Align needs an extra; the rest of the answer does not.
     try:
         curve = flow_curve(frames)
         result["av_align"] = av_align(found, flow_peaks(curve, FPS), FPS)
@@ -1369,12 +1401,14 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
+    # The first flag that is given says what to do; without any, the table of --ckpt.
     commands = dict(clip=score_clip, pairs=score_pairs, audio=evaluate_recording,
                     shift_study=shift_study, ablate=ablate)
     for name, command in commands.items():
         if getattr(args, name):
             return command(args)
-    return evaluate(args) if data.task_of(args.ckpt) == "a2v" else evaluate_towers(args)
+    two_towers = data.task_of(args.ckpt) in ("t2av", "joint")
+    return evaluate_towers(args) if two_towers else evaluate(args)
 
 
 if __name__ == "__main__":

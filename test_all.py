@@ -1909,6 +1909,7 @@ def stub_training(monkeypatch, checkpoint, clips, codes=()):
     ran, codes, held_out = [], list(codes), cyclesync.held_out_clips
 
     def run(command):
+        train.parse_args(command[2:])            # train.py knows every flag
         folder = Path(command[command.index("--out") + 1])
         ran.append((folder.name, command))
         code = codes.pop(0) if codes else 0
