@@ -21,7 +21,6 @@ History  the clean latents before: the last one at the stage's resolution, earli
     T text tokens · D width of the text states · P width of the pooled text vector
 """
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, temp_path
+from data import BadInput, replacing
 from losses import (add_noise, combine_guidance, motion_weight, rand_each, randn_each,
                     shift_sigma)
 from model import AudioCrossAttention, MMDiT, MMDiTConfig, init_weights
@@ -489,9 +488,8 @@ def cached_text_states(folder, captions, pretrained, device):
     if not set(wanted) <= set(arrays["captions"].tolist()):
         states, mask, pooled = t5_clip_states(pretrained, wanted, device)
         arrays = dict(captions=np.array(wanted), states=states, mask=mask, pooled=pooled)
-        part = temp_path(path)
-        np.savez(part, **arrays)
-        os.replace(part, path)
+        with replacing(path) as part:
+            np.savez(part, **arrays)
     captions = arrays.pop("captions").tolist()
     return text_table(captions, **arrays)
 
