@@ -45,9 +45,10 @@ from toybox import FPS, FRAMES, RATE, toybox_clip
 
 MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step), bands up to 8 kHz
 
-# Checked before decoding, because a damaged header may claim any length.
-MAX_SAMPLES = 400_000_000       # of a sound: an hour of stereo at 48 kHz, 1.6 GB
-MAX_SECONDS = 600               # of a clip: 180 MB at 64 x 64, 11 GB at 384 x 640
+# Limits that are checked before decoding, because a damaged header may claim any length: samples of
+# a sound (an hour of stereo at 48 kHz, 1.6 GB), seconds of a clip (180 MB at 64 x 64 pixels).
+MAX_SAMPLES = 400_000_000
+MAX_SECONDS = 600
 
 
 # -------------------------------------------------------------------------- command-line programs
@@ -56,13 +57,14 @@ class BadInput(ValueError):
     """Something a user gave cannot be used; the text says what to do about it."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the module's docstring as it is."""
-
-
 class Parser(argparse.ArgumentParser):
+    """argparse with the module's docstring as help, defaults shown, errors in one line."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=self.Formatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
@@ -218,11 +220,12 @@ def read_image(path, size=64):
 
 def log_mel(wave):
     """Waveform (samples,) at 16 kHz -> float32 (frames at 100 Hz, 64): log energies of windows of
-    25 ms, about zero mean and unit variance. The floor (1e-6) and the scale are constants, not the
-    clip's: loud and soft stay different, silence stays silence however long it lasts."""
+    25 ms, about zero mean and unit variance."""
     import librosa
     mel = librosa.feature.melspectrogram(y=wave, sr=RATE, n_fft=512, win_length=400,
                                          hop_length=RATE // MEL_RATE, n_mels=MELS, fmin=40)
+    # The floor (1e-6) and the scale are constants, not the clip's: loud and soft stay different,
+    # and silence stays silence however long it lasts.
     frames = len(wave) * MEL_RATE // RATE
     return ((np.log10(mel.T[:frames] + 1e-6) + 3.) / 1.6).astype(np.float32)
 
@@ -230,8 +233,9 @@ def log_mel(wave):
 # ----------------------------------------------------------- media in: two streams on one clock
 
 def decode(path, max_seconds, *arguments):
-    """Decode a stream of a file -> its samples (bytes), ffmpeg's log with a [level] on every line.
-    The times of the file are kept; filters called showinfo print them to the log."""
+    """Decode a stream of a file -> its samples (bytes), ffmpeg's log."""
+    # -copyts keeps the times of the file. Filters called showinfo print them to the log, which has
+    # a [level] on every line.
     _, raw, log = run_ffmpeg("-loglevel", "repeat+level+info", "-copyts", "-t", max_seconds + 1,
                              "-i", Path(path).resolve(), *arguments, "-")
     return raw, log
@@ -243,7 +247,7 @@ def time_stamps(log, name):
 
 
 def raise_on_decode_error(path, log, what):
-    """Any error in ffmpeg's log means that what came out is not what was recorded."""
+    # After any error what came out may not be what was recorded, even if ffmpeg went on.
     if "matches no streams" in log:
         raise BadInput(f"{path}: no {what} in it")
     errors = re.findall(r"\[(?:error|fatal|panic)\] (.*)", log)
@@ -290,25 +294,18 @@ def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, max_sec
     """Both streams of a clip on ONE clock -> video uint8 (F, height, width, 3), waveform float32
     (round(F / fps * rate),).
 
-    The tracks of a file may begin at different times, and a clip whose sound is 40 ms off teaches
-    the wrong thing. So each track is decoded with its times, and the clip is what both cover:
-
-        pictures    |----|----|----|----|----|----|          the grid of fps, from the first picture
-        sound             ~~~~~~~~~~~~~~~~~~~~~~~~~~~~       from its own first sample
-        clip              skip|----|----|----|----|          from the first frame with sound
-
     sound: a wav for a video without a sound track. Raises BadInput for what cannot be trusted:
     damaged, still, silent, under half of `fps`, longer than `max_seconds`.
     """
     video, file_times, frame_times = decode_pictures(path, height, width, fps, max_seconds)
     video_start = frame_times[0]
 
-    # async=1 fills gaps in the track: a sample's index then says its time.
+    # async=1 fills gaps in the track: a sample's index then says its time. If a wav stands in, its
+    # time 0 is that of the first picture in the file.
     filters = f"aresample={rate}:async=1,aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
     arguments = ["-map", "0:a:0", "-af", filters, "-f", "f32le"]
     raw, log = decode(path, max_seconds, *arguments)
     if sound and "matches no streams" in log:
-        # The times of a wav begin at 0, as does the first picture of the file then.
         raw, log = decode(sound, max_seconds, *arguments)
         video_start -= file_times[0]
     raise_on_decode_error(path, log, "sound")
@@ -317,8 +314,15 @@ def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, max_sec
     if not np.isfinite(wave).all():
         raise BadInput(f"{path}: its sound has NaN samples")
 
-    # The first frame with sound, and the samples before it. Times are printed rounded: a thousandth
-    # of a frame is nothing. The last frame may have sound for a part of it.
+    # The tracks of a file may begin at different times, and a clip whose sound is 40 ms off teaches
+    # the wrong thing. The clip is what both tracks cover, from the first frame with sound on:
+    #
+    #     pictures    |----|----|----|----|----|----|          frames of 1 / fps
+    #     sound             ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+    #     clip              skip|----|----|----|----|
+    #
+    # ffmpeg prints times rounded, so a thousandth of a frame counts as nothing. The last frame may
+    # have sound for a part of it: the rest is silence.
     first = max(0, math.ceil((wave_start - video_start) * fps - 1e-3))
     skip = round((video_start + first / fps - wave_start) * rate)
     frames = min(len(video) - first, math.ceil((len(wave) - skip) / rate * fps - 1e-3))
@@ -384,7 +388,7 @@ def add_sound(path, video, wave, rate=RATE):
     try:
         soundfile.write(sound, wave, rate)
         with replacing(path) as part:
-            # Pictures are copied as they are; codecs that an mp4 cannot hold are coded again.
+            # Pictures are copied as they are. What an mp4 cannot hold is coded again.
             for codec in (["copy"], ["libx264", "-crf", "12", "-pix_fmt", "yuv420p"]):
                 done, _, log = run_ffmpeg("-v", "error", *inputs, "-c:v", *codec, *outputs, part)
                 if done:
@@ -397,8 +401,7 @@ def add_sound(path, video, wave, rate=RATE):
 
 def write_video(path, frames, wave, fps=FPS, rate=RATE):
     """H.264 + AAC -> the number of frames written. frames: uint8 (F, H, W, 3), or an iterator of
-    such pieces, so that a long video is never in memory. The sound is cut or padded with silence to
-    their length; wave=None: no sound."""
+    such pieces, so that a long video is never in memory; wave=None: no sound."""
     import imageio_ffmpeg
     pieces = iter([frames] if isinstance(frames, np.ndarray) else frames)
     piece = next(pieces)
@@ -411,7 +414,7 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
         output_params=["-crf", "12"], ffmpeg_log_level="error")
     count = 0
     try:
-        # Closing waits until ffmpeg has finished the file.
+        # Closing the writer waits until ffmpeg has finished the file.
         with closing(writer):
             writer.send(None)
             for piece in chain([piece], pieces):
@@ -420,21 +423,23 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
                 count += len(piece)
         if wave is None:
             os.replace(silent, path)
-        else:
-            samples = round(count / fps * rate)
-            wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
-            add_sound(path, silent, wave, rate)
+            return count
+        # The sound is cut or padded with silence to the length of the pictures.
+        samples = round(count / fps * rate)
+        wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
+        add_sound(path, silent, wave, rate)
+        return count
     finally:
         silent.unlink(missing_ok=True)
-    return count
 
 
 def film_strip(video, wave, shown=12, fps=FPS, rate=RATE, events=()):
-    """Frames over the waveform on one time axis -> uint8 (H + 40, shown * W, 3). The frame above a
-    stretch of sound is the one in its middle. events: seconds, marked by red lines."""
+    """Frames over the waveform on one time axis -> uint8 (H + 40, shown * W, 3). events: seconds,
+    marked by red lines."""
     F, H, W = video.shape[:3]
     shown = min(shown, F)
     width, height = shown * W, 40
+    # The frame above a stretch of sound is the one in the middle of that stretch.
     middle = ((np.arange(shown) + .5) * F / shown).astype(int)
     frames = np.concatenate(list(video[middle]), 1)                           # (H, width, 3)
 
@@ -455,7 +460,7 @@ def film_strip(video, wave, shown=12, fps=FPS, rate=RATE, events=()):
 # -------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, **content):
-    """Plain types and tensors only: loading never runs code from the file."""
+    """content: plain types and tensors only."""
     with replacing(path) as part:
         torch.save(dict(content, torch=str(torch.__version__)), part)
 
@@ -466,14 +471,15 @@ def load_checkpoint(path, task, hint="check the path, or train one with train.py
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such checkpoint; {hint}")
     check_file(path, "checkpoint")
+    # weights_only: loading never runs code from the file.
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as why:                              # torch raises half a dozen kinds
         raise BadInput(f"{path}: not a checkpoint that can be loaded safely "
                        f"({type(why).__name__}); expected a .pt written by train.py") from why
     if not isinstance(content, dict) or not {"task", "config", "ema"} <= set(content):
-        raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config and "
-                       "weights in it); train one with train.py")
+        raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config, "
+                       "weights); train one with train.py")
     if task and content["task"] not in task.split(" or "):
         raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; "
                        f"give one made by train.py --task {task}")
@@ -542,6 +548,7 @@ def dataset_folder(name, root="data"):
     def letters(text):
         return "".join(c for c in text.lower() if c.isalnum())
 
+    # The shortest of several names that begin alike: avsync15, not avsync15-old.
     if name in DATASETS:
         found = [p for p in Path(root).glob("*") if letters(p.name).startswith(letters(name))]
         found = [p for p in found if p.is_dir()]
@@ -563,8 +570,8 @@ def find_clips(name, root="data"):
     seconds and materials, The Greatest Hits) or None.
     """
     folder = dataset_folder(name, root)
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in VIDEOS and p.is_file()]
-    files = [p for p in files if not p.name.startswith(".")]
+    files = [p for p in folder.rglob("[!.]*") if p.suffix.lower() in VIDEOS and p.is_file()]
+    files.sort()
     if not files:
         raise BadInput(f"{folder}: no clips in it; expected {' '.join(VIDEOS)}")
 
@@ -582,9 +589,11 @@ def find_clips(name, root="data"):
     if not chosen:
         chosen, source = clips_by_folders(folder, files)
 
+    # ASVA's datasets may hold a table from class folders to prompts.
     mapping = next(folder.rglob("class_mapping.json"), None)
     prompts = parse_file(mapping, json.loads) if mapping else {}
     clips = [describe_clip(path, folder, *chosen[path], prompts) for path in sorted(chosen)]
+
     counts = Counter(c["split"] for c in clips)
     counts = ", ".join(f"{counts[split]} {split}" for split in SPLITS if counts[split])
     report = f"{folder}: {counts} clips of {len({c['kind'] for c in clips})} classes, by {source}"
@@ -604,15 +613,12 @@ def parse_file(path, parse):
 
 
 def clips_by_lists(lists, files):
-    """train.txt, test.txt -> {path: (split, None)}, lines without a file.
-
-    A line is the end of a path, with or without its suffix: class/clip.mp4, clip.mp4 or an id. What
-    AVSync15 and Landscapes call class/clip.mp4 is in videos/ and in videos/<split>/.
-    """
+    """train.txt, test.txt -> {path: (split, None)}, lines without a file."""
     chosen, missing = {}, []
     for listing in lists:
-        # Every end of every path. Where two files share one, the last to be entered counts: one
-        # of this split, else the one highest up.
+        # A line is the end of a path, with or without its suffix: class/clip.mp4, clip.mp4 or an
+        # id. So every end of every path is entered in a table. Where two files share one, the last
+        # counts: one of this split (Landscapes has the same names in both), else the highest up.
         by_end = {}
         for path in sorted(files, key=lambda p: (listing.stem in p.parts, -len(p.parts), p)):
             for start in range(len(path.parts)):
@@ -629,41 +635,43 @@ def clips_by_lists(lists, files):
 
 def clips_by_tables(tables, files):
     """vggsound.csv, rows of id, start, label, split without a header -> {path: (split, label)},
-    rows without a file. Clips are called <id>_<start> or <id>_<start>_<end>, padded or not."""
+    rows without a file."""
     def parse(text):
         rows = [row for row in csv.reader(text.splitlines()) if len(row) == 4]
         rows = [row for row in rows if row[3].strip() in SPLITS]
         return {(row[0], int(float(row[1]))): (row[3].strip(), row[2]) for row in rows}
 
-    by_key = {}
-    for path in files:
-        start = re.match(r"_(\d+)", path.stem[11:])       # ids have 11 characters, "_" among them
-        if start:
-            by_key[path.stem[:11], int(start[1])] = path
+    # Clips are called <id>_<start> or <id>_<start>_<end>, in seconds, padded or not. Ids have 11
+    # characters, "_" among them.
+    starts = {path: re.match(r"_(\d+)", path.stem[11:]) for path in files}
+    by_key = {(path.stem[:11], int(start[1])): path for path, start in starts.items() if start}
     rows = {}
     for table in tables:
         rows |= parse_file(table, parse)
     chosen = {by_key[key]: row for key, row in rows.items() if key in by_key}
-    return chosen, [f"{name}_{start}" for name, start in rows if (name, start) not in by_key]
+    return chosen, [f"{key[0]}_{key[1]}" for key in rows if key not in by_key]
 
 
 def clips_by_folders(folder, files):
-    """Any tree -> {path: (split, None)}, how it was split: by a folder called train, test or val on
-    the way, else one clip in ten is drawn for testing, by a hash of its name."""
+    """Any tree -> {path: (split, None)}, how it was split."""
+    # By a folder called train, test or val on the way ...
     names = {path: path.relative_to(folder) for path in files}
     splits = {p: next((s for s in name.parts if s in SPLITS), None) for p, name in names.items()}
     if any(splits.values()):
         chosen = {path: (split or "train", None) for path, split in splits.items()}
         return chosen, "folders train and test"
+    # ... else one clip in ten is for testing, by a hash of its name, so that clips that are added
+    # later change nothing. At least one of several clips, never a single one.
     hashes = {path: zlib.crc32(str(name).encode()) for path, name in names.items()}
     test = {p for p in files if hashes[p] % 10 == 0} or {min(files, key=hashes.get)}
-    test = test if len(files) > 1 else set()              # a single clip is for training
+    test = test if len(files) > 1 else set()
     chosen = {path: ("test" if path in test else "train", None) for path in files}
     return chosen, "a split invented here: one clip in ten is for testing, drawn by its name"
 
 
 def describe_clip(path, folder, split, label, prompts):
-    """The dict of a clip (see find_clips). Its class is the label of a table, else its folder."""
+    """The dict of a clip, see `find_clips`."""
+    # Its class is the label of a table, else the name of its folder.
     parent = path.parent.name
     if path.parent == folder or parent in ("videos", *SPLITS):
         parent = ""
@@ -672,7 +680,8 @@ def describe_clip(path, folder, split, label, prompts):
     clip = dict(path=str(path), name=path.relative_to(folder).as_posix(), split=split,
                 kind=label or parent, prompt=prompt, sound=None, events=None)
 
-    # Ids of The Greatest Hits are dates: 2015-02-16-16-49-06_denoised.mp4
+    # Ids of The Greatest Hits are dates: 2015-02-16-16-49-06_denoised.mp4. The sound may be in a
+    # wav, event times in 2015-02-16-16-49-06_times.txt.
     hit = re.fullmatch(r"(\d{4}(?:-\d\d){5}.*?)(_denoised_thumb|_denoised|_mic)", path.stem)
     if hit:
         clip.update(prompt="hitting with a stick", kind="hitting")
@@ -684,7 +693,8 @@ def describe_clip(path, folder, split, label, prompts):
 
 
 def parse_hits(text):
-    """Lines of time, material, action, reaction -> [(time, material)]; 'None None None' happens."""
+    """Lines of time, material, action, reaction -> [(time, material)]."""
+    # 'None None None' happens, and empty lines.
     rows = [line.split() for line in text.splitlines()]
     return [(float(row[0]), row[1]) for row in rows if len(row) == 4 and row[2] != "None"]
 
@@ -694,29 +704,30 @@ def parse_hits(text):
 def clip_windows(clip, size=64, frames=FRAMES, hop=.5, audio_lead=0.):
     """A real clip -> its windows, dicts of video, audio, caption, start (seconds).
 
-    Training: a window every `hop` seconds, the last one ends with the clip. Each has a first frame
-    of its own: a causal VAE codes a crop differently from the same stretch within a clip.
-    Evaluation (split "test"): three, evenly spaced, as Syncphony does: 450 for AVSync15, 732 for
-    The Greatest Hits. audio_lead=0.5 is the protocol of the CycleSync study (Syncphony C.2): the
-    first window begins at 0.5 s and each sound 0.5 s before its pictures, so that it can be delayed
-    and stays real. Clips too short for that are left out, which leaves AVSync15 with 438.
+    audio_lead=0.5 is the protocol of the CycleSync study (Syncphony C.2): the first window begins
+    at 0.5 s and each sound 0.5 s before its pictures, so that it can be delayed and stays real.
     """
     video, wave = read_clip(clip["path"], *sides(size), sound=clip["sound"])
-    # The last frame is held where up to an eighth is missing: AVSync15's shortest clip has 48.
+    # Up to an eighth of the frames may be missing, then the last one is held: the shortest clip of
+    # AVSync15 has 48. Not in the study, which leaves short clips out: 438 windows of AVSync15.
     first = round(audio_lead * FPS)
     needed = first + frames - (1 if audio_lead else frames // 8)
-    if len(video) <= needed - 1:
+    if len(video) < needed:
         raise BadInput(f"{clip['path']}: {len(video) / FPS:.2f} s long; "
                        f"at least {needed / FPS:.2f} s are needed")
     lacking = max(0, first + frames - len(video))
     video = np.concatenate([video, np.repeat(video[-1:], lacking, 0)])
+
+    # Evaluation: three, evenly spaced, as in Syncphony: 450 of AVSync15, 732 of The Greatest Hits.
+    # Training: one every `hop` seconds, the last ends with the clip. Each has a first frame of its
+    # own: a causal VAE codes a crop differently from the same stretch within a clip.
     last = len(video) - frames
     if clip["split"] == "test":
         starts = np.linspace(first, last, 3).round()
     else:
         starts = np.union1d(np.arange(first, last, round(hop * FPS)), last)
 
-    # Padded, so that every window gets exactly as many samples.
+    # The sound is padded, so that every window gets exactly as many samples.
     samples = round((audio_lead + frames / FPS) * RATE)
     wave = np.pad(wave, (0, round(frames / FPS * RATE)))
     windows = []
@@ -750,13 +761,14 @@ def item_windows(item, size, variations=1):
 
 
 def start_worker():
-    """A worker leaves Ctrl-C to its parent and computes on one thread."""
+    # Ctrl-C is for the parent; every core has a worker already.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def workers():
-    """A pool of fresh processes, one per core, at most 16: each of them imports torch."""
+    """A pool of fresh processes, one per core, at most 16."""
+    # Each imports torch: 0.3 GB. Forked processes would inherit its threads in an unknown state.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return ProcessPoolExecutor(min(16, cores), get_context("spawn"), start_worker)
 
@@ -800,6 +812,7 @@ def prepare(folder, settings, items, vae, device, autocast, audio_encoder=None, 
     at any moment and started again ends with the same bytes as one that was not.
     """
     folder = Path(folder)
+    # The items are settings too: a cache is not filled with some of one list, some of another.
     names = json.dumps([[item["name"], item["prompt"]] for item in items])
     settings = dict(settings, clips=len(items), named=zlib.crc32(names.encode()))
     check_settings(folder / "settings.json", settings)
@@ -829,8 +842,10 @@ def prepare(folder, settings, items, vae, device, autocast, audio_encoder=None, 
 
 def check_settings(path, settings):
     """Write the settings of a new cache, compare those of an old one."""
+    text = json.dumps(settings, sort_keys=True)
     if not path.is_file():
-        write_text(path, json.dumps(settings, sort_keys=True))
+        write_text(path, text)
+    settings = json.loads(text)                           # tuples are lists in a file
     found = json.loads(path.read_text())
     other = [f"{k} {found.get(k)} (now {v})" for k, v in settings.items() if found.get(k) != v]
     if other:
@@ -852,6 +867,7 @@ def write_shard(folder, k, results, vae, device, audio_encoder, raw):
         arrays["latents"].extend(latents.numpy())
         batch.clear()
 
+    # A row per window. Skipped clips are remembered with their reasons.
     for item, windows in results:
         if isinstance(windows, Skipped):
             skipped[item["name"]] = windows.reason
@@ -871,6 +887,7 @@ def write_shard(folder, k, results, vae, device, audio_encoder, raw):
     if batch:
         encode_batch()
 
+    # The arrays, then their sizes and sums.
     files = {}
     for name, values in arrays.items():
         path = folder / f"{k:05d}-{name}.npy"
@@ -888,14 +905,15 @@ def checksum(path):
 def open_cache(folder, verify=False):
     """A prepared folder -> dict: arrays (name -> list of memory-mapped shards), at (n, 2) the shard
     and row of every window, captions, starts in seconds, speech, clips (for every clip the indices
-    of its windows), skipped (name -> reason). Every file must have the size that was noted when it
-    was written; verify: its checksum too, which reads all of it."""
+    of its windows), skipped (name -> reason)."""
     folder = Path(folder)
     arrays, skipped, clips, at, rows = {}, {}, {}, [], []
     for k in range(json.loads((folder / "manifest.json").read_text())["shards"]):
         summary = folder / f"{k:05d}.json"
         shard = json.loads(summary.read_text())
         for name, written in shard["files"].items():
+            # Every file must have the size that was noted when it was written. verify: the checksum
+            # too, which reads all of it (hours for large datasets).
             path = folder / f"{k:05d}-{name}.npy"
             intact = path.is_file() and path.stat().st_size == written["bytes"]
             if not intact or (verify and checksum(path) != written["crc32"]):
@@ -905,6 +923,7 @@ def open_cache(folder, verify=False):
         at += [(k, row) for row in range(len(shard["rows"]))]
         rows += shard["rows"]
         skipped |= shard["skipped"]
+    # rows: [clip, caption, start, speech] of every window.
     for i, (clip, *_) in enumerate(rows):
         clips.setdefault(clip, []).append(i)
     return dict(folder=folder, arrays=arrays, at=np.array(at).reshape(-1, 2), skipped=skipped,
@@ -944,16 +963,18 @@ def load_or_prepare(name, root, split, size, vae, vae_id, device, autocast, clip
         raise BadInput(f"--data {name}: no clips for {purpose} in it; give at least two clips, or "
                        "lists that name some of both")
 
+    # What the cache depends on is in the settings, and in the folder's name what users vary.
     settings = dict(data=label, split=split, vae=vae_id, fps=FPS, frames=FRAMES, resolution=size)
     if variations > 1:
         settings["variations"] = variations
-    pixels = "x".join(map(str, sides(size)[isinstance(size, int):]))
+    pixels = size if isinstance(size, int) else "x".join(map(str, size))
     tag = f"{label}-{pixels}px-{vae_id}" + (f"-{audio_tag}" if audio_encoder else "")
     folder = Path(root) / "cache" / tag / split
     # Evaluation of real clips compares with the pixels and samples themselves.
     raw = name != "toybox" and split == "test"
     prepare(folder, settings, items, vae, device, autocast, audio_encoder, raw)
 
+    # Report what was skipped: how many clips for each reason; skipped.txt names them.
     cache = open_cache(folder)
     skipped = cache["skipped"]
     log(f"{report}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of "
