@@ -166,7 +166,8 @@ def read_audio(path, rate=RATE):
         with soundfile.SoundFile(path) as file:
             file_rate = file.samplerate
             if file.frames * file.channels > MAX_SAMPLES:
-                raise BadInput(f"{path}: longer than an hour, or damaged; cut it")
+                raise BadInput(f"{path}: {file.frames} x {file.channels} samples, if its header is "
+                               f"right; at most {MAX_SAMPLES} can be read: cut it")
             wave = file.read(dtype="float32", always_2d=True).mean(1)         # (samples,)
     except soundfile.LibsndfileError:
         # All else: ffmpeg decodes, mixes down and resamples.
@@ -247,9 +248,9 @@ def time_stamps(log, name):
 
 
 def raise_on_decode_error(path, log, what):
-    # After any error what came out may not be what was recorded, even if ffmpeg went on.
     if "matches no streams" in log:
         raise BadInput(f"{path}: no {what} in it")
+    # ffmpeg goes on after an error, but then what comes out is not what was recorded.
     errors = re.findall(r"\[(?:error|fatal|panic)\] (.*)", log)
     if errors:
         reason = last_reason(errors[0])
@@ -436,15 +437,16 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
 def film_strip(video, wave, shown=12, fps=FPS, rate=RATE, events=()):
     """Frames over the waveform on one time axis -> uint8 (H + 40, shown * W, 3). events: seconds,
     marked by red lines."""
-    F, H, W = video.shape[:3]
-    shown = min(shown, F)
+    n, H, W = video.shape[:3]
+    seconds = n / fps
+    shown = min(shown, n)
     width, height = shown * W, 40
     # The frame above a stretch of sound is the one in the middle of that stretch.
-    middle = ((np.arange(shown) + .5) * F / shown).astype(int)
+    middle = ((np.arange(shown) + .5) * n / shown).astype(int)
     frames = np.concatenate(list(video[middle]), 1)                           # (H, width, 3)
 
     # The loudest sample of every column, in pixels to either side of the axis.
-    samples = max(1, round(F / fps * rate))
+    samples = max(1, round(seconds * rate))
     wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
     loudest = [np.abs(part).max(initial=0) for part in np.array_split(wave, width)]
     loudest = np.array(loudest) / max(*loudest, 1e-3) * (height / 2 - 2)      # (width,)
@@ -452,7 +454,7 @@ def film_strip(video, wave, shown=12, fps=FPS, rate=RATE, events=()):
     distance = np.abs(np.arange(height) - (height - 1) / 2)[:, None]          # (40, 1)
     plot = np.where(distance <= np.maximum(loudest, .5), 60, 245).astype(np.uint8)
     plot = np.repeat(plot[..., None], 3, 2)                                   # (40, width, 3)
-    marks = np.array([t for t in events if 0 <= t < F / fps]) / (F / fps) * width
+    marks = np.array([t for t in events if 0 <= t < seconds]) / seconds * width
     plot[:, marks.astype(int)] = 220, 40, 40
     return np.concatenate([frames, plot], 0)
 
