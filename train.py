@@ -1,4 +1,4 @@
-"""The training command: one loop for every network here, from two CPU cores to several GPUs.
+"""The training command: one loop for all networks, from two CPU cores to several GPUs.
 
     python train.py --task a2v          Syncphony: sound and first frame -> video
     python train.py --task t2av         SyncFlow: text -> video and sound, in three stages
@@ -16,7 +16,7 @@
     batch(step, rows)                       -> the inputs of the loss, a dict
     loss(net, generators, **batch)          -> loss, report (len(columns),)
     held_out(n)                             -> clips to evaluate on
-    evaluate(net, clips, autocast, last)    -> Evaluation
+    evaluate(net, clips, autocast)          -> Evaluation
     extra                                   what a checkpoint says besides: VAEs, guidance, stage
 
 **Exact resume.** Samples form an endless stream, cut into steps, processes and micro-batches:
@@ -90,12 +90,14 @@ SHARE = number(low=0, high=1)
 # is built from these tables; batch_size is --batch-size.
 
 COMMON = dict(
+    # what and where
     data=("toybox", str, f"toybox, {', '.join(data.DATASETS)}, or a folder of clips"),
     data_root=("data", str, "folder of datasets and of caches of latents"),
     out=(None, str, "folder of checkpoints and logs; None: out/TASK"),
     seed=(0, number(int, 0), "of everything that is random"),
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
     compile=(False, bool, "torch.compile: half a minute to start, then faster steps"),
+    # how long; a step is one update of the weights
     steps=(1500, COUNT, "optimiser steps (of each stage)"),
     batch_size=(16, COUNT, "clips per step, over all processes and micro-batches"),
     accum=(1, COUNT, "micro-batches per step: less memory, the same result"),
@@ -105,6 +107,7 @@ COMMON = dict(
     clip=(1., POSITIVE, "largest norm of the gradient; 0 = no clipping"),
     ema=(.998, SHARE, "decay of the averaged weights"),
     optimizer=("muon", ("muon", "adamw"), "Muon for matrices and AdamW for the rest, or AdamW"),
+    # what is printed and kept
     log_every=(50, COUNT, "steps between reports"),
     sample_every=(1000, COUNT, "steps between evaluations, each with strips and an mp4"),
     save_every=(500, COUNT, "steps between checkpoints"),
@@ -194,6 +197,7 @@ def settings_of(task, pretrained=False):
     settings = {}
     for table in (*TASKS[task], PRETRAINED if pretrained else {}):
         for name, value in table.items():
+            # A plain value is a new default of a setting that an earlier table has described.
             settings[name] = value if isinstance(value, tuple) else (value, *settings[name][1:])
     return settings
 
@@ -224,6 +228,7 @@ def parse_args(argv=None):
     pretrained = chosen.task == "a2v" and chosen.pretrained is not None
     parser = arguments(chosen.task, pretrained)
     args, unknown = parser.parse_known_args(argv)
+    # What this task does not know may be known to another.
     for flag in [a.split("=")[0] for a in unknown]:
         owners = [t for t in TASKS if flag[2:].replace("-", "_") in settings_of(t)]
         if flag.startswith("--") and owners:
@@ -280,6 +285,7 @@ def join_processes(name):
     device, autocast, text = pick_device(name)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
+    # The stages of a task are several runs of one group of processes.
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         patient_group()
@@ -298,14 +304,14 @@ def wait_for_rank0():
         dist.barrier(patient_group())
 
 
-def rank0_first(make):
-    """Rank 0 calls `make`, which leaves files behind; then the others call it and find them."""
+@contextmanager
+def rank0_first():
+    """Rank 0 runs the block, which leaves files behind; then the others run it and find them."""
     if rank() > 0:
         wait_for_rank0()
-    result = make()
+    yield
     if rank() == 0:
         wait_for_rank0()
-    return result
 
 
 def log_rank0(text):
@@ -315,9 +321,10 @@ def log_rank0(text):
 
 def any_process(stop, device):
     """Did any process receive a signal? It arrives in different steps of different processes."""
+    if world_size() == 1:
+        return bool(stop)
     count = torch.tensor(float(len(stop)), device=device)
-    if world_size() > 1:
-        dist.all_reduce(count)
+    dist.all_reduce(count)
     return count.item() > 0
 
 
@@ -330,23 +337,21 @@ def seeded_each(ids, *numbers):
 # ----------------------------------------------------------------------------------- parts of tasks
 
 class Evaluation(NamedTuple):
-    lines: list             # text to print
+    figures: dict           # name -> number, for the log and a row of scores.csv
     score: float            # higher is better; chooses best.pt
-    videos: list = ()       # uint8 (F, H, W, 3) to write
+    videos: list = ()       # uint8 (F, H, W, 3), to write
     sounds: list = None     # waveforms to go with them; None: those of the clips
-    figures: dict = None    # a row of scores.csv
 
 
 def open_caches(args, vae, device, autocast, **audio):
     """-> latents of the training clips and, of real clips, of the test clips (toybox: None)."""
-    def open_split(split):
-        return data.load_or_prepare(
-            args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), device,
-            autocast, args.clips, log=log_rank0, **audio)
-
-    def open_both():
-        return open_split("train"), None if args.data == "toybox" else open_split("test")
-    return rank0_first(open_both)
+    caches = [None, None]
+    with rank0_first():
+        for i, split in enumerate(["train"] if args.data == "toybox" else ["train", "test"]):
+            caches[i] = data.load_or_prepare(
+                args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), device,
+                autocast, args.clips, log=log_rank0, **audio)
+    return caches
 
 
 def batch_indices(cache, args, step, rows):
@@ -359,8 +364,10 @@ def batch_indices(cache, args, step, rows):
     rngs = []
     for row in rows:
         sample_id = step * args.batch_size + row
+        # The clip: the stream of samples runs through all clips once per epoch.
         epoch, place = divmod(sample_id, len(clips))
         order = np.random.default_rng([args.seed, epoch]).permutation(len(clips))
+        # One of its windows.
         rng = np.random.default_rng([args.seed, 1, sample_id])
         index.append(rng.choice(clips[order[place]]))
         rngs.append(rng)
@@ -386,6 +393,8 @@ class Prefetcher:
         """-> tensor (len(rows), ...)"""
         def stack(s):
             return np.stack([self.sample(s, row) for row in rows])
+
+        # Ask for this step, unless that was done, and for the next ones; then wait for this one.
         for s in range(step, min(step + self.ahead, max(self.last_step, step + 1))):
             if (s, *rows) not in self.futures:
                 self.futures[(s, *rows)] = self.pool.submit(stack, s)
@@ -397,6 +406,7 @@ def held_out_windows(cache, n):
     clips = []
     for i in np.unique(np.linspace(0, len(cache["at"]) - 1, max(n, 1)).astype(int)):
         row = {name: data.gather(cache, name, [i])[0] for name in cache["arrays"]}
+        # A cache that was prepared without an audio encoder has no features.
         clips.append(dict(
             number=i, video=row["videos"].numpy(), audio=row["sounds"].float().numpy(),
             caption=cache["captions"][i], z_v=row["latents"][None, 0].float(),
@@ -409,22 +419,20 @@ def toybox_held_out(n, resolution=64, video=True):
     return [toybox_clip(HELD_OUT + 10 ** 6 + i, resolution, video=video) for i in range(n)]
 
 
-def score_videos(title, videos, clips):
-    """Toybox videos against their clips' events -> line, score, F1 at 50 ms. The score is F1 at
-    100 ms, which varies less over so few clips, minus the residual of the fit (else 1)."""
-    s = score_toybox(videos, clips)[0]
-    line = (f"{title}: F1 at 50 ms {s['f1_50']:.3f} (precision {s['precision_50']:.2f}, recall "
-            f"{s['recall_50']:.2f}), at 100 ms {s['f1_100']:.3f}, residual {s['residual']:.3f}, "
-            f"false events per quiet clip {s['false_per_quiet_clip']:.2f}")
-    residual = s["residual"] if np.isfinite(s["residual"]) else 1
-    return line, s["f1_100"] - residual, s["f1_50"]
+def video_figures(videos, clips, prefix=""):
+    """Events of toybox videos against those of their clips -> figures, score.
+
+    The score is F1 at 100 ms, which varies less than at 50 over so few clips, minus the residual
+    of the pictures (1 where no event was found in any)."""
+    scores = score_toybox(videos, clips)[0]
+    names = ("f1_50", "precision_50", "recall_50", "f1_100", "residual", "false_per_quiet_clip")
+    residual = scores["residual"] if np.isfinite(scores["residual"]) else 1
+    return {prefix + name: scores[name] for name in names}, scores["f1_100"] - residual
 
 
-def score_sounds(title, sounds, clips):
-    """Onsets of sounds against their clips' events -> line, F1 at 50 ms."""
-    s = event_scores([c["events"] for c in clips], [onsets_in_sound(w) for w in sounds])
-    return (f"{title}, onsets against true events: F1 at 50 ms {s['f1_50']:.3f} (precision "
-            f"{s['precision_50']:.2f}, recall {s['recall_50']:.2f})"), s["f1_50"]
+def onset_f1(sounds, truth):
+    """Onsets of sounds against lists of event times -> F1 at 50 ms."""
+    return event_scores(truth, [onsets_in_sound(w) for w in sounds])["f1_50"]
 
 
 # ---------------------------------------------------------------------------------------- Syncphony
@@ -436,16 +444,20 @@ class A2V:
     def __init__(self, args, device, autocast):
         self.args = args
         self.device = device
-        published = Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae
-        self.vae = load_vae(published, device)
+        # Latents of all clips, coded by the VAE and cached, and beside them what is needed of sound
+        # and text: mels and bytes from scratch, else HuBERT's features and T5's and CLIP's states.
+        folder = Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae
+        self.vae = load_vae(folder, device)
         self.cache, self.test = open_caches(
             args, self.vae, device, autocast,
             audio_encoder=self.hubert_features if args.hubert else None)
         if args.pretrained:
-            self.prompts = rank0_first(self.text_states)
+            with rank0_first():
+                self.prompts = self.text_states()
             self.net = self.from_pyramid_flow(autocast)
             self.columns = ("stage 0", "stage 1", "stage 2")
-            guidance = dict(asg=2., cfg=4.)       # w_a and w_t of the paper
+            # w_a and w_t that sample.py takes from the checkpoint: here the paper's.
+            guidance = dict(asg=2., cfg=4.)
         else:
             self.net = self.from_scratch()
             self.columns = tuple(f"s<{(b + 1) / BUCKETS:.2f}" for b in range(BUCKETS))
@@ -488,11 +500,13 @@ class A2V:
         native = not isinstance(autocast(), nullcontext)
         for name, p in net.named_parameters():
             p.requires_grad_(name.startswith("single_transformer_blocks"))
+            # What is trained are master weights in float32, no longer in the mapped file.
             if p.requires_grad:
-                p.data = p.data.float()           # master weights, no longer in the mapped file
+                p.data = p.data.float()
             elif native and p.dim() > 1:
                 p.data = p.data.bfloat16()
-        self.vae.to("cpu")                        # the latents are cached: leave the GPU's memory
+        # The latents are cached: the GPU's memory is for the network.
+        self.vae.to("cpu")
         return net
 
     def batch(self, step, rows):
@@ -509,7 +523,7 @@ class A2V:
         """Windows of a cache -> normalised z (B, C, L, h, w), text, audio. With generators, that is
         in training, captions are dropped and z is a sample of the VAE's posterior. The means are
         taken of the toybox's VAE: its KL term leaves most of a posterior as wide as the prior."""
-        z, logvar = data.gather(cache, "latents", index).float().unbind(1)
+        z, logvar = data.gather(cache, "latents", index).float().unbind(1)      # (B, C, L, h, w)
         captions = [cache["captions"][i] for i in index]
         if rngs and not self.vae.cfg.reference:
             noise = [rng.standard_normal(z.shape[1:], np.float32) for rng in rngs]
@@ -517,6 +531,7 @@ class A2V:
         if rngs:
             captions = drop_text(captions, rngs, self.args.drop_text)
         if self.args.pretrained:
+            # States, mask and pooled state of every caption -> one tensor of each.
             states = zip(*[self.prompts[c] for c in captions])
             text = tuple(torch.stack(column).to(self.device) for column in states)
         else:
@@ -538,19 +553,16 @@ class A2V:
             return held_out_windows(self.test, n)
         return toybox_held_out(n, self.args.resolution)
 
-    def evaluate(self, net, clips, autocast, last):
-        """Toybox: events of generated videos, without guidance and in the end with it. Real clips:
-        the loss on windows of the test split."""
+    def evaluate(self, net, clips, autocast):
+        """Toybox: events of generated videos, without guidance (which scores) and with it. Real
+        clips: the loss on windows of the test split."""
         if self.test:
             return self.evaluate_windows(net, clips, autocast)
-        videos = generate(net, self.vae, clips, autocast, steps=12, asg=0., cfg=0.)
-        line, score, _ = score_videos("w_a = 0", videos, clips)
-        lines = [line]
-        if last:
-            asg = self.extra["guidance"]["asg"]
-            guided = generate(net, self.vae, clips, autocast, steps=30, asg=asg, cfg=0.)
-            lines.append(score_videos(f"w_a = {asg:g}", guided, clips)[0])
-        return Evaluation(lines, score, videos)
+        make = partial(generate, net, self.vae, clips, autocast, steps=12, cfg=0.)
+        figures, score = video_figures(make(asg=0.), clips)
+        videos = make(asg=self.extra["guidance"]["asg"])
+        guided, _ = video_figures(videos, clips, "guided_")
+        return Evaluation(figures | guided, score, videos)
 
     def evaluate_windows(self, net, clips, autocast):
         losses = []
@@ -567,7 +579,7 @@ class A2V:
         videos = [] if self.args.pretrained else generate(
             net, self.vae, clips[:8], autocast, steps=12, asg=0., cfg=0.)
         loss = float(np.mean(losses))
-        return Evaluation([f"loss on {len(clips)} test windows {loss:.4f}"], -loss, videos)
+        return Evaluation(dict(test_loss=loss), -loss, videos)
 
 
 # --------------------------------------------------------------------------------- the autoencoders
@@ -600,8 +612,9 @@ class VideoVAE:
         return vae_training_pair([self.args.seed, sample_id], self.args.resolution)
 
     def batch(self, step, rows):
+        # (B, 2, F, H, W, 3) -> twice (B, 3, F, H, W)
         source, target = frames_to_tensor(self.prefetch(step, rows), self.device).unbind(1)
-        return dict(source=source, target=target)                     # (B, 3, F, H, W) each
+        return dict(source=source, target=target)
 
     def loss(self, net, generators, source, target):
         F, H, W = source.shape[2:]
@@ -613,10 +626,9 @@ class VideoVAE:
     def held_out(self, n):
         return toybox_held_out(n, self.args.resolution)
 
-    def evaluate(self, net, clips, autocast, last):
+    def evaluate(self, net, clips, autocast):
         videos = reconstruct(net, clips, autocast)
-        line, score, _ = score_videos("reconstruction", videos, clips)
-        return Evaluation([line], score, videos)
+        return Evaluation(*video_figures(videos, clips), videos)
 
     def measure_latent_stats(self, net):
         """Into net.cfg: shift and scale that give latent 0 and the later latents unit variance."""
@@ -666,6 +678,7 @@ class AudioVAE:
             wave = data.read_audio(clip["sound"] or clip["path"], n)
         else:
             wave = toybox_clip(int(rng.integers(HELD_OUT)), video=False)["audio"]
+        # Any second of it; what is shorter is followed by silence.
         start = rng.integers(max(1, len(wave) - n + 1))
         return np.pad(wave[start:start + n], (0, max(0, n - len(wave))))
 
@@ -682,20 +695,21 @@ class AudioVAE:
             return [dict(audio=self.second(10 ** 12 + i, self.test_files)) for i in range(n)]
         return toybox_held_out(n, video=False)
 
-    def evaluate(self, net, clips, autocast, last):
+    def evaluate(self, net, clips, autocast):
         sounds = []
         errors = []
         with torch.no_grad(), autocast():
+            # One by one: recordings have different lengths.
             for clip in clips:
                 wave = torch.from_numpy(clip["audio"])[None]
                 mean, _ = net.encode(wave.to(self.device))
                 decoded = net.decode(mean, wave.shape[1]).float().cpu()
                 sounds.append(decoded[0].numpy())
                 errors.append(autoencoders.spectral_error(decoded, wave).item())
-        lines = [f"reconstruction: spectral error {np.mean(errors):.3f}"]
+        figures = dict(spectral_error=float(np.mean(errors)))
         if not self.files:
-            lines.append(score_sounds("reconstruction", sounds, clips)[0])
-        return Evaluation(lines, -np.mean(errors))
+            figures["onset_f1_50"] = onset_f1(sounds, [c["events"] for c in clips])
+        return Evaluation(figures, -figures["spectral_error"])
 
     def measure_latent_stats(self, net):
         """Into net.cfg: shift and scale that give every channel unit variance."""
@@ -737,7 +751,8 @@ class TwoTowers:
         if self.args.init:
             before = data.load_checkpoint(self.args.init, self.args.task)
             weights = before["ema"]
-            if before["stage"] == "video":        # its audio tower was never trained
+            # Of stage "video" the audio tower is as it was initialised, perhaps in another size.
+            if before["stage"] == "video":
                 weights = {k: v for k, v in weights.items() if towers.part_of(k) != "audio"}
             data.load_weights(self.net, {**self.net.state_dict(), **weights}, self.args.init)
         for name, p in self.net.named_parameters():
@@ -768,6 +783,7 @@ class TwoTowers:
         n = self.args.pictures
         if n == 0:
             return {}
+        # Any windows of the cache, whatever the sample is.
         index = np.concatenate([rng.integers(len(self.cache["at"]), size=n) for rng in rngs])
         text = self.text("captions", index, np.repeat(rngs, n))
         z = data.gather(self.cache, "latents", index)[:, 0, :, :1].float().to(self.device)
@@ -790,16 +806,18 @@ class TwoTowers:
                             torch.cat([c["z_a"].to(self.device) for c in clips]))
 
     def mean_report(self, loss_of, clips):
-        """The report of four draws of noise, the same at every evaluation -> line, values."""
+        """The loss of four draws of noise, the same at every evaluation -> figures."""
         reports = [loss_of(seeded_each(range(len(clips)), k))[1] for k in range(4)]
-        reports = torch.stack(reports).mean(0).tolist()
-        pairs = [f"{name} {value:.3f}" for name, value in zip(self.columns, reports)]
-        return "loss " + "  ".join(pairs), reports
+        values = torch.stack(reports).mean(0).tolist()
+        return {f"loss {name}": value for name, value in zip(self.columns, values)}
 
-    def generate(self, net, clips, autocast, audio_vae=None, **given):
+    def generate(self, net, clips, autocast, audio_vae=None, **settings):
+        """-> videos, waveforms; without an audio VAE the video tower runs alone."""
+        if net.cfg.bridges and audio_vae:
+            settings["speech"] = [c.get("speech", "") for c in clips]
         return generate_audio_video(
             net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]),
-            self.args.resolution, autocast, steps=25, **given)
+            self.args.resolution, autocast, steps=25, **settings)
 
 
 class SyncFlow(TwoTowers):
@@ -823,10 +841,11 @@ class SyncFlow(TwoTowers):
         loss, report = syncflow_loss(net, z_v, z_a, text, generators, args.stage, args.ot,
                                      args.sigma, args.shift)
         if pictures is not None:
-            loss = loss + image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
+            stills = image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
+            loss = loss + stills
         return loss, report
 
-    def evaluate(self, net, clips, autocast, last):
+    def evaluate(self, net, clips, autocast):
         """The loss on held-out clips; from stage two on also the sounds for their true videos."""
         stage = self.args.stage
         z = self.held_out_latents(clips)
@@ -836,19 +855,21 @@ class SyncFlow(TwoTowers):
             streams = "video" if stage == "video" else "joint"
             return syncflow_loss(net, **z, text_inputs=text, generators=generators, stage=streams)
         with torch.no_grad(), autocast():
-            line, (video, audio) = self.mean_report(loss_of, clips)
+            figures = self.mean_report(loss_of, clips)
+        video, audio = figures.values()
         score = -dict(video=video, audio=audio, joint=video + audio)[stage]
-        sample = partial(self.generate, net, autocast=autocast, cfg=self.extra["guidance"]["cfg"])
+
+        # Samples with the guidance that the checkpoint recommends.
+        make = partial(self.generate, net, autocast=autocast, cfg=self.extra["guidance"]["cfg"])
         if stage == "video":
-            return Evaluation([line], score, sample(clips[:8])[0])
-        lines = [line]
+            return Evaluation(figures, score, make(clips[:8])[0])
         given = None if self.args.no_video else z["z_v"]
-        sounds = sample(clips, audio_vae=self.audio_vae, z_v=given)[1]
+        _, sounds = make(clips, audio_vae=self.audio_vae, z_v=given)
         if not self.test:
-            lines.append(score_sounds("sounds for true videos", sounds, clips)[0])
+            figures["video_driven"] = onset_f1(sounds, [c["events"] for c in clips])
         if stage == "audio":
-            return Evaluation(lines, score, [c["video"] for c in clips[:8]], sounds)
-        return Evaluation(lines, score, *sample(clips[:8], audio_vae=self.audio_vae))
+            return Evaluation(figures, score, [c["video"] for c in clips[:8]], sounds)
+        return Evaluation(figures, score, *make(clips[:8], audio_vae=self.audio_vae))
 
 
 class Harmony(TwoTowers):
@@ -865,6 +886,7 @@ class Harmony(TwoTowers):
                   align=not args.no_rope_align, local=not args.no_gldi)
         # s_v and s_a of SyncCFG are the paper's; text guidance is off, at 1.
         self.extra["guidance"] = dict(cfg=1., sync_video=3., sync_audio=2., shift=args.shift)
+        # Window of the cache -> all windows of its clip, among which references are chosen.
         self.windows_of_clip = {}
         for windows in self.cache["clips"]:
             self.windows_of_clip.update(dict.fromkeys(windows, windows))
@@ -891,6 +913,7 @@ class Harmony(TwoTowers):
         chosen = []
         exists = []
         for i, rng in zip(index, rngs):
+            # Which window the reference comes from, and whether the sample gets one at all.
             candidates = [i]
             if self.args.stage != "audio":
                 candidates = [w for w in self.windows_of_clip[i]
@@ -898,6 +921,7 @@ class Harmony(TwoTowers):
             exists.append(len(candidates) > 0 and rng.random() >= self.args.drop_text)
             chosen.append(rng.choice(candidates) if candidates else i)
         z_a = data.gather(cache, "features", np.array(chosen)).float().mT         # (B, A, S)
+        # Which R latents of it.
         starts = [rng.integers(z_a.shape[2] - R + 1) for rng in rngs]
         ref = torch.stack([z[:, s:s + R] for z, s in zip(z_a, starts)]).to(self.device)
         mask = torch.tensor(exists, device=self.device)[:, None].expand(-1, R)
@@ -912,10 +936,11 @@ class Harmony(TwoTowers):
             args.stage, args.lambda_v, args.lambda_a, args.shift, args.sigma,
             lambda_joint=args.lambda_joint)
         if pictures is not None:
-            loss = loss + image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
+            stills = image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
+            loss = loss + stills
         return loss, report
 
-    def evaluate(self, net, clips, autocast, last):
+    def evaluate(self, net, clips, autocast):
         """The loss on held-out clips; what the stages "video" and "joint" generate."""
         stage = self.args.stage
         z = self.held_out_latents(clips)
@@ -927,34 +952,27 @@ class Harmony(TwoTowers):
             def loss_of(generators):
                 return harmony_loss(net, **z, text=states, generators=generators, stage=stage,
                                     shift=self.args.shift)
-            line, (video, audio, *_) = self.mean_report(loss_of, clips)
+            figures = self.mean_report(loss_of, clips)
+        video, audio, *_ = figures.values()
         if stage == "video":
-            videos, _ = self.generate(net, clips[:8], autocast, cfg=1.)
-            return Evaluation([line], -video, videos)
+            return Evaluation(figures, -video, self.generate(net, clips[:8], autocast, cfg=1.)[0])
         if stage != "joint":                      # the bridges between the towers are not trained
-            return Evaluation([line], -audio)
-        return self.evaluate_joint(net, clips, autocast, line, -video - audio, **z)
+            return Evaluation(figures, -audio)
 
-    def evaluate_joint(self, net, clips, autocast, line, score, z_v, z_a):
-        """Sound for videos, videos for sounds, both from a picture: the model without guidance."""
-        def sample(some, **given):
-            return self.generate(
-                net, some, autocast, self.audio_vae, cfg=1., sync_video=1, sync_audio=1,
-                shift=self.args.shift, speech=[c.get("speech", "") for c in some], **given)
-        _, sounds = sample(clips, z_v=z_v)
-        shown = sample(clips[:8])
-        if self.test:
-            return Evaluation([line], score, *shown)
-        first = np.stack([c["video"][0] for c in clips])
-        driven, _ = sample(clips, z_a=z_a, pictures=first)
-        videos, waves = sample(clips, pictures=first)
-        sound_line, video_driven = score_sounds("sounds for true videos", sounds, clips)
-        video_line, _, audio_driven = score_videos("videos for true sounds", driven, clips)
-        events = [detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
-        pairs = event_scores(events, [onsets_in_sound(w) for w in waves])["f1_50"]
-        pair_line = f"pairs from a picture, events against onsets: F1 at 50 ms {pairs:.3f}"
-        figures = dict(video_driven=video_driven, audio_driven=audio_driven, pairs=pairs)
-        return Evaluation([line, sound_line, video_line, pair_line], score, *shown, figures)
+        # Video and sound from text; then each from the other, and both from a picture.
+        make = partial(self.generate, net, autocast=autocast, audio_vae=self.audio_vae, cfg=1.,
+                       sync_video=1, sync_audio=1, shift=self.args.shift)
+        shown = make(clips[:8])
+        if not self.test:
+            first = np.stack([c["video"][0] for c in clips])
+            events = [c["events"] for c in clips]
+            figures["video_driven"] = onset_f1(make(clips, z_v=z["z_v"])[1], events)
+            driven, _ = make(clips, z_a=z["z_a"], pictures=first)
+            figures["audio_driven"] = video_figures(driven, clips)[0]["f1_50"]
+            videos, waves = make(clips, pictures=first)
+            detected = [detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
+            figures["pairs"] = onset_f1(waves, detected)
+        return Evaluation(figures, -video - audio, *shown)
 
 
 TASK_CLASSES = {"a2v": A2V, "t2av": SyncFlow, "joint": Harmony, "vae": VideoVAE,
@@ -967,9 +985,11 @@ def orthogonalise(x, dtype):
     """Matrix (M, N) -> one with its singular vectors, and singular values near 1: five steps of
     Newton-Schulz with the coefficients of Jordan et al. 2024 (Muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
+    # The smaller side first, so that the products are small.
     tall = x.shape[0] > x.shape[1]
     y = x.to(dtype)
     y = y.T if tall else y
+    # All singular values to [0, 1]; every step then moves them towards 1 by a polynomial.
     y = y / y.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = y @ y.T
@@ -994,8 +1014,9 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
+                # Nesterov momentum.
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"])       # Nesterov
+                update = p.grad.lerp(buffer, group["momentum"])
                 update = orthogonalise(update.flatten(1), self.dtype)
                 # Entries of the size of AdamW's, about 0.2 (Moonlight, 2025).
                 size = .2 * math.sqrt(max(update.shape))
@@ -1012,8 +1033,9 @@ def make_optimisers(net, name, lr, weight_decay=.01, dtype=torch.float32):
     trained = [(key, p) for key, p in net.named_parameters() if p.requires_grad]
     inside = [p for key, p in trained if is_muons(key, p)]
     rest = [p for key, p in trained if not is_muons(key, p)]
+    # Weight decay for matrices only: biases and scales have their size for a reason.
     groups = [dict(params=[p for p in rest if p.dim() > 1], weight_decay=weight_decay),
-              dict(params=[p for p in rest if p.dim() < 2])]          # biases, scales: no decay
+              dict(params=[p for p in rest if p.dim() < 2])]
     fused = rest[0].device.type != "mps"
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(.9, .98), weight_decay=0., fused=fused)
     return [adamw, Muon(inside, lr, weight_decay, dtype)] if inside else [adamw]
@@ -1075,8 +1097,9 @@ def wrap(task, args):
         for block in net.all_blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
+        # Blocks are alike, so that they are compiled once.
         for module in net.all_blocks() if has_blocks else [objective]:
-            module.compile()                      # blocks are alike: compiled once
+            module.compile()
     if world_size() > 1 and not getattr(args, "fsdp", False):
         # In steps without audio layers their parameters get no gradient, in all processes alike.
         objective = DistributedDataParallel(objective, broadcast_buffers=False,
@@ -1114,6 +1137,7 @@ def count_flops(task, batch, clips):
     device, which computes shapes and no numbers: nothing is allocated."""
     def to_meta(x):
         return x.to("meta") if isinstance(x, torch.Tensor) else x
+    # The network once more, as shapes; what is frozen has no backward pass.
     with torch.device("meta"):
         net = type(task.net)(task.net.cfg)
     for copy, p in zip(net.parameters(), task.net.parameters()):
@@ -1177,7 +1201,9 @@ class Run:
             raise BadInput(f"--batch-size {args.batch_size} must be a multiple of processes x "
                            f"--accum = {parts}")
         self.micro_batch = args.batch_size // parts
-        torch.manual_seed(args.seed)                                  # of the initial weights
+
+        # The task prepares its data and builds its network, whose initial weights --seed decides.
+        torch.manual_seed(args.seed)
         self.task = TASK_CLASSES[args.task](args, self.device, self.autocast)
         self.net = self.task.net.to(self.device)
         self.flops = self.describe(text) if rank() == 0 else 0
@@ -1186,17 +1212,23 @@ class Run:
         self.sharded = getattr(args, "fsdp", False)
         if self.sharded:
             shard(self.net)
+
+        # Averages of what is trained, by name; of the published size in the CPU's memory.
         where = "cpu" if self.published else self.device
-        self.ema = {k: local_shard(p.detach()).to(where, copy=True)   # name -> averaged weight
+        self.ema = {k: local_shard(p.detach()).to(where, copy=True)
                     for k, p in self.net.named_parameters() if p.requires_grad}
+        # Muon's products are in bfloat16 where that is native, in float32 elsewhere.
         dtype = torch.float32 if isinstance(self.autocast(), nullcontext) else torch.bfloat16
         self.optimisers = make_optimisers(self.net, args.optimizer, args.lr, dtype=dtype)
-        self.step = 0
-        self.best = -math.inf                                         # score of best.pt
-        self.seconds = 0.                                             # of training, all sessions
-        self.reports = []                                             # since the last log line
-        self.clock = time.perf_counter()
         self.objective = wrap(self.task, args)
+
+        # Steps taken, the score of best.pt, seconds of training in all sessions; what was reported
+        # since the last line of the log, and when that was.
+        self.step = 0
+        self.best = -math.inf
+        self.seconds = 0.
+        self.reports = []
+        self.clock = time.perf_counter()
 
     def describe(self, text):
         """Print what is trained on what -> FLOPs of a step."""
@@ -1221,6 +1253,7 @@ class Run:
         """Gradients of this step, averaged over micro-batches and processes."""
         accum = self.args.accum
         for i in range(accum):
+            # The rows of this micro-batch, their inputs, their noise.
             start = (rank() * accum + i) * self.micro_batch
             rows = list(range(start, start + self.micro_batch))
             batch = self.task.batch(self.step, rows)
@@ -1243,6 +1276,7 @@ class Run:
     def update(self):
         """One step of the optimisers -> norm of the gradient before clipping."""
         args = self.args
+        # Too large a gradient is scaled down to --clip.
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), args.clip or math.inf)
         norm = norm.full_tensor() if self.sharded else norm
         if not torch.isfinite(norm):
@@ -1254,6 +1288,7 @@ class Run:
                 group["lr"] = learning_rate(self.step, args)
             optimiser.step()
         self.net.zero_grad(set_to_none=True)
+        # The averages follow.
         every = EMA_EVERY_PRETRAINED if self.published else 1
         update_ema(self.ema, self.net, self.step, args.ema, every)
         self.step += 1
@@ -1264,6 +1299,7 @@ class Run:
 
     def log(self, norm):
         """Means since the last report, as a line of text and a row of log.csv."""
+        # A report may be missing for a noise level that no sample had: nan, left out of the mean.
         elapsed = time.perf_counter() - self.clock
         self.seconds += elapsed
         each = elapsed / (len(self.reports) / self.args.accum)
@@ -1273,8 +1309,10 @@ class Run:
         speed = f"{self.flops / each / 1e9:.0f} GFLOP/s"
         if self.device.type == "cuda":
             share = self.flops / each / world_size() / peak_flops(self.device)
+            # Of an unknown GPU nothing is claimed.
+            speed += "" if math.isnan(share) else f" = {100 * share:.0f} % of the peak"
             memory = torch.cuda.max_memory_allocated(self.device) / 2 ** 30
-            speed += f" = {100 * share:.0f} % of the peak, {memory:.1f} GiB"
+            speed += f"  {memory:.1f} GiB"
         log_rank0(f"step {self.step}/{self.args.steps}  loss {loss:.4f}  "
                   + "  ".join(f"{k} {v:.4g}" for k, v in report.items())
                   + f"  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * each:.0f} ms  {speed}  "
@@ -1293,8 +1331,7 @@ class Run:
             self.net.eval()
             # Evaluation has other shapes than training: not worth compiling for.
             with torch.compiler.set_stance("force_eager"):
-                last = self.step == self.args.steps
-                evaluation = self.task.evaluate(self.net, clips, self.autocast, last)
+                evaluation = self.task.evaluate(self.net, clips, self.autocast)
             self.net.train()
             score = evaluation.score
             if rank() == 0:
@@ -1305,16 +1342,15 @@ class Run:
         swap_ema(self.net, self.ema)
 
     def write(self, evaluation, clips):
-        if evaluation.figures:
-            log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
-        for line in evaluation.lines:
-            tqdm.write(f"  evaluation at step {self.step}, {len(clips)} held-out clips, {line}")
+        figures = "  ".join(f"{k} {v:.3f}" for k, v in evaluation.figures.items())
+        tqdm.write(f"  evaluation at step {self.step}, {len(clips)} held-out clips: {figures}")
+        log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
         if len(evaluation.videos):
             height = data.sides(self.args.resolution)[0]
             write_samples(self.out / f"{self.step:06d}", evaluation, clips, height)
 
     def options(self):
-        """How states are gathered: whole, in the CPU's memory, what is trained where only that is
+        """How states are gathered: complete, in the CPU's memory, what is trained where only that is
         saved. The same call serves one process, several, and shares of FSDP."""
         return StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False,
                                 ignore_frozen_params=self.published)
@@ -1334,6 +1370,8 @@ class Run:
 
     def save_last(self):
         """Everything that resuming needs."""
+        # Weights, states of the optimisers; then the averages, which go through the network because
+        # that knows how to gather them.
         model, states = get_state_dict(self.net, self.optimisers, options=self.options())
         swap_ema(self.net, self.ema)
         averages = get_model_state_dict(self.net, options=self.options())
@@ -1342,7 +1380,7 @@ class Run:
         self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best)
 
     def resume(self):
-        """Continue from last.pt, if there is one and these settings made it."""
+        """Continue from last.pt, if a run with these settings has left it."""
         path = self.out / "last.pt"
         if not path.is_file():
             return
@@ -1392,9 +1430,12 @@ def train(args):
             run.accumulate_gradients()
             norm = run.update()
             bar.update()
-            stopping = any_process(stop, run.device)                  # all stop at the same step
+            # If one process was asked to stop, all stop after this step.
+            stopping = any_process(stop, run.device)
             if run.due(args.log_every):
                 run.log(norm)
+
+            # The clock counts training alone: evaluations and checkpoints are a pause.
             pause = time.perf_counter()
             if run.due(args.sample_every) and takes_part:
                 run.evaluate(clips)
@@ -1402,7 +1443,7 @@ def train(args):
                 run.save_last()
             if run.due(args.sample_every) or run.due(args.save_every) or stopping:
                 wait_for_rank0()
-            run.clock += time.perf_counter() - pause                  # counts training alone
+            run.clock += time.perf_counter() - pause
             if stopping:
                 bar.close()
                 print(f"stopped at step {run.step}; the same command continues from "
