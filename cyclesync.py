@@ -77,9 +77,9 @@ from tqdm import tqdm
 import data
 from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, temp_path,
                   tensor_to_frames)
-from sample import (A2V_FILE, HERE, VAE_FILE, WithoutAudio, attach_external_encoders, encode_sound,
-                    encode_video, generate_audio_video, generate_video, load_a2v, load_t2av,
-                    pick_device, video_to_audio)
+from sample import (A2V_FILE, ROOT, encode_sound, encode_video, external_encoders,
+                    generate_audio_video, generate_video, load, load_a2v, load_t2av, pick_device,
+                    video_to_audio)
 from toybox import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, detect_clip_events, detect_events,
                     draw_scene, fit_scene, synthesise, toybox_clip, track_states)
 
@@ -649,7 +649,7 @@ class AudioToVideo:
         self.args = args
         self.clips = held_out_clips(args, self.ckpt["size"])
         captions = [c["caption"] for c in self.clips]
-        attach_external_encoders(self.model, args, captions, self.device)
+        self.encoders = external_encoders(self.model, args, captions, self.device)
         self.v2a, self.v2a_name = v2a_models(args, self.clips)
         self.networks = {what: getattr(args, what) for what in TORCHSCRIPT if getattr(args, what)}
         if args.fad and not self.v2a[0]:
@@ -664,9 +664,9 @@ class AudioToVideo:
 
     def generate(self, asg, cfg=0.):
         """asg, cfg: w_a, w_t of Syncphony eq. 6; asg=None: without the audio layers (off-sync)."""
-        model = WithoutAudio(self.model) if asg is None else self.model
-        return generate(model, self.vae, self.clips, self.autocast, self.args.seed,
-                        steps=self.args.steps, asg=asg or 0., cfg=cfg)
+        return generate(self.model, self.vae, self.clips, self.autocast, self.args.seed,
+                        steps=self.args.steps, asg=asg or 0., cfg=cfg, encoders=self.encoders,
+                        use_audio=asg is not None)
 
     def features(self, videos, sounds):
         """-> {distance: features (n, d)}, for the distances between clouds of them."""
@@ -1186,11 +1186,10 @@ def ablate(args):
 def run_training(args, folder, flags):
     """Run train.py with these flags, and with those of this command that concern it."""
     print(f"training {folder}", flush=True)
-    command = [sys.executable, HERE / "train.py", "--seed", args.seed, "--eval-clips", 24,
-               "--device", args.device, "--data-root", args.data_root, "--vae", args.vae,
-               "--out", folder, *flags]
-    if args.audio_vae:
-        command += ["--audio-vae", args.audio_vae]
+    command = [sys.executable, ROOT / "train.py", "--seed", args.seed, "--eval-clips", 24,
+               "--device", args.device, "--data-root", args.data_root, "--out", folder, *flags]
+    for flag, path in (("--vae", args.vae), ("--audio-vae", args.audio_vae)):
+        command += [flag, path] if path else []
     # 130: Ctrl-C reached the training, which has saved its state.
     code = subprocess.run([str(part) for part in command]).returncode
     if code == 130:
@@ -1358,11 +1357,54 @@ def score_clip(args):
     print(json.dumps(to_json(result)))
 
 
+def skip_block_study(args):
+    """Syncphony figures 10, 11: videos from the same noise, each without one block of the network.
+
+    In the paper appearance breaks without early blocks and motion changes without late ones, which
+    is why the audio layers are in the late ones. Writes one film strip per video, that of the
+    complete network first, and prints the mean |difference| from it, of 255."""
+    if not (args.audio and args.image):
+        raise BadInput("--skip-blocks: give --audio x.wav and --image f.png")
+    device, autocast, _ = pick_device(args.device)
+    system = load(args.ckpt, device, args.vae, pretrained=args.pretrained, task="a2v")
+    model, guidance = system.model, system.checkpoint["guidance"]
+    encoders = external_encoders(model, args, [""], device)
+    wave = read_audio(args.audio)
+    picture = data.read_image(args.image, system.checkpoint["size"])
+    frames = max(2, round(len(wave) / RATE * FPS))
+    clip = dict(video=np.repeat(picture[None], frames, 0), audio=wave, caption="")
+
+    def skip(x, y, *_):
+        # Passes its inputs on, and adds no keys and values to the cache.
+        empty = x.new_zeros(len(x), model.cfg.heads, 0, model.cfg.head_dim)
+        return x, y, (empty, empty)
+
+    strips, differences = [], []
+    for i, block in enumerate([None, *model.all_blocks()]):
+        if block is not None:
+            block.forward = skip
+        video = generate(model, system.vae, [clip], autocast, args.seed, steps=args.steps,
+                         encoders=encoders, **guidance)[0].astype(float)
+        strips.append(film_strip(video.astype(np.uint8), wave))
+        if block is None:
+            complete = video
+            continue
+        del block.forward
+        differences.append(np.abs(video - complete).mean())
+        kind = "double" if i <= model.cfg.n_double else "single"
+        print(f"without block {i - 1} ({kind}-stream): {differences[-1]:.2f} of 255", flush=True)
+    data.write_picture(Path(args.out) / "skip-blocks.png", np.concatenate(strips))
+    print(json.dumps(to_json(dict(skip_blocks=differences))))
+
+
 def arguments():
     p = Parser(__doc__)
     p.add_argument("clip", nargs="?", help="score this one video with its sound")
     p.add_argument("--pairs", nargs=2, metavar=("TRUE", "REMADE"), help="CycleSync of two folders")
     p.add_argument("--audio", help="a recording to move toybox pictures by")
+    p.add_argument("--skip-blocks", action="store_true", help="with --audio and --image: videos "
+                   "without one block of the network each (Syncphony figures 10, 11)")
+    p.add_argument("--image", help="--skip-blocks: the first frame")
     p.add_argument("--shift-study", action="store_true", help="metrics on sounds that are late")
     p.add_argument("--ablate", choices=tuple(ABLATIONS), help="train and score a paper's ablation "
                    "tables: an hour or two on 2 cores, harmony's a day")
@@ -1371,8 +1413,8 @@ def arguments():
     p.add_argument("--init", metavar="FILE", help="--ablate harmony: towers to start from, of "
                    "train.py --task joint --stage timbre; else they are trained first")
     p.add_argument("--ckpt", default=str(A2V_FILE), help="of train.py --task a2v, t2av or joint")
-    p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
-    p.add_argument("--audio-vae", help="the audio VAE it was trained with, if not in weights/")
+    p.add_argument("--vae", help="its VAE, if that is neither in weights/ nor beside it")
+    p.add_argument("--audio-vae", help="likewise its audio VAE")
     p.add_argument("--pretrained", help="of a checkpoint on Pyramid Flow: that folder")
     p.add_argument("--hubert", help="of such a checkpoint: its HuBERT, a folder or hub name")
     p.add_argument("--data", default="toybox", help=f"or {', '.join(data.DATASETS)}, or a folder")
@@ -1402,8 +1444,8 @@ def arguments():
 def main():
     args = arguments().parse_args()
     # The first flag that is given says what to do; without any, the table of --ckpt.
-    commands = dict(clip=score_clip, pairs=score_pairs, audio=evaluate_recording,
-                    shift_study=shift_study, ablate=ablate)
+    commands = dict(clip=score_clip, pairs=score_pairs, skip_blocks=skip_block_study,
+                    audio=evaluate_recording, shift_study=shift_study, ablate=ablate)
     for name, command in commands.items():
         if getattr(args, name):
             return command(args)

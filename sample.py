@@ -1,725 +1,1048 @@
-"""Sampling: a picture and a sound become a video that moves with the sound; a text becomes both; a video gets a sound.
+"""Sampling: from noise to a file. The samplers, their guidance, and the sampling command.
 
-Latent 0 is the given picture. Every later latent starts as noise and takes `steps` Euler steps down the path of losses.py,
+    captions, audio, first frame --encoders--> conditions --+
+                                                            v
+    noise -------------------------------> Euler:  x <- x + (sigma_next - sigma) v
+                                                            ^          |  sigma from 1 to 0
+    given latents (video, audio, first frame) ---impose-----+          v
+                                                 latents --VAEs--> frames, waveform --> .mp4
 
-    x <- x + (sigma_next - sigma) v                  sigma from 1 to 0
+Three samplers share `euler` and `losses.combine_guidance`:
 
-looking back on the finished latents (kept as keys and values, exactly; see model.py) and into the sound around it. When it
-is done it joins the context and the next one starts: a minute of sound makes a minute of video in constant memory.
-A model of Pyramid Flow's layout goes its three stages instead, from coarse to fine (`sample_pyramid`); its checkpoint says so.
+    sample_autoregressive   Syncphony: one latent after the other, attending to a cache of the
+                            finished ones, so memory does not grow with the length of the audio
+    sample_stages           the same in Pyramid Flow's layout, three resolutions per latent
+    sample_joint            SyncFlow and Harmony: all latents of video and audio together
 
-v is guided (Syncphony eq. 6). Three evaluations of the same weights share one batch:
+**Guidance** compares the conditional velocity with those of branches in which ONE condition is
+replaced. All branches of a step are rows of one batch; S = 1 leaves a branch out:
 
-    full        text and audio                                                 v(c)
-    null text   the empty caption, audio on                                    v(null)
-    off-sync    text on, audio LAYERS left out: what the model would do deaf   v_off(c)
+    branch     replaces                                           scale S
+    null       the text by the empty caption                      1 + w_t   Syncphony eq. 6
+                                                                  w         SyncFlow eq. 3
+    off-sync   nothing, but the audio layers are skipped          1 + w_a   Syncphony eqs. 5, 6
+    silent     the audio by silence at sigma = 0, for the video   s_v       Harmony eq. 9
+    static     the video by a still at sigma = 0, for the audio   s_a       Harmony eq. 10
 
-    v = v(c) + w_a [v(c) - v_off(c)] + w_t [v(c) - v(null)]
-
-Full and off-sync are the same up to the first audio layer, so those blocks run once for both. --asg is w_a and --cfg is
-w_t; in the form of losses.combine_guidance they are S - 1. A weight of 0 leaves its branch out. Without a prompt there is no text to
-guide by, and --cfg rests.
-
-**Both at once** (SyncFlow). Two towers on one clock: picture and sound go from noise to clean together, every step in one call
-(`sample_syncflow`). Adding sound to a GIVEN video needs no training: at every step the video's latents are replaced by the true ones at
-this step's noise level, (1 - s) z + s eps with one eps, and the audio tower sees what it has always seen.
-
-**Harmony** (`sample_harmony`): the given stream is simply clean. Guidance is against a partner who does nothing (SyncCFG), so it strengthens
-not the text and not the partner, but that the two agree.
+**Given streams.** Given can be the beginning of a stream (the first frame, the audio so far) or
+all of it. `impose` puts it into x before every step, at the noise level that the network expects:
+SyncFlow has one level for everything, so the latents are noised to it (section 5); Harmony was
+trained with clean partners.
 
     python sample.py --audio assets/hammer.wav --image assets/hammer.png
     python sample.py --audio x.wav --image f.png --prompt "a dog barks" --asg 2 --shift-audio 0.3
     python sample.py --prompt "a hammer strikes a block three times"
     python sample.py --video clip.mp4
-    python sample.py --ckpt out/joint/joint/best.pt --prompt "a face calls out" --transcript "u i" --ref-audio voice.wav --maps
+    python sample.py --prompt "a face calls out" --transcript "u i" --ref-audio voice.wav --maps
     python sample.py --bench
 
-    B clips · R rows = guidance branches x clips · L latents · C h w latent channels and grid · F frames
+    B clips · R guidance branches · L latents · C h w latent channels and grid · S audio latents or
+    feature steps · A audio channels · T text tokens · video uint8 (frames, H, W, 3)
 """
 import hashlib
 import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import (FPS, RATE, BadInput, Parser, add_sound, film_strip, load_checkpoint, load_weights, log_mel, number, read_audio, read_image,
-                  read_video, run_cli, write_picture, write_sound, write_video)
+import pyramid
+from data import FPS, RATE, BadInput, frames_to_tensor, tensor_to_frames
 from losses import combine_guidance, shift_sigma
 from model import MMDiT, MMDiTConfig, text_bytes
-import pyramid
-from pyramid import QUALITY_SUFFIX, NEGATIVE_PROMPT, block_noise, with_guidance, load_pyramid_flow, load_pyramid_vae, sample_pyramid
 from towers import DualTower, DualTowerConfig
 from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
 
-HERE = Path(__file__).parent
-VAE_FILE, A2V_FILE, AUDIO_VAE_FILE, MEL_VAE_FILE, T2AV_FILE, JOINT_FILE = (HERE / f"weights/{name}-toybox.pt" for name in ("vae", "a2v", "audio-vae", "mel-vae", "t2av", "joint"))
+ROOT = Path(__file__).parent
+WEIGHTS = ROOT / "weights"
+VAE_FILE = WEIGHTS / "vae-toybox.pt"
+AUDIO_VAE_FILE = WEIGHTS / "audio-vae-toybox.pt"              # of waveforms, for SyncFlow
+MEL_VAE_FILE = WEIGHTS / "mel-vae-toybox.pt"                  # of spectra, for Harmony
+A2V_FILE = WEIGHTS / "a2v-toybox.pt"
+T2AV_FILE = WEIGHTS / "t2av-toybox.pt"
+JOINT_FILE = WEIGHTS / "joint-toybox.pt"
+SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}
+STEPS = {"a2v": 30, "t2av": 50, "joint": 40}                  # Euler steps; of a2v: per latent
 
 
 def pick_device(name="auto"):
-    """'auto' | 'cuda' | 'mps' | 'cpu' -> device, autocast context maker, the choice in words."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    """'auto' | 'cuda' | 'mps' | 'cpu' -> device, a maker of autocast contexts, both in one line."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise BadInput(f"--device {name}: this machine has none that torch can use; leave --device at auto")
-    native = {"cuda": cuda and torch.cuda.is_bf16_supported(), "mps": False, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported()}[name]
-    words = f"{name} ({torch.cuda.get_device_name() if name == 'cuda' else f'{torch.get_num_threads()} threads'}), " + (
-        "bfloat16 autocast: the hardware has it" if native else "float32: no native bfloat16")
-    return torch.device(name), (lambda: torch.autocast(name, torch.bfloat16)) if native else nullcontext, words
+        name = next((kind for kind, is_there in available.items() if is_there), "cpu")
+    if not available.get(name, True):
+        raise BadInput(f"--device {name}: torch finds no such device; leave --device at auto")
+
+    # bfloat16 only where the hardware has it: emulated, it is slower than float32
+    native = False
+    description = f"{torch.get_num_threads()} threads"
+    if name == "cuda":
+        description = torch.cuda.get_device_name()
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif name == "cpu":
+        # this operator is missing in builds without mkldnn, such as those for Macs
+        probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        native = probe is not None and probe()
+    autocast = partial(torch.autocast, name, torch.bfloat16) if native else nullcontext
+    precision = "bfloat16 autocast" if native else "float32: no native bfloat16"
+    return torch.device(name), autocast, f"{name} ({description}), {precision}"
 
 
-def load_vae(path=VAE_FILE, device="cpu"):
-    """A checkpoint of ours, or the folder of Pyramid Flow's VAE."""
-    if Path(path).is_dir():
-        return load_pyramid_vae(path, device)
-    ckpt = load_checkpoint(path, "vae", "the toybox VAE ships as weights/vae-toybox.pt, or train one: python train.py --task vae")
-    return load_weights(CausalVideoVAE(VAEConfig(**ckpt["config"])), ckpt["ema"], path).to(device).eval()
+# ------------------------------------------------------------------------------- checkpoints
+
+@dataclass
+class System:
+    """A checkpoint ready to sample from, with its averaged (EMA) weights."""
+    task: str                                 # a2v | t2av | joint
+    model: torch.nn.Module
+    vae: torch.nn.Module
+    audio_vae: torch.nn.Module                # None for a2v
+    checkpoint: dict
 
 
-def load_a2v(path=A2V_FILE, vae_path=VAE_FILE, device="cpu", pretrained=None):
-    """-> the model with its averaged (EMA) weights, the VAE it was trained with, the checkpoint. What was trained on top of Pyramid
-    Flow is the trained part alone: `pretrained`, the folder of all of it, holds the rest."""
-    ckpt = load_checkpoint(path, "a2v", "the toybox model ships as weights/a2v-toybox.pt, or train one: python train.py --task a2v")
-    config = MMDiTConfig(**ckpt["config"])
-    if config.text == "bytes":
-        model = load_weights(MMDiT(config), ckpt["ema"], path)
-    elif not pretrained:
-        raise BadInput(f"{path}: trained on top of Pyramid Flow; give its downloaded folder by --pretrained, and --hubert facebook/hubert-large-ls960-ft")
+def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" or ".join(SYSTEMS)):
+    """A checkpoint of train.py -> `System`. Its VAEs are found by their fingerprints (`find_vae`).
+
+    vae, audio_vae: files to take instead. pretrained: Pyramid Flow's folder, for a checkpoint that
+    holds only what was trained on top of it. task: what the checkpoint must be of."""
+    train_one = f"weights/ has one, or: python train.py --task {task.split()[0]}"
+    checkpoint = data.load_checkpoint(path, task, train_one)
+    config = checkpoint["config"]
+    weights = checkpoint["ema"]
+    if checkpoint["task"] != "a2v":
+        model = DualTower(DualTowerConfig(**config))
+    elif config["text"] == "bytes":
+        model = MMDiT(MMDiTConfig(**config))
+    elif pretrained:
+        folder = Path(pretrained) / "diffusion_transformer_384p"
+        model = pyramid.load_pyramid_flow(folder, audio_dim=config["audio_dim"],
+                                          audio_rope=config["audio_rope"])
+        weights = {**model.state_dict(), **weights}
+        vae = Path(pretrained) / "causal_video_vae"
     else:
-        model = load_pyramid_flow(Path(pretrained) / "diffusion_transformer_384p", audio_dim=config.audio_dim, audio_rope=config.audio_rope)
-        load_weights(model, {**model.state_dict(), **ckpt["ema"]}, path)
-        vae_path = Path(pretrained) / "causal_video_vae"
-    vae = load_vae(vae_path, device)
-    if ckpt["vae"] != fingerprint(vae):
-        raise BadInput(f"{vae_path}: not the VAE that {path} was trained with; give that one by --{'pretrained' if pretrained else 'vae'}")
-    return model.to(device).eval(), vae, ckpt
+        raise BadInput(f"{path}: trained on top of Pyramid Flow; give its downloaded folder by "
+                       "--pretrained, and --hubert facebook/hubert-large-ls960-ft")
+    model = data.load_weights(model, weights, path).to(device).eval()
+    video_vae = find_vae(checkpoint, "vae", path, vae, device)
+    if "audio_vae" in checkpoint:
+        audio_vae = find_vae(checkpoint, "audio_vae", path, audio_vae, device)
+    return System(checkpoint["task"], model, video_vae, audio_vae, checkpoint)
+
+
+def load_a2v(path=A2V_FILE, vae=None, device="cpu", pretrained=None):
+    """-> model, VAE, checkpoint: `load` of a task a2v."""
+    s = load(path, device, vae, pretrained=pretrained, task="a2v")
+    return s.model, s.vae, s.checkpoint
+
+
+def load_t2av(path=T2AV_FILE, vae=None, audio_vae=None, device="cpu"):
+    """-> two towers, VAE, audio VAE, checkpoint: `load` of a task t2av or joint."""
+    s = load(path, device, vae, audio_vae, task="t2av or joint")
+    return s.model, s.vae, s.audio_vae, s.checkpoint
+
+
+def load_vae(path=VAE_FILE, device="cpu", task="vae"):
+    """A VAE of train.py, of one of the tasks named, or the folder of Pyramid Flow's."""
+    if Path(path).is_dir():
+        return pyramid.load_pyramid_vae(path, device)
+    train_one = f"weights/ has the toybox's; or train one: python train.py --task {task}"
+    checkpoint = data.load_checkpoint(path, task, train_one)
+    config = checkpoint["config"]
+    if checkpoint["task"] == "vae":
+        vae = CausalVideoVAE(VAEConfig(**config))
+    else:
+        front = "mel" if checkpoint["task"] == "mel-vae" else "waveform"
+        vae = AudioVAE(AudioVAEConfig(**{**config, "front": front}))
+    return data.load_weights(vae, checkpoint["ema"], path).to(device).eval()
 
 
 def load_audio_vae(path=AUDIO_VAE_FILE, device="cpu"):
-    """Of waveforms, as SyncFlow's towers have it, or of spectra, as Harmony's."""
-    ckpt = load_checkpoint(path, "audio-vae or mel-vae", "the toybox's ship as weights/audio-vae-toybox.pt and mel-vae-toybox.pt, or train one: python train.py --task audio-vae, or mel-vae")
-    front = "mel" if ckpt["task"] == "mel-vae" else "waveform"
-    vae = AudioVAE(AudioVAEConfig(**{**ckpt["config"], "front": front}))
-    return load_weights(vae, ckpt["ema"], path).to(device).eval()
-
-
-def load_t2av(path=T2AV_FILE, vae_path=VAE_FILE, audio_vae_path=None, device="cpu"):
-    """-> the two towers (SyncFlow's or Harmony's) with their averaged weights, the VAEs they were trained with, the checkpoint. Without
-    audio_vae_path it is the shipped one of their kind."""
-    ckpt = load_checkpoint(path, "t2av or joint", "SyncFlow's for the toybox ships as weights/t2av-toybox.pt, or train one: python train.py --task t2av")
-    model = load_weights(DualTower(DualTowerConfig(**ckpt["config"])), ckpt["ema"], path)
-    audio_vae_path = audio_vae_path or (MEL_VAE_FILE if model.cfg.bridges else AUDIO_VAE_FILE)
-    vaes = load_vae(vae_path, device), load_audio_vae(audio_vae_path, device)
-    for flag, name, vae in zip(("vae", "audio-vae"), (vae_path, audio_vae_path), vaes):
-        if ckpt[flag.replace("-", "_")] != fingerprint(vae):
-            raise BadInput(f"{name}: not the {flag} that {path} was trained with; give that one by --{flag}")
-    return model.to(device).eval(), *vaes, ckpt
-
-
-def attach_external_encoders(model, args, captions, device):
-    """Give a model on Pyramid Flow the ears and the reader that it was trained with: `model.hubert`, `model.prompts`."""
-    if model.cfg.text == "bytes":
-        return
-    if not args.hubert:
-        raise BadInput(f"{args.ckpt}: hears by HuBERT; give --hubert facebook/hubert-large-ls960-ft")
-    captions = sorted(set(captions))
-    states = pyramid.t5_clip_states(args.pretrained, [*(c + QUALITY_SUFFIX if c else "" for c in captions), NEGATIVE_PROMPT], device)
-    model.hubert, model.prompts = pyramid.load_hubert(args.hubert, device), dict(zip([*captions, NEGATIVE_PROMPT], zip(*(torch.from_numpy(a).float() for a in states))))
+    """An audio VAE, of waveforms (SyncFlow) or of spectra (Harmony)."""
+    return load_vae(path, device, "audio-vae or mel-vae")
 
 
 def fingerprint(vae):
-    """A few letters that tell one VAE's latents from another's: they depend on the encoder alone, decoders may be tuned."""
+    """16 hex digits that identify a VAE's latents: of its encoder alone, decoders may be tuned."""
     config = asdict(vae.cfg)
     # The fields of the audio VAE's other front end say nothing about these latents.
     unused = {"waveform": ("front", "mels", "depth"), "mel": ("front", "ratios", "patch", "lstm")}
     for name in unused.get(config.get("front"), ()):
         del config[name]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, w in sorted(vae.state_dict().items()):
+    for name, weight in sorted(vae.state_dict().items()):
         if name.startswith(("encoder", "quant_conv")):
-            digest.update((w.half() + 0.).cpu().numpy().tobytes())            # -0 and 0 are one number, but not one byte
+            # + 0. turns -0 into 0: one number, but not one byte
+            digest.update((weight.half() + 0.).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-class WithoutAudio:
-    """A model without its audio layers: what it would do if it had never heard. The off-sync row of every table."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def prefill(self, first, text, pooled, audio, n_off_sync=0):
-        return self.model.prefill(first, text, pooled)
-
-    def __call__(self, clips, timestep, text, mask, pooled, audio, off_sync=0, gone=0):
-        return self.model(clips, timestep, text, mask, pooled)
+@cache
+def file_fingerprint(path, modified, task):
+    """Fingerprint of a VAE's file, read once per process; None: no VAE of this task."""
+    try:
+        return fingerprint(load_vae(path, task=task))
+    except BadInput:
+        return None
 
 
-def sample_autoregressive(model, z0, latents, sound, words, nothing=None, steps=30, asg=2., cfg=0., seeds=(0,), bar=None):
-    """Generate latents 1.. one after another, yielding each as (B, C, 1, h, w), normalised.
+def find_vae(checkpoint, kind, path, override=None, device="cpu"):
+    """The VAE (kind "vae" or "audio_vae") whose fingerprint the checkpoint at `path` names.
 
-    z0 (B, C, 1, h, w): the picture's latent; sound: the whole of it, words, and nothing to say, as `MMDiT.encode_audio` and
-    `MMDiT.encode_text` take them (nothing=None: no text guidance). asg, cfg: w_a, w_t >= 0. Clip i draws its noise from seeds[i]
-    alone, so it does not depend on the batch around it."""
-    B, noise = len(z0), [torch.Generator().manual_seed(int(s)) for s in seeds]
-    (text, mask, pooled), audio = model.encode_text(words), model.encode_audio(sound)      # (B, T, ·), (B, T), (B, ·); (B, S, A)
-    null = cfg > 0 and nothing is not None
-    if null:                                                                  # rows: full, null text (, off-sync)
-        text, mask, pooled = (torch.cat(pair) for pair in zip((text, mask, pooled), model.encode_text(nothing)))
-    if model.cfg.context_clock == "shared":                                   # Pyramid Flow's way; `steps` in all three stages
-        each, draw = lambda f: torch.stack([f(g) for g in noise]), (z0.shape[1], latents - 1, *z0.shape[3:])
-        yield from sample_pyramid(with_guidance(model, text, mask, pooled, audio, asg), z0, latents,
-                                   each(lambda g: torch.randn(draw, generator=g)).to(z0), [len(p) for p in np.array_split(range(steps), 3)], cfg,
-                                   jump=lambda shape: each(lambda g: block_noise(shape[1:], g)), keep=model.cfg.context, bar=bar)
-        return
-    if null:
-        audio, z0 = audio.repeat(2, 1, 1), z0.repeat(2, 1, 1, 1, 1)
-    context = model.prefill(z0, text, pooled, audio, n_off_sync=B if asg > 0 else 0)
-    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    for _ in range(1, latents):
-        x = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in noise]).to(z0)              # fp32 all the way
-        for s, s_next in zip(sigmas[:-1], sigmas[1:]):
-            v = model.denoise_step(context, x.repeat(1 + null, 1, 1, 1, 1), s).to(x)
-            v = combine_guidance(v[:B], (1 + asg, v[-B:]), (1 + cfg if null else 1, v[B:2 * B]))                # Syncphony eq. 6
-            x = x + (s_next - s) * v                                          # Euler
-            if bar is not None:
-                bar.update()
-        model.append_latent(context, x.repeat(1 + null, 1, 1, 1, 1))
+    It is looked for where it was in training, in weights/ and beside the checkpoint. override: a
+    file or folder that has to be it."""
+    task = "vae" if kind == "vae" else "audio-vae or mel-vae"
+    flag = kind.replace("_", "-")
+    wanted = checkpoint[kind]
+    if override:
+        vae = load_vae(override, device, task)
+        if fingerprint(vae) != wanted:
+            raise BadInput(f"{override}: not the {flag} that {path} was trained with; "
+                           f"give that one by --{flag}, or leave the flag out")
+        return vae
+    files = [Path(checkpoint.get("args", {}).get(kind) or "none")]
+    files += sorted(WEIGHTS.glob("*vae*.pt")) + sorted(Path(path).parent.glob("*vae*.pt"))
+    for file in files:
+        if not file.exists():
+            continue
+        if file_fingerprint(file, file.stat().st_mtime_ns, task) == wanted:
+            return load_vae(file, device, task)
+    raise BadInput(f"{path}: its {flag} (fingerprint {wanted}) is neither in weights/ nor beside "
+                   f"it; give it by --{flag}")
+
+
+# ---------------------------------------------------------------------------------- samplers
+
+def euler(velocity, x, sigmas, bar=None):
+    """dx/dsigma = velocity(x, sigma), from sigmas[0] to sigmas[-1]; x is {stream: latents}."""
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+        v = velocity(x, sigma)
+        x = {stream: x[stream] + (sigma_next - sigma) * v[stream] for stream in x}
+        if bar is not None:
+            bar.update()
+    return x
+
+
+def sigma_steps(steps, shift=1.):
+    """Noise levels 1 .. 0 of so many steps, as Python floats; shift: see `shift_sigma`."""
+    return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+
+
+def make_generators(seeds):
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def draw_noise(shape, generators):
+    """(B, *shape) ~ N(0, 1). Row b depends on generators[b] alone, not on the batch around it."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+def sample_autoregressive(model, z0, n_latents, audio, text, steps=30, asg=2., cfg=0., seeds=(0,),
+                          bar=None):
+    """Syncphony: yields latents 1 .. n_latents - 1, each (B, C, 1, h, w), normalised.
+
+    z0 (B, C, 1, h, w): latent of the first frame; audio (B, S, A) features, None: audio layers are
+    skipped; text: (states, mask, pooled) of B rows, or of 2 B rows [full; null] for text guidance
+    (`encode_conditions`); asg, cfg: w_a, w_t >= 0. Clip i draws its noise from seeds[i] alone."""
+    B = len(z0)
+    states, _, pooled = text                                  # (R·B, T, ·), (R·B, ·)
+    R = len(states) // B
+    asg = 0. if audio is None else asg
+
+    def rows(z):                                              # (B, ...) -> (R·B, ...)
+        return torch.cat([z] * R)
+
+    # The off-sync branch equals the full one up to the first audio layer: the model computes the
+    # rows of both once, and repeats the first B of them behind the last where they part.
+    audio_rows = None if audio is None else rows(audio)
+    context = model.prefill(rows(z0), states, pooled, audio_rows, n_off_sync=B if asg > 0 else 0)
+
+    def velocity(x, sigma):
+        v = model.denoise_step(context, rows(x["video"]), sigma).to(z0)
+        full, null, off_sync = v[:B], v[B:2 * B], v[-B:]
+        # Syncphony eq. 6
+        scale_t = 1 + cfg if R > 1 else 1
+        return {"video": combine_guidance(full, (1 + asg, off_sync), (scale_t, null))}
+
+    generators = make_generators(seeds)
+    for _ in range(1, n_latents):
+        x = {"video": draw_noise(z0.shape[1:], generators).to(z0)}
+        x = euler(velocity, x, sigma_steps(steps), bar)["video"]
+        # The finished latent joins the cache as a clean one, then the next one starts.
+        model.append_latent(context, rows(x))
         yield x
 
 
-def conditions(model, waves, captions, samples):
-    """Waveforms and captions as the model takes them -> sound, words, and the words of text guidance (None: nobody said anything).
-    All sounds are cut, or padded with silence, to `samples`."""
-    device, waves = next(model.parameters()).device, [np.pad(w[:samples], (0, max(0, samples - len(w)))) for w in waves]
-    said = any(captions)
-    if model.cfg.audio == "mel":
-        sound = torch.from_numpy(np.stack([log_mel(w) for w in waves]))
-        sound = sound[:, :sound.shape[1] // 2 * 2].to(device)                 # (B, 2S, 64)
-    else:
-        sound = torch.from_numpy(np.stack([model.hubert(w) for w in waves])).to(device)             # (B, S, A)
+def sample_stages(model, z0, n_latents, audio, text, steps=30, asg=2., cfg=0., seeds=(0,),
+                  bar=None):
+    """`sample_autoregressive` of a model in Pyramid Flow's layout: three resolutions, no cache."""
+    if steps < 3:
+        raise BadInput(f"--steps {steps}: this model works at three resolutions; give 3 or more")
+    generators = make_generators(seeds)
+    noise = draw_noise((z0.shape[1], n_latents - 1, *z0.shape[3:]), generators).to(z0)
+
+    def jump_noise(shape):
+        return torch.stack([pyramid.block_noise(shape[1:], g) for g in generators])
+
+    # `steps` network calls per latent, a third of them at every resolution
+    stage_steps = [len(part) for part in np.array_split(range(steps), 3)]
+    call = pyramid.with_guidance(model, *text, audio, asg)
+    return pyramid.sample_pyramid(call, z0, n_latents, noise, stage_steps, cfg, jump=jump_noise,
+                                  keep=model.cfg.context, bar=bar)
+
+
+def impose(x, known, noise, sigma):
+    """Latents x, their beginning replaced by what is `known` of them, at noise level sigma.
+
+    x, noise (B, ·, L, ...), known (B, ·, n <= L, ...). The noise is the same in every step: what is
+    given moves on the straight line from it to `known`, and sigma = 0 is `known` itself."""
+    n = known.shape[2]
+    return torch.cat([(1 - sigma) * known + sigma * noise[:, :, :n], x[:, :, n:]], 2)
+
+
+def uses_bridges(model, streams):
+    """Whether streams meet in Harmony's bridges. Its video tower alone runs as SyncFlow's does."""
+    return model.cfg.bridges and len(streams) == 2
+
+
+def branch_velocities(model, x, sigma, branches, n_clean, reference=None):
+    """Velocities of all branches -> {branch: {stream: like x}}, from one batch of R·B rows.
+
+    x, branches, reference: of `sample_joint`. n_clean {stream: n}: its first n latents are clean."""
+    B = len(next(iter(x.values())))
+    rows, levels = {}, {}
+    for stream, latents in x.items():
+        replaced = [branch.get(stream) for branch in branches.values()]
+        rows[stream] = torch.cat([latents if r is None else r.expand_as(latents) for r in replaced])
+        # Noise level of every latent: 0 of what replaces the stream, and of its clean beginning
+        level = torch.tensor([sigma if r is None else 0. for r in replaced], device=latents.device)
+        level = level.repeat_interleave(B)[:, None].repeat(1, latents.shape[2])
+        level[:, :n_clean[stream]] = 0
+        # Harmony's video tower takes a level per latent, all others one per row.
+        per_latent = stream == "video" and uses_bridges(model, x)
+        levels[stream] = level if per_latent else level[:, -1]                # (R·B, L), (R·B,)
+    text = [torch.cat(parts) for parts in zip(*(branch["text"] for branch in branches.values()))]
+    ref = None if reference is None else torch.cat([reference] * len(branches))
+    v = model(rows.get("video"), rows.get("audio"), levels.get("video"), levels.get("audio"),
+              *text, ref=ref)
+    v = {"video": v[0], "audio": v[1]}
+    by_branch = {}
+    for i, name in enumerate(branches):
+        by_branch[name] = {stream: v[stream][i * B:(i + 1) * B].float() for stream in x}
+    return by_branch
+
+
+def sample_joint(model, noise, sigmas, branches, scales, known, reference=None, bar=None,
+                 observe=None):
+    """SyncFlow and Harmony: video and audio from noise to clean together -> {stream: latents}.
+
+    noise      {"video": (B, C, L, h, w), "audio": (B, A, S)}, or one of them; normalised latents
+    branches   {name: {"text": encoded text, "video" or "audio": what replaces that stream at
+               sigma = 0}}; the branch "cond" replaces nothing
+    scales     {stream: {branch: S}}: guidance of the stream, away from the branch
+    known      {stream: latents}: its beginning, or all of it
+    reference  (B, A, R) clean audio latents of the timbre that is wanted (Harmony)
+    observe    called with the velocities of every step, as of `branch_velocities`"""
+    # Which given latents are clean. Harmony's video tower takes a noise level per latent, its audio
+    # tower one per clip, so only audio given in full can be clean. SyncFlow has one for all.
+    n_clean = {stream: 0 for stream in noise}
+    for stream, z in known.items():
+        is_full = z.shape[2] == noise[stream].shape[2]
+        if uses_bridges(model, noise) and (stream == "video" or is_full):
+            n_clean[stream] = z.shape[2]
+
+    def impose_known(x, sigma):
+        x = dict(x)
+        for stream, z in known.items():
+            x[stream] = impose(x[stream], z, noise[stream], 0. if n_clean[stream] else sigma)
+        return x
+
+    def velocity(x, sigma):
+        v = branch_velocities(model, impose_known(x, sigma), sigma, branches, n_clean, reference)
+        if observe is not None:
+            observe(v)
+        guided = {}
+        for stream in x:                                      # SyncFlow eq. 3; Harmony eqs. 9, 10
+            terms = [(S, v[branch][stream]) for branch, S in scales[stream].items()]
+            guided[stream] = combine_guidance(v["cond"][stream], *terms)
+        return guided
+
+    return impose_known(euler(velocity, noise, sigmas, bar), 0.)
+
+
+# --------------------------------------------------------------- Syncphony: audio to video
+
+def external_encoders(model, args, captions, device):
+    """Encoders for a model on Pyramid Flow; None for one that has trained encoders inside."""
     if model.cfg.text == "bytes":
-        words = text_bytes(captions).to(device)
-        return sound, words, torch.zeros_like(words) if said else None
-    look_up = lambda keys: tuple(torch.stack(column).to(device) for column in zip(*(model.prompts[k] for k in keys)))
-    return sound, look_up(captions), look_up([NEGATIVE_PROMPT] * len(captions))
+        return None
+    return pyramid.ExternalEncoders(args.pretrained, args.hubert, captions, device)
 
 
-def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullcontext, bar=None, tiles=False, **settings):
-    """Pictures uint8 (B, H, W, 3) and waveforms (samples,) -> yields video uint8 (B, f, H, W, 3), `frames` in all.
+def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
+    """Waveforms and captions -> audio features (B, S, A), text (states, mask, pooled) of B rows.
 
-    Frame 0 is the picture itself. `settings` go to `sample_autoregressive`; sounds are padded with silence to the video's length. tiles:
-    decode large pictures in pieces (`CausalVideoVAE.decode_tiles`)."""
+    With text guidance (cfg > 0) the text of the null branch follows as B rows more. Waveforms are
+    cut, or padded with silence, to `samples`; encoders: of a model on Pyramid Flow."""
     device = next(model.parameters()).device
-    t, left = vae.stride_t, frames
-    latents = math.ceil((frames - 1) / t) + 1
-    sound, words, nothing = conditions(model, waves, captions, math.ceil(((latents - 1) * t + 1) / FPS * RATE) + RATE // 50)
-    first = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1      # (B, 3, 1, H, W)
+    waves = [np.pad(wave[:samples], (0, max(0, samples - len(wave)))) for wave in waves]
+    if encoders is not None:
+        audio, text = encoders.encode_audio(waves), encoders.encode_text(captions)
+        null = encoders.encode_text([pyramid.NEGATIVE_PROMPT] * len(captions))
+    else:
+        mels = torch.from_numpy(np.stack([data.log_mel(wave) for wave in waves]))
+        mels = mels[:, :mels.shape[1] // 2 * 2].to(device)    # (B, 2S, 64)
+        letters = text_bytes(captions).to(device)             # (B, 96)
+        audio, text = model.encode_audio(mels), model.encode_text(letters)
+        # without any caption there is nothing to guide by
+        null = model.encode_text(torch.zeros_like(letters)) if any(captions) else None
+    if cfg > 0 and null is not None:
+        text = tuple(torch.cat(pair) for pair in zip(text, null))
+    return audio, text
+
+
+def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullcontext, cfg=0.,
+                   use_audio=True, tiles=False, encoders=None, **settings):
+    """Pictures uint8 (B, H, W, 3), waveforms (samples,) -> yields uint8 (B, f, H, W, 3) pieces.
+
+    Frame 0 is the picture itself, and there are `frames` in all. use_audio=False: without audio
+    layers. tiles: decode large frames in tiles. encoders: `ExternalEncoders` of a model on Pyramid
+    Flow. settings: of `sample_autoregressive`."""
+    n_latents = math.ceil((frames - 1) / vae.stride_t) + 1
+    # 20 ms more than the video lasts, so that its last frame has full windows of mels
+    samples = math.ceil(((n_latents - 1) * vae.stride_t + 1) / FPS * RATE) + RATE // 50
+    pictures = np.stack(pictures)
+    first = frames_to_tensor(pictures[:, None], next(model.parameters()).device)
+    vae_cache = {}
+
+    def decode(z, start):                                     # (B, C, 1, h, w) -> (B, 3, t, H, W)
+        z = vae.denormalise(z, start=start)
+        return vae.decode_tiles(z, vae_cache) if tiles else vae.decode(z, first, vae_cache)
+
     with torch.no_grad(), autocast():
-        z0, cache = vae.normalise(vae.encode(first)[0].float()), {}
-        decode = (lambda z: vae.decode_tiles(z, cache)) if tiles else lambda z: vae.decode(z, first, cache)
-        decode(vae.denormalise(z0))
-        yield np.stack(pictures)[:, None]
-        left -= 1
-        for z in sample_autoregressive(model, z0, latents, sound, words, nothing, bar=bar, **settings):
-            video = decode(vae.denormalise(z, start=False))[:, :, :left].float()                  # (B, 3, t, H, W)
-            left -= video.shape[2]
-            yield (video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+        audio, text = encode_conditions(model, waves, captions, samples, cfg, encoders)
+        z0 = vae.normalise(vae.encode(first)[0].float())
+        decode(z0, start=True)
+    yield pictures[:, None]
 
-
-# ------------------------------------------------------------------------------------------------ both streams at once
-
-def sample_syncflow(model, shape_v, shape_a, words, nothing=None, steps=50, cfg=6., seeds=(0,), z_v=None, z_a=None, first=None, bar=None):
-    """Generate both streams together -> latents of video (B, *shape_v) and audio (B, *shape_a), normalised; None for a shape of None.
-
-    words, nothing: a text and the null text as `DualTower.encode_text` takes them. cfg: w of SyncFlow eq. 3, which is S itself; 1 = no
-    guidance. z_v (B, *shape_v): the video is given and only its sound is made. first (B, C, 1, h, w): its first latent is given, the
-    picture that both begin with. z_a (B, A, n): so are the first n audio latents, for a sound that goes on. What is given is replaced
-    at every step by itself at that step's noise level, always with the same noise, so its path is the straight line and
-    ends where it should."""
-    B, device, noise = len(words), next(model.parameters()).device, [torch.Generator().manual_seed(int(s)) for s in seeds]
-    draw = lambda shape: None if shape is None else torch.stack([torch.randn(shape, generator=g) for g in noise]).to(device)
-    eps_v, eps_a = draw(shape_v), draw(shape_a)
-    x_v, x_a, null = eps_v, eps_a, cfg != 1 and nothing is not None
-    text, mask = model.encode_text(words)
-    if null:
-        text, mask = (torch.cat(both) for both in zip((text, mask), model.encode_text(nothing)))
-    twice = lambda x: x if x is None or not null else torch.cat([x, x])
-    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    for s, s_next in zip(sigmas[:-1], sigmas[1:]):
-        if z_v is not None:
-            x_v = (1 - s) * z_v + s * eps_v
-        if first is not None:
-            x_v = torch.cat([(1 - s) * first + s * eps_v[:, :, :1], x_v[:, :, 1:]], 2)
-        if z_a is not None:
-            n = z_a.shape[2]
-            x_a = torch.cat([(1 - s) * z_a + s * eps_a[:, :, :n], x_a[:, :, n:]], 2)
-        sigma = torch.full((B * (1 + null),), s, device=device)
-        made = model(twice(x_v), twice(x_a), sigma, sigma, text, mask)
-        v_v, v_a = (None if v is None else combine_guidance(v[:B].float(), (cfg if null else 1, v[B:].float())) for v in made)       # SyncFlow eq. 3
-        x_v, x_a = (None if x is None else x + (s_next - s) * v for x, v in ((x_v, v_v), (x_a, v_a)))
-        if bar is not None:
-            bar.update()
-    x_v = z_v if z_v is not None else x_v if first is None else torch.cat([first, x_v[:, :, 1:]], 2)
-    return x_v, x_a if z_a is None or x_a is None else torch.cat([z_a, x_a[:, :, z_a.shape[2]:]], 2)
-
-
-def sample_harmony(model, shape_v, shape_a, words, nothing=None, steps=40, sync_video=3., sync_audio=2., cfg=1., shift=5., seeds=(0,),
-              z_v=None, z_a=None, first=None, kept=None, ref=None, mute=None, still=None, bar=None, guidance_maps=None):
-    """Harmony's sampler -> latents of video (B, *shape_v) and audio (B, *shape_a), normalised.
-
-    SyncCFG: what is to be strengthened is neither the text nor the partner itself but that both AGREE. So the negatives have a
-    partner who does nothing, at sigma = 0: silence for the video, a picture that stands still for the sound (eqs. 9, 10)
-
-        v_v = v_v(x_v, mute) + s_v [v_v(x_v, x_a) - v_v(x_v, mute)]          v_a likewise with a still video and s_a
-
-    Joint and negatives of a step run in one batch. words, nothing: (text, mask, told, told_mask), the null text's for text guidance
-    (cfg = 1: none). mute (1, A, S), still (1, C, L, h, w): the anchors. z_v or z_a (B, ...): that stream is given, clean, and drives
-    the other, guided by the same anchor. first (B, C, 1, h, w): the first latent is given. kept (B, A, n): so are the first n
-    audio latents, for a sound that goes on. ref (B, A, R): whose timbre it shall be. guidance_maps: a list that gets every step's
-    |joint - mute| (B, L, h, w), where guidance pulls."""
-    B, device, noise = len(words[0]), next(model.parameters()).device, [torch.Generator().manual_seed(int(s)) for s in seeds]
-    draw = lambda shape: torch.stack([torch.randn(shape, generator=g) for g in noise]).to(device)
-    eps_v, eps_a = draw(shape_v), draw(shape_a)
-    x_v, x_a = eps_v if z_v is None else z_v, eps_a if z_a is None else z_a
-    sigmas = shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
-    for s, s_next in zip(sigmas[:-1], sigmas[1:]):
-        if first is not None:
-            x_v = torch.cat([first, x_v[:, :, 1:]], 2)
-        if kept is not None:
-            n = kept.shape[2]
-            x_a = torch.cat([(1 - s) * kept + s * eps_a[:, :, :n], x_a[:, :, n:]], 2)
-        s_v, s_a = s * (z_v is None), s * (z_a is None)                       # what is given is clean
-        rows = dict(joint=(x_v, s_v, x_a, s_a, words))
-        if cfg != 1 and nothing is not None:
-            rows["null"] = x_v, s_v, x_a, s_a, nothing
-        if sync_video != 1 and z_v is None:
-            rows["mute"] = x_v, s_v, mute.expand_as(x_a), 0., words
-        if sync_audio != 1 and z_a is None:
-            rows["still"] = still.expand_as(x_v), 0., x_a, s_a, words
-        videos, clocks_v, sounds, clocks_a, told = zip(*rows.values())
-        sigma_v, sigma_a = (torch.tensor(clocks, device=device).repeat_interleave(B) for clocks in (clocks_v, clocks_a))
-        sigma_v = sigma_v[:, None].repeat(1, x_v.shape[2])                    # (R·B, L)
-        if first is not None:
-            sigma_v[:, 0] = 0
-        made = model(torch.cat(videos), torch.cat(sounds), sigma_v, sigma_a, *(torch.cat(t) for t in zip(*told)),
-                              None if ref is None else ref.repeat(len(rows), 1, 1))
-        v_v, v_a = (dict(zip(rows, v.float().unflatten(0, (-1, B)))) for v in made)
-        text = cfg if "null" in rows else 1
-        if guidance_maps is not None and "mute" in rows:
-            guidance_maps.append((v_v["joint"] - v_v["mute"]).abs().mean(1))
-        if z_v is None:
-            x_v = x_v + (s_next - s) * combine_guidance(v_v["joint"], (sync_video, v_v.get("mute")), (text, v_v.get("null")))                 # eq. 9
-        if z_a is None:
-            x_a = x_a + (s_next - s) * combine_guidance(v_a["joint"], (sync_audio, v_a.get("still")), (text, v_a.get("null")))                # eq. 10
-        if bar is not None:
-            bar.update()
-    return x_v if first is None else torch.cat([first, x_v[:, :, 1:]], 2), x_a if kept is None else torch.cat([kept, x_a[:, :, kept.shape[2]:]], 2)
-
-
-def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast=nullcontext, z_v=None, seeds=None, bar=None, some=16, z_a=None, pictures=None,
-            sound_captions=None, speech=None, refs=None, attention_maps=None, **settings):
-    """Captions -> videos uint8 (B, F, H, W, 3) (None if they are given, as normalised latents z_v (B, C, L, h, w), or if the model
-    makes sound alone), waveforms (B, samples) (None without an audio VAE, or if given, as z_a (B, A, S)). pictures, uint8 (B, H, W, 3):
-    what they begin with. `settings` go to `sample_syncflow` or, with a Harmony model, to `sample_harmony`; clip i has seed seeds[i]. Harmony's
-    alone: z_a; sound_captions, where the sound has words of its own; speech: what is said; refs (B, A, R): latents of references; attention_maps: a list
-    that gets what `write_maps` shows, of every batch."""
-    device, (h, w), seeds = next(model.parameters()).device, data.sides(size), range(len(captions)) if seeds is None else seeds
-    shape_v = None if model.cfg.blind else (model.cfg.latent, math.ceil((frames - 1) / vae.stride_t) + 1, h // vae.stride, w // vae.stride)
-    samples = audio_vae and round(frames / FPS * audio_vae.cfg.rate)
-    shape_a, videos, waves = audio_vae and (model.cfg.audio_latent, math.ceil(samples / audio_vae.hop)), [], []
-    for i in range(0, len(captions), some):
-        part = lambda given: None if given is None else given[i:i + some]
+    is_pyramid = model.cfg.context_clock == "shared"
+    sampler = sample_stages if is_pyramid else sample_autoregressive
+    latents = sampler(model, z0, n_latents, audio if use_audio else None, text, cfg=cfg, **settings)
+    remaining = frames - 1
+    for _ in range(1, n_latents):
+        # Entered anew for every latent: the consumer of the frames stays out of both contexts.
         with torch.no_grad(), autocast():
-            picture = None if pictures is None else torch.tensor(pictures[i:i + some]).to(device).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
-            given = dict(seeds=part(seeds), z_v=part(z_v), first=None if picture is None else vae.normalise(vae.encode(picture)[0].float()), bar=bar, **settings)
-            if not model.cfg.bridges or not audio_vae:                        # a video tower alone knows no bridges
-                words = text_bytes(captions[i:i + some]).to(device)
-                x_v, x_a = sample_syncflow(model, shape_v, shape_a, words, torch.zeros_like(words) if any(captions) else None, **given)
-            else:
-                told, nothing = encode_prompts(model, part(captions), part(sound_captions), part(speech))
-                mute, still = synccfg_negatives(vae, audio_vae, shape_v[1], samples, size, device, picture)
-                guidance_maps = [] if attention_maps is not None else None
-                x_v, x_a = sample_harmony(model, shape_v, shape_a, told, nothing, mute=mute, still=still, z_a=part(z_a), ref=part(refs), guidance_maps=guidance_maps, **given)
-                if attention_maps is not None:                                         # who attention_maps where in the finished clip
-                    maps, clean = [], torch.zeros(len(told[0]), device=device)
-                    model(x_v, x_a, clean, clean, *told, part(refs), attention_maps=maps)
-                    attention_maps.append(dict(heat=torch.stack(guidance_maps).mean(0).float().cpu() if guidance_maps else None,
-                                      attention=torch.stack(maps).mean((0, 2)).float().cpu()       # over layers and heads: (B, S, N), rows sum to 1
-                                      .unflatten(2, (x_v.shape[2], *(n // model.cfg.patch for n in x_v.shape[3:])))))
-            if audio_vae and z_a is None:
-                waves += list(audio_vae.decode(audio_vae.denormalise(x_a), samples).float().clamp(-1, 1).cpu().numpy())
-            if z_v is None and shape_v:
-                video = vae.decode(vae.denormalise(x_v), picture)[:, :, :frames].float()
-                if pictures is not None:
-                    video[:, :, :1] = picture                                 # frame 0 is the picture itself
-                videos += list((video.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy())
-    return np.stack(videos) if videos else None, np.stack(waves) if waves else None
+            video = decode(next(latents), start=False)[:, :, :remaining].float()
+        remaining -= video.shape[2]
+        yield tensor_to_frames(video)
 
 
-def encode_prompts(model, captions, sound_captions=None, speech=None):
-    """What Harmony's towers are told, and the same without a word -> two tuples (text, mask, told, told_mask)."""
+# ------------------------------------------------------- SyncFlow and Harmony: two streams
+
+@dataclass
+class JointRequest:
+    """A batch of clips for two towers; lists and tensors have one entry per clip."""
+    captions: list                            # of the video; and of the audio, if it has no others
+    shape_v: tuple                            # (C, L, h, w); None: no video
+    shape_a: tuple                            # (A, S); None: no audio
+    seeds: object = None                      # of the noise of every clip; None: 0, 1, ...
+    z_v: torch.Tensor = None                  # (B, C, L, h, w) given video, normalised latents
+    z_a: torch.Tensor = None                  # (B, A, n) given audio, normalised latents
+    pictures: np.ndarray = None               # (B, H, W, 3) uint8, first frames
+    sound_captions: list = None               # Harmony: captions of the audio
+    speech: list = None                       # Harmony: transcripts
+    refs: torch.Tensor = None                 # Harmony: (B, A, R) latents of the timbre wanted
+    steps: int = 50                           # Euler steps
+    cfg: float = 1.                           # text guidance S, 1 = off
+    sync_video: float = 3.                    # Harmony: s_v of SyncCFG, 1 = off
+    sync_audio: float = 2.                    # Harmony: s_a of SyncCFG
+    shift: float = 5.                         # Harmony: of the noise levels, as in training
+
+    def chunk(self, start, stop):
+        """The same request for clips start .. stop - 1."""
+        per_clip = ("captions", "seeds", "z_v", "z_a", "pictures", "sound_captions", "speech", "refs")
+        given = {name: getattr(self, name) for name in per_clip}
+        return replace(self, **{k: v[start:stop] for k, v in given.items() if v is not None})
+
+
+def encode_prompts(model, request, joint):
+    """-> text, null text: (states, mask) each; joint: then those of Harmony's audio tower, too."""
     device = next(model.parameters()).device
-    seen, heard, said = (text_bytes(t).to(device) for t in (captions, sound_captions or captions, speech or [""] * len(captions)))
-    return (*model.encode_text(seen), *model.encode_audio_text(heard, said)), (*model.encode_text(0 * seen), *model.encode_audio_text(0 * heard, 0 * said))
+    captions = request.captions
+    texts = [captions]
+    if joint:
+        texts += [request.sound_captions or captions, request.speech or [""] * len(captions)]
+    letters = [text_bytes(text).to(device) for text in texts]                 # (B, 96) each
+
+    def encode(caption, *audio_text):
+        text = model.encode_text(caption)
+        return (*text, *model.encode_audio_text(*audio_text)) if audio_text else text
+    return encode(*letters), encode(*(torch.zeros_like(text) for text in letters))
 
 
-def synccfg_negatives(vae, audio_vae, L, samples, size, device, picture=None):
-    """Partners who do nothing, as normalised latents: a sound that is silent (1, A, S) and a video that stands still (1 or B, C, L, h, w),
-    of the picture (B, 3, 1, H, W) that the clip begins with, or grey. They are what the VAEs make of silence and stillness,
-    which is not zero."""
-    picture = torch.zeros(1, 3, 1, *data.sides(size), device=device) if picture is None else picture
-    still = vae.encode(picture.expand(-1, -1, 1 + (L - 1) * vae.stride_t, -1, -1))[0].float()
-    return audio_vae.normalise(audio_vae.encode(torch.zeros(1, samples, device=device))[0].float()), vae.normalise(still)
+def silent_audio(audio_vae, S, device):
+    """Latents (1, A, S) of silence: what the VAE codes it as, which is not zero."""
+    silence = torch.zeros(1, S * audio_vae.hop, device=device)
+    return audio_vae.normalise(audio_vae.encode(silence)[0].float())
+
+
+def static_video(vae, L, picture):
+    """Latents (B, C, L, h, w) of a video in which `picture` (B, 3, 1, H, W) does not move."""
+    still = picture.expand(-1, -1, 1 + (L - 1) * vae.stride_t, -1, -1)
+    return vae.normalise(vae.encode(still)[0].float())
+
+
+def prepare_conditions(model, vae, audio_vae, request):
+    """Request -> arguments of `sample_joint`: noise, given latents, guidance branches, scales."""
+    device = next(model.parameters()).device
+    seeds = range(len(request.captions)) if request.seeds is None else request.seeds
+    generators = make_generators(seeds)
+    noise = {}
+    for stream, shape in (("video", request.shape_v), ("audio", request.shape_a)):
+        if shape is not None:
+            noise[stream] = draw_noise(shape, generators).to(device)
+    joint = uses_bridges(model, noise)
+
+    # Given: a stream, its beginning, or the first frame
+    known = {"video": request.z_v, "audio": request.z_a}
+    picture = None
+    if request.pictures is not None:
+        picture = frames_to_tensor(request.pictures[:, None], device)         # (B, 3, 1, H, W)
+    if picture is not None and request.z_v is None:
+        known["video"] = vae.normalise(vae.encode(picture)[0].float())        # (B, C, 1, h, w)
+    known = {stream: z for stream, z in known.items() if z is not None and stream in noise}
+    missing = [s for s in noise if s not in known or known[s].shape[2] < noise[s].shape[2]]
+
+    text, null_text = encode_prompts(model, request, joint)
+    branches = {"cond": {"text": text}}
+    scales = {"video": {}, "audio": {}}
+    # SyncCFG (Harmony section 3.4) strengthens neither text nor partner, but that both streams
+    # agree: away from a partner that does nothing, clean as in the one-way tasks of training.
+    if joint and "video" in missing and request.sync_video != 1:
+        silence = silent_audio(audio_vae, request.shape_a[1], device)
+        branches["silent"] = {"text": text, "audio": silence}
+        scales["video"]["silent"] = request.sync_video        # Harmony eq. 9
+    if joint and "audio" in missing and request.sync_audio != 1:
+        if picture is None:                                   # grey
+            sides = [n * vae.stride for n in request.shape_v[2:]]
+            picture = torch.zeros(1, 3, 1, *sides, device=device)
+        branches["static"] = {"text": text, "video": static_video(vae, request.shape_v[1], picture)}
+        scales["audio"]["static"] = request.sync_audio        # Harmony eq. 10
+    # Text guidance, where there is any text
+    texts = [*request.captions, *(request.sound_captions or []), *(request.speech or [])]
+    if request.cfg != 1 and any(texts):
+        branches["null"] = {"text": null_text}
+        for stream in scales:
+            scales[stream]["null"] = request.cfg              # SyncFlow eq. 3
+    sigmas = sigma_steps(request.steps, request.shift if joint else 1.)
+    return dict(noise=noise, sigmas=sigmas, branches=branches, scales=scales, known=known,
+                reference=request.refs)
+
+
+def decode_streams(vae, audio_vae, x, request, frames):
+    """Latents of `sample_joint` -> video uint8 (B, frames, H, W, 3), waveforms (B, samples).
+
+    None for a stream that was given, or that there is not."""
+    video = wave = None
+    if "video" in x and request.z_v is None:
+        pictures, first = request.pictures, None
+        if pictures is not None:
+            first = frames_to_tensor(pictures[:, None], x["video"].device)
+        video = vae.decode(vae.denormalise(x["video"]), first)[:, :, :frames].float()
+        video = tensor_to_frames(video)
+        if pictures is not None:                              # frame 0 is the picture itself
+            video[:, 0] = pictures
+    if "audio" in x and request.z_a is None:
+        samples = round(frames / FPS * audio_vae.cfg.rate)
+        wave = audio_vae.decode(audio_vae.denormalise(x["audio"]), samples)
+        wave = wave.float().clamp(-1, 1).cpu().numpy()
+    return video, wave
+
+
+def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast=nullcontext,
+                         bar=None, attention_maps=None, **options):
+    """Captions -> video uint8 (B, frames, H, W, 3), waveforms (B, samples), None as in
+    `decode_streams`. audio_vae=None: video alone. options: fields of `JointRequest`.
+    attention_maps: a list that gets of every batch a dict of `attention` (see `attention_map`) and
+    `heat` (B, L, h, w), how strongly SyncCFG pulls (Harmony figure 5)."""
+    shape_v = shape_a = None
+    if not model.cfg.blind:
+        sides = [n // vae.stride for n in data.sides(size)]
+        shape_v = (model.cfg.latent, math.ceil((frames - 1) / vae.stride_t) + 1, *sides)
+    if audio_vae is not None:
+        samples = round(frames / FPS * audio_vae.cfg.rate)
+        shape_a = (model.cfg.audio_latent, math.ceil(samples / audio_vae.hop))
+    request = JointRequest(captions, shape_v, shape_a, **options)
+    generated = []
+    for i in range(0, len(captions), BATCH):
+        batch = request.chunk(i, i + BATCH)
+        pulls = []
+
+        def observe(v):
+            if attention_maps is not None and "silent" in v:
+                pulls.append((v["cond"]["video"] - v["silent"]["video"]).abs().mean(1))
+        with torch.no_grad(), autocast():
+            conditions = prepare_conditions(model, vae, audio_vae, batch)
+            x = sample_joint(model, **conditions, bar=bar, observe=observe)
+            generated.append(decode_streams(vae, audio_vae, x, batch, frames))
+            if attention_maps is not None:
+                attention = attention_map(model, x, **conditions)
+                heat = torch.stack(pulls).mean(0).float().cpu() if pulls else None
+                attention_maps.append(dict(attention=attention, heat=heat))
+    return [None if parts[0] is None else np.concatenate(parts) for parts in zip(*generated)]
+
+
+BATCH = 16                                    # clips that two towers sample at a time, for memory
+
+
+def attention_map(model, x, branches, reference, **_):
+    """Harmony figure 3: where in a finished clip each audio latent attends -> (B, S, L, h, w).
+
+    h, w in tokens; means over layers and heads, which sum to 1 over (L, h, w)."""
+    video, maps = x["video"], []
+    clean = torch.zeros(len(video), device=video.device)
+    text = branches["cond"]["text"]
+    model(video, x["audio"], clean, clean, *text, ref=reference, attention_maps=maps)
+    grid = (video.shape[2], *(n // model.cfg.patch for n in video.shape[3:]))
+    # from (layers, B, heads, S, L·h·w)
+    return torch.stack(maps).mean((0, 2)).float().cpu().unflatten(2, grid)
 
 
 def encode_video(vae, frames, device):
-    """uint8 (F, H, W, 3) -> normalised latents (1, C, L, h, w), chunk by chunk; the last frame is held until a latent is full."""
-    frames = np.concatenate([frames, np.repeat(frames[-1:], -(len(frames) - 1) % vae.stride_t, 0)])
-    with torch.no_grad():
-        chunk = lambda a, b: torch.from_numpy(frames[a:b].copy()).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        first, cache, each = chunk(0, 1), {}, 16 * vae.stride_t
-        pieces = [vae.encode(chunk(0, each + 1), first, cache)[0]] + [vae.encode(chunk(a, a + each), first, cache)[0] for a in range(each + 1, len(frames), each)]
-    return vae.normalise(torch.cat(pieces, 2))
+    """uint8 (frames, H, W, 3) -> normalised latents (1, C, L, h, w), 16 of them at a time.
+
+    The last frame is repeated until its latent is full."""
+    missing = -(len(frames) - 1) % vae.stride_t
+    frames = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
+    first, vae_cache = frames_to_tensor(frames[None, :1], device), {}
+    step = 16 * vae.stride_t
+    latents = []
+    for start in [0, *range(step + 1, len(frames), step)]:
+        stop = start + step + (start == 0)                    # the first piece has frame 0, too
+        piece = frames_to_tensor(frames[None, start:stop], device)
+        with torch.no_grad():
+            latents.append(vae.encode(piece, first, vae_cache)[0])
+    return vae.normalise(torch.cat(latents, 2))
 
 
 def encode_sound(audio_vae, wave, device):
     """Waveform (samples,) at the VAE's rate -> normalised latents (1, A, S)."""
     with torch.no_grad():
-        return audio_vae.normalise(audio_vae.encode(torch.from_numpy(wave)[None].to(device))[0].float())
+        z = audio_vae.encode(torch.from_numpy(wave)[None].to(device))[0]
+        return audio_vae.normalise(z.float())
 
 
-def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, window=13, overlap=3, seed=0, bar=None, sound_captions=None, speech=None, refs=None, **settings):
-    """A sound for a video uint8 (F, H, W, 3) of any length -> waveform. The towers see `window` latents at a time, the picture
-    and what follows; the next window begins `overlap` latents before the end of the last, and keeps what sounds there. Harmony's are
-    told as in `generate_audio_video`; to them the video is simply clean."""
+def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, window=13,
+                   overlap=3, seed=0, bar=None, **options):
+    """A waveform for a video uint8 (frames, H, W, 3) of any length.
+
+    The towers were trained on 13 latents. A longer video goes through windows of latent 0 (the
+    first frame) and window - 1 consecutive ones; audio where two windows overlap is given to the
+    later one. options: fields of `JointRequest`.
+
+        window = 7, overlap = 2                        audio, from one latent before
+        window 0    0 1 2 3 4 5 6                      |============|
+        window 1    0         5 6 7 8 9 10                     |gggg|=======|
+        window 2    0                 9 10 11 12 ...                   |gggg|=======|
+
+    g: given. The last window ends with the video."""
     device = next(model.parameters()).device
-    z, samples = encode_video(vae, frames, device), round(len(frames) / FPS * audio_vae.cfg.rate)
-    S, made, words, last = math.ceil(samples / audio_vae.hop), None, text_bytes([prompt]).to(device), max(1, z.shape[2] - window + 1)
-    for k, l in enumerate([*range(1, last, window - 1 - overlap), last]):     # the last window ends with the video
-        seen = torch.cat([z[:, :, :1], z[:, :, l:l + window - 1]], 2)         # latent l of the video is the window's latent 1
-        start = round((l - 1) * model.cfg.alpha)                              # the window's first audio latent
-        kept = None if made is None else made[:, :, start:]
-        length = min(S - start, math.ceil((seen.shape[2] - 1) * model.cfg.alpha) + 3)
-        shapes, given = (seen.shape[1:], (model.cfg.audio_latent, length)), dict(seeds=[seed + 10 ** 6 * k], z_v=seen, bar=bar, **settings)
+    z = encode_video(vae, frames, device)
+    samples = round(len(frames) / FPS * audio_vae.cfg.rate)
+    S = math.ceil(samples / audio_vae.hop)
+    last_start = max(1, z.shape[2] - window + 1)
+    starts = [*range(1, last_start, window - 1 - overlap), last_start]
+    audio = torch.zeros(1, model.cfg.audio_latent, 0, device=device)
+    for k, start in enumerate(starts):
+        # Latent `start` is latent 1 of the window, so the window begins one latent earlier.
+        z_window = torch.cat([z[:, :, :1], z[:, :, start:start + window - 1]], 2)
+        offset = round((start - 1) * model.cfg.alpha)
+        # L latents are t (L - 1) + 1 frames: that one frame more is 50 / 24 = 2.1 audio latents
+        n_audio = math.ceil((z_window.shape[2] - 1) * model.cfg.alpha) + 3
+        shape_a = (model.cfg.audio_latent, min(S - offset, n_audio))
+        # seeds of windows are so far apart that they are no other clip's
+        request = JointRequest([prompt], z_window.shape[1:], shape_a, seeds=[seed + 10 ** 6 * k],
+                               z_v=z_window, z_a=audio[:, :, offset:] if k else None,
+                               pictures=frames[None, 0], **options)
         with torch.no_grad(), autocast():
-            if model.cfg.bridges:
-                told, nothing = encode_prompts(model, [prompt], sound_captions, speech)
-                picture = torch.from_numpy(frames[:1].copy()).to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-                still = synccfg_negatives(vae, audio_vae, seen.shape[2], audio_vae.hop, None, device, picture)[1]
-                x = sample_harmony(model, *shapes, told, nothing, still=still, kept=kept, ref=refs, **given)[1]
-            else:
-                x = sample_syncflow(model, *shapes, words, torch.zeros_like(words) if prompt else None, z_a=kept, **given)[1]
-        made = x if made is None else torch.cat([made[:, :, :start], x.to(made)], 2)
+            conditions = prepare_conditions(model, vae, audio_vae, request)
+            x = sample_joint(model, **conditions, bar=bar)["audio"]
+        audio = torch.cat([audio[:, :, :offset], x.to(audio)], 2)
     with torch.no_grad():
-        return audio_vae.decode(audio_vae.denormalise(made), samples)[0].clamp(-1, 1).cpu().numpy()
+        wave = audio_vae.decode(audio_vae.denormalise(audio), samples)[0]
+    return wave.clamp(-1, 1).cpu().numpy()
 
 
-def skip_probe(model, vae, picture, wave, prompt, frames, autocast, path, **settings):
-    """Leave out one block after the other (Syncphony figures 10, 11): what breaks shows what a block is for. The paper saw
-    the attention_maps break without early blocks and the motion change without late ones, and so put the audio into the late ones.
-    Writes one strip per block, the whole model's first, and prints how far each video is from the whole model's."""
-    K, d = model.cfg.heads, model.cfg.head_dim
-    nothing = lambda x, y, *_: (x, y, (x.new_zeros(len(x), K, 0, d),) * 2)    # and no keys and values to look back on
-    blocks, strips, whole = [*model.transformer_blocks, *model.single_transformer_blocks], [], None
-    for i, block in [(None, None), *enumerate(blocks)]:
-        if block is not None:
-            block.forward = nothing
-        video = np.concatenate(list(generate_video(model, vae, picture[None], [wave], [prompt], frames, autocast, **settings)), 1)[0]
-        if block is not None:
-            del block.forward
-        whole = video if whole is None else whole
-        strips.append(film_strip(video, wave))
-        kind = "double" if i is not None and i < len(model.transformer_blocks) else "single"
-        print("whole model" if i is None else f"without block {i:2d} ({kind}-stream): mean |difference| {np.abs(video.astype(float) - whole).mean():6.2f} of 255")
-    write_picture(path, np.concatenate(strips))
-    print(f"{path}: the whole model, then one strip for every block left out")
+# ------------------------------------------------------------------------ inputs and outputs
+
+def read_delayed_audio(path, delay, rate=RATE):
+    """Sound file -> waveform of the same length, delayed by so many seconds (earlier if < 0)."""
+    wave = data.read_audio(path, rate)
+    n = round(abs(delay) * rate)
+    return np.pad(wave, (n, 0))[:len(wave)] if delay > 0 else np.pad(wave, (0, n))[n:]
 
 
-def both_or_sound(args, device, autocast, words):
-    """The command with two towers: --prompt alone (picture and sound), --video (its sound); with Harmony's also --audio (its picture),
-    a picture to begin with, words to say and a voice to say them in, and many at once by --jsonl."""
-    model, vae, audio_vae, ckpt = load_t2av(args.ckpt, args.vae, args.audio_vae, device)
-    harmony, name = model.cfg.bridges, args.ckpt
-    if args.compile:
-        for block in model.all_blocks():
-            block.compile(dynamic=True)
-    size, own = args.resolution or ckpt["size"], ckpt["guidance"]
-    if args.bench:
-        return bench_towers(model, vae, audio_vae, size, autocast)
-    settings = dict(steps=args.steps or (40 if harmony else 50), cfg=own["cfg"] if args.cfg is None else args.cfg)
-    if harmony:
-        settings.update(shift=own["shift"], **{k: own[k] if getattr(args, k) is None else getattr(args, k) for k in ("sync_video", "sync_audio")})
-    print(f"{words}\n{Path(name).name}: step {ckpt['step']} of stage {ckpt['stage']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
-    if harmony and 0 in (ckpt["args"]["lambda_v"], ckpt["args"]["lambda_a"]) and max(settings["sync_video"], settings["sync_audio"]) > 1:
-        print("this checkpoint was trained without the one-way tasks (--lambda-v 0, --lambda-a 0): it does not know the silent and still partners of SyncCFG; better --sync-video 1 --sync-audio 1")
-    print(", ".join(f"{k.replace('_', '-')} {v:g}" for k, v in settings.items()) + f", {'x'.join(map(str, data.sides(size)))} at {FPS} fps")
-    jobs = list(read_jobs(args))
-    for job in jobs:
-        for flag in ("audio", "ref_audio", "transcript", "maps"):
-            if (args.maps if flag == "maps" else job[flag]) and not harmony:
-                raise BadInput(f"--{flag.replace('_', '-')}: {name} is of SyncFlow's kind and knows no such input; give a checkpoint of train.py --task joint by --ckpt")
-        if model.cfg.blind and job["video"]:
-            raise BadInput(f"--video {job['video']}: {name} makes sounds from text and sees no video; give a checkpoint trained without --no-video")
-        if not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
-            raise BadInput(f"{f'{args.jsonl} record ' + job['stem'] + ': ' if args.jsonl else ''}--prompt is empty; say what is to be seen, or give a --video that gets a sound")
-        if args.maps and job["video"]:
-            raise BadInput(f"--maps: shows where a clip that is made attention_maps; leave it out with --video {job['video']}")
-        if job["audio"] and job["video"]:
-            raise BadInput(f"--audio {job['audio']}: with --video there is nothing left to make; leave one of them out")
-    for k, job in enumerate(jobs):
-        if len(job["prompt"].encode(errors="replace")) > 96:
-            print("the text encoder reads the first 96 letters of the prompt")
-        for i in range(args.n):
-            name = file_name(args, job, i, ".wav" if model.cfg.blind else ".mp4")
-            if args.jsonl and name.is_file():                                 # done before an interruption
-                print(f"{name}: is there already")
-                continue
-            start = time.perf_counter()
-            with tqdm(disable=None, leave=False, unit="step", desc=f"{k + 1} of {len(jobs)}" if args.jsonl else None) as bar:
-                frames = make_one(model, vae, audio_vae, job, name, args, size, autocast, args.seed + i, dict(settings, bar=bar))
-            print(f"{name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s, seed {args.seed + i}")
+def read_reference(path, audio_vae, device):
+    """Recording of a voice or thing -> latents (1, A, R) of up to 3 s, from where it is audible."""
+    rate = audio_vae.cfg.rate
+    wave = data.read_audio(path, rate)
+    peak = np.abs(wave).max()
+    if peak < 1e-4:                                           # below the noise of 16 bits
+        raise BadInput(f"{path}: silent; a reference needs 1 to 3 s of the voice or thing")
+    start = np.flatnonzero(np.abs(wave) > .02 * peak)[0]
+    wave = wave[max(0, start - rate // 20):][:3 * rate]       # 50 ms before: the attack is complete
+    if len(wave) < rate // 2:
+        raise BadInput(f"{path}: {len(wave) / rate:.2f} s of sound; "
+                       "a reference needs at least 0.5 s, better 1 to 3")
+    return encode_sound(audio_vae, wave, device)
+
+
+JOB_FIELDS = ("prompt", "transcript", "audio", "image", "video", "ref_audio")
+# What Harmony-Bench calls them
+BENCH_FIELDS = {"prompt": ("video_caption", "audio_caption"), "sound_prompt": ("audio_caption",),
+                "transcript": ("spoken_word_en", "spoken_word_zh")}
 
 
 def read_jobs(args):
-    """What is to be made, one dict each: by the flags, or by every line of a .jsonl with fields of the same names, or Harmony-Bench's."""
-    bench = dict(prompt=("video_caption", "audio_caption"), sound_prompt=("audio_caption",), transcript=("spoken_word_en", "spoken_word_zh"))
-    flags = {k: getattr(args, k) for k in ("prompt", "transcript", "audio", "image", "video", "ref_audio")}
+    """What to generate, one dict each: of the flags, or of every line of --jsonl."""
     if not args.jsonl:
-        yield dict(flags, sound_prompt=args.prompt, stem=None)
-        return
-    path, stems = data.check_file(args.jsonl, "list"), set()
-    for k, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        job = {field: getattr(args, field) for field in JOB_FIELDS}
+        return [dict(job, sound_prompt=args.prompt, stem=None)]
+    path, jobs = data.check_file(args.jsonl, "list"), {}
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            given = {key: record.get(key) or next((record[o] for o in others if record.get(o)), "") for key, others in bench.items()}
-            given |= {key: record.get(key) for key in ("audio", "image", "video", "ref_audio")}
-            if not all(isinstance(v, str) for v in given.values() if v is not None):
-                raise ValueError
+            job = {field: record.get(field) or None for field in JOB_FIELDS}
+            for field, names in BENCH_FIELDS.items():
+                texts = [record[name] for name in (field, *names) if record.get(name)]
+                job[field] = texts[0] if texts else ""
+            if not all(isinstance(value, str) for value in job.values() if value is not None):
+                raise ValueError("a field that is no text")
         except (ValueError, AttributeError) as why:
-            raise BadInput(f"{path} line {k}: not a record; expected a JSON object of texts with prompt (or video_caption, audio_caption), and perhaps transcript "
-                           "(or spoken_word_en, spoken_word_zh), audio, image, video, ref_audio") from why
-        stem = str(record.get("id", f"{k:04d}"))
-        if Path(stem).name != stem or stem in stems:
-            raise BadInput(f"{path} line {k}: its id {stem!r} cannot be a file's name, or stands there twice; give every record a short name of its own")
-        stems.add(stem)
-        yield dict(given, sound_prompt=given["sound_prompt"] or given["prompt"], stem=stem)
+            raise BadInput(f"{path} line {number}: not a record; expected a JSON object of texts: "
+                           "prompt (or video_caption, audio_caption), transcript (or spoken_word_en,"
+                           " spoken_word_zh), audio, image, video, ref_audio, id") from why
+        stem = str(record.get("id", f"{number:04d}"))
+        if Path(stem).name != stem or stem in jobs:
+            raise BadInput(f"{path} line {number}: id {stem!r} is no file name, or occurs twice; "
+                           "give every record a short name")
+        jobs[stem] = dict(job, sound_prompt=job["sound_prompt"] or job["prompt"], stem=stem)
+    return list(jobs.values())
 
 
-def file_name(args, job, i, suffix):
-    """--out, or a file in it named after the record, the given clip or sound, or the words."""
-    said = "-".join("".join(c if c.isalnum() else " " for c in job["prompt"] or job["transcript"]).split()[:8])
-    stem = job["stem"] or Path(job["video"] or job["audio"] or said or "sample").stem
-    name = Path(args.out) if Path(args.out).suffix == suffix and not args.jsonl else Path(args.out) / f"{stem}{suffix}"
-    return name.with_stem(f"{name.stem}-{i}") if args.n > 1 else name
+def output_file(args, job, suffix):
+    """--out itself, or a file in it named after the record, the given clip or audio, the text."""
+    if Path(args.out).suffix == suffix and not args.jsonl:
+        return Path(args.out)
+    text = "".join(c if c.isalnum() else " " for c in job["prompt"] or job["transcript"])
+    name = job["video"] or job["audio"] or "-".join(text.split()[:8]) or "sample"
+    return Path(args.out) / f"{job['stem'] or Path(name).stem}{suffix}"
 
 
-def make_one(model, vae, audio_vae, job, name, args, size, autocast, seed, settings):
-    """One clip with two towers, written to `name`, with its film strip. -> its frames"""
-    device, rate, more, attention_maps = next(model.parameters()).device, audio_vae.cfg.rate, {}, [] if args.maps else None
-    given = read_video(job["video"], size) if job["video"] else None
-    wave = read_audio(job["audio"], rate) if job["audio"] else None
-    frames = len(given) if given is not None else max(2, round((args.seconds or (data.FRAMES / FPS if wave is None else len(wave) / rate)) * FPS))
-    if model.cfg.bridges:
-        more = dict(speech=[job["transcript"]], sound_captions=[job["sound_prompt"]], refs=read_reference(job["ref_audio"], audio_vae, device))
-    if job["video"]:
-        video, sound = given, video_to_audio(model, vae, audio_vae, given, job["prompt"], autocast, seed=seed, **more, **settings)
-        add_sound(name, job["video"], sound, rate)
+def draw_maps(video, maps):
+    """Harmony's figures 3 and 5 as film strips of video (F, H, W, 3) uint8: where each moment of
+    the audio attends in its frame, where SyncCFG pulls. Prints which share lies on what moves."""
+    attention = maps["attention"][0]                          # (S, L, h, w)
+    S, L = attention.shape[:2]
+    # For latent l: the mean over the audio latents within half a latent of it
+    spans = [(max(0, round((l - .5) / L * S)), round((l + .5) / L * S) + 1) for l in range(L)]
+    means = [attention[start:stop, l].mean(0) for l, (start, stop) in enumerate(spans)]
+    cells = {"attention": torch.stack(means)}                 # (L, h, w)
+    if maps["heat"] is not None:
+        cells["SyncCFG"] = maps["heat"][0]
+    # A pixel moves if it ever leaves its median by 24 of 255, more than the VAE's error.
+    moves = torch.from_numpy(np.abs(video - np.median(video, 0)).max((0, 3)) > 24).float()
+    latent_of = [min(L - 1, -(-f * (L - 1) // max(1, len(video) - 1))) for f in range(len(video))]
+    strips = []
+    for name, cell in cells.items():
+        cell = cell / cell.amax((1, 2), keepdim=True).clamp(min=1e-9)
+        big = F.interpolate(cell[:, None], video.shape[1:3])[:, 0]            # (L, H, W)
+        print(f"{name}: {(big * moves).sum() / big.sum():.2f} of it lies on what moves, "
+              f"which is {moves.mean():.2f} of the picture")
+        glow = big[latent_of].numpy()[..., None] * [165., 110., 0.]           # orange on dark
+        strip = data.film_strip((video * .35 + glow).astype(np.uint8), np.zeros(1))
+        strips.append(strip[:video.shape[1]])                 # without its waveform
+    return np.concatenate(strips)
+
+
+# --------------------------------------------------------------------------------- benchmark
+
+def benchmark(system, autocast):
+    """What guidance, audio and the cache cost: ratios of median times of 2 s clips; JSON last."""
+    model, vae, text = system.model, system.vae, ["a ball drops"]
+    side = 2 * model.cfg.patch * vae.stride
+    picture, wave = np.full((1, side, side, 3), 128, np.uint8), np.zeros(2 * RATE, np.float32)
+
+    def video(**settings):
+        list(generate_video(model, vae, picture, [wave], text, data.FRAMES, autocast, **settings))
+
+    def both(audio_vae=system.audio_vae, **settings):
+        generate_audio_video(model, vae, audio_vae, text, data.FRAMES, side, autocast, **settings)
+
+    if system.task == "a2v":
+        runs = {"guided": partial(video, asg=2., cfg=4.), "cfg": partial(video, asg=0., cfg=4.),
+                "plain": partial(video, asg=0.), "mute": partial(video, asg=0., use_audio=False)}
+        runs |= step_runs(model, side // vae.stride, autocast)
+        ratios = {"asg_on_off": ("guided", "cfg"), "audio_on_off": ("plain", "mute"),
+                  "context_recomputed_cached": ("recomputed", "cached")}
     else:
-        if wave is not None:
-            sound = np.pad(wave, (0, max(0, round(frames / FPS * rate) - len(wave))))[:round(frames / FPS * rate)]
-            more["z_a"] = encode_sound(audio_vae, sound, device)
-        pictures = read_image(job["image"], size)[None] if job["image"] else None
-        video, made = (None if x is None else x[0] for x in generate_audio_video(model, vae, audio_vae, [job["prompt"]], frames, size, autocast, seeds=[seed], pictures=pictures, attention_maps=attention_maps,
-                                                                    **more, **settings))
-        sound = made if wave is None else sound
-        write_video(name, video, sound, rate=rate) if video is not None else write_sound(name, sound, rate)
-    if video is not None:
-        strip = film_strip(video[:60 * FPS], sound, rate=rate)
-        write_picture(name.with_suffix(".png"), np.concatenate([write_maps(video, attention_maps[0]), strip]) if attention_maps else strip)
-    return frames
+        on = dict(sync_video=3., sync_audio=2.) if system.task == "joint" else dict(cfg=2.)
+        runs = {"guided": partial(both, **on), "plain": partial(both, sync_video=1., sync_audio=1.),
+                "video tower": partial(both, audio_vae=None)}
+        ratios = {"guidance_on_off": ("guided", "plain"),
+                  "audio_tower_on_off": ("plain", "video tower")}
 
-
-def write_maps(video, attention_maps):
-    """Harmony's figures 3 and 5 as rows to stand above the film strip of video (F, H, W, 3) uint8: where the sound of each moment attention_maps in its
-    frame, and where SyncCFG pulls. Prints which share of either lies on what moves."""
-    attention, L = attention_maps["attention"][0], attention_maps["attention"].shape[2]         # (S, L, h, w)
-    cells = dict(attention=torch.stack([attention[max(0, round((l - .5) / L * len(attention))):round((l + .5) / L * len(attention)) + 1, l].mean(0) for l in range(L)]))
-    if attention_maps["heat"] is not None:
-        cells["SyncCFG"] = attention_maps["heat"][0]
-    moves = torch.from_numpy(np.abs(video - np.median(video, 0)).max((0, 3)) > 24).float()               # (H, W): pixels that ever change
-    rows = []
-    for name, cell in cells.items():                                          # (L, h, w)
-        big = torch.nn.functional.interpolate(cell[:, None] / cell.amax((1, 2), keepdim=True)[:, None].clamp(min=1e-9), video.shape[1:3])[:, 0]  # (L, H, W)
-        print(f"{name}: {(big * moves).sum() / big.sum():.2f} of it lies on what moves, which is {moves.mean():.2f} of the picture")
-        frame = big[[min(L - 1, -(-f * (L - 1) // max(1, len(video) - 1))) for f in range(len(video))]].numpy()[..., None]
-        rows.append(film_strip((video * .35 + frame * [165., 110., 0.]).astype(np.uint8), np.zeros(1))[:video.shape[1]])
-    return np.concatenate(rows)
-
-
-def read_reference(path, audio_vae, device):
-    """A recording of the voice or thing that shall sound -> latents (1, A, R) of up to 3 s of it from where it begins to sound; None without."""
-    if not path:
-        return None
-    rate, wave = audio_vae.cfg.rate, read_audio(path, audio_vae.cfg.rate)
-    loud = np.flatnonzero(np.abs(wave) > .02 * np.abs(wave).max())
-    if not len(loud) or np.abs(wave).max() < 1e-4:
-        raise BadInput(f"{path}: silent; a reference must be heard: 1 to 3 s of the voice or thing")
-    wave = wave[max(0, loud[0] - rate // 20):][:3 * rate]
-    if len(wave) < rate // 2:
-        raise BadInput(f"{path}: {len(wave) / rate:.2f} s of sound; a reference needs at least 0.5 s, better 1 to 3")
-    return encode_sound(audio_vae, wave, device)
-
-
-def median_times(runs, rounds):
-    """name -> function: medians of seconds. They take turns, so a machine that slows down slows all of them down."""
-    spans = {name: [] for name in runs}
-    for i in range(rounds + 1):                                               # the first round warms up
+    # The runs take turns, so that a machine that slows down slows all of them down.
+    times = {name: [] for name in runs}
+    for _ in range(8):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            spans[name] += [time.perf_counter() - start] * (i > 0)
-    return {name: sorted(times)[rounds // 2] for name, times in spans.items()}
+            times[name].append(time.perf_counter() - start)
+    t = {name: float(np.median(spans[1:])) for name, spans in times.items()}      # 0: warm-up
+    for name, (a, b) in ratios.items():
+        print(f"{name:28s}{t[a] / t[b]:6.2f}   {a} {t[a]:.3f} s, {b} {t[b]:.3f} s")
+    print(json.dumps({name: round(t[a] / t[b], 3) for name, (a, b) in ratios.items()}))
 
 
-def bench(model, vae, autocast):
-    """What guidance, audio layers and the cache cost: ratios of whole roll-outs of one 2 s clip."""
-    side, seconds = 2 * model.cfg.patch * vae.stride, 49 / FPS
-    picture, wave, text = np.full((1, side, side, 3), 128, np.uint8), np.zeros(round(seconds * RATE), np.float32), ["a ball drops"]
-    clip = lambda net=model, **settings: lambda: list(generate_video(net, vae, picture, [wave], text, 49, autocast, steps=30, **settings))
-    t = median_times(dict(both=clip(asg=2., cfg=4.), no_asg=clip(asg=0., cfg=4.), plain=clip(asg=0., cfg=0.), deaf=clip(WithoutAudio(model), asg=0., cfg=0.)), 7)
-    device, C = next(model.parameters()).device, model.cfg.latent
-    g = torch.Generator().manual_seed(0)
-    z, x = (torch.randn(1, C, k, side // vae.stride, side // vae.stride, generator=g).to(device) for k in (13, 1))
+def step_runs(model, side, autocast, steps=10):
+    """So many denoising steps at latent 13: from the cache, and with the context recomputed."""
+    device = next(model.parameters()).device
+    z = torch.randn(1, model.cfg.latent, 13, side, side, device=device)
+    x, sigma = torch.randn_like(z[:, :, :1]), torch.full((1, 1), .5, device=device)
     with torch.no_grad(), autocast():
-        y, pooled = model.text(text_bytes(text).to(device))
-        a = model.ears(torch.zeros(1, 220, 64, device=device))
-        context = model.prefill(z[:, :, :1], y, pooled, a)
+        text, _, pooled = model.encode_text(text_bytes(["a ball drops"]).to(device))
+        audio = model.encode_audio(torch.zeros(1, 220, 64, device=device))
+        context = model.prefill(z[:, :, :1], text, pooled, audio)
         for l in range(1, 13):
             model.append_latent(context, z[:, :, l:l + 1])
-        t |= median_times(dict(step=lambda: model.denoise_step(context, x, .5),
-                        again=lambda: model.forward_teacher_forced(z, x, torch.full((1, 1), .5, device=device), y, pooled, a, start=13)), 31)
-    ratios = dict(asg_on_off=t["both"] / t["no_asg"], audio_on_off=t["plain"] / t["deaf"], context_recomputed_cached=t["again"] / t["step"])
-    for name, words in (("asg_on_off", f"ASG + CFG {t['both']:.2f} s, CFG alone {t['no_asg']:.2f} s"),
-                        ("audio_on_off", f"audio layers on {t['plain']:.2f} s, off {t['deaf']:.2f} s"),
-                        ("context_recomputed_cached", f"a step at latent 13: {1000 * t['again']:.1f} ms recomputed, {1000 * t['step']:.1f} ms cached")):
-        print(f"{name:28s}{ratios[name]:6.2f}   {words}")
-    print(json.dumps({k: round(r, 3) for k, r in ratios.items()}))
+
+    def run(step, *inputs, **named):
+        with torch.no_grad(), autocast():
+            for _ in range(steps):
+                step(*inputs, **named)
+    return {"cached": partial(run, model.denoise_step, context, x, .5),
+            "recomputed": partial(run, model.forward_teacher_forced, z, x, sigma, text, pooled, audio, start=13)}
 
 
-def bench_towers(model, vae, audio_vae, size, autocast):
-    """What guidance (SyncFlow's by text, Harmony's SyncCFG) and the audio tower cost: ratios of 2 s clips with 50 steps."""
-    make = lambda audio, **guidance: lambda: generate_audio_video(model, vae, audio, ["a ball drops"], data.FRAMES, size, autocast, steps=50, **guidance)
-    on, off = (dict(sync_video=3., sync_audio=2.), dict(sync_video=1., sync_audio=1.)) if model.cfg.bridges else (dict(cfg=2.), dict(cfg=1.))
-    t = median_times(dict(both=make(audio_vae, **on), plain=make(audio_vae, **off), video=make(None, cfg=1.)), 5)
-    ratios = dict(guidance_on_off=t["both"] / t["plain"], audio_tower_on_off=t["plain"] / t["video"])
-    print(f"guidance_on_off {ratios['guidance_on_off']:.2f}: {t['both']:.2f} s, {t['plain']:.2f} s\naudio_tower_on_off {ratios['audio_tower_on_off']:.2f}: {t['plain']:.2f} s, {t['video']:.2f} s")
-    print(json.dumps({k: round(r, 3) for k, r in ratios.items()}))
+# ------------------------------------------------------------------------------- the command
+
+# Inputs that not every system knows, and whose they are
+FLAG_TASKS = {"audio": ("a2v", "joint"), "video": ("t2av", "joint"), "ref_audio": ("joint",),
+              "transcript": ("joint",), "maps": ("joint",), "asg": ("a2v",),
+              "sync_video": ("joint",), "sync_audio": ("joint",), "resolution": ("t2av", "joint"),
+              "audio_vae": ("t2av", "joint"), "pretrained": ("a2v",), "hubert": ("a2v",),
+              "tiles": ("a2v",)}
 
 
 def arguments():
-    p = Parser(__doc__)
-    p.add_argument("--audio", help="the sound: wav, flac, ogg, mp3, m4a or a clip with sound, any rate")
-    p.add_argument("--image", help="the first frame: png, jpg, ..., any size (centre crop to a square)")
-    p.add_argument("--prompt", default="", help="what is to be seen, in words; alone: makes picture and sound")
-    p.add_argument("--video", help="a clip that gets a sound; its pictures stay as they are")
-    p.add_argument("--transcript", default="", help="Harmony: what is said")
-    p.add_argument("--ref-audio", help="Harmony: whose voice, or what thing, it shall sound like: 1 to 3 s of it")
-    p.add_argument("--jsonl", help="two towers: many at once, a JSON object a line: prompt (or video_caption, audio_caption), transcript (spoken_word_en), audio, image, video, ref_audio, id")
-    p.add_argument("--maps", action="store_true", help="Harmony: pictures of where each moment of the sound attention_maps in the video, and where SyncCFG pulls")
-    p.add_argument("--sync-video", type=number(low=0), help="Harmony: s_v of SyncCFG, 1 = off; the checkpoint's own (3) if not given")
-    p.add_argument("--sync-audio", type=number(low=0), help="Harmony: s_a of SyncCFG, 1 = off; the checkpoint's own (2) if not given")
-    p.add_argument("--asg", type=number(low=0), help="w_a, Audio Sync Guidance; 0 = off (S = 1 + w_a); the checkpoint's own if not given")
-    p.add_argument("--cfg", type=number(low=0), help="text guidance: w_t, 0 = off (S = 1 + w_t); of two towers w, 1 = off (S = w); the checkpoint's own if not given")
-    p.add_argument("--steps", type=number(int, 1, 1000), help="Euler steps: 30 per latent, or 50 for two towers")
-    p.add_argument("--seconds", type=number(low=.1), help="length of the video; the sound's own, or 2 s, if not given")
-    p.add_argument("--resolution", type=data.picture_size, help="of two towers: another size than they were trained for")
-    p.add_argument("--shift-audio", type=number(), default=0., help="delay the sound by so many seconds: the motion follows")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of the noise; clip i uses seed + i")
-    p.add_argument("--n", type=number(int, 1, 256), default=1, help="so many versions")
-    p.add_argument("--ckpt", help="a checkpoint of train.py, of task a2v (weights/ has one), t2av or joint")
-    p.add_argument("--vae", default=str(VAE_FILE), help="the VAE it was trained with")
-    p.add_argument("--audio-vae", help="the audio VAE that two towers were trained with, if it is not the one in weights/")
-    p.add_argument("--pretrained", help="of a model on Pyramid Flow: that folder, with its VAE and text encoders")
-    p.add_argument("--hubert", help="of such a model: the HuBERT whose features it hears, a folder or a name on the hub")
-    p.add_argument("--tiles", action="store_true", help="of such a model: decode in tiles of 256 pixels, for memory")
-    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    p.add_argument("--compile", action="store_true", help="torch.compile every block: slower to start, faster per step")
-    p.add_argument("--out", default="out/", help="a folder, or the name of the .mp4")
-    p.add_argument("--skip-probe", action="store_true", help="leave out every block in turn: one strip each (Syncphony figures 10, 11)")
-    p.add_argument("--bench", action="store_true", help="measure what guidance, audio layers and cache cost (with --prompt: what two towers cost), and stop")
+    p = data.Parser(__doc__)
+    add, number = p.add_argument, data.number
+    add("--audio", help="audio that drives the video: any sound file, or a clip with sound")
+    add("--image", help="the first frame: any picture, of any size (centre crop to a square)")
+    add("--prompt", default="", help="a caption; alone it generates video and audio")
+    add("--video", help="a clip to generate audio for; its frames stay as they are")
+    add("--transcript", default="", help="Harmony: what is said")
+    add("--ref-audio", help="Harmony: 1 to 3 s of the voice or thing that it shall sound like")
+    add("--jsonl", help="two towers, many at once: a JSON object a line, with prompt (or "
+        "video_caption, audio_caption), transcript (or spoken_word_en), audio, image, video, "
+        "ref_audio, id; goes on where it was stopped")
+    add("--maps", action="store_true",
+        help="Harmony: draw where each moment of the audio attends and where SyncCFG pulls")
+    add("--asg", type=number(low=0), help="Syncphony: w_a, Audio Sync Guidance; 0 = off")
+    add("--cfg", type=number(low=0),
+        help="text guidance: Syncphony's w_t, 0 = off; of two towers S, 1 = off")
+    add("--sync-video", type=number(low=0), help="Harmony: s_v of SyncCFG, 1 = off")
+    add("--sync-audio", type=number(low=0), help="Harmony: s_a of SyncCFG, 1 = off. All guidance "
+        "that is not given is as the checkpoint recommends")
+    add("--steps", type=number(int, 1, 1000),
+        help="Euler steps: 30 per latent; of SyncFlow 50, of Harmony 40 for a clip")
+    add("--seconds", type=number(low=.1), help="length of the video: the audio's, or 2 s")
+    add("--resolution", type=data.picture_size, help="two towers: another than in training")
+    add("--shift-audio", type=number(), default=0.,
+        help="delay the audio by so many seconds: the motion follows")
+    add("--seed", type=number(int, 0), default=0, help="seed of the noise")
+    add("--ckpt", help="a checkpoint of train.py; default: the one in weights/ for these inputs")
+    add("--vae", help="its VAE, if that is neither in weights/ nor beside it")
+    add("--audio-vae", help="likewise the audio VAE of two towers")
+    add("--pretrained", help="of a model on Pyramid Flow: that folder")
+    add("--hubert", help="of such a model: its HuBERT, a folder or a name on the hub")
+    add("--tiles", action="store_true", help="of such a model: decode in tiles, for memory")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
+    add("--compile", action="store_true", help="torch.compile every block: slow start, fast steps")
+    add("--out", default="out/", help="a folder, or the name of the .mp4")
+    add("--bench", action="store_true",
+        help="measure what guidance, audio and cache cost (with --prompt: two towers), and stop")
     return p
+
+
+def default_checkpoint(args):
+    """The shipped checkpoint that takes these inputs."""
+    if args.jsonl or args.transcript or args.ref_audio or args.maps:
+        return str(JOINT_FILE)
+    if args.video or (args.prompt and not args.audio):
+        return str(T2AV_FILE)
+    return str(A2V_FILE)
+
+
+def check_job(system, job, args):
+    """BadInput where an input is missing, or is of another system."""
+    task, record = system.task, f"{args.jsonl} record {job['stem']}: " if args.jsonl else ""
+    for name, value in {**vars(args), **job}.items():
+        tasks = FLAG_TASKS.get(name, SYSTEMS)
+        if value and task not in tasks:
+            raise BadInput(f"{record}--{name.replace('_', '-')} is an input of "
+                           f"{' and '.join(SYSTEMS[t] for t in tasks)}, but {args.ckpt} is of "
+                           f"{SYSTEMS[task]}; leave it out, or give --ckpt of --task {tasks[0]}")
+    if task == "a2v":
+        return require(job, record, "audio", "image")
+    if not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
+        raise BadInput(f"{record}--prompt is empty; give a caption, or a --video without sound")
+    if system.model.cfg.blind and job["video"]:
+        raise BadInput(f"{record}--video: {args.ckpt} was trained by --no-video; give another")
+    if job["video"] and (job["audio"] or args.maps):
+        raise BadInput(f"{record}--video: nothing but its audio is generated; "
+                       f"leave {'--audio' if job['audio'] else '--maps'} out")
+
+
+def require(job, record, *fields):
+    for field in fields:
+        if not job[field]:
+            raise BadInput(f"{record}--{field} is missing; give {' and '.join(fields)}: python "
+                           "sample.py --audio x.wav --image f.png, or --prompt alone, or --video")
+
+
+def run_a2v(system, job, path, args, bar, settings):
+    """Syncphony: write the video of a job, piece for piece, and its strip -> number of frames."""
+    wave = read_delayed_audio(job["audio"], args.shift_audio)
+    picture = data.read_image(job["image"], system.checkpoint["size"])
+    frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
+    bar.reset(math.ceil((frames - 1) / system.vae.stride_t) * settings["steps"])
+    shown = []
+
+    def pieces():
+        for piece in generate_video(system.model, system.vae, picture[None], [wave], [job["prompt"]],
+                                    frames, bar=bar, tiles=args.tiles, **settings):
+            if sum(map(len, shown)) < 60 * FPS:               # of the strip: one minute at most
+                shown.append(piece[0])
+            yield piece[0]
+    data.write_video(path, pieces(), wave)
+    strip = data.film_strip(np.concatenate(shown), wave)
+    data.write_picture(path.with_suffix(".png"), strip)
+    return frames
+
+
+def run_towers(system, job, path, args, bar, settings):
+    """SyncFlow and Harmony: generate what a job does not give, write it -> number of frames."""
+    towers = (system.model, system.vae, system.audio_vae)
+    device, rate = next(system.model.parameters()).device, system.audio_vae.cfg.rate
+    size = args.resolution or system.checkpoint["size"]
+    options, maps, frames_out = dict(settings, bar=bar), [] if args.maps else None, None
+    if system.task == "joint":
+        options |= dict(speech=[job["transcript"]], sound_captions=[job["sound_prompt"]])
+        if job["ref_audio"]:
+            options["refs"] = read_reference(job["ref_audio"], system.audio_vae, device)
+    if job["video"]:
+        video = data.read_video(job["video"], size)
+        options["seed"] = options.pop("seeds")[0]
+        wave = video_to_audio(*towers, video, job["prompt"], **options)
+        data.add_sound(path, job["video"], wave, rate)
+    else:
+        given = None
+        if job["audio"]:
+            given = read_delayed_audio(job["audio"], args.shift_audio, rate)
+        default = data.FRAMES / FPS if given is None else len(given) / rate
+        frames = max(2, round((args.seconds or default) * FPS))
+        if given is not None:                                 # made as long as the video
+            samples = round(frames / FPS * rate)
+            given = np.pad(given, (0, max(0, samples - len(given))))[:samples]
+            options["z_a"] = encode_sound(system.audio_vae, given, device)
+        if job["image"]:
+            options["pictures"] = data.read_image(job["image"], size)[None]
+        video, wave = generate_audio_video(*towers, [job["prompt"]], frames, size, attention_maps=maps, **options)
+        wave = wave[0] if given is None else given
+        if video is None:
+            data.write_sound(path, wave, rate)
+            return frames
+        video = video[0]
+        data.write_video(path, video, wave, rate=rate)
+    strip = data.film_strip(video[:60 * FPS], wave, rate=rate)
+    if maps:
+        strip = np.concatenate([draw_maps(video, maps[0]), strip])
+    data.write_picture(path.with_suffix(".png"), strip)
+    return len(video)
+
+
+def describe(system, args, settings):
+    """Print which weights and settings are used, and what they cannot do."""
+    checkpoint, trained = system.checkpoint, system.checkpoint.get("args", {})
+    millions = sum(p.numel() for p in system.model.parameters()) / 1e6
+    stage = f" of stage {checkpoint['stage']}" if "stage" in checkpoint else ""
+    print(f"{Path(args.ckpt).name}: {SYSTEMS[system.task]}, step {checkpoint['step']}{stage}, "
+          f"{millions:.1f} M parameters, EMA weights")
+    size = "x".join(map(str, data.sides(args.resolution or checkpoint["size"])))
+    numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
+    print(f"{numbers}, {size} at {FPS} fps")
+    two_way = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
+    if system.task == "joint" and two_way and max(settings["sync_video"], settings["sync_audio"]) > 1:
+        print("this checkpoint was trained without the one-way tasks (--lambda-v 0, --lambda-a 0): "
+              "it does not know the silent and static partners of SyncCFG; better --sync-video 1 "
+              "--sync-audio 1")
 
 
 def main():
     args = arguments().parse_args()
-    device, autocast, words = pick_device(args.device)
-    task = data.task_of(args.ckpt) if args.ckpt else None
-    harmonys = args.jsonl or args.transcript or args.ref_audio or args.maps
-    if task in ("t2av", "joint") or args.video or task != "a2v" and (harmonys or args.prompt and not (args.audio or args.skip_probe)):
-        args.ckpt = args.ckpt or str(JOINT_FILE if harmonys else T2AV_FILE)
-        return both_or_sound(args, device, autocast, words)
-    jobs = [] if args.bench else list(read_jobs(args))
-    for job in jobs:
-        missing = [flag for flag in ("audio", "image") if not job[flag]]
-        if missing:
-            raise BadInput(f"{args.jsonl} record {job['stem']}: no {missing[0]} in it; this checkpoint wants audio and image" if args.jsonl else
-                           f"--{missing[0]} is missing; give both: python sample.py --audio x.wav --image f.png, or --prompt, alone or with --image, or --video")
-    args.ckpt, args.steps = args.ckpt or str(A2V_FILE), args.steps or 30
-    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device, args.pretrained)
-    attach_external_encoders(model, args, [job["prompt"] for job in jobs], device)
-    if args.compile and not args.skip_probe:
-        for block in model.all_blocks():
+    device, autocast, description = pick_device(args.device)
+    args.ckpt = args.ckpt or default_checkpoint(args)
+    system = load(args.ckpt, device, args.vae, args.audio_vae, args.pretrained)
+    if args.compile:
+        for block in system.model.all_blocks():
             block.compile(dynamic=True)
-    if args.bench and model.cfg.context_clock == "shared":
-        raise BadInput(f"--bench: measures models of the parallel layout; {args.ckpt} is of Pyramid Flow's, which keeps no context")
     if args.bench:
-        return bench(model, vae, autocast)
-    asg, cfg = (ckpt["guidance"][k] if getattr(args, k) is None else getattr(args, k) for k in ("asg", "cfg"))
-    settings = dict(steps=args.steps, asg=asg, cfg=cfg, tiles=args.tiles)
-    print(f"{words}\n{Path(args.ckpt).name}: step {ckpt['step']}, {sum(q.numel() for q in model.parameters()) / 1e6:.1f} M parameters, EMA weights")
-    print(f"{'x'.join(map(str, data.sides(ckpt['size'])))} at {FPS} fps, {args.steps} steps per latent, w_a = {asg:g}, w_t = {cfg:g} where there is a prompt")
+        return benchmark(system, autocast)
+    jobs = read_jobs(args)
     for job in jobs:
-        wave, picture = read_audio_delayed(job["audio"], args.shift_audio), read_image(job["image"], ckpt["size"])
-        frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
-        if args.skip_probe:
-            out = Path(args.out)
-            return skip_probe(model, vae, picture, wave, job["prompt"], frames, autocast, (out.parent if out.suffix == ".mp4" else out) / "skip-probe.png",
-                              seeds=[args.seed], **settings)
-        for i in range(args.n):
-            name, start, kept = file_name(args, job, i, ".mp4"), time.perf_counter(), []
-            if args.jsonl and name.is_file():                                 # done before an interruption
-                print(f"{name}: is there already")
-                continue
-            with tqdm(total=math.ceil((frames - 1) / vae.stride_t) * args.steps, disable=None, leave=False, unit="step") as bar:
-                def pieces():
-                    for piece in generate_video(model, vae, picture[None], [wave], [job["prompt"]], frames, autocast, bar, seeds=[args.seed + i], **settings):
-                        if sum(map(len, kept)) < 60 * FPS:                    # the strip shows the first minute at most
-                            kept.append(piece[0])
-                        yield piece[0]
-                write_video(name, pieces(), wave)
-            write_picture(name.with_suffix(".png"), film_strip(np.concatenate(kept), wave))
-            print(f"{name} and {name.with_suffix('.png').name}: {time.perf_counter() - start:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed + i}")
+        check_job(system, job, args)
 
+    # The checkpoint's guidance, where no flag says otherwise
+    settings = dict(system.checkpoint["guidance"])
+    for name in settings:
+        if getattr(args, name, None) is not None:
+            settings[name] = getattr(args, name)
+    settings["steps"] = args.steps or STEPS[system.task]
+    print(description)
+    describe(system, args, settings)
+    settings |= dict(autocast=autocast, seeds=[args.seed])
+    prompts = [job["prompt"] for job in jobs]
+    if system.task == "a2v":
+        settings["encoders"] = external_encoders(system.model, args, prompts, device)
+    if any(len(prompt.encode(errors="replace")) > 96 for prompt in prompts):
+        print("the trained text encoders read the first 96 letters of a prompt")
 
-def read_audio_delayed(path, delay):
-    """A sound file -> waveform, delayed by so many seconds (earlier, if negative)."""
-    wave, n = read_audio(path), round(abs(delay) * RATE)
-    return wave if not n else np.pad(wave, (n, 0))[:len(wave)] if delay > 0 else np.pad(wave, (0, n))[n:]
+    run = run_a2v if system.task == "a2v" else run_towers
+    suffix = ".wav" if run is run_towers and system.model.cfg.blind else ".mp4"
+    for job in jobs:
+        path = output_file(args, job, suffix)
+        if args.jsonl and path.is_file():                     # done before an interruption
+            print(f"{path}: exists already")
+            continue
+        start = time.perf_counter()
+        with tqdm(disable=None, leave=False, unit="step") as bar:
+            frames = run(system, job, path, args, bar, settings)
+        seconds = time.perf_counter() - start
+        print(f"{path}: {seconds:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed}")
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    data.run_cli(main)

@@ -1369,134 +1369,201 @@ def cli(module, *argv):
             signal.signal(s, h)
 
 
-class Straight:
-    """A network that knows the answer: velocities of the straight lines to `target`. Counts its calls."""
+class StraightPaths:
+    """A network whose velocities lie on the straight lines to `target`. Counts its calls."""
 
     def __init__(self, target):
-        self.target, self.calls = target, 0
+        self.target = target
+        self.calls = 0
 
-    cfg = MMDiTConfig(**networks.SIZES["tiny"])
-
-    def encode_text(self, words):
-        return words, words, words
-
-    def encode_audio(self, sound):
-        return sound
-
-    def prefill(self, z, *_, n_off_sync=0):
-        return dict(l=1)
+    def prefill(self, z0, *_, n_off_sync=0):
+        return {"latent": 1}
 
     def denoise_step(self, context, x, sigma):
         self.calls += 1
-        return (x - self.target[:, :, context["l"]:context["l"] + 1]) / sigma
+        l = context["latent"]
+        return (x - self.target[:, :, l:l + 1]) / sigma
 
     def append_latent(self, context, z):
-        context["l"] += 1
+        context["latent"] += 1
+
+
+def encoded(net, mel, captions, null_text=False):
+    """Conditions of `sample_autoregressive`: audio (B, S, A), text rows [full] or [full; null]."""
+    text = net.encode_text(text_bytes(captions))
+    if null_text:
+        null = net.encode_text(text_bytes([""] * len(captions)))
+        text = tuple(torch.cat(pair) for pair in zip(text, null))
+    return net.encode_audio(mel), text
 
 
 @pytest.mark.parametrize("steps", [1, 7])
 def test_euler_on_a_straight_path_is_exact_in_any_number_of_steps(steps):
-    z, a = inputs(B=1)[0].float(), inputs(B=1)[2]
-    net = Straight(z)
-    made = list(sample.sample_autoregressive(net, z[:, :, :1], 5, a, torch.zeros(1, 8).long(), steps=steps, asg=0.))
-    assert net.calls == 4 * steps and torch.allclose(torch.cat(made, 2), z[:, :, 1:], atol=1e-5)
+    """Rectified flow: where the velocity is constant, one Euler step is as good as many."""
+    z, _, audio = inputs(B=1)
+    z, text = z.float(), (torch.zeros(1, 1, 1),) * 3
+    net = StraightPaths(z)
+    latents = list(sample.sample_autoregressive(net, z[:, :, :1], 5, audio, text, steps, asg=0.))
+    error = (torch.cat(latents, 2) - z[:, :, 1:]).abs().max()
+    assert net.calls == 4 * steps, net.calls
+    assert error < 1e-5, error
 
 
-def test_one_step_evaluates_all_branches_in_one_call_and_early_blocks_once_for_full_and_off_sync():
-    """Rows: B full (+ B null) in the double blocks, + B off-sync from the first audio layer on."""
+@pytest.mark.parametrize("asg, cfg, double, single", [(0, 0, 2, 2), (2, 0, 2, 4), (0, 4, 4, 4), (2, 4, 4, 6)])
+def test_a_step_evaluates_all_branches_in_one_call(asg, cfg, double, single):
+    """Syncphony eq. 6 in one batch: B full (+ B null) rows in the double blocks, where the off-sync
+    branch equals the full one, and B off-sync rows more from the first audio layer on."""
     net = shaken(small()).float()
-    z, mel = torch.randn(2, 4, 1, 4, 4), torch.randn(2, 60, 64)
-    rows = {}
-    net.transformer_blocks[0].register_forward_hook(lambda m, i, o: rows.setdefault("double", []).append(len(i[0])))
-    net.single_transformer_blocks[0].register_forward_hook(lambda m, i, o: rows.setdefault("single", []).append(len(i[0])))
-    net.single_transformer_blocks[0].audio.register_forward_hook(lambda m, i, o: rows.setdefault("audio", []).append(len(i[0])))
-    for (asg, cfg), expected in {(0, 0): (2, 2, 2), (2, 0): (2, 4, 2), (0, 4): (4, 4, 4), (2, 4): (4, 6, 4)}.items():
-        rows.clear()
-        with torch.no_grad():
-            list(sample.sample_autoregressive(net, z, 2, mel, text_bytes(["a", "b"]), text_bytes(["", ""]), steps=3, asg=asg, cfg=cfg, seeds=(0, 1)))
-        assert [set(rows[k]) for k in ("double", "single", "audio")] == [{e} for e in expected]
-        assert len(rows["double"]) == 1 + 3 + 1                               # begin, three steps, extend
+    audio, text = encoded(net, torch.randn(2, 60, 64), ["a", "b"], null_text=cfg > 0)
+    rows = {"double": [], "single": [], "audio": []}
+    blocks = {"double": net.transformer_blocks[0], "single": net.single_transformer_blocks[0],
+              "audio": net.single_transformer_blocks[0].audio}
+    for name, block in blocks.items():
+        block.register_forward_hook(lambda m, i, o, name=name: rows[name].append(len(i[0])))
 
-
-def test_sampling_equals_the_equation_evaluated_without_cache_or_batching():
-    """Eq. 6 with three separate, uncached passes over the whole sequence gives the same latents."""
-    net = shaken(small())
-    z, mel, letters = torch.randn(1, 4, 1, 4, 4).double(), torch.randn(1, 80, 64).double(), text_bytes(["a ball"])
     with torch.no_grad():
-        made = list(sample.sample_autoregressive(net, z, 4, mel, letters, 0 * letters, steps=3, asg=2., cfg=4., seeds=(5,)))
-        g, a, text, null = torch.Generator().manual_seed(5), net.ears(mel), net.text(letters), net.text(0 * letters)
-        clean = z
+        list(sample.sample_autoregressive(net, torch.randn(2, 4, 1, 4, 4), 2, audio, text, 3, asg,
+                                          cfg, seeds=(0, 1)))
+    calls = 1 + 3 + 1                                         # prefill, three steps, append
+    assert rows["double"] == [double] * calls, rows
+    assert rows["single"] == [single] * calls, rows
+    assert rows["audio"] == [double] * calls, rows            # off-sync rows pass it by
+
+
+def test_sampling_equals_syncphony_equation_6_without_cache_and_batch():
+    """Every branch in a pass of its own over the complete sequence gives the same latents."""
+    net = shaken(small())
+    z0, mel = torch.randn(1, 4, 1, 4, 4).double(), torch.randn(1, 80, 64).double()
+    with torch.no_grad():
+        audio, rows = encoded(net, mel, ["a ball"], null_text=True)
+        latents = list(sample.sample_autoregressive(net, z0, 4, audio, rows, 3, 2., 4., seeds=(5,)))
+
+        text, null = (net.encode_text(text_bytes([caption]))[::2] for caption in ("a ball", ""))
+        generator = torch.Generator().manual_seed(5)
+        clean = z0
         for l in range(1, 4):
-            x = torch.randn(4, 1, 4, 4, generator=g)[None].double()
+            x = torch.randn(4, 1, 4, 4, generator=generator)[None].double()
             for s, s_next in ((1, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0)):
-                run = lambda words, audio: net.forward_teacher_forced(clean, x, torch.full((1, 1), float(s)).double(), *words, audio, start=l)
-                v = run(text, a)
-                v = v + 2 * (v - run(text, None)) + 4 * (v - run(null, a))    # the off-sync and null branches have contexts of their own
+                sigma = torch.full((1, 1), s, dtype=torch.float64)
+                full, off_sync, no_text = (
+                    net.forward_teacher_forced(clean, x, sigma, *states, features, start=l)
+                    for states, features in ((text, audio), (text, None), (null, audio)))
+                v = full + 2 * (full - off_sync) + 4 * (full - no_text)
                 x = x + (s_next - s) * v
-            assert torch.allclose(x, made[l - 1], atol=1e-8)
+            error = (x - latents[l - 1]).abs().max()
+            assert error < 1e-8, (l, error)
             clean = torch.cat([clean, x], 2)
 
 
-def test_the_null_branch_hears_and_the_off_sync_branch_reads():
-    net = shaken(small())
-    z, x, a = inputs(B=1)
-    run = lambda caption, audio: net.forward_teacher_forced(z, x, torch.rand(1, 4, generator=torch.Generator().manual_seed(0)).double(), *net.text(text_bytes([caption])), audio)
-    assert (run("", a) - run("", a + 1)).abs().max() > 1e-4 and (run("a ball", None) - run("a bell", None)).abs().max() > 1e-6
-
-
-def test_weight_zero_is_the_plain_model_and_weights_change_the_video():
+def test_a_weight_of_zero_leaves_its_branch_out():
+    """Syncphony section 3.3: w = 0 is the plain model, and both weights change the video."""
     net = shaken(small()).float()
-    z, mel, letters = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 60, 64), text_bytes(["a"])
-    run = lambda **w: torch.cat(list(sample.sample_autoregressive(net, z, 3, mel, letters, 0 * letters, steps=3, **w)), 2)
+    z0, mel = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 60, 64)
+
+    def run(asg, cfg):
+        audio, text = encoded(net, mel, ["a"], null_text=True)
+        return torch.cat(list(sample.sample_autoregressive(net, z0, 3, audio, text, 3, asg, cfg)), 2)
     with torch.no_grad():
-        plain = run(asg=0., cfg=0.)
-        assert (run(asg=2., cfg=0.) - plain).abs().max() > 1e-3 and (run(asg=0., cfg=4.) - plain).abs().max() > 1e-4
-        assert torch.allclose(run(asg=1e-9, cfg=0.), plain, atol=1e-4)
+        plain = run(0., 0.)
+        change = {(asg, cfg): (run(asg, cfg) - plain).abs().max().item()
+                  for asg, cfg in ((2., 0.), (0., 4.), (1e-9, 0.))}
+    assert change[2., 0.] > 1e-3, change
+    assert change[0., 4.] > 1e-4, change
+    assert change[1e-9, 0.] < 1e-4, change
 
 
-def test_clip_i_does_not_depend_on_the_batch_around_it(toy):
-    net, vae, _ = sample.load_a2v(toy / "a2v.pt", toy / "vae.pt")
+def test_a_clip_does_not_depend_on_the_batch_around_it(toy):
+    """Clip i draws its noise from seeds[i] alone, and frame 0 is the given picture, bit for bit."""
+    system = sample.load(toy / "a2v.pt")
     clips = [toybox.toybox_clip(i, 32) for i in range(3)]
-    run = lambda some, seeds: np.concatenate(list(sample.generate_video(net, vae, np.stack([c["video"][0] for c in some]), [c["audio"] for c in some],
-                                             [c["caption"] for c in some], 14, steps=2, seeds=seeds, cfg=4.)), 1).astype(int)
-    together = run(clips, [4, 5, 6])
-    assert together.shape == (3, 14, 32, 32, 3) and np.abs(together[2] - run(clips[2:], [6])[0]).max() <= 1
-    assert (together[:, 0] == np.stack([c["video"][0] for c in clips])).all()             # frame 0 is the given picture
-    assert np.abs(together[2] - run(clips[2:], [7])[0]).max() > 1
+
+    def run(chosen, seeds):
+        pictures = [c["video"][0] for c in chosen]
+        pieces = sample.generate_video(system.model, system.vae, pictures, [c["audio"] for c in chosen],
+                                       [c["caption"] for c in chosen], 14, steps=2, seeds=seeds, cfg=4.)
+        return np.concatenate(list(pieces), 1).astype(int)
+    together, alone, other_seed = run(clips, [4, 5, 6]), run(clips[2:], [6]), run(clips[2:], [7])
+    assert together.shape == (3, 14, 32, 32, 3), together.shape
+    assert np.abs(together[2] - alone[0]).max() <= 1, np.abs(together[2] - alone[0]).max()
+    assert np.abs(together[2] - other_seed[0]).max() > 1
+    assert (together[:, 0] == np.stack([c["video"][0] for c in clips])).all()
+
+
+def test_sampling_leaves_the_grad_mode_of_its_consumer_alone(toy):
+    """A generator that is suspended inside no_grad would switch gradients off for its caller."""
+    system, clip = sample.load(toy / "a2v.pt"), toybox.toybox_clip(0, 32)
+    pieces = sample.generate_video(system.model, system.vae, clip["video"][:1], [clip["audio"]], [""], 9, steps=1)
+    modes = [torch.is_grad_enabled() for _ in pieces]
+    assert modes == [True] * 3, modes
+
+
+def test_a_checkpoint_finds_its_vaes_by_their_fingerprints(toy, towers_on_disk, tmp_path, capsys):
+    """A VAE is found in weights/ or beside the checkpoint, whatever its name; a wrong --vae is refused."""
+    torch.manual_seed(3)
+    other = CausalVideoVAE(VAEConfig(**TOY16))
+    data.save_checkpoint(tmp_path / "other-vae.pt", task="vae", config=asdict(other.cfg), ema=other.state_dict(), step=0)
+    (tmp_path / "a2v.pt").write_bytes((toy / "a2v.pt").read_bytes())
+
+    inputs = ["--audio", toy / "x.wav", "--image", toy / "f.png", "--out", tmp_path / "out"]
+    assert cli(sample, *inputs, "--ckpt", tmp_path / "a2v.pt") == 2
+    assert "neither in weights/ nor beside" in capsys.readouterr().err
+    assert cli(sample, *inputs, "--ckpt", toy / "a2v.pt", "--vae", tmp_path / "other-vae.pt") == 2
+    assert "other-vae.pt: not the vae that" in capsys.readouterr().err
+
+    (tmp_path / "my-vae.pt").write_bytes((toy / "vae.pt").read_bytes())
+    beside = sample.load(tmp_path / "a2v.pt")
+    towers = sample.load(towers_on_disk[0] / "t2av/joint/best.pt")            # where they were in training
+    assert sample.fingerprint(beside.vae) == beside.checkpoint["vae"]
+    assert sample.fingerprint(towers.audio_vae) == towers.checkpoint["audio_vae"]
+    assert (beside.task, beside.audio_vae, towers.task) == ("a2v", None, "t2av")
 
 
 def test_the_sample_command_writes_video_and_strip_and_one_seed_gives_one_file(toy, tmp_path, capsys):
-    same = ["--audio", toy / "x.wav", "--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--steps", 2]
+    flags = ["--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--steps", 2]
     for name in ("a", "b"):
-        assert cli(sample, *same, "--prompt", "a ball", "--out", tmp_path / f"{name}.mp4") == 0
+        out = ["--prompt", "a ball", "--out", tmp_path / f"{name}.mp4"]
+        assert cli(sample, *flags, "--audio", toy / "x.wav", *out) == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    assert len(iio.imread(tmp_path / "a.mp4", plugin="FFMPEG")) == 49 and sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.png", "b.mp4", "b.png"]
-    assert cli(sample, *same, "--seconds", .7, "--n", 2, "--out", tmp_path / "folder") == 0
-    assert len(iio.imread(tmp_path / "folder/x-1.mp4", plugin="FFMPEG")) == 17
-    assert cli(sample, *same[2:], "--audio", toy / "silent.wav", "--seconds", 3.1, "--out", tmp_path / "s.mp4") == 0      # longer than its sound, longer than training
-    assert len(iio.imread(tmp_path / "s.mp4", plugin="FFMPEG")) == 74 and "seed" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "a.png", "b.mp4", "b.png"]
+
+    # named after the audio in a folder; longer than its audio and than training
+    assert cli(sample, *flags, "--audio", toy / "x.wav", "--seconds", .7, "--out", tmp_path) == 0
+    assert cli(sample, *flags, "--audio", toy / "silent.wav", "--seconds", 3.1, "--out", tmp_path) == 0
+    frames = {name: len(iio.imread(tmp_path / f"{name}.mp4", plugin="FFMPEG")) for name in ("a", "x", "silent")}
+    assert frames == {"a": 49, "x": 17, "silent": 74}, frames
+    assert "seed 0" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line_on_stderr_exit_code_two_and_nothing_written(toy, media, tmp_path, capsys):
-    good = {"--audio": toy / "x.wav", "--image": toy / "f.png", "--ckpt": toy / "a2v.pt", "--vae": toy / "vae.pt", "--out": tmp_path / "out"}
+    good = {"--audio": toy / "x.wav", "--image": toy / "f.png", "--ckpt": toy / "a2v.pt", "--out": tmp_path / "out"}
     torch.save({"a": 1}, tmp_path / "other.pt")
     torch.save(train.A2V, tmp_path / "pickle.pt")                             # a pickled class: code
     (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
-    data.save_checkpoint(tmp_path / "size.pt", **data.load_checkpoint(toy / "a2v.pt", "a2v") | {"config": networks.SIZES["tiny"]})
-    cases = [{"--audio": media / "empty.wav"}, {"--audio": media / "short.wav"}, {"--audio": media / "nan.wav"}, {"--audio": "none.wav"}, {"--image": media / "cut.png"},
-             {"--image": "none.png"}, {"--asg": -1}, {"--steps": 0}, {"--cfg": "nan"}, {"--cfg": "much"}, {"--seconds": 0}, {"--n": 0}, {"--ckpt": tmp_path / "none.pt"},
-             {"--ckpt": tmp_path / "other.pt"}, {"--ckpt": tmp_path / "pickle.pt"}, {"--ckpt": tmp_path / "noise.pt"}, {"--ckpt": toy / "vae.pt"},
-             {"--ckpt": tmp_path / "size.pt"}, {"--vae": toy / "a2v.pt"}, {"--stepz": 3}, {"--step": 3}, {"--device": "tpu"}]
-    for case in cases:
-        assert cli(sample, *[x for pair in (good | case).items() for x in pair]) == 2, case
+    wrong_size = data.load_checkpoint(toy / "a2v.pt", "a2v") | {"config": networks.SIZES["tiny"]}
+    data.save_checkpoint(tmp_path / "size.pt", **wrong_size)
+    cases = [("--audio", media / "empty.wav"), ("--audio", media / "short.wav"), ("--audio", media / "nan.wav"),
+             ("--audio", "none.wav"), ("--image", media / "cut.png"), ("--image", "none.png"), ("--asg", -1),
+             ("--steps", 0), ("--cfg", "nan"), ("--cfg", "much"), ("--seconds", 0), ("--stepz", 3), ("--step", 3),
+             ("--device", "tpu"), ("--ckpt", tmp_path / "none.pt"), ("--ckpt", tmp_path / "other.pt"),
+             ("--ckpt", tmp_path / "pickle.pt"), ("--ckpt", tmp_path / "noise.pt"), ("--ckpt", toy / "vae.pt"),
+             ("--ckpt", tmp_path / "size.pt"), ("--vae", toy / "a2v.pt"), ("--transcript", "u i"), ("--video", "x.mp4"),
+             ("--sync-video", 2), ("--audio", ""), ("--image", "")]
+    for flag, value in cases:
+        code = cli(sample, *[x for pair in (good | {flag: value}).items() for x in pair])
         err = capsys.readouterr().err.strip()
-        assert err.startswith("error: ") and "\n" not in err and "Traceback" not in err, (case, err)
-    assert cli(sample, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt") == 2 and "--audio is missing" in capsys.readouterr().err
-    for module, argv in ((train, ["--task", "dance"]), (train, ["--data", "nowhere"]), (train, ["--size", "huge"]), (train, ["--lr", "inf"]), (train, ["--resolution", 50]), (train, ["--tune-decoder", "x.pt"]), (train, ["--task", "vae", "--data", "avsync15"]), (data, ["--data", "nowhere"]),
-                         (train, ["--batch-size", 5, "--accum", 2]), (data, ["--size", "miniflux"]), (cyclesync, ["--data", "nowhere"]), (cyclesync, ["--clips", 1])):
-        assert cli(module, *argv, *([] if module is cyclesync else ["--data-root", tmp_path / "out"] if module is data else ["--out", tmp_path / "out", "--data-root", tmp_path / "out"])) == 2, argv
-        err = capsys.readouterr().err.strip()
-        assert err.startswith("error: ") and "\n" not in err, (argv, err)
+        assert code == 2, (flag, value, code)
+        assert err.startswith("error: ") and "\n" not in err, (flag, value, err)
+
+    out, roots = ["--out", tmp_path / "out"], ["--data-root", tmp_path / "out"]
+    for flags in (["--task", "dance"], ["--data", "nowhere"], ["--size", "huge"], ["--lr", "inf"], ["--resolution", 50],
+                  ["--tune-decoder", "x.pt"], ["--batch-size", 5, "--accum", 2],
+                  ["--task", "vae", "--data", "avsync15"]):
+        assert cli(train, *flags, *out, *roots) == 2, flags
+        assert capsys.readouterr().err.strip().count("\n") == 0, flags
+    for module, flags in ((data, ["--data", "nowhere", *roots]), (data, ["--size", "miniflux", *roots]),
+                          (cyclesync, ["--data", "nowhere"]), (cyclesync, ["--clips", 1])):
+        assert cli(module, *flags) == 2, (module, flags)
+        assert capsys.readouterr().err.strip().count("\n") == 0, (module, flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -2534,15 +2601,16 @@ def test_tiles_are_blended_without_a_seam_and_stream(monkeypatch):
     assert torch.allclose(vae.decode_tiles(z, {}, 4, 2), enlarge(z), atol=1e-5)
 
 
-def test_the_skip_probe_shows_one_strip_for_every_block(toy, tmp_path, capsys):
-    """Block for block left out, by both ways of rolling out; afterwards the model is whole again."""
-    model, vae, ckpt = sample.load_a2v(toy / "a2v.pt", toy / "vae.pt")
-    assert cli(sample, "--audio", toy / "x.wav", "--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--steps", 3, "--skip-probe",
-               "--seconds", .6, "--out", tmp_path) == 0
-    n = model.cfg.n_double + model.cfg.n_single
-    assert iio.imread(tmp_path / "skip-probe.png").shape[0] == (n + 1) * (32 + 40)
-    differences = [float(line.split("difference|")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "difference|" in line]
-    assert len(differences) == n and min(differences) > 0
+def test_the_skip_block_study_shows_one_strip_for_every_block(toy, tmp_path, capsys):
+    """Syncphony figures 10, 11: every block left out changes the video."""
+    config = sample.load(toy / "a2v.pt").model.cfg
+    soundfile.write(tmp_path / "x.wav", soundfile.read(toy / "x.wav")[0][:9600], 16000)
+    assert cli(cyclesync, "--skip-blocks", "--audio", tmp_path / "x.wav", "--image", toy / "f.png", "--ckpt",
+               toy / "a2v.pt", "--steps", 3, "--out", tmp_path) == 0
+    differences = json.loads(capsys.readouterr().out.splitlines()[-1])["skip_blocks"]
+    blocks = config.n_double + config.n_single
+    assert len(differences) == blocks and min(differences) > 0, differences
+    assert iio.imread(tmp_path / "skip-blocks.png").shape[0] == (blocks + 1) * (32 + 40)
 
 
 def entry_of_help(text, flag):
@@ -3255,22 +3323,41 @@ def test_stages_of_syncflow_train_the_video_then_the_audio_then_both(towers_on_d
     assert moved(stages["audio"]["model"], stages["joint"]["model"]) == {"video", "audio"}
 
 
-def test_video_to_audio_feeds_the_true_latents_at_each_steps_noise_level_and_keeps_them():
-    """SyncFlow section 5: at every step the video is replaced by its noised truth; with one noise its path is the straight line."""
-    net, z_v = small_towers().float(), two_streams()[0].float()
-    fed, forward = [], net.forward
-    net.forward = lambda x_v, x_a, sigma, *said: fed.append((x_v[:2], sigma[0].item())) or forward(x_v, x_a, sigma, *said)
-    words = text_bytes(["a ball", "a hammer"])
-    out_v, out_a = sample.sample_syncflow(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), z_v=z_v)
-    assert torch.equal(out_v, z_v) and [s for _, s in fed] == [1., .75, .5, .25]
-    eps = fed[0][0]
-    assert all(torch.allclose(x, (1 - s) * z_v + s * eps, atol=1e-6) for x, s in fed)
-    other = sample.sample_syncflow(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), z_v=z_v + 1)[1]
-    assert not torch.allclose(out_a, other)
-    fed.clear()
-    out_v, _ = sample.sample_syncflow(net, z_v.shape[1:], (3, 37), words, torch.zeros_like(words), steps=4, cfg=2., seeds=(0, 1), first=z_v[:, :, :1])
-    assert torch.equal(out_v[:, :, :1], z_v[:, :, :1]) and not torch.equal(out_v, z_v)     # the first picture alone likewise, the rest is made
-    assert all(torch.allclose(x[:, :, :1], (1 - s) * z_v[:, :, :1] + s * eps[:, :, :1], atol=1e-6) for x, s in fed)
+def syncflow_request(captions=("a ball", "a hammer"), shape_v=(4, 5, 4, 4), shape_a=(3, 37), **options):
+    return sample.JointRequest(list(captions), shape_v, shape_a, **{"steps": 4, "cfg": 2., **options})
+
+
+def sample_request(net, request, **options):
+    """`sample_joint` of a request that needs no VAE -> latents, the arguments of every network call."""
+    calls = []
+    forward = net.forward
+
+    def spy(*inputs, **named):
+        calls.append(inputs)
+        return forward(*inputs, **named)
+    net.forward = spy
+    with torch.no_grad():
+        conditions = sample.prepare_conditions(net, SimpleNamespace(stride=8), None, request)
+        x = sample.sample_joint(net, **{**conditions, **options})
+    del net.forward
+    return x, calls
+
+
+@pytest.mark.parametrize("n", [1, 5], ids=["first frame", "video"])
+def test_syncflow_is_given_latents_at_the_noise_level_of_the_step(n):
+    """SyncFlow section 5: in every step what is given is replaced by itself, noised to the level of the step.
+    With the same noise in every step, its path is the straight line."""
+    net, z = small_towers().float(), two_streams()[0].float()
+    x, calls = sample_request(net, syncflow_request(z_v=z[:, :, :n]))
+    levels = [call[2][0].item() for call in calls]
+    assert levels == [1., .75, .5, .25], levels
+    eps = calls[0][0][:2, :, :n]
+    for (x_v, *_), s in zip(calls, levels):
+        error = (x_v[:2, :, :n] - (1 - s) * z[:, :, :n] - s * eps).abs().max()
+        assert error < 1e-6, (s, error)
+    assert torch.equal(x["video"][:, :, :n], z[:, :, :n])
+    changed = sample_request(net, syncflow_request(z_v=z[:, :, :n] + 1))[0]["audio"]
+    assert not torch.allclose(x["audio"], changed)
 
 
 def test_the_first_stage_learns_from_single_pictures_beside_the_clips():
@@ -3288,39 +3375,52 @@ def test_the_first_stage_learns_from_single_pictures_beside_the_clips():
     assert torch.equal(batch["picture_text"], text_bytes(["abcde"[i] for i in numbers]))
 
 
-def test_guidance_of_two_towers_is_equation_three_on_both_streams():
-    """v = v_unc + w (v_cond - v_unc); w = 1 is the conditional, w = 0 the unconditional model, and 1 costs one row."""
-    net, (x_v, x_a, _) = small_towers().float(), two_streams(B=1)
-    words, nothing, rows = text_bytes(["a ball"]), text_bytes([""]), []
-    forward = net.forward
-    net.forward = lambda x_v, *a: rows.append(len(x_v)) or forward(x_v, *a)
-    go = lambda w: sample.sample_syncflow(net, x_v.shape[1:], x_a.shape[1:], words, nothing, steps=1, cfg=w)
-    with torch.no_grad():
-        eps, v = sample.sample_syncflow(net, x_v.shape[1:], x_a.shape[1:], words, None, steps=1, cfg=3.), {w: go(w) for w in (0., 1., 6.)}
-    assert rows == [1, 2, 1, 2] and torch.allclose(eps[1], v[1.][1])          # no null text: no guidance
-    for i in (0, 1):
-        assert torch.allclose(v[6.][i], v[0.][i] + 6 * (v[1.][i] - v[0.][i]), atol=1e-5)
+def test_guidance_of_two_towers_is_syncflow_equation_3_on_both_streams():
+    """v = v_null + w (v_cond - v_null): w = 1 is the conditional and w = 0 the unconditional model."""
+    net = small_towers().float()
+    x, rows = {}, {}
+    for w in (0., 1., 6.):
+        x[w], calls = sample_request(net, syncflow_request(["a ball"], steps=1, cfg=w))
+        rows[w] = [len(call[0]) for call in calls]
+    no_text, calls = sample_request(net, syncflow_request([""], steps=1, cfg=6.))
+    assert rows == {0.: [2], 1.: [1], 6.: [2]}, rows
+    assert len(calls[0][0]) == 1                              # no caption, nothing to guide by
+    for stream in ("video", "audio"):
+        error = (x[6.][stream] - x[0.][stream] - 6 * (x[1.][stream] - x[0.][stream])).abs().max()
+        assert error < 1e-5, (stream, error)
 
 
-def test_a_long_video_gets_its_sound_in_windows_that_keep_what_sounds_already():
-    net, calls = small_towers().float(), []
-    vae = SimpleNamespace(cfg=SimpleNamespace(rate=16000, latent=3), hop=320, denormalise=lambda z: z, decode=lambda z, n: calls.append(z) or torch.zeros(1, n))
+def test_a_long_video_gets_its_audio_in_overlapping_windows(monkeypatch):
+    """Windows show latent 0 and 12 consecutive latents; audio of an overlap is given to the later one."""
+    net, decoded, windows = small_towers().float(), [], []
+
+    def encode(video, first, cache):                          # one number per frame, every fourth frame
+        return video[:, :1].mean((1, 3, 4))[:, None, ::4, None, None].repeat(1, 4, 1, 4, 4),
+
+    def decode(z, samples):
+        decoded.append(z)
+        return torch.zeros(1, samples)
+
+    def spy(model, **conditions):
+        x = sample_joint(model, **conditions)
+        windows.append((conditions["known"]["video"], conditions["known"].get("audio"), x["audio"]))
+        return x
+    sample_joint = sample.sample_joint
+    monkeypatch.setattr(sample, "sample_joint", spy)
+    vae = SimpleNamespace(stride_t=4, encode=encode, normalise=lambda z: z)
+    audio_vae = SimpleNamespace(cfg=SimpleNamespace(rate=16000), hop=320, denormalise=lambda z: z, decode=decode)
     frames = np.random.default_rng(0).integers(0, 255, (24 * 6 + 1, 32, 32, 3), dtype=np.uint8)
-    pair, seen = sample.sample_syncflow, []
+    wave = sample.video_to_audio(net, vae, audio_vae, frames, "", steps=1)
 
-    def spy(model, shape_v, shape_a, *a, z_v, z_a, **k):
-        seen.append((z_v, z_a, pair(model, shape_v, shape_a, *a, z_v=z_v, z_a=z_a, **k)[1]))
-        return z_v, seen[-1][2]
-    video = SimpleNamespace(stride_t=4, encode=lambda x, first, cache: (x[:, :1].mean((1, 3, 4))[:, None, ::4, None, None].repeat(1, 4, 1, 4, 4),), normalise=lambda z: z)
-    sample.sample_syncflow, wave = spy, None
-    try:
-        wave = sample.video_to_audio(net, video, vae, frames, "", steps=1, cfg=1.)
-    finally:
-        sample.sample_syncflow = pair
-    assert len(wave) == round(145 / 24 * 16000) and calls[0].shape == (1, 3, -(-len(wave) // 320)) and len(seen) == 4
-    assert all(z.shape[2] == 13 and torch.equal(z[:, :, 0], seen[0][0][:, :, 0]) for z, _, _ in seen)                  # the picture and 12 latents
-    for (_, _, before), (_, kept, after) in zip(seen, seen[1:]):
-        assert torch.equal(after[:, :, :kept.shape[2]], kept) and kept.shape[2] >= 25
+    assert len(wave) == round(145 / 24 * 16000), len(wave)
+    assert decoded[0].shape == (1, 3, -(-len(wave) // 320)), decoded[0].shape
+    assert [z.shape[2] for z, _, _ in windows] == [13] * 4
+    assert all(torch.equal(z[:, :, 0], windows[0][0][:, :, 0]) for z, _, _ in windows)
+    for (_, _, before), (_, given, after) in zip(windows, windows[1:]):
+        n = given.shape[2]
+        assert n >= 25, n                                     # 3 latents are 0.5 s
+        assert torch.equal(after[:, :, :n], given)
+        assert torch.equal(before[:, :, -n:], given)
 
 
 def test_onsets_in_the_toybox_are_events_and_not_noise_or_hums():
@@ -3404,24 +3504,53 @@ def test_two_towers_resume_bit_for_bit(towers_on_disk, monkeypatch):
     assert_same_run(d / "uninterrupted", d / "interrupted")
 
 
-def test_sampling_from_text_and_for_a_video_writes_sound_and_keeps_the_pictures(towers_on_disk, toy, tmp_path, capsys):
-    d, _ = towers_on_disk
-    flags = ["--ckpt", d / "t2av/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae", d / "audio-vae.pt", "--steps", 2]
+def test_the_command_samples_syncflow_from_text_and_for_a_video(towers_on_disk, tmp_path, capsys):
+    """Text alone gives a clip with audio; --video gets audio and keeps its frames bit for bit."""
+    flags = ["--ckpt", towers_on_disk[0] / "t2av/joint/best.pt", "--steps", 2]
     assert cli(sample, *flags, "--prompt", "a hammer strikes a block three times", "--out", tmp_path) == 0
-    made = tmp_path / "a-hammer-strikes-a-block-three-times.mp4"
-    frames, wave = data.read_video(made, 32), data.read_audio(made)
-    assert len(frames) == 49 and abs(len(wave) / 16000 - 49 / 24) < .05 and made.with_suffix(".png").is_file()
-    assert cli(sample, *flags, "--prompt", "x" * 10000, "--resolution", 64, "--out", tmp_path / "long.mp4") == 0 and "first 96 letters" in capsys.readouterr().out
+    path = tmp_path / "a-hammer-strikes-a-block-three-times.mp4"
+    seconds = len(data.read_audio(path)) / 16000
+    assert len(data.read_video(path, 32)) == 49
+    assert abs(seconds - 49 / 24) < .05, seconds
+    assert path.with_suffix(".png").is_file()
+
+    long = ["--prompt", "x" * 10000, "--resolution", 64, "--out", tmp_path / "long.mp4"]
+    assert cli(sample, *flags, *long) == 0
+    assert "first 96 letters" in capsys.readouterr().out
     assert data.read_video(tmp_path / "long.mp4", 64).shape == (49, 64, 64, 3)
-    data.write_video(tmp_path / "mute.mp4", np.random.default_rng(0).integers(0, 255, (60, 90, 120, 3), dtype=np.uint8), None)
-    assert cli(sample, *flags, "--video", tmp_path / "mute.mp4", "--out", tmp_path / "dubbed.mp4") == 0
-    before, after = (iio.imread(tmp_path / name, plugin="FFMPEG") for name in ("mute.mp4", "dubbed.mp4"))
-    assert np.array_equal(before, after) and abs(len(data.read_audio(tmp_path / "dubbed.mp4")) / 16000 - 2.5) < .05
+
+    frames = np.random.default_rng(0).integers(0, 255, (60, 90, 120, 3), dtype=np.uint8)
+    data.write_video(tmp_path / "silent.mp4", frames, None)
+    assert cli(sample, *flags, "--video", tmp_path / "silent.mp4", "--out", tmp_path / "audible.mp4") == 0
+    before, after = (iio.imread(tmp_path / name, plugin="FFMPEG") for name in ("silent.mp4", "audible.mp4"))
+    seconds = len(data.read_audio(tmp_path / "audible.mp4")) / 16000
+    assert np.array_equal(before, after)
+    assert abs(seconds - 2.5) < .05, seconds
+
+
+def test_inputs_of_another_system_are_refused_in_one_line(towers_on_disk, toy, tmp_path, capsys):
+    """A flag is never ignored: whose input it is, and whose checkpoint was given, are named."""
+    ckpt = ["--ckpt", towers_on_disk[0] / "t2av/joint/best.pt"]
     (tmp_path / "not.mp4").write_text("no video")
-    for bad, words in ((["--video", tmp_path / "none.mp4"], "no such video"), (["--video", tmp_path / "not.mp4"], "not.mp4"), (["--prompt", ""], "--prompt is empty")):
-        capsys.readouterr()
-        assert cli(sample, *flags, *bad) == 2
-        assert words in capsys.readouterr().err
+    cases = [(["--video", tmp_path / "none.mp4"], "no such video"), (["--video", tmp_path / "not.mp4"], "not.mp4"),
+             (["--prompt", ""], "--prompt is empty"), (["--prompt", "a", "--asg", 2], "is an input of Syncphony"),
+             (["--prompt", "a", "--audio", toy / "x.wav"], "is an input of Syncphony and Harmony"),
+             (["--prompt", "a", "--maps"], "is an input of Harmony, but"),
+             (["--prompt", "a", "--ref-audio", toy / "x.wav"], "is of SyncFlow")]
+    for flags, message in cases:
+        code, err = cli(sample, *ckpt, *flags), capsys.readouterr().err
+        assert code == 2 and message in err, (flags, err)
+
+
+def test_the_benchmark_prints_its_ratios_as_json(toy, towers_on_disk, monkeypatch, capsys):
+    """README: what guidance, audio layers or tower, and the cache cost."""
+    monkeypatch.setattr(data, "FRAMES", 9)
+    keys = {toy / "a2v.pt": {"asg_on_off", "audio_on_off", "context_recomputed_cached"},
+            towers_on_disk[0] / "t2av/joint/best.pt": {"guidance_on_off", "audio_tower_on_off"}}
+    for path, expected in keys.items():
+        assert cli(sample, "--bench", "--ckpt", path, "--steps", 1) == 0
+        ratios = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert set(ratios) == expected and min(ratios.values()) > 0, ratios
 
 
 def test_two_towers_are_scored_by_the_events_in_the_picture_and_in_the_sound(
@@ -3686,58 +3815,95 @@ def test_attention_maps_reproduce_the_video_to_audio_layer():
     assert gap(x + bridge.to_out((maps[0] @ values).transpose(1, 2).flatten(2)), out) < 1e-12
 
 
-def sampled(net, shape_v=(4, 5, 4, 4), shape_a=(3, 37), **settings):
-    """Harmony's sampler with a spy on the network -> latents, the calls."""
-    calls, forward = [], net.forward
-    net.forward = lambda *a, **k: (calls.append(a), forward(*a, **k))[1]
-    anchors = dict(mute=torch.full((1, *shape_a), .5), still=torch.full((1, *shape_v), .25))
-    with torch.no_grad():
-        out = sample.sample_harmony(net, shape_v, shape_a, tuple(t[:1] for t in harmony_text(net)), seeds=[0], **{**anchors, **dict(steps=2), **settings})
-    net.forward = forward
-    return out, calls
+SILENCE, STILL = torch.full((1, 3, 37), .5), torch.full((1, 4, 5, 4, 4), .25)
 
 
-def test_synccfg_is_equations_9_and_10_with_clean_anchors():
+@pytest.fixture
+def partners(monkeypatch):
+    """Latents of silence and of a still, without VAEs."""
+    monkeypatch.setattr(sample, "silent_audio", lambda vae, S, device: SILENCE)
+    monkeypatch.setattr(sample, "static_video", lambda vae, L, picture: STILL)
+
+
+def harmony_request(**options):
+    return syncflow_request(["a ball"], **{"steps": 2, "cfg": 1., **options})
+
+
+def test_synccfg_is_harmony_equations_9_and_10_with_clean_partners(partners):
+    """v_v = v_v(x_v, silence) + s_v [v_v(x_v, x_a) - v_v(x_v, silence)], and likewise for audio with a still."""
     net = harmony().float()
-    anchors = dict(mute=torch.randn(1, 3, 37), still=torch.randn(1, 4, 5, 4, 4))
-    (v, a), calls = sampled(net, steps=1, sync_video=3., sync_audio=2., shift=1., **anchors)
-    x_v, x_a, s_v, s_a, *words = calls[0]
-    assert len(calls) == 1 and x_v.shape[0] == 3                              # joint, mute, still in one batch
-    assert torch.equal(x_a[1], anchors["mute"][0]) and torch.equal(x_v[2], anchors["still"][0]) and s_a.tolist() == [1, 0, 1] and s_v[:, 0].tolist() == [1, 1, 0]
-    one = tuple(t[:1] for t in words[:4])
+    x, calls = sample_request(net, harmony_request(steps=1, shift=1., sync_video=3., sync_audio=2.))
+    x_v, x_a, s_v, s_a, *text = calls[0]
+    assert len(calls) == 1 and len(x_v) == 3                  # cond, silent, static in one batch
+    assert torch.equal(x_a[1], SILENCE[0])
+    assert torch.equal(x_v[2], STILL[0])
+    assert s_a.tolist() == [1, 0, 1], s_a
+    assert s_v[:, 0].tolist() == [1, 1, 0], s_v
+
     with torch.no_grad():
-        joint, mute, still = (net.forward(x_v[i:i + 1], x_a[i:i + 1], s_v[i:i + 1], s_a[i:i + 1], *one) for i in range(3))
-    eq9, eq10 = mute[0] + 3 * (joint[0] - mute[0]), still[1] + 2 * (joint[1] - still[1])
-    assert torch.allclose(v, x_v[:1] - eq9, atol=1e-5) and torch.allclose(a, x_a[:1] - eq10, atol=1e-5)
-    assert sampled(net, sync_video=1., sync_audio=1.)[1][0][0].shape[0] == 1 and sampled(net, sync_video=1.)[1][0][0].shape[0] == 2
+        cond, silent, static = (net(*(t[i:i + 1] for t in (x_v, x_a, s_v, s_a, *text))) for i in range(3))
+    v_v = silent[0] + 3 * (cond[0] - silent[0])               # eq. 9
+    v_a = static[1] + 2 * (cond[1] - static[1])               # eq. 10
+    assert torch.allclose(x["video"], x_v[:1] - v_v, atol=1e-5)
+    assert torch.allclose(x["audio"], x_a[:1] - v_a, atol=1e-5)
 
 
-def test_a_given_stream_stays_as_it_is_and_is_clean_to_the_network():
+@pytest.mark.parametrize("scales, rows", [((1., 1.), 1), ((1., 2.), 2), ((3., 1.), 2), ((3., 2.), 3)])
+def test_a_scale_of_one_leaves_its_branch_out(partners, scales, rows):
+    """Harmony section 3.4: SyncCFG costs a branch per stream that it guides."""
+    request = harmony_request(sync_video=scales[0], sync_audio=scales[1])
+    calls = sample_request(harmony().float(), request)[1]
+    assert [len(call[0]) for call in calls] == [rows, rows]
+
+
+def test_harmony_is_given_clean_streams(partners):
+    """Harmony section 3.2: a given stream is clean in every step, drives the other, and stays as it is."""
     net, z_v, z_a = harmony().float(), torch.randn(1, 4, 5, 4, 4), torch.randn(1, 3, 37)
-    (v, a), calls = sampled(net, z_a=z_a)
-    assert torch.equal(a, z_a) and all((c[3] == 0).all() and torch.equal(c[1][:1], z_a) and len(c[0]) == 2 for c in calls)       # audio-driven: joint and mute
-    (v, a), calls = sampled(net, z_v=z_v)
-    assert torch.equal(v, z_v) and all((c[2] == 0).all() and torch.equal(c[0][:1], z_v) and len(c[0]) == 2 for c in calls)       # video-driven: joint and still
-    (v, a), calls = sampled(net, first=z_v[:, :, :1], sync_audio=1.)
-    assert torch.equal(v[:, :, :1], z_v[:, :, :1]) and all((c[2][:, 0] == 0).all() and (c[2][:, 1:] > 0).all() for c in calls)
+    x, calls = sample_request(net, harmony_request(z_a=z_a))                  # cond and silent
+    assert torch.equal(x["audio"], z_a)
+    for x_v, x_a, s_v, s_a, *_ in calls:
+        assert len(x_v) == 2 and torch.equal(x_a[:1], z_a) and s_a.tolist() == [0, 0]
+    x, calls = sample_request(net, harmony_request(z_v=z_v))                  # cond and static
+    assert torch.equal(x["video"], z_v)
+    for x_v, x_a, s_v, s_a, *_ in calls:
+        assert len(x_v) == 2 and torch.equal(x_v[:1], z_v) and s_v.abs().max() == 0
 
 
-def test_the_guidance_map_is_zero_for_a_mute_partner():
-    mute, heat = torch.randn(1, 3, 37), []
-    sampled(harmony().float(), z_a=mute, mute=mute, guidance_maps=heat)
-    assert heat[0].shape == (1, 5, 4, 4) and max(h.max() for h in heat) < 1e-6
-    sampled(harmony().float(), mute=mute, guidance_maps=heat)
-    assert heat[-1].max() > 1e-3
+def test_a_given_beginning_is_clean_for_the_video_and_noised_for_the_audio(partners):
+    """The video tower takes a noise level per latent, the audio tower one per clip."""
+    first, begun = torch.randn(1, 4, 1, 4, 4), torch.randn(1, 3, 9)
+    x, calls = sample_request(harmony().float(), harmony_request(z_v=first, z_a=begun, sync_audio=1., sync_video=1.))
+    for x_v, x_a, s_v, s_a, *_ in calls:
+        s = s_a[0]
+        eps = calls[0][1][:, :, :9]
+        assert torch.equal(x_v[:, :, :1], first) and s_v[0, 0] == 0
+        assert (s_v[0, 1:] == s).all() and s > 0, s_v
+        assert torch.allclose(x_a[:, :, :9], (1 - s) * begun + s * eps, atol=1e-6)
+    assert torch.equal(x["video"][:, :, :1], first)
+    assert torch.equal(x["audio"][:, :, :9], begun)
 
 
-def test_the_anchors_are_what_the_vaes_make_of_silence_and_stillness(toy):
+def test_synccfg_pulls_nowhere_if_the_audio_is_silence(partners):
+    """Harmony figure 5: |cond - silent| is 0 where both branches are equal."""
+    pulls = []
+
+    def observe(v):
+        pulls.append((v["cond"]["video"] - v["silent"]["video"]).abs().max().item())
+    sample_request(harmony().float(), harmony_request(z_a=SILENCE), observe=observe)
+    sample_request(harmony().float(), harmony_request(z_a=SILENCE + 1), observe=observe)
+    assert max(pulls[:2]) < 1e-6 and min(pulls[2:]) > 1e-3, pulls
+
+
+def test_the_partners_of_synccfg_are_what_the_vaes_code_silence_and_stillness_as(toy):
+    """Harmony section 3.4. Not zeros: a latent of zeros is the mean of all clips."""
     vae, audio_vae = sample.load_vae(toy / "vae.pt"), shaken(little_audio_vae()).float()
     picture = torch.rand(1, 3, 1, 32, 32) * 2 - 1
     with torch.no_grad():
-        mute, still = sample.synccfg_negatives(vae, audio_vae, 5, 6400, 32, "cpu", picture)
-        assert torch.equal(mute, audio_vae.normalise(audio_vae.encode(torch.zeros(1, 6400))[0])) and mute.abs().max() > 0
-        assert torch.allclose(still, vae.normalise(vae.encode(picture.repeat(1, 1, 17, 1, 1))[0]))
-    assert sample.synccfg_negatives(vae, audio_vae, 5, 6400, 32, "cpu")[1].shape == still.shape
+        silence, still = sample.silent_audio(audio_vae, 20, "cpu"), sample.static_video(vae, 5, picture)
+        coded_silence = audio_vae.normalise(audio_vae.encode(torch.zeros(1, 6400))[0])
+        coded_still = vae.normalise(vae.encode(picture.repeat(1, 1, 17, 1, 1))[0])
+    assert torch.equal(silence, coded_silence) and silence.abs().max() > 0
+    assert torch.allclose(still, coded_still)
 
 
 @pytest.fixture(scope="module")
@@ -3802,52 +3968,72 @@ def test_references_are_one_to_three_seconds_of_the_clip_itself_and_later_of_ano
     assert not references(0, 2.)[1].any()
 
 
-def test_harmony_makes_both_or_either_for_the_other_and_takes_a_picture_a_voice_and_words(harmony_on_disk, tmp_path, capsys):
-    d, _, flags = harmony_on_disk
-    soundfile.write(tmp_path / "voice.wav", np.sin(np.arange(44100 * 2) / 40) * .3, 44100)
-    iio.imwrite(tmp_path / "face.png", np.full((40, 50, 3), 90, np.uint8))
-    assert cli(sample, *flags, "--prompt", "a face calls", "--transcript", "u i", "--image", tmp_path / "face.png", "--ref-audio", tmp_path / "voice.wav", "--maps", "--out", tmp_path / "a.mp4") == 0
-    said = capsys.readouterr().out
-    assert "attention: " in said and "SyncCFG: " in said and "sync-video 3, sync-audio 2" in said
-    assert iio.imread(tmp_path / "a.png").shape[0] > 3 * 32 and data.read_video(tmp_path / "a.mp4", 32)[0].mean() == pytest.approx(90, abs=12)
-    assert cli(sample, *flags, "--audio", tmp_path / "voice.wav", "--image", tmp_path / "face.png", "--out", tmp_path / "b.mp4") == 0       # audio-driven
-    wave, kept = data.read_audio(tmp_path / "voice.wav"), data.read_audio(tmp_path / "b.mp4")
-    n = min(len(wave), len(kept)) - 800
-    assert np.corrcoef(wave[:n], kept[:n])[0, 1] > .98
-    assert cli(sample, *flags, "--video", tmp_path / "b.mp4", "--transcript", "o", "--out", tmp_path / "c.mp4") == 0                        # video-driven
-    assert np.array_equal(iio.imread(tmp_path / "b.mp4", plugin="FFMPEG"), iio.imread(tmp_path / "c.mp4", plugin="FFMPEG"))
+def test_the_command_samples_harmony_from_any_of_its_inputs(harmony_on_disk, tmp_path, capsys):
+    """Text, transcript, picture and voice; audio-driven; video-driven (Harmony section 3.2)."""
+    flags = harmony_on_disk[2]
+    voice, face = tmp_path / "voice.wav", tmp_path / "face.png"
+    soundfile.write(voice, np.sin(np.arange(44100 * 2) / 40) * .3, 44100)
+    iio.imwrite(face, np.full((40, 50, 3), 90, np.uint8))
+    assert cli(sample, *flags, "--prompt", "a face calls", "--transcript", "u i", "--image", face, "--ref-audio", voice,
+               "--maps", "--out", tmp_path / "a.mp4") == 0
+    out = capsys.readouterr().out
+    first = data.read_video(tmp_path / "a.mp4", 32)[0].mean()
+    assert "attention: " in out and "SyncCFG: " in out, out
+    assert "sync-video 3, sync-audio 2" in out, out
+    assert iio.imread(tmp_path / "a.png").shape[0] == 3 * 32 + 40            # both maps and the strip
+    assert first == pytest.approx(90, abs=12)
+
+    assert cli(sample, *flags, "--audio", voice, "--image", face, "--out", tmp_path / "b.mp4") == 0
+    given, written = data.read_audio(voice), data.read_audio(tmp_path / "b.mp4")
+    n = min(len(given), len(written)) - 800
+    assert np.corrcoef(given[:n], written[:n])[0, 1] > .98
+
+    assert cli(sample, *flags, "--video", tmp_path / "b.mp4", "--transcript", "o", "--out", tmp_path / "c.mp4") == 0
+    before, after = (iio.imread(tmp_path / name, plugin="FFMPEG") for name in ("b.mp4", "c.mp4"))
+    assert np.array_equal(before, after)
 
 
-def test_a_reference_that_cannot_be_heard_is_refused_and_a_long_one_is_cut(harmony_on_disk, tmp_path, capsys):
-    d, _, flags = harmony_on_disk
-    bad = dict(silent=np.zeros(16000), short=np.r_[np.ones(800), np.zeros(10)] * .1)
-    for name, wave in bad.items():
+def test_a_reference_has_half_a_second_of_sound_and_at_most_three(harmony_on_disk, tmp_path, capsys):
+    """Harmony section 3.1: references of 1 to 3 s; silent or shorter ones are refused."""
+    flags = harmony_on_disk[2]
+    for name, wave in {"silent": np.zeros(16000), "short": np.full(3200, .1)}.items():
         soundfile.write(tmp_path / f"{name}.wav", wave, 16000)
-        assert cli(sample, *flags, "--prompt", "a bell", "--ref-audio", tmp_path / f"{name}.wav", "--out", tmp_path / "no.mp4") == 2
-        assert "reference" in capsys.readouterr().err and not (tmp_path / "no.mp4").exists()
+        code = cli(sample, *flags, "--prompt", "a bell", "--ref-audio", tmp_path / f"{name}.wav", "--out", tmp_path / "no.mp4")
+        err = capsys.readouterr().err
+        assert code == 2 and "a reference needs" in err, (name, err)
+        assert not (tmp_path / "no.mp4").exists()
     soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).normal(size=(600 * 4000, 2)) * .1, 4000)
-    assert sample.read_reference(tmp_path / "long.wav", little_audio_vae().float(), "cpu").shape == (1, 3, 150)
-    assert cli(sample, "--ckpt", d / "t2av/joint/best.pt", *flags[2:], "--prompt", "a", "--ref-audio", tmp_path / "long.wav") == 2 and "SyncFlow" in capsys.readouterr().err
+    latents = sample.read_reference(tmp_path / "long.wav", little_audio_vae().float(), "cpu")
+    assert latents.shape == (1, 3, 150), latents.shape        # 3 s at 50 Hz
 
 
-def test_a_list_of_records_is_made_one_by_one_and_what_is_there_is_not_made_again(harmony_on_disk, toy, tmp_path, capsys):
-    d, _, flags = harmony_on_disk
-    records = [dict(video_caption="a face", audio_caption="a voice", spoken_word_en="u"), dict(prompt="a bell rings", id="bell")]
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
-    assert [(j["prompt"], j["sound_prompt"], j["transcript"], j["stem"]) for j in sample.read_jobs(sample.arguments().parse_args(["--jsonl", str(tmp_path / "list.jsonl")]))] == [
+def test_a_list_of_records_goes_on_where_it_was_stopped(harmony_on_disk, toy, tmp_path, capsys):
+    """--jsonl: fields named like the flags, or like Harmony-Bench's; finished files are kept."""
+    flags, records = harmony_on_disk[2], tmp_path / "list.jsonl"
+    records.write_text(json.dumps(dict(video_caption="a face", audio_caption="a voice", spoken_word_en="u"))
+                       + "\n\n" + json.dumps(dict(prompt="a bell rings", id="bell")))
+    jobs = sample.read_jobs(sample.arguments().parse_args(["--jsonl", str(records)]))
+    assert [(j["prompt"], j["sound_prompt"], j["transcript"], j["stem"]) for j in jobs] == [
         ("a face", "a voice", "u", "0001"), ("a bell rings", "a bell rings", "", "bell")]
-    assert cli(sample, *flags, "--jsonl", tmp_path / "list.jsonl", "--out", tmp_path / "made") == 0
-    before = (tmp_path / "made/bell.mp4").stat().st_mtime_ns
-    (tmp_path / "made/0001.mp4").unlink()
-    assert cli(sample, *flags, "--jsonl", tmp_path / "list.jsonl", "--out", tmp_path / "made") == 0
-    assert (tmp_path / "made/bell.mp4").stat().st_mtime_ns == before and (tmp_path / "made/0001.mp4").is_file() and "is there already" in capsys.readouterr().out
-    soundfile.write(tmp_path / "x.wav", np.sin(np.arange(8000) / 9) * .3, 16000)
-    iio.imwrite(tmp_path / "f.png", np.full((32, 32, 3), 90, np.uint8))
-    (tmp_path / "a2v.jsonl").write_text(json.dumps(dict(audio=str(tmp_path / "x.wav"), image=str(tmp_path / "f.png"))))
-    assert cli(sample, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--steps", 1, "--jsonl", tmp_path / "a2v.jsonl", "--out", tmp_path / "made") == 0 and (tmp_path / "made/0001.mp4").is_file()
-    for line in ("not json", "[1]", '{"prompt": 3}', '{"prompt": "a bell", "id": "../x"}'):
-        (tmp_path / "bad.jsonl").write_text(line)
-        assert cli(sample, *flags, "--jsonl", tmp_path / "bad.jsonl") == 2 and "line 1" in capsys.readouterr().err
+
+    out = tmp_path / "out"
+    assert cli(sample, *flags, "--jsonl", records, "--out", out) == 0
+    before = (out / "bell.mp4").stat().st_mtime_ns
+    (out / "0001.mp4").unlink()
+    assert cli(sample, *flags, "--jsonl", records, "--out", out) == 0
+    assert (out / "bell.mp4").stat().st_mtime_ns == before and (out / "0001.mp4").is_file()
+    assert "exists already" in capsys.readouterr().out
+
+    records.write_text(json.dumps(dict(audio=str(toy / "x.wav"), image=str(toy / "f.png"), id="driven")))
+    assert cli(sample, "--ckpt", toy / "a2v.pt", "--steps", 1, "--jsonl", records, "--out", out) == 0
+    assert (out / "driven.mp4").is_file()
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"prompt": 3}', '{"prompt": "a bell", "id": "../x"}'])
+def test_a_line_that_is_no_record_is_named(harmony_on_disk, tmp_path, capsys, line):
+    (tmp_path / "bad.jsonl").write_text(line)
+    assert cli(sample, *harmony_on_disk[2], "--jsonl", tmp_path / "bad.jsonl") == 2
+    assert "line 1" in capsys.readouterr().err
 
 
 def test_harmony_is_scored_with_and_without_synccfg_and_by_timbre_and_maps(
@@ -3933,15 +4119,18 @@ def test_takes_of_one_thing_are_closer_in_timbre_than_things_of_one_kind():
     assert closer(other) < .6
 
 
-def test_synccfg_without_cross_task_training_is_warned_of(harmony_on_disk, tmp_path, capsys):
-    d, _, flags = harmony_on_disk
-    ckpt = torch.load(d / "harmony/joint/best.pt", weights_only=True)
-    data.save_checkpoint(tmp_path / "joint.pt", **{**ckpt, "args": {**ckpt["args"], "lambda_v": 0., "lambda_a": 0.}})
-    out = ["--prompt", "a bell tolls", "--out", tmp_path / "x.mp4"]
-    assert cli(sample, *flags, *out) == 0 and "one-way tasks" not in capsys.readouterr().out
-    flags[1] = tmp_path / "joint.pt"
-    assert cli(sample, *flags, *out) == 0 and "trained without the one-way tasks" in capsys.readouterr().out
-    assert cli(sample, *flags, *out, "--sync-video", 1, "--sync-audio", 1) == 0 and "one-way tasks" not in capsys.readouterr().out
+def test_synccfg_without_one_way_training_is_warned_of(harmony_on_disk, tmp_path, capsys):
+    """Harmony section 3.2: without the one-way tasks clean partners are unknown to the model."""
+    flags = harmony_on_disk[2]
+    ckpt = torch.load(flags[1], weights_only=True)
+    ckpt["args"] |= dict(lambda_v=0., lambda_a=0.)
+    data.save_checkpoint(tmp_path / "joint.pt", **ckpt)
+    job = ["--prompt", "a bell tolls", "--out", tmp_path / "x.mp4"]
+    untrained = ["--ckpt", tmp_path / "joint.pt", *flags[2:]]
+    for expected, argv in ((False, flags), (True, untrained), (False, [*untrained, "--sync-video", 1, "--sync-audio", 1])):
+        assert cli(sample, *argv, *job) == 0
+        out = capsys.readouterr().out
+        assert ("trained without the one-way tasks" in out) == expected, out
 
 
 # ------------------------------------------------------------------------------------------------ README.md and weights/
@@ -3977,8 +4166,8 @@ def test_the_shipped_weights_move_things_on_their_sounds():
     made = cyclesync.generate(net, vae, clips, autocast, steps=10, asg=2., cfg=0.)
     scores, _, shuffled = cyclesync.score_toybox(made, clips)
     assert scores["f1_50"] > .9 and scores["f1_50"] > 2 * shuffled["f1_50"] and scores["residual"] < .2 and scores["false_per_quiet_clip"] == 0
-    deaf = cyclesync.generate(sample.WithoutAudio(net), vae, clips, autocast, steps=4, asg=0., cfg=0.)
-    assert cyclesync.score_toybox(deaf, clips)[0]["f1_50"] < .3
+    off_sync = cyclesync.generate(net, vae, clips, autocast, steps=4, asg=0., cfg=0., use_audio=False)
+    assert cyclesync.score_toybox(off_sync, clips)[0]["f1_50"] < .3
 
 
 @weights
