@@ -70,6 +70,7 @@ A2V_FILE = WEIGHTS / "a2v-toybox.pt"
 T2AV_FILE = WEIGHTS / "t2av-toybox.pt"
 JOINT_FILE = WEIGHTS / "joint-toybox.pt"
 SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}
+BATCH = 16                                                    # clips sampled by towers at a time
 STEPS = {"a2v": 30, "t2av": 50, "joint": 40}                  # Euler steps; of a2v: per latent
 
 
@@ -239,9 +240,9 @@ def make_generators(seeds):
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-def draw_noise(shape, generators):
+def draw_noise(shape, generators, draw=torch.randn):
     """(B, *shape) ~ N(0, 1). Row b depends on generators[b] alone, not on the batch around it."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return torch.stack([draw(shape, generator=g) for g in generators])
 
 
 def sample_autoregressive(model, z0, n_latents, audio, text, steps=30, asg=2., cfg=0., seeds=(0,),
@@ -254,29 +255,31 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=30, asg=2., c
     B = len(z0)
     states, _, pooled = text                                  # (R·B, T, ·), (R·B, ·)
     R = len(states) // B
+    # Weights of branches that there are not: no off-sync rows without audio, no null rows
     asg = 0. if audio is None else asg
+    cfg = 0. if R == 1 else cfg
 
     def rows(z):                                              # (B, ...) -> (R·B, ...)
         return torch.cat([z] * R)
 
-    # The off-sync branch equals the full one up to the first audio layer: the model computes the
-    # rows of both once, and repeats the first B of them behind the last where they part.
+    # The off-sync branch equals the full one up to the first audio layer, where the model repeats
+    # the first B rows: a step runs [full; null] through the double blocks, then + [off-sync].
     audio_rows = None if audio is None else rows(audio)
-    context = model.prefill(rows(z0), states, pooled, audio_rows, n_off_sync=B if asg > 0 else 0)
+    n_off_sync = B if asg > 0 else 0
+    cache = model.prefill(rows(z0), states, pooled, audio_rows, n_off_sync=n_off_sync)
 
     def velocity(x, sigma):
-        v = model.denoise_step(context, rows(x["video"]), sigma).to(z0)
+        v = model.denoise_step(cache, rows(x["video"]), sigma).to(z0)
         full, null, off_sync = v[:B], v[B:2 * B], v[-B:]
         # Syncphony eq. 6
-        scale_t = 1 + cfg if R > 1 else 1
-        return {"video": combine_guidance(full, (1 + asg, off_sync), (scale_t, null))}
+        return {"video": combine_guidance(full, (1 + asg, off_sync), (1 + cfg, null))}
 
     generators = make_generators(seeds)
     for _ in range(1, n_latents):
         x = {"video": draw_noise(z0.shape[1:], generators).to(z0)}
         x = euler(velocity, x, sigma_steps(steps), bar)["video"]
-        # The finished latent joins the cache as a clean one, then the next one starts.
-        model.append_latent(context, rows(x))
+        # The finished latent joins the cache of every branch as a clean one.
+        model.append_latent(cache, rows(x))
         yield x
 
 
@@ -289,7 +292,7 @@ def sample_stages(model, z0, n_latents, audio, text, steps=30, asg=2., cfg=0., s
     noise = draw_noise((z0.shape[1], n_latents - 1, *z0.shape[3:]), generators).to(z0)
 
     def jump_noise(shape):
-        return torch.stack([pyramid.block_noise(shape[1:], g) for g in generators])
+        return draw_noise(shape[1:], generators, pyramid.block_noise)
 
     # `steps` network calls per latent, a third of them at every resolution
     stage_steps = [len(part) for part in np.array_split(range(steps), 3)]
@@ -319,15 +322,17 @@ def branch_velocities(model, x, sigma, branches, n_clean, reference=None):
     B = len(next(iter(x.values())))
     rows, levels = {}, {}
     for stream, latents in x.items():
+        # What each branch sees of this stream: the stream, or what replaces it
         replaced = [branch.get(stream) for branch in branches.values()]
         rows[stream] = torch.cat([latents if r is None else r.expand_as(latents) for r in replaced])
-        # Noise level of every latent: 0 of what replaces the stream, and of its clean beginning
+        # Its noise levels (R·B, L or S): 0 for what replaces it, and for its clean beginning
         level = torch.tensor([sigma if r is None else 0. for r in replaced], device=latents.device)
         level = level.repeat_interleave(B)[:, None].repeat(1, latents.shape[2])
         level[:, :n_clean[stream]] = 0
         # Harmony's video tower takes a level per latent, all others one per row.
         per_latent = stream == "video" and uses_bridges(model, x)
         levels[stream] = level if per_latent else level[:, -1]                # (R·B, L), (R·B,)
+    # One call for all of them, then one slice of rows per branch
     text = [torch.cat(parts) for parts in zip(*(branch["text"] for branch in branches.values()))]
     ref = None if reference is None else torch.cat([reference] * len(branches))
     v = model(rows.get("video"), rows.get("audio"), levels.get("video"), levels.get("audio"),
@@ -368,8 +373,9 @@ def sample_joint(model, noise, sigmas, branches, scales, known, reference=None, 
         v = branch_velocities(model, impose_known(x, sigma), sigma, branches, n_clean, reference)
         if observe is not None:
             observe(v)
+        # SyncFlow eq. 3; Harmony eqs. 9, 10
         guided = {}
-        for stream in x:                                      # SyncFlow eq. 3; Harmony eqs. 9, 10
+        for stream in x:
             terms = [(S, v[branch][stream]) for branch, S in scales[stream].items()]
             guided[stream] = combine_guidance(v["cond"][stream], *terms)
         return guided
@@ -394,14 +400,17 @@ def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
     device = next(model.parameters()).device
     waves = [np.pad(wave[:samples], (0, max(0, samples - len(wave)))) for wave in waves]
     if encoders is not None:
-        audio, text = encoders.encode_audio(waves), encoders.encode_text(captions)
+        audio = encoders.encode_audio(waves)
+        text = encoders.encode_text(captions)
+        # Pyramid Flow guides away from a prompt of flaws, also where there is no caption.
         null = encoders.encode_text([pyramid.NEGATIVE_PROMPT] * len(captions))
     else:
         mels = torch.from_numpy(np.stack([data.log_mel(wave) for wave in waves]))
         mels = mels[:, :mels.shape[1] // 2 * 2].to(device)    # (B, 2S, 64)
+        audio = model.encode_audio(mels)
         letters = text_bytes(captions).to(device)             # (B, 96)
-        audio, text = model.encode_audio(mels), model.encode_text(letters)
-        # without any caption there is nothing to guide by
+        text = model.encode_text(letters)
+        # Without any caption there is nothing to guide by.
         null = model.encode_text(torch.zeros_like(letters)) if any(captions) else None
     if cfg > 0 and null is not None:
         text = tuple(torch.cat(pair) for pair in zip(text, null))
@@ -426,18 +435,20 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
         z = vae.denormalise(z, start=start)
         return vae.decode_tiles(z, vae_cache) if tiles else vae.decode(z, first, vae_cache)
 
+    # Latent 0 is the picture. It is decoded only to fill the cache of the causal decoder.
     with torch.no_grad(), autocast():
         audio, text = encode_conditions(model, waves, captions, samples, cfg, encoders)
-        z0 = vae.normalise(vae.encode(first)[0].float())
+        z0 = vae.normalise(vae.encode(first)[0].float())      # (B, C, 1, h, w)
         decode(z0, start=True)
     yield pictures[:, None]
 
+    # Later latents are decoded as soon as they are finished.
     is_pyramid = model.cfg.context_clock == "shared"
     sampler = sample_stages if is_pyramid else sample_autoregressive
     latents = sampler(model, z0, n_latents, audio if use_audio else None, text, cfg=cfg, **settings)
     remaining = frames - 1
     for _ in range(1, n_latents):
-        # Entered anew for every latent: the consumer of the frames stays out of both contexts.
+        # Both contexts are entered per latent: whoever consumes the frames is not inside of them.
         with torch.no_grad(), autocast():
             video = decode(next(latents), start=False)[:, :, :remaining].float()
         remaining -= video.shape[2]
@@ -467,7 +478,8 @@ class JointRequest:
 
     def chunk(self, start, stop):
         """The same request for clips start .. stop - 1."""
-        per_clip = ("captions", "seeds", "z_v", "z_a", "pictures", "sound_captions", "speech", "refs")
+        per_clip = ("captions", "seeds", "z_v", "z_a", "pictures", "sound_captions", "speech",
+                    "refs")
         given = {name: getattr(self, name) for name in per_clip}
         return replace(self, **{k: v[start:stop] for k, v in given.items() if v is not None})
 
@@ -504,13 +516,14 @@ def prepare_conditions(model, vae, audio_vae, request):
     device = next(model.parameters()).device
     seeds = range(len(request.captions)) if request.seeds is None else request.seeds
     generators = make_generators(seeds)
+    shapes = {"video": request.shape_v, "audio": request.shape_a}
     noise = {}
-    for stream, shape in (("video", request.shape_v), ("audio", request.shape_a)):
-        if shape is not None:
-            noise[stream] = draw_noise(shape, generators).to(device)
+    for stream in shapes:
+        if shapes[stream] is not None:
+            noise[stream] = draw_noise(shapes[stream], generators).to(device)
     joint = uses_bridges(model, noise)
 
-    # Given: a stream, its beginning, or the first frame
+    # What is given: a stream, its beginning, or the first frame. What is missing is generated.
     known = {"video": request.z_v, "audio": request.z_a}
     picture = None
     if request.pictures is not None:
@@ -520,21 +533,24 @@ def prepare_conditions(model, vae, audio_vae, request):
     known = {stream: z for stream, z in known.items() if z is not None and stream in noise}
     missing = [s for s in noise if s not in known or known[s].shape[2] < noise[s].shape[2]]
 
+    # SyncCFG (Harmony section 3.4) strengthens neither the text nor a stream, but that both streams
+    # agree: it leads away from a partner that does nothing. That one is clean, as partners are in
+    # the one-way tasks of training.
     text, null_text = encode_prompts(model, request, joint)
     branches = {"cond": {"text": text}}
     scales = {"video": {}, "audio": {}}
-    # SyncCFG (Harmony section 3.4) strengthens neither text nor partner, but that both streams
-    # agree: away from a partner that does nothing, clean as in the one-way tasks of training.
     if joint and "video" in missing and request.sync_video != 1:
         silence = silent_audio(audio_vae, request.shape_a[1], device)
         branches["silent"] = {"text": text, "audio": silence}
         scales["video"]["silent"] = request.sync_video        # Harmony eq. 9
     if joint and "audio" in missing and request.sync_audio != 1:
-        if picture is None:                                   # grey
+        if picture is None:
+            # no first frame is given: a grey one
             sides = [n * vae.stride for n in request.shape_v[2:]]
             picture = torch.zeros(1, 3, 1, *sides, device=device)
         branches["static"] = {"text": text, "video": static_video(vae, request.shape_v[1], picture)}
         scales["audio"]["static"] = request.sync_audio        # Harmony eq. 10
+
     # Text guidance, where there is any text
     texts = [*request.captions, *(request.sound_captions or []), *(request.speech or [])]
     if request.cfg != 1 and any(texts):
@@ -550,14 +566,15 @@ def decode_streams(vae, audio_vae, x, request, frames):
     """Latents of `sample_joint` -> video uint8 (B, frames, H, W, 3), waveforms (B, samples).
 
     None for a stream that was given, or that there is not."""
-    video = wave = None
+    video = wave = first = None
+    pictures = request.pictures
     if "video" in x and request.z_v is None:
-        pictures, first = request.pictures, None
         if pictures is not None:
             first = frames_to_tensor(pictures[:, None], x["video"].device)
         video = vae.decode(vae.denormalise(x["video"]), first)[:, :, :frames].float()
         video = tensor_to_frames(video)
-        if pictures is not None:                              # frame 0 is the picture itself
+        if pictures is not None:
+            # frame 0 is the picture itself
             video[:, 0] = pictures
     if "audio" in x and request.z_a is None:
         samples = round(frames / FPS * audio_vae.cfg.rate)
@@ -572,6 +589,7 @@ def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast
     `decode_streams`. audio_vae=None: video alone. options: fields of `JointRequest`.
     attention_maps: a list that gets of every batch a dict of `attention` (see `attention_map`) and
     `heat` (B, L, h, w), how strongly SyncCFG pulls (Harmony figure 5)."""
+    # Shapes of the latents of one clip
     shape_v = shape_a = None
     if not model.cfg.blind:
         sides = [n // vae.stride for n in data.sides(size)]
@@ -586,8 +604,10 @@ def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast
         pulls = []
 
         def observe(v):
+            # |difference of SyncCFG|, mean over channels (B, L, h, w)
             if attention_maps is not None and "silent" in v:
                 pulls.append((v["cond"]["video"] - v["silent"]["video"]).abs().mean(1))
+
         with torch.no_grad(), autocast():
             conditions = prepare_conditions(model, vae, audio_vae, batch)
             x = sample_joint(model, **conditions, bar=bar, observe=observe)
@@ -597,9 +617,6 @@ def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast
                 heat = torch.stack(pulls).mean(0).float().cpu() if pulls else None
                 attention_maps.append(dict(attention=attention, heat=heat))
     return [None if parts[0] is None else np.concatenate(parts) for parts in zip(*generated)]
-
-
-BATCH = 16                                    # clips that two towers sample at a time, for memory
 
 
 def attention_map(model, x, branches, reference, **_):
@@ -621,11 +638,12 @@ def encode_video(vae, frames, device):
     The last frame is repeated until its latent is full."""
     missing = -(len(frames) - 1) % vae.stride_t
     frames = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
-    first, vae_cache = frames_to_tensor(frames[None, :1], device), {}
+    first = frames_to_tensor(frames[None, :1], device)
+    # Pieces of 16 latents, the first with frame 0 in addition; the cache joins them without seams.
+    vae_cache, latents = {}, []
     step = 16 * vae.stride_t
-    latents = []
     for start in [0, *range(step + 1, len(frames), step)]:
-        stop = start + step + (start == 0)                    # the first piece has frame 0, too
+        stop = start + step + (start == 0)
         piece = frames_to_tensor(frames[None, start:stop], device)
         with torch.no_grad():
             latents.append(vae.encode(piece, first, vae_cache)[0])
@@ -661,13 +679,15 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
     starts = [*range(1, last_start, window - 1 - overlap), last_start]
     audio = torch.zeros(1, model.cfg.audio_latent, 0, device=device)
     for k, start in enumerate(starts):
-        # Latent `start` is latent 1 of the window, so the window begins one latent earlier.
+        # The window: latent 0, then latents from `start` on
         z_window = torch.cat([z[:, :, :1], z[:, :, start:start + window - 1]], 2)
+        # Latent `start` is latent 1 of the window, so its audio begins one latent earlier. L latents
+        # are t (L - 1) + 1 frames, and the one frame more is 50 / 24 = 2.1 audio latents.
         offset = round((start - 1) * model.cfg.alpha)
-        # L latents are t (L - 1) + 1 frames: that one frame more is 50 / 24 = 2.1 audio latents
         n_audio = math.ceil((z_window.shape[2] - 1) * model.cfg.alpha) + 3
         shape_a = (model.cfg.audio_latent, min(S - offset, n_audio))
-        # seeds of windows are so far apart that they are no other clip's
+        # Audio that the windows before have generated is given. Seeds of windows are so far apart
+        # that no other clip has them.
         request = JointRequest([prompt], z_window.shape[1:], shape_a, seeds=[seed + 10 ** 6 * k],
                                z_v=z_window, z_a=audio[:, :, offset:] if k else None,
                                pictures=frames[None, 0], **options)
@@ -694,10 +714,11 @@ def read_reference(path, audio_vae, device):
     rate = audio_vae.cfg.rate
     wave = data.read_audio(path, rate)
     peak = np.abs(wave).max()
-    if peak < 1e-4:                                           # below the noise of 16 bits
+    if peak < 1e-4:                                           # 3 steps of 16-bit audio
         raise BadInput(f"{path}: silent; a reference needs 1 to 3 s of the voice or thing")
+    # From 50 ms before it exceeds a fiftieth of its peak, so that the attack is complete
     start = np.flatnonzero(np.abs(wave) > .02 * peak)[0]
-    wave = wave[max(0, start - rate // 20):][:3 * rate]       # 50 ms before: the attack is complete
+    wave = wave[max(0, start - rate // 20):][:3 * rate]
     if len(wave) < rate // 2:
         raise BadInput(f"{path}: {len(wave) / rate:.2f} s of sound; "
                        "a reference needs at least 0.5 s, better 1 to 3")
@@ -715,10 +736,12 @@ def read_jobs(args):
     if not args.jsonl:
         job = {field: getattr(args, field) for field in JOB_FIELDS}
         return [dict(job, sound_prompt=args.prompt, stem=None)]
-    path, jobs = data.check_file(args.jsonl, "list"), {}
+    path = data.check_file(args.jsonl, "list")
+    jobs = {}
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
+        # One object of texts per line; every field may have the name that Harmony-Bench gives it.
         try:
             record = json.loads(line)
             job = {field: record.get(field) or None for field in JOB_FIELDS}
@@ -731,6 +754,7 @@ def read_jobs(args):
             raise BadInput(f"{path} line {number}: not a record; expected a JSON object of texts: "
                            "prompt (or video_caption, audio_caption), transcript (or spoken_word_en,"
                            " spoken_word_zh), audio, image, video, ref_audio, id") from why
+        # The id names the file, so it must be a name, and the only one.
         stem = str(record.get("id", f"{number:04d}"))
         if Path(stem).name != stem or stem in jobs:
             raise BadInput(f"{path} line {number}: id {stem!r} is no file name, or occurs twice; "
@@ -764,6 +788,7 @@ def draw_maps(video, maps):
     latent_of = [min(L - 1, -(-f * (L - 1) // max(1, len(video) - 1))) for f in range(len(video))]
     strips = []
     for name, cell in cells.items():
+        # Every latent scaled to 1, enlarged to pixels, and laid over its frames
         cell = cell / cell.amax((1, 2), keepdim=True).clamp(min=1e-9)
         big = F.interpolate(cell[:, None], video.shape[1:3])[:, 0]            # (L, H, W)
         print(f"{name}: {(big * moves).sum() / big.sum():.2f} of it lies on what moves, "
@@ -780,7 +805,8 @@ def benchmark(system, autocast):
     """What guidance, audio and the cache cost: ratios of median times of 2 s clips; JSON last."""
     model, vae, text = system.model, system.vae, ["a ball drops"]
     side = 2 * model.cfg.patch * vae.stride
-    picture, wave = np.full((1, side, side, 3), 128, np.uint8), np.zeros(2 * RATE, np.float32)
+    picture = np.full((1, side, side, 3), 128, np.uint8)
+    wave = np.zeros(2 * RATE, np.float32)
 
     def video(**settings):
         list(generate_video(model, vae, picture, [wave], text, data.FRAMES, autocast, **settings))
@@ -820,20 +846,23 @@ def step_runs(model, side, autocast, steps=10):
     """So many denoising steps at latent 13: from the cache, and with the context recomputed."""
     device = next(model.parameters()).device
     z = torch.randn(1, model.cfg.latent, 13, side, side, device=device)
-    x, sigma = torch.randn_like(z[:, :, :1]), torch.full((1, 1), .5, device=device)
+    x = torch.randn_like(z[:, :, :1])
+    sigma = torch.full((1, 1), .5, device=device)
     with torch.no_grad(), autocast():
         text, _, pooled = model.encode_text(text_bytes(["a ball drops"]).to(device))
         audio = model.encode_audio(torch.zeros(1, 220, 64, device=device))
-        context = model.prefill(z[:, :, :1], text, pooled, audio)
+        cache = model.prefill(z[:, :, :1], text, pooled, audio)
         for l in range(1, 13):
-            model.append_latent(context, z[:, :, l:l + 1])
+            model.append_latent(cache, z[:, :, l:l + 1])
 
     def run(step, *inputs, **named):
         with torch.no_grad(), autocast():
             for _ in range(steps):
                 step(*inputs, **named)
-    return {"cached": partial(run, model.denoise_step, context, x, .5),
-            "recomputed": partial(run, model.forward_teacher_forced, z, x, sigma, text, pooled, audio, start=13)}
+
+    recomputed = (model.forward_teacher_forced, z, x, sigma, text, pooled, audio)
+    return {"cached": partial(run, model.denoise_step, cache, x, .5),
+            "recomputed": partial(run, *recomputed, start=13)}
 
 
 # ------------------------------------------------------------------------------- the command
@@ -898,7 +927,8 @@ def default_checkpoint(args):
 
 def check_job(system, job, args):
     """BadInput where an input is missing, or is of another system."""
-    task, record = system.task, f"{args.jsonl} record {job['stem']}: " if args.jsonl else ""
+    task = system.task
+    record = f"{args.jsonl} record {job['stem']}: " if args.jsonl else ""
     for name, value in {**vars(args), **job}.items():
         tasks = FLAG_TASKS.get(name, SYSTEMS)
         if value and task not in tasks:
@@ -929,15 +959,18 @@ def run_a2v(system, job, path, args, bar, settings):
     picture = data.read_image(job["image"], system.checkpoint["size"])
     frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
     bar.reset(math.ceil((frames - 1) / system.vae.stride_t) * settings["steps"])
+    pieces = generate_video(system.model, system.vae, picture[None], [wave], [job["prompt"]], frames,
+                            bar=bar, tiles=args.tiles, **settings)
     shown = []
 
-    def pieces():
-        for piece in generate_video(system.model, system.vae, picture[None], [wave], [job["prompt"]],
-                                    frames, bar=bar, tiles=args.tiles, **settings):
-            if sum(map(len, shown)) < 60 * FPS:               # of the strip: one minute at most
+    def streamed():
+        # Frames go to the file as they come; the strip shows the first minute.
+        for piece in pieces:
+            if sum(map(len, shown)) < 60 * FPS:
                 shown.append(piece[0])
             yield piece[0]
-    data.write_video(path, pieces(), wave)
+
+    data.write_video(path, streamed(), wave)
     strip = data.film_strip(np.concatenate(shown), wave)
     data.write_picture(path.with_suffix(".png"), strip)
     return frames
@@ -946,47 +979,55 @@ def run_a2v(system, job, path, args, bar, settings):
 def run_towers(system, job, path, args, bar, settings):
     """SyncFlow and Harmony: generate what a job does not give, write it -> number of frames."""
     towers = (system.model, system.vae, system.audio_vae)
-    device, rate = next(system.model.parameters()).device, system.audio_vae.cfg.rate
+    device = next(system.model.parameters()).device
+    rate = system.audio_vae.cfg.rate
     size = args.resolution or system.checkpoint["size"]
-    options, maps, frames_out = dict(settings, bar=bar), [] if args.maps else None, None
+    options = dict(settings, bar=bar)
     if system.task == "joint":
         options |= dict(speech=[job["transcript"]], sound_captions=[job["sound_prompt"]])
         if job["ref_audio"]:
             options["refs"] = read_reference(job["ref_audio"], system.audio_vae, device)
+
+    # Audio for a given video, whose file keeps its frames
     if job["video"]:
         video = data.read_video(job["video"], size)
         options["seed"] = options.pop("seeds")[0]
         wave = video_to_audio(*towers, video, job["prompt"], **options)
         data.add_sound(path, job["video"], wave, rate)
-    else:
-        given = None
-        if job["audio"]:
-            given = read_delayed_audio(job["audio"], args.shift_audio, rate)
-        default = data.FRAMES / FPS if given is None else len(given) / rate
-        frames = max(2, round((args.seconds or default) * FPS))
-        if given is not None:                                 # made as long as the video
-            samples = round(frames / FPS * rate)
-            given = np.pad(given, (0, max(0, samples - len(given))))[:samples]
-            options["z_a"] = encode_sound(system.audio_vae, given, device)
-        if job["image"]:
-            options["pictures"] = data.read_image(job["image"], size)[None]
-        video, wave = generate_audio_video(*towers, [job["prompt"]], frames, size, attention_maps=maps, **options)
-        wave = wave[0] if given is None else given
-        if video is None:
-            data.write_sound(path, wave, rate)
-            return frames
-        video = video[0]
-        data.write_video(path, video, wave, rate=rate)
-    strip = data.film_strip(video[:60 * FPS], wave, rate=rate)
+        strip = data.film_strip(video[:60 * FPS], wave, rate=rate)
+        data.write_picture(path.with_suffix(".png"), strip)
+        return len(video)
+
+    # Given audio is cut, or padded with silence, to the length of the video.
+    given, seconds = None, data.FRAMES / FPS
+    if job["audio"]:
+        given = read_delayed_audio(job["audio"], args.shift_audio, rate)
+        seconds = len(given) / rate
+    frames = max(2, round((args.seconds or seconds) * FPS))
+    if job["audio"]:
+        samples = round(frames / FPS * rate)
+        given = np.pad(given, (0, max(0, samples - len(given))))[:samples]
+        options["z_a"] = encode_sound(system.audio_vae, given, device)
+    if job["image"]:
+        options["pictures"] = data.read_image(job["image"], size)[None]
+    maps = [] if args.maps else None
+    video, wave = generate_audio_video(*towers, [job["prompt"]], frames, size,
+                                       attention_maps=maps, **options)
+    wave = wave[0] if given is None else given
+    if video is None:
+        data.write_sound(path, wave, rate)
+        return frames
+    data.write_video(path, video[0], wave, rate=rate)
+    strip = data.film_strip(video[0, :60 * FPS], wave, rate=rate)
     if maps:
-        strip = np.concatenate([draw_maps(video, maps[0]), strip])
+        strip = np.concatenate([draw_maps(video[0], maps[0]), strip])
     data.write_picture(path.with_suffix(".png"), strip)
-    return len(video)
+    return frames
 
 
 def describe(system, args, settings):
     """Print which weights and settings are used, and what they cannot do."""
-    checkpoint, trained = system.checkpoint, system.checkpoint.get("args", {})
+    checkpoint = system.checkpoint
     millions = sum(p.numel() for p in system.model.parameters()) / 1e6
     stage = f" of stage {checkpoint['stage']}" if "stage" in checkpoint else ""
     print(f"{Path(args.ckpt).name}: {SYSTEMS[system.task]}, step {checkpoint['step']}{stage}, "
@@ -994,8 +1035,11 @@ def describe(system, args, settings):
     size = "x".join(map(str, data.sides(args.resolution or checkpoint["size"])))
     numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
     print(f"{numbers}, {size} at {FPS} fps")
-    two_way = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
-    if system.task == "joint" and two_way and max(settings["sync_video"], settings["sync_audio"]) > 1:
+    # SyncCFG compares with clean partners, which a model knows from the one-way tasks alone.
+    trained = checkpoint.get("args", {})
+    joint_alone = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
+    sync = max(settings.get("sync_video", 1), settings.get("sync_audio", 1))
+    if joint_alone and sync > 1:
         print("this checkpoint was trained without the one-way tasks (--lambda-v 0, --lambda-a 0): "
               "it does not know the silent and static partners of SyncCFG; better --sync-video 1 "
               "--sync-audio 1")
@@ -1024,17 +1068,21 @@ def main():
     print(description)
     describe(system, args, settings)
     settings |= dict(autocast=autocast, seeds=[args.seed])
+
+    # Encoders of a model on Pyramid Flow encode all prompts at once: T5 takes 11 GB.
     prompts = [job["prompt"] for job in jobs]
     if system.task == "a2v":
         settings["encoders"] = external_encoders(system.model, args, prompts, device)
     if any(len(prompt.encode(errors="replace")) > 96 for prompt in prompts):
         print("the trained text encoders read the first 96 letters of a prompt")
 
+    # One file after the other
     run = run_a2v if system.task == "a2v" else run_towers
     suffix = ".wav" if run is run_towers and system.model.cfg.blind else ".mp4"
     for job in jobs:
         path = output_file(args, job, suffix)
-        if args.jsonl and path.is_file():                     # done before an interruption
+        # A list goes on where it was interrupted.
+        if args.jsonl and path.is_file():
             print(f"{path}: exists already")
             continue
         start = time.perf_counter()
