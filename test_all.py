@@ -1005,7 +1005,7 @@ def test_a_mel_vae_is_trained_and_loaded_by_its_commands(tmp_path, capsys):
     rows = (out / "log.csv").read_text().splitlines()[1:]
     errors = [float(row.split(",")[3]) for row in rows]
     assert errors[-1] < .8 * errors[0], f"{errors[0]:.3f} -> {errors[-1]:.3f}"
-    assert "spectral error" in capsys.readouterr().out
+    assert "spectral_error" in capsys.readouterr().out
     vae = sample.load_audio_vae(out / "best.pt")
     assert vae.cfg.front == "mel"
     assert len(vae.cfg.shift) == len(vae.cfg.scale) == vae.cfg.latent
@@ -2359,7 +2359,7 @@ def test_real_clips_are_shown_prepared_trained_on_and_sampled_from(tmp_path, toy
     flags = ["--steps", 2, "--eval-clips", 2, "--log-every", 1, "--out", run]
     assert cli(train, *training, *flags) == 0
     out = capsys.readouterr().out
-    assert "skipped 1: its picture is damaged" in out and "test windows" in out
+    assert "skipped 1: its picture is damaged" in out and "test_loss" in out
     before = times(tmp_path / "root")
     assert cli(train, *training, "--steps", 1, "--eval-clips", 0, "--out", tmp_path / "again") == 0
     assert times(tmp_path / "root") == before, "nothing is prepared twice"
@@ -2524,7 +2524,7 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
                "--checkpointing", "--out", tmp_path / "run") == 0
 
     printed = capsys.readouterr().out
-    assert "stage 2" in printed and "test windows" in printed
+    assert "stage 2" in printed and "test_loss" in printed
     before = load_pyramid_flow(folder / "diffusion_transformer_384p").state_dict()
     model, _, ckpt = sample.load_a2v(tmp_path / "run/best.pt", pretrained=folder)
     after = model.state_dict()
@@ -3936,7 +3936,7 @@ def test_harmony_trains_the_sound_then_its_timbre_then_both_and_leaves_alone_wha
     assert moved("timbre", "joint") == {"video", "audio", "bridge"}
     assert stages["joint"]["guidance"] == dict(cfg=1., sync_video=3., sync_audio=2., shift=5.)
     header = (d / "harmony/joint/scores.csv").read_text().splitlines()[0]
-    assert header == "step,video_driven,audio_driven,pairs"
+    assert {"step", "video_driven", "audio_driven", "pairs"} <= set(header.split(",")), header
 
 
 def test_references_are_one_to_three_seconds_of_the_clip_itself_and_later_of_another_that_does_not_overlap():
