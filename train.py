@@ -382,9 +382,9 @@ def drop_text(captions, rngs, share):
 class Prefetcher:
     """Makes the samples of the next steps in a thread, while the network trains on this one."""
 
-    def __init__(self, sample, last_step, ahead=4):
-        self.sample = sample                      # (step, row) -> array
-        self.last_step = last_step
+    def __init__(self, make, args, ahead=4):
+        self.make = make                          # sample id -> array
+        self.args = args
         self.ahead = ahead
         self.pool = ThreadPoolExecutor(1)
         self.futures = {}
@@ -392,10 +392,10 @@ class Prefetcher:
     def __call__(self, step, rows):
         """-> tensor (len(rows), ...)"""
         def stack(s):
-            return np.stack([self.sample(s, row) for row in rows])
+            return np.stack([self.make(s * self.args.batch_size + row) for row in rows])
 
         # Ask for this step, unless that was done, and for the next ones; then wait for this one.
-        for s in range(step, min(step + self.ahead, max(self.last_step, step + 1))):
+        for s in range(step, min(step + self.ahead, max(self.args.steps, step + 1))):
             if (s, *rows) not in self.futures:
                 self.futures[(s, *rows)] = self.pool.submit(stack, s)
         return torch.from_numpy(self.futures.pop((step, *rows)).result())
@@ -604,11 +604,10 @@ class VideoVAE:
         else:
             config = autoencoders.VAEConfig(**autoencoders.VIDEO_VAE_SIZES["tiny"])
             self.net = autoencoders.CausalVideoVAE(config)
-        self.prefetch = Prefetcher(self.sample, args.steps)
+        self.prefetch = Prefetcher(self.pair, args)
 
-    def sample(self, step, row):
+    def pair(self, sample_id):
         """Two things of one kind in the same motion, uint8 (2, F, H, W, 3)."""
-        sample_id = step * self.args.batch_size + row
         return vae_training_pair([self.args.seed, sample_id], self.args.resolution)
 
     def batch(self, step, rows):
@@ -664,10 +663,7 @@ class AudioVAE:
         clips = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
         self.files = [c for c in clips if c["split"] == "train"]
         self.test_files = [c for c in clips if c["split"] == "test"]
-        self.prefetch = Prefetcher(self.sample, args.steps)
-
-    def sample(self, step, row):
-        return self.second(step * self.args.batch_size + row, self.files)
+        self.prefetch = Prefetcher(partial(self.second, files=self.files), args)
 
     def second(self, sample_id, files):
         """One second of a toybox clip, or of one of the files: float32 (rate,)."""
