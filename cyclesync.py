@@ -75,7 +75,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, temp_path,
+from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, replacing,
                   tensor_to_frames)
 from sample import (A2V_FILE, ROOT, encode_sound, encode_video, external_encoders,
                     generate_audio_video, generate_video, load, load_a2v, load_t2av, pick_device,
@@ -192,12 +192,10 @@ class Table:
         """Write the CSV to `path`; print the JSON of all rows as the last line."""
         if path:
             # Columns are all keys of all records; a record has nothing in those of the others.
-            part = temp_path(path)
-            with open(part, "w", newline="") as f:
+            with replacing(path) as part, open(part, "w", newline="") as f:
                 writer = csv.DictWriter(f, dict.fromkeys(chain.from_iterable(self.records)))
                 writer.writeheader()
                 writer.writerows(map(to_json, self.records))
-            os.replace(part, path)
             print(f"every clip: {path}")
         print(json.dumps(to_json(self.result)))
 
@@ -1000,9 +998,8 @@ def draw_curves(path, x, curves, xlabel, ylabel):
         axes.plot(x, values, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     axes.legend()
-    part = temp_path(path)
-    axes.figure.savefig(part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        axes.figure.savefig(part)
 
 
 def shift_study(args):
@@ -1161,10 +1158,8 @@ def ablate(args):
                     *(["--init", init] if init else []), "--steps", steps, "--clips", clips,
                     "--sample-every", steps // 4 if curve and not tower else steps])
                 rows = [row for row in ablation.rows if row.flags == flags and row.title]
-                part = temp_path(scored)
                 result = {} if tower else score_variant(folder / "best.pt", rows, args)
-                part.write_text(json.dumps(to_json(result)))
-                os.replace(part, scored)
+                data.write_text(scored, json.dumps(to_json(result)))
             # The next tower starts from this one, all rows from the last.
             if tower:
                 init = folder / "best.pt"

@@ -1681,7 +1681,7 @@ def test_the_optical_flow_is_that_of_the_published_av_align(clip):
 
 
 def test_what_the_paper_leaves_open_about_cyclesync_is_decided_like_this():
-    """Syncphony section 4 and appendix C: the table of decisions in the docstring of cyclesync.py."""
+    """Syncphony section 4, appendix C: the table of decisions in the docstring of cyclesync.py."""
     score, t = cyclesync.cyclesync, np.array([.5, 1., 1.5])
     frame = 512 / 22050                          # of librosa's onset detector: 23 ms
     assert score(t, t) == (1, 1)
@@ -1794,7 +1794,9 @@ def test_the_interval_covers_the_mean_and_leaves_out_what_is_undefined():
 def test_the_true_video_scores_95_with_the_oracle_and_less_than_half_when_its_sound_is_late(
         tmp_path, capsys):
     """Syncphony figure 7: CycleSync falls at once, and the lag says how late the sound is."""
-    assert cli(cyclesync, "--shift-study", "--clips", 40, "--resolution", 32, "--out", tmp_path) == 0
+    flags = ["--shift-study", "--clips", 40, "--resolution", 32, "--out", tmp_path]
+
+    assert cli(cyclesync, *flags) == 0
 
     result = last_json(capsys)
     score = {delay: row["cyclesync_merged"] for delay, row in result.items()}
@@ -1906,8 +1908,8 @@ def test_fvd_fid_and_fad_by_files_of_the_user(toy, tmp_path, capsys):
 
 @pytest.mark.parametrize("real", [False, True], ids=["toybox", "real"])
 def test_one_table_holds_the_rows_of_the_protocol(toy, tmp_path, capsys, real):
-    """Generated, true, reconstructed, off-sync and shuffled; a CSV line per clip; strips; JSON last.
-    Real clips have no true events, so they are scored by CycleSync alone."""
+    """Generated, true, reconstructed, off-sync and shuffled; a CSV line per clip; strips; JSON
+    last. Real clips have no true events, so they are scored by CycleSync alone."""
     flags = ["--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--clips", 4, "--steps", 1,
              "--out", tmp_path / "out"]
     if real:
@@ -3558,8 +3560,9 @@ def test_two_towers_are_scored_by_the_events_in_the_picture_and_in_the_sound(
     """SyncFlow's table. Pairs made from text have no true events: agreement, not onset F1."""
     d, _ = towers_on_disk
 
-    assert cli(cyclesync, "--ckpt", d / "t2av/joint/best.pt", "--vae", toy / "vae.pt", "--audio-vae",
-               d / "audio-vae.pt", "--clips", 5, "--steps", 1, "--out", tmp_path) == 0
+    assert cli(cyclesync, "--ckpt", d / "t2av/joint/best.pt", "--vae", toy / "vae.pt",
+               "--audio-vae", d / "audio-vae.pt", "--clips", 5, "--steps", 1,
+               "--out", tmp_path) == 0
 
     result = last_json(capsys)
     assert {"vae", "v2a", "v2a_plain", "v2a_gain", "i2av", "t2av", "t2av_6"} <= set(result)
