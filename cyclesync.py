@@ -1367,6 +1367,7 @@ def skip_block_study(args):
     wave = read_audio(args.audio)
     picture = data.read_image(args.image, system.checkpoint["size"])
     frames = max(2, round(len(wave) / RATE * FPS))
+    # Of the video, `generate` uses the first frame and the length.
     clip = dict(video=np.repeat(picture[None], frames, 0), audio=wave, caption="")
 
     def skip(x, y, *_):
@@ -1374,12 +1375,15 @@ def skip_block_study(args):
         empty = x.new_zeros(len(x), model.cfg.heads, 0, model.cfg.head_dim)
         return x, y, (empty, empty)
 
-    strips, differences = [], []
+    # The complete network first, then one without block 0, without block 1, and so on.
+    strips = []
+    differences = []
     for i, block in enumerate([None, *model.all_blocks()]):
         if block is not None:
             block.forward = skip
         video = generate(model, system.vae, [clip], autocast, args.seed, steps=args.steps,
                          encoders=encoders, **guidance)[0].astype(float)
+        # uint8 again for the picture; the difference needs signed numbers.
         strips.append(film_strip(video.astype(np.uint8), wave))
         if block is None:
             complete = video
