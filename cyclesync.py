@@ -1362,7 +1362,8 @@ def skip_block_study(args):
         raise BadInput("--skip-blocks: give --audio x.wav and --image f.png")
     device, autocast, _ = pick_device(args.device)
     system = load(args.ckpt, device, args.vae, pretrained=args.pretrained, task="a2v")
-    model, guidance = system.model, system.checkpoint["guidance"]
+    model = system.model
+    guidance = system.checkpoint["guidance"]
     encoders = external_encoders(model, args, [""], device)
     wave = read_audio(args.audio)
     picture = data.read_image(args.image, system.checkpoint["size"])
