@@ -758,7 +758,7 @@ class Towers:
         loaded = load_t2av(path, args.vae, args.audio_vae, self.device)
         self.model, self.vae, self.audio_vae, self.ckpt = loaded
         self.args = args
-        self.harmony = self.model.cfg.bridges
+        self.harmony = self.model.cfg.system == "harmony"
         self.size = args.resolution or self.ckpt["size"]
         self.clips = held_out_clips(args, self.size)
         self.sounds = [c["audio"] for c in self.clips]
@@ -778,7 +778,7 @@ class Towers:
         if mode in ("a2v", "i2av"):
             given["pictures"] = self.videos[:, 0]
         # SyncFlow's ablation without a video tower knows the text alone.
-        if self.model.cfg.blind:
+        if self.model.cfg.audio_only:
             given = {}
         if self.harmony:
             given["speech"] = [c["speech"] for c in self.clips]

@@ -492,36 +492,8 @@ def task_of(path):
     return load_checkpoint(path, None)["task"]
 
 
-def towers_names(state):
-    """Until the shipped weights are converted: old names of the two towers' weights -> today's."""
-    two_video = any(k.startswith("video.space_blocks") for k in state)
-    if not any(k.startswith("video.time_blocks") for k in state):
-        return state
-    rules = [(r"^video\.space_blocks\.(\d+)\.", r"layers.\1.video.0."),
-             (r"^video\.time_blocks\.(\d+)\.", rf"layers.\1.video.{int(two_video)}."),
-             (r"^audio\.blocks\.(\d+)\.", r"layers.\1.audio."),
-             (r"^a2v_blocks\.(\d+)\.", r"layers.\1.audio_to_video."),
-             (r"^v2a_blocks\.(\d+)\.", r"layers.\1.video_to_audio."),
-             (r"^style_blocks\.(\d+)\.", r"layers.\1.style."),
-             (r"^(layers\.\d+\.(?:video\.\d|audio)\.)cross\.", r"\1cross_attn."),
-             (r"norm_table", "scale_shift_table"),
-             (r"^(video|audio)\.embed\.", r"\1.proj_in."),
-             (r"^(video|audio)\.clock\.", r"\1.time_embed."),
-             (r"^(video|audio)\.read\.", r"\1.text_proj."),
-             (r"^(video|audio)\.adaln\.", r"\1.adaln.linear."),
-             (r"^text\.", "text_encoder."),
-             (r"^speech\.", "transcript_encoder.")]
-    renamed = {}
-    for k, v in state.items():
-        for pattern, name in rules:
-            k = re.sub(pattern, name, k)
-        renamed[k] = v
-    return renamed
-
-
 def load_weights(model, state, path):
     """Weights (stored as half precision or not) into a model; BadInput if they do not fit."""
-    state = towers_names(state)
     expected = {name: value.shape for name, value in model.state_dict().items()}
     found = {name: value.shape for name, value in state.items()}
     wrong = [k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)]

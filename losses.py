@@ -226,7 +226,7 @@ def syncflow_loss(net, z_v, z_a, text_inputs, generators, stage="joint", ot=Fals
         eps_a = eps_a[order]
 
     # A stream that does not take part is None, and so is its prediction. Its error counts as zero.
-    x_v = None if net.cfg.blind else add_noise(z_v, eps_v, sigma)
+    x_v = None if net.cfg.audio_only else add_noise(z_v, eps_v, sigma)
     x_a = None if stage == "video" else add_noise(z_a, eps_a, sigma)
     v_v, v_a = net(x_v, x_a, sigma, sigma, *net.encode_text(text_inputs))
 

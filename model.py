@@ -22,7 +22,7 @@ Three calls run these blocks, with the same result where they overlap:
                               noisy one at the resolution of its stage (see pyramid.py)
 
 The cache is exact because text and clean latents are modulated with sigma = 0 whatever the noise
-level of the latent being generated (`context_clock="own"`), so their keys and values never change.
+level of the latent being generated (`context_sigma="zero"`), so their keys and values never change.
 Published Pyramid Flow modulates all tokens with the noisy latent's sigma ("shared"): there the
 context must be recomputed in every step. What synchronises the audio layers is not learned:
 
@@ -55,11 +55,11 @@ class MMDiTConfig:
     patch: int = 2                  # a token is a patch x patch piece of one latent
     text_dim: int = 4096            # width of the text states (T5-XXL)
     pooled_dim: int = 768           # width of the pooled text vector (CLIP-L)
-    context_clock: str = "shared"   # "own": clean tokens are modulated with sigma = 0 (cacheable)
+    context_sigma: str = "shared"   # "zero": clean tokens are modulated with sigma = 0 (cacheable)
     precondition: bool = False      # EDM-style output, see `velocity_from_output`
-    text: str = "external"          # "bytes": ByteText, trained along with the network
+    text_encoder: str = "external"  # "bytes": ByteText, trained along with the network
     audio_dim: int = 0              # width of the audio features; 0: no audio layers
-    audio: str = "external"         # "mel": MelEncoder, trained along with the network
+    audio_encoder: str = "external" # "mel": MelEncoder, trained along with the network
     alpha: float = 50 * 8 / 24      # audio steps per latent: 50 a second, 8 frames at 24 a second
     window: float = 1.5             # eq. 7 with Syncphony's Delta = 1: |t_i - l| < Delta + 0.5
     audio_rope: bool = True         # off: the ablation of Syncphony table 11
@@ -70,10 +70,10 @@ class MMDiTConfig:
 # What the sizes for the toybox have in common
 TOYBOX = dict(
     axes=(32, 16, 16),              # 2 x 2 tokens a latent: positions need few channels, time many
-    context_clock="own",            # trained from scratch, so that the context can be cached
+    context_sigma="zero",           # trained from scratch, so that the context can be cached
     precondition=True,
-    text="bytes",                   # short captions
-    audio="mel",
+    text_encoder="bytes",           # short captions
+    audio_encoder="mel",
     alpha=50 * 4 / 24,              # the toybox VAE has 4 frames in a latent
     time_scale=4.,                  # a step of 20 ms turns the fastest pair by 0.48, not 0.12 rad
     context=12,                     # clips of 49 frames are latent 0 and 12 more
@@ -475,18 +475,18 @@ class ByteText(nn.Module):
 
     def __init__(self, dim, pooled, length=96, width=64):
         super().__init__()
-        self.letter = nn.Embedding(257, width)
-        self.place = nn.Parameter(.02 * torch.randn(length, width))
-        self.near = nn.Conv1d(width, width, 5, padding=2)
-        self.token = nn.Conv1d(width, dim, 8, 8)
+        self.byte_embed = nn.Embedding(257, width)
+        self.pos_embed = nn.Parameter(.02 * torch.randn(length, width))
+        self.conv = nn.Conv1d(width, width, 5, padding=2)
+        self.token_conv = nn.Conv1d(width, dim, 8, 8)
         self.pool = nn.Linear(dim, pooled) if pooled else None
 
     def forward(self, letters):
         """(B, length) -> states (B, length/8, dim), pooled (B, pooled) or None"""
         # bytes and their places, a residual convolution over 5 of them, one token for each 8
-        x = (self.letter(letters) + self.place).transpose(1, 2)                 # (B, 64, length)
-        x = F.gelu(self.near(x)) + x
-        x = self.token(x).transpose(1, 2)                                       # (B, length/8, dim)
+        x = (self.byte_embed(letters) + self.pos_embed).transpose(1, 2)         # (B, 64, length)
+        x = F.gelu(self.conv(x)) + x
+        x = self.token_conv(x).transpose(1, 2)                                  # (B, length/8, dim)
         if self.pool is None:
             return F.layer_norm(x, x.shape[-1:]), None
         # This GELU can die at high learning rates (outputs near 0, no gradient), which is why the
@@ -623,10 +623,10 @@ class MMDiT(nn.Module):
         self.norm_out = Modulation(D, 2)
         self.proj_out = nn.Linear(D, token)
         # encoders that are trained along
-        if cfg.text == "bytes":
-            self.text = ByteText(cfg.text_dim, cfg.pooled_dim)
-        if cfg.audio == "mel" and cfg.audio_dim:
-            self.ears = MelEncoder(cfg.audio_dim)
+        if cfg.text_encoder == "bytes":
+            self.text_encoder = ByteText(cfg.text_dim, cfg.pooled_dim)
+        if cfg.audio_encoder == "mel" and cfg.audio_dim:
+            self.mel_encoder = MelEncoder(cfg.audio_dim)
         init_weights(self)
         # as in DiT, the first output is 0 instead of a random velocity
         nn.init.zeros_(self.proj_out.weight)
@@ -636,14 +636,14 @@ class MMDiT(nn.Module):
     def encode_text(self, text_inputs):
         """Bytes (B, 96) of `text_bytes` -> states (B, T, text_dim), their mask (B, T), pooled"""
         # of a network with external encoders these three come from pyramid.t5_clip_states
-        if self.cfg.text != "bytes":
+        if self.cfg.text_encoder != "bytes":
             return text_inputs
-        states, pooled = self.text(text_inputs)
+        states, pooled = self.text_encoder(text_inputs)
         return states, torch.ones_like(states[..., 0]), pooled
 
     def encode_audio(self, audio_inputs):
         """Log-mels (B, 2S, 64) or the features of an external encoder -> features (B, S, A)"""
-        return self.ears(audio_inputs) if self.cfg.audio == "mel" else audio_inputs
+        return self.mel_encoder(audio_inputs) if self.cfg.audio_encoder == "mel" else audio_inputs
 
     # ---- parts of all three calls
 
@@ -756,7 +756,7 @@ class MMDiT(nn.Module):
         x = x[:, -noisy.shape[2] * h * w:]                                      # the noisy tokens
         return self.final_layer(x, noisy.shape[2:], repeat_rows(temb, n_off_sync))
 
-    # ---- training where clean tokens have sigma = 0 (context_clock="own")
+    # ---- training where clean tokens have sigma = 0 (context_sigma="zero")
 
     def forward_teacher_forced(self, clean, noisy, sigma, text, pooled, audio_features=None,
                                start=1):

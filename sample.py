@@ -312,7 +312,7 @@ def impose(x, known, noise, sigma):
 
 def uses_bridges(model, streams):
     """Whether streams meet in Harmony's bridges. Its video tower alone runs as SyncFlow's does."""
-    return model.cfg.bridges and len(streams) == 2
+    return model.cfg.system == "harmony" and len(streams) == 2
 
 
 def branch_velocities(model, x, sigma, branches, n_clean, reference=None):
@@ -387,7 +387,7 @@ def sample_joint(model, noise, sigmas, branches, scales, known, reference=None, 
 
 def external_encoders(model, args, captions, device):
     """Encoders for a model on Pyramid Flow; None for one that has trained encoders inside."""
-    if model.cfg.text == "bytes":
+    if model.cfg.text_encoder == "bytes":
         return None
     return pyramid.ExternalEncoders(args.pretrained, args.hubert, captions, device)
 
@@ -443,7 +443,7 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     yield pictures[:, None]
 
     # Later latents are decoded as soon as they are finished.
-    is_pyramid = model.cfg.context_clock == "shared"
+    is_pyramid = model.cfg.context_sigma == "shared"
     sampler = sample_stages if is_pyramid else sample_autoregressive
     latents = sampler(model, z0, n_latents, audio if use_audio else None, text, cfg=cfg, **settings)
     remaining = frames - 1
@@ -591,7 +591,7 @@ def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast
     `heat` (B, L, h, w), how strongly SyncCFG pulls (Harmony figure 5)."""
     # Shapes of the latents of one clip
     shape_v = shape_a = None
-    if not model.cfg.blind:
+    if not model.cfg.audio_only:
         sides = [n // vae.stride for n in data.sides(size)]
         shape_v = (model.cfg.latent, math.ceil((frames - 1) / vae.stride_t) + 1, *sides)
     if audio_vae is not None:
@@ -939,7 +939,7 @@ def check_job(system, job, args):
         return require(job, record, "audio", "image")
     if not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
         raise BadInput(f"{record}--prompt is empty; give a caption, or a --video without sound")
-    if system.model.cfg.blind and job["video"]:
+    if system.model.cfg.audio_only and job["video"]:
         raise BadInput(f"{record}--video: {args.ckpt} was trained by --no-video; give another")
     if job["video"] and (job["audio"] or args.maps):
         raise BadInput(f"{record}--video: nothing but its audio is generated; "
@@ -1078,7 +1078,7 @@ def main():
 
     # One file after the other
     run = run_a2v if system.task == "a2v" else run_towers
-    suffix = ".wav" if run is run_towers and system.model.cfg.blind else ".mp4"
+    suffix = ".wav" if run is run_towers and system.model.cfg.audio_only else ".mp4"
     for job in jobs:
         path = output_file(args, job, suffix)
         # A list goes on where it was interrupted.

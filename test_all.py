@@ -248,7 +248,7 @@ def test_the_published_size_has_the_published_number_of_parameters():
 def test_audio_adds_layers_to_the_single_blocks_and_an_encoder_and_nothing_else():
     """Syncphony section 3.4: audio enters the later blocks only."""
     new = set(small().state_dict()) - set(small(audio_dim=0).state_dict())
-    other = [k for k in new if not re.match(r"single_transformer_blocks\.\d\.audio\.|ears\.", k)]
+    other = [k for k in new if not re.match(r"single_transformer_blocks\.\d\.audio\.|mel_encoder\.", k)]
     assert new
     assert not other, other
 
@@ -3052,7 +3052,7 @@ def two_streams(B=2, L=5, S=37, side=4, C=4, A=3, seed=0):
 
 def arrange(net, **sizes):
     """Streams, noise level and text for net(video, audio, sigma, sigma, *text)."""
-    text = harmony_text(net) if net.cfg.bridges else net.encode_text(text_bytes(["a", "b"]))
+    text = harmony_text(net) if net.cfg.system == "harmony" else net.encode_text(text_bytes(["a", "b"]))
     return *two_streams(**sizes), text
 
 
@@ -3167,7 +3167,7 @@ def test_audio_and_video_share_a_timeline_in_latents():
     assert gap(read(features), read(features, shift=1.)) < 1e-6
     assert gap(read(features), read(features[:, order])) > 1e-4
     assert gap(read(features, use_rope=False), read(features[:, order], use_rope=False)) < 1e-12
-    assert not small_towers(xrope=False).layers[0].audio.use_rope
+    assert not small_towers(cross_rope=False).layers[0].audio.use_rope
 
 
 @pytest.mark.parametrize("side", [2, 8])
@@ -3176,12 +3176,12 @@ def test_the_same_weights_serve_half_and_double_the_resolution(side):
     net = small_towers()
     video, audio, sigma, text = arrange(net, side=side)
     assert net(video, audio, sigma, sigma, *text)[0].shape == video.shape
-    assert [p.shape for p in net.parameters()] == [p.shape for p in small_towers(grid=7).parameters()]
+    assert [p.shape for p in net.parameters()] == [p.shape for p in small_towers(train_grid=7).parameters()]
 
 
 def test_text_alone_conditions_the_audio_where_there_is_no_video():
     """The text-to-audio ablation of table 4."""
-    net = small_towers(blind=True)
+    net = small_towers(audio_only=True)
     _, audio, sigma, text = arrange(net)
     v_v, v_a = net(None, audio, None, sigma, *text)
     _, other = net(None, audio, None, sigma, *net.encode_text(text_bytes(["a hammer", "b"])))
@@ -3195,7 +3195,7 @@ def test_the_text_encoder_of_the_towers_cannot_die():
     net = small_towers()
     for p in net.text_encoder.parameters():
         p.data *= .3
-    net.text_encoder.token.bias.data.fill_(-1)          # a GELU would return about -.16 everywhere
+    net.text_encoder.token_conv.bias.data.fill_(-1)          # a GELU would return about -.16 everywhere
     states, _ = net.encode_text(text_bytes(["a bell tolls", "a ball drops"]))
     assert states.std().item() == pytest.approx(1, abs=.05)
 
@@ -3647,13 +3647,13 @@ def test_keys_are_rotated_at_their_place_on_the_queries_timeline():
     assert gap(video_q[0][2], audio_k[0][16]) < 1e-6
     assert gap(audio_q[0][16], video_k[0][2]) < 1e-6
     # The ablation rotates by raw indices.
-    (video_q, audio_k, _), _ = bridges(5, 40, align=False)
+    (video_q, audio_k, _), _ = bridges(5, 40, rope_align=False)
     assert gap(video_q[0][2], audio_k[0][2]) < 1e-6
     # Equal lengths: nothing to rescale.
     for query_rope, key_rope, _ in bridges(6, 6, alpha=1.):
         assert gap(query_rope[0], key_rope[0]) < 1e-6
     # Without GLDI every token attends to every token (table 3).
-    assert [mask for _, _, mask in bridges(5, 40, local=False)] == [None, None]
+    assert [mask for _, _, mask in bridges(5, 40, use_gldi=False)] == [None, None]
 
 
 def test_frame_wise_attention_stays_in_its_window():
@@ -3914,7 +3914,7 @@ def harmony_on_disk(towers_on_disk, toy):
     """All four stages of Harmony, two steps each, 32 px: -> folder, a function that trains there,
     flags of the other programs."""
     d, run = towers_on_disk
-    towers.HARMONY["little"] = dict(towers.SYNCFLOW["little"], axes=(8, 4, 4), bridges=True)
+    towers.HARMONY["little"] = dict(towers.SYNCFLOW["little"], axes=(8, 4, 4), system="harmony")
     # Nine clips are evaluated: more than are shown.
     assert run("harmony", "--task", "joint", "--eval-clips", 9) == 0
     return d, run, ["--ckpt", d / "harmony/joint/best.pt", "--vae", toy / "vae.pt",

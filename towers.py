@@ -42,26 +42,26 @@ class DualTowerConfig:
     latent: int = 4               # channels of the video latent (Open-Sora's VAE, 4x8x8)
     audio_latent: int = 128       # Encodec's; the paper gives the towers' width, surely a slip
     patch: int = 2                # a token is 1 x patch x patch of the video latent
-    grid: int = 16                # tokens per side in training; other sizes span the same range
+    train_grid: int = 16          # tokens per side in training; other sizes span the same range
     alpha: float = 50 * 4 / 16    # audio steps per video latent: 50 Hz, 4 frames at 16 fps
     text_dim: int = 4096          # width of the text states (T5-XXL)
-    text: str = "external"        # "bytes": a small text encoder, trained along with the towers
+    text_encoder: str = "external"          # "bytes": a small text encoder, trained along with the towers
     adaptor: bool = True          # False: the ablation of SyncFlow table 4
-    xrope: bool = True            # False: the audio's cross-attention has no positions in time
-    blind: bool = False           # SyncFlow table 4: no video, the audio tower reads the text
+    cross_rope: bool = True       # False: the audio's cross-attention has no positions in time
+    audio_only: bool = False      # SyncFlow table 4: no video, the audio tower reads the text
     precondition: bool = False    # the output is a residual, see `velocity_from_output`
     time_scale: float = 1.        # radians per latent at the highest frequency
     # Full attention: channels of a head for time, row, column. (): blocks over space and time.
     axes: tuple = ()
-    bridges: bool = False         # True: Harmony's layers, False: SyncFlow's
+    system: str = "syncflow"      # or "harmony": which layers and which audio stream
     window: float = 1.5           # frame-wise attention (Harmony eq. 5): radius in video latents
-    align: bool = True            # False: an ablation, positions in time are not rescaled
-    local: bool = True            # False: an ablation, no window and no style update
+    rope_align: bool = True       # False: an ablation, positions in time are not rescaled
+    use_gldi: bool = True         # False: an ablation, no window and no style update
 
 
 # For the toybox: 4 frames at 24 fps per latent, 2x2 tokens per latent. Four radians per latent at
 # the highest frequency: a tenth of a latent, 17 ms, turns a pair of channels by 23 degrees.
-TOYBOX = dict(latent=16, audio_latent=16, grid=2, alpha=50 * 4 / 24, text="bytes",
+TOYBOX = dict(latent=16, audio_latent=16, train_grid=2, alpha=50 * 4 / 24, text_encoder="bytes",
               precondition=True, time_scale=4.)
 SYNCFLOW = {
     "tiny": dict(TOYBOX, depth=4, width=160, heads=4, text_dim=128),
@@ -69,12 +69,12 @@ SYNCFLOW = {
     "syncflow": dict(),           # the paper's
 }
 HARMONY = {
-    "tiny": dict(SYNCFLOW["tiny"], axes=(16, 12, 12), bridges=True),
-    "small": dict(SYNCFLOW["small"], axes=(32, 16, 16), bridges=True),
+    "tiny": dict(SYNCFLOW["tiny"], axes=(16, 12, 12), system="harmony"),
+    "small": dict(SYNCFLOW["small"], axes=(32, 16, 16), system="harmony"),
     # Depth, width and heads of Wan2.2-5B (its MLPs are 14336 wide, these 4 x 3072), latents of its
     # 4x16x16 VAE, audio latents of MMAudio at 31.25 Hz.
-    "harmony": dict(depth=30, width=3072, heads=24, latent=48, audio_latent=20, grid=22,
-                    alpha=31.25 * 4 / 24, axes=(44, 42, 42), bridges=True),
+    "harmony": dict(depth=30, width=3072, heads=24, latent=48, audio_latent=20, train_grid=22,
+                    alpha=31.25 * 4 / 24, axes=(44, 42, 42), system="harmony"),
 }
 
 
@@ -119,7 +119,7 @@ def align_streams(cfg, grid, S, device):
     # All tokens of a latent share its time.
     latents = torch.arange(L, device=device).float()
     tokens = latents.repeat_interleave(H * W // cfg.patch ** 2)         # (N,)
-    if not cfg.bridges:
+    if cfg.system == "syncflow":
         times = audio_positions(S, cfg.alpha).to(device)
         return None, (time_rope(times, cfg), time_rope(tokens, cfg), None)
 
@@ -128,11 +128,11 @@ def align_streams(cfg, grid, S, device):
     tokens_on_audio = tokens * (S / L)
     # Eq. 5, frame-wise attention: the same window of time in both directions.
     a2v_mask = v2a_mask = None
-    if cfg.local:
+    if cfg.use_gldi:
         a2v_mask = temporal_window(tokens, steps_on_video, cfg.window)              # (N, S)
         v2a_mask = temporal_window(steps, tokens_on_audio, cfg.window * S / L)      # (S, N)
     # The ablation without alignment rotates by unscaled indices.
-    if not cfg.align:
+    if not cfg.rope_align:
         steps_on_video = steps
         tokens_on_audio = tokens
     a2v = time_rope(tokens, cfg), time_rope(steps_on_video, cfg), a2v_mask
@@ -216,7 +216,7 @@ class AudioBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, K = cfg.width, cfg.heads
-        self.use_rope = cfg.xrope
+        self.use_rope = cfg.cross_rope
         self.adaptor = Adaptor(D, K) if cfg.adaptor else None
         self.attn = Attention(D, K, D)
         self.cross_attn = Attention(D, K, D)
@@ -280,7 +280,7 @@ class HarmonyLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, K = cfg.width, cfg.heads
-        self.use_gldi = cfg.local
+        self.use_gldi = cfg.use_gldi
         self.video = video_blocks(cfg)
         self.audio = TowerBlock(D, K, "all", cross_attention=False)
         self.audio_to_video = AudioCrossAttention(D, K, D)
@@ -362,8 +362,8 @@ class VideoStream(AdaLNStream):
 
         # Times in latents; rows and columns in units of the training grid, at the tokens' middles.
         times = torch.arange(L).float()
-        rows = (torch.arange(h) + .5) * cfg.grid / h
-        cols = (torch.arange(w) + .5) * cfg.grid / w
+        rows = (torch.arange(h) + .5) * cfg.train_grid / h
+        cols = (torch.arange(w) + .5) * cfg.train_grid / w
         ids = torch.stack(torch.meshgrid(times, rows, cols, indexing="ij"), -1).to(z.device)
         if cfg.axes:
             # Full attention rotates by all three.
@@ -397,7 +397,7 @@ class SyncFlowAudioStream(nn.Module):
         self.time_embed = TimeTextEmbed(cfg.width)
         self.proj_out = nn.Linear(cfg.width, cfg.audio_latent)
         # Text reaches the audio through the video, but where there is none (T2A of table 4).
-        self.text_proj = nn.Linear(cfg.text_dim, cfg.width) if cfg.blind else None
+        self.text_proj = nn.Linear(cfg.text_dim, cfg.width) if cfg.audio_only else None
 
     def embed(self, z, sigma, text, text_mask, ref=None, ref_mask=None):
         """z (B, A, S) at sigma (B,) -> tokens (B, S, D), TowerConditioning. ref is not used."""
@@ -472,14 +472,14 @@ class DualTower(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        harmony = cfg.bridges
+        harmony = cfg.system == "harmony"
         self.video = VideoStream(cfg)
         self.audio = HarmonyAudioStream(cfg) if harmony else SyncFlowAudioStream(cfg)
         layer = HarmonyLayer if harmony else SyncFlowLayer
         self.layers = nn.ModuleList([layer(cfg) for _ in range(cfg.depth)])
         # Harmony: a transcript says what is pronounced, a caption what is meant. Each has an
         # encoder of its own (eq. 2).
-        trained = cfg.text == "bytes"
+        trained = cfg.text_encoder == "bytes"
         self.text_encoder = ByteText(cfg.text_dim, 0) if trained else None
         self.transcript_encoder = ByteText(cfg.text_dim, 0) if trained and harmony else None
 

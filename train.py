@@ -809,7 +809,7 @@ class TwoTowers:
 
     def generate(self, net, clips, autocast, audio_vae=None, **settings):
         """-> videos, waveforms; without an audio VAE the video tower runs alone."""
-        if net.cfg.bridges and audio_vae:
+        if net.cfg.system == "harmony" and audio_vae:
             settings["speech"] = [c.get("speech", "") for c in clips]
         return generate_audio_video(
             net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]),
@@ -824,7 +824,7 @@ class SyncFlow(TwoTowers):
 
     def __init__(self, args, device, autocast):
         self.open(args, device, autocast, towers.SYNCFLOW, adaptor=not args.no_adaptor,
-                  blind=args.no_video)
+                  audio_only=args.no_video)
         self.extra["guidance"] = dict(cfg=2.)     # w of eq. 3; the paper samples with 6
 
     def batch(self, step, rows):
@@ -879,7 +879,7 @@ class Harmony(TwoTowers):
 
     def __init__(self, args, device, autocast):
         self.open(args, device, autocast, towers.HARMONY, variations=2,
-                  align=not args.no_rope_align, local=not args.no_gldi)
+                  rope_align=not args.no_rope_align, use_gldi=not args.no_gldi)
         # s_v and s_a of SyncCFG are the paper's; text guidance is off, at 1.
         self.extra["guidance"] = dict(cfg=1., sync_video=3., sync_audio=2., shift=args.shift)
         # Window of the cache -> all windows of its clip, among which references are chosen.
