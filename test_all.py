@@ -4,6 +4,7 @@ Layers that start at zero get random weights first (`shaken`): a fresh network p
 tests for the wrong reason. Where two computations must agree, they run in float64. Nothing needs a
 network connection or a GPU. Parity with the original programs is checked against assets/golden.
 """
+import ast
 import hashlib
 import importlib
 import itertools
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -55,8 +57,9 @@ from vae import VAEConfig, audio_vae_loss, video_vae_loss
 torch.set_num_threads(1)            # these networks are too small to be split over cores
 HERE = Path(__file__).parent
 HELD_OUT_TESTS = 7 * 10 ** 8        # seeds of clips that nothing was tuned or trained on
-weights = pytest.mark.skipif(not (HERE / "weights/a2v-toybox.pt").is_file(),
-                             reason="no trained weights in this checkout")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+    slow = pytest.mark.slow         # seconds each; `-m "not slow"` leaves these tests out
 
 
 def golden(name):
@@ -4104,7 +4107,96 @@ def test_synccfg_without_one_way_training_is_warned_of(harmony_on_disk, tmp_path
         assert ("trained without the one-way tasks" in out) == expected, out
 
 
-# ------------------------------------------------------------------------------------------------ README.md and weights/
+# ---------------------------------------------------------------- README.md and the text itself
+
+PROGRAM = ("losses", "model", "towers", "vae", "toybox", "data", "pyramid", "sample", "cyclesync",
+           "train")
+IMPORTS = {                 # what a file may import of this project (DESIGN: imports go one way)
+    "losses": (), "model": (), "towers": ("losses", "model"), "vae": (), "toybox": (),
+    "data": ("toybox",),
+    "pyramid": ("losses", "model", "vae", "toybox", "data"),
+    "sample": ("losses", "model", "towers", "vae", "toybox", "data", "pyramid"),
+    "cyclesync": ("losses", "model", "towers", "vae", "toybox", "data", "pyramid", "sample"),
+    "train": PROGRAM[:-1],
+}
+RETIRED = set("hear heard tell told deaf converse dub briefing equip painter settle judge".split())
+
+
+def sources(*names):
+    """name -> (text, syntax tree) of the project's files."""
+    texts = {name: (HERE / f"{name}.py").read_text() for name in names or (*PROGRAM, "test_all")}
+    return {name: (text, ast.parse(text)) for name, text in texts.items()}
+
+
+def test_no_line_of_code_is_wider_than_100_columns():
+    wide = []
+    for name, (text, _) in sources().items():
+        lines = enumerate(text.split("\n"), 1)
+        wide += [f"{name}.py:{i}" for i, line in lines if len(line) > 100]
+
+    assert not wide, wide
+
+
+def test_no_lambda_is_bound_to_a_name():
+    bound = []
+    for name, (_, tree) in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign):
+                values = getattr(node.value, "elts", [node.value])
+                if any(isinstance(v, ast.Lambda) for v in values):
+                    bound.append(f"{name}.py:{node.lineno}")
+
+    assert not bound, bound
+
+
+def test_no_function_is_longer_than_60_lines():
+    long = []
+    for name, (_, tree) in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                if length > 60:
+                    long.append(f"{name}.py: {node.name} has {length}")
+
+    assert not long, long
+
+
+def test_imports_point_one_way_and_networks_import_torch_alone():
+    for name, (_, tree) in sources(*PROGRAM).items():
+        modules = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(node.module.split(".")[0])
+        own = modules & set(PROGRAM)
+
+        assert own <= set(IMPORTS[name]), f"{name}.py imports {own - set(IMPORTS[name])}"
+        if name in ("losses", "model", "towers"):
+            other = modules - own - set(sys.stdlib_module_names) - {"torch", "scipy"}
+            assert not other, f"{name}.py imports {other}"
+
+
+def test_a_twelfth_of_the_lines_of_every_file_narrates_the_code():
+    for name, (text, _) in sources(*PROGRAM).items():
+        lines = text.split("\n")
+        comments = sum(line.lstrip().startswith("#") for line in lines)
+        share = comments / len(lines)
+
+        assert share >= .08, f"{name}.py: {100 * share:.1f} % whole-line comments"
+
+
+def test_identifiers_use_the_words_of_the_field():
+    for name, (_, tree) in sources().items():
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        definitions = (ast.FunctionDef, ast.ClassDef)
+        names |= {node.name for node in ast.walk(tree) if isinstance(node, definitions)}
+        retired = {n for n in names if not n.startswith("test_") and n.lower() in RETIRED}
+
+        assert not retired, f"{name}.py: {retired}"
+
 
 def readme_commands():
     """Every command of README.md that runs one of our programs, continued lines joined."""
@@ -4125,77 +4217,212 @@ def test_every_command_of_the_readme_is_accepted_by_its_program():
     for script, flags in commands:
         module = importlib.import_module(script)
         parse = train.parse_args if module is train else module.arguments().parse_args
-        parse(flags)                                                       # exits with 2 if unknown
+        parse(flags)                                    # exits with 2 on a flag that it lacks
 
 
-@weights
+def test_the_readme_is_a_front_door_of_250_lines():
+    lines = (HERE / "README.md").read_text().split("\n")
+
+    assert len(lines) <= 250, f"{len(lines)} lines"
+    wide = [i for i, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith("|")]
+    assert not wide, f"lines {wide} are wider than 120 columns"
+
+
+def test_files_that_readme_and_results_name_exist():
+    for page in ("README.md", "assets/RESULTS.md"):
+        text = (HERE / page).read_text()
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+        files = [(HERE / page).parent / link for link in links]
+        files += [HERE / name for name in re.findall(r"(?:weights|assets)/[\w.-]+\.\w+", text)]
+        missing = [str(f) for f in files if not f.is_file()]
+
+        assert not missing, f"{page}: {missing}"
+
+
+# ---------------------------------------------------------------- the shipped weights
+
+def eventful_clips(first, n, **options):
+    """The toybox clips among n held-out seeds in which something happens."""
+    seeds = range(cyclesync.HELD_OUT + first, cyclesync.HELD_OUT + first + n)
+    clips = [toybox.toybox_clip(seed, **options) for seed in seeds]
+    return [c for c in clips if len(c["events"])]
+
+
+def shuffled_by_half(values):
+    """Every clip gets the value of a clip half the list away: the level of chance."""
+    half = len(values) // 2
+    return values[half:] + values[:half]
+
+
+def event_f1(truth, found):
+    return cyclesync.event_scores(truth, found)["f1_50"]
+
+
+def events_seen_in(videos, clips):
+    return [toybox.detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
+
+
+def onsets_of(waves):
+    return [cyclesync.onsets_in_sound(w) for w in waves]
+
+
+@slow
 def test_the_shipped_weights_move_things_on_their_sounds():
-    """README: generated things of every kind move on their sound, far above chance, and look it; deaf, they do not."""
+    """README: objects of every kind move on their sound, far above chance; without audio layers
+    they do not (Syncphony section 3.4, off-sync)."""
     net, vae, ckpt = sample.load_a2v()
     _, autocast, _ = sample.pick_device("cpu")
-    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=toybox.KINDS[i % 6]) for i in range(18)]
-    made = cyclesync.generate(net, vae, clips, autocast, steps=10, asg=2., cfg=0.)
-    scores, _, shuffled = cyclesync.score_toybox(made, clips)
-    assert scores["f1_50"] > .9 and scores["f1_50"] > 2 * shuffled["f1_50"] and scores["residual"] < .2 and scores["false_per_quiet_clip"] == 0
-    off_sync = cyclesync.generate(net, vae, clips, autocast, steps=4, asg=0., cfg=0., use_audio=False)
-    assert cyclesync.score_toybox(off_sync, clips)[0]["f1_50"] < .3
+    kinds = [toybox.KINDS[i % 6] for i in range(18)]
+    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=kind)
+             for i, kind in enumerate(kinds)]
+
+    videos = cyclesync.generate(net, vae, clips, autocast, steps=10, asg=2., cfg=0.)
+    off_sync = cyclesync.generate(net, vae, clips, autocast, steps=4, asg=0., cfg=0.,
+                                  use_audio=False)
+
+    scores, _, shuffled = cyclesync.score_toybox(videos, clips)
+    assert scores["f1_50"] > .9, scores["f1_50"]
+    assert scores["f1_50"] > 2 * shuffled["f1_50"], (scores["f1_50"], shuffled["f1_50"])
+    assert scores["residual"] < .2, scores["residual"]
+    assert scores["false_per_quiet_clip"] == 0, scores["false_per_quiet_clip"]
+    chance = cyclesync.score_toybox(off_sync, clips)[0]["f1_50"]
+    assert chance < .3, chance
 
 
-@weights
-def test_the_shipped_vae_paints_motion_in_colours_that_its_latents_never_saw():
-    seen, video = motion_twice(12, 64, 4)
+@slow
+def test_the_shipped_video_vae_draws_motion_in_appearances_its_latents_do_not_hold():
+    """Latents of one clip, decoded against the first frame of another object of its kind, give
+    that object's motion almost as well."""
+    source, other = motion_twice(12, 64, 4)
+    vae, noise = sample.load_vae(), torch.zeros(12, 16, 5, 4, 4)
+
     with torch.no_grad():
-        own, other = (video_vae_loss(sample.load_vae(), seen, v, torch.zeros(12, 16, 5, 4, 4), 0.)[1] for v in (seen, video))
-    assert other < .02 and other < 1.3 * own
+        error_same = video_vae_loss(vae, source, source, noise, 0.)[1]
+        error_other = video_vae_loss(vae, source, other, noise, 0.)[1]
+
+    assert error_other < .02, error_other
+    assert error_other < 1.3 * error_same, (error_other, error_same)
 
 
-@weights
+@slow
 def test_moving_the_sound_moves_the_motion():
-    """The paper's demonstration: same picture, the sound 0.25 s later, the events 0.25 s later."""
+    """Syncphony's demonstration: the same picture, the sound 0.25 s later, events 0.25 s later."""
     net, vae, ckpt = sample.load_a2v()
     _, autocast, _ = sample.pick_device("cpu")
-    clips = [c for c in (toybox.toybox_clip(cyclesync.HELD_OUT + 500 + i, ckpt["size"], kind="lamp") for i in range(40)) if 1 <= len(c["events"]) and c["events"][-1] < 1.6][:6]
-    later = [dict(c, audio=np.pad(c["audio"], (4000, 0))[:len(c["audio"])], events=c["events"] + .25) for c in clips]
-    scores = cyclesync.score_toybox(cyclesync.generate(net, vae, later, autocast, steps=10, asg=1., cfg=0.), later)[0]
-    assert scores["f1_50"] > .85
+    clips = eventful_clips(500, 40, size=ckpt["size"], kind="lamp")
+    clips = [c for c in clips if c["events"][-1] < 1.6][:6]
+    delayed = []
+    for c in clips:
+        audio = np.pad(c["audio"], (4000, 0))[:len(c["audio"])]
+        delayed.append(dict(c, audio=audio, events=c["events"] + .25))
+
+    videos = cyclesync.generate(net, vae, delayed, autocast, steps=10, asg=1., cfg=0.)
+
+    f1 = cyclesync.score_toybox(videos, delayed)[0]["f1_50"]
+    assert f1 > .85, f1
 
 
-@weights
-def test_the_shipped_towers_give_a_video_its_sound_and_two_that_are_made_together_agree():
-    """README: sounds made for true videos come when things happen, and a made pair agrees with itself, better than with another pair."""
+@slow
+def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
+    """SyncFlow sections 3.2, 3.3: sounds for true videos come when things happen, and a generated
+    pair agrees with itself better than with another pair."""
     model, vae, audio_vae, ckpt = sample.load_t2av()
     _, autocast, _ = sample.pick_device("cpu")
-    clips = [c for c in (toybox.toybox_clip(cyclesync.HELD_OUT + 700 + i, kind=toybox.KINDS[i % 6]) for i in range(12)) if len(c["events"])]
-    captions, truth, make = [c["caption"] for c in clips], np.stack([c["video"] for c in clips]), dict(steps=12, cfg=ckpt["guidance"]["cfg"])
-    z = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth])
-    waves = sample.generate_audio_video(model, vae, audio_vae, captions, 49, 64, autocast, z_v=z, **make)[1]
-    heard, events, other = [cyclesync.onsets_in_sound(w) for w in waves], [c["events"] for c in clips], lambda x: x[len(x) // 2:] + x[:len(x) // 2]
-    f1 = lambda a, b: cyclesync.event_scores(a, b)["f1_50"]
-    assert f1(events, heard) > .55 and f1(events, heard) > 2 * f1(other(events), heard)
-    videos, waves = sample.generate_audio_video(model, vae, audio_vae, captions, 49, 64, autocast, pictures=truth[:, 0], **make)
-    seen, heard = [toybox.detect_clip_events(v, c)[0] for v, c in zip(videos, clips)], [cyclesync.onsets_in_sound(w) for w in waves]
-    assert f1(seen, heard) > .35 and f1(seen, heard) > 1.5 * f1(other(seen), heard)
+    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + 700 + i, kind=toybox.KINDS[i % 6])
+             for i in range(12)]
+    clips = [c for c in clips if len(c["events"])]
+    captions = [c["caption"] for c in clips]
+    events = [c["events"] for c in clips]
+    truth = np.stack([c["video"] for c in clips])
+    z_v = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth])
+    settings = dict(steps=12, cfg=ckpt["guidance"]["cfg"])
+
+    def generate(**given):
+        return sample.generate_audio_video(model, vae, audio_vae, captions, 49, 64, autocast,
+                                           **given, **settings)
+
+    onsets = onsets_of(generate(z_v=z_v)[1])
+    videos, waves = generate(pictures=truth[:, 0])
+
+    f1, chance = event_f1(events, onsets), event_f1(shuffled_by_half(events), onsets)
+    assert f1 > .55, f1
+    assert f1 > 2 * chance, (f1, chance)
+    drawn, onsets = events_seen_in(videos, clips), onsets_of(waves)
+    f1, chance = event_f1(drawn, onsets), event_f1(shuffled_by_half(drawn), onsets)
+    assert f1 > .35, f1
+    assert f1 > 1.5 * chance, (f1, chance)
 
 
-@weights
-def test_the_shipped_harmony_moves_what_sounds_and_sounds_what_moves_and_synccfg_makes_both_agree():
-    """README: either stream drives the other, far above chance, and pairs agree with SyncCFG."""
-    model, vae, audio_vae, ckpt = sample.load_t2av(sample.JOINT_FILE)
+@pytest.fixture(scope="module")
+def harmony_clips():
+    """The shipped Harmony model, eight clips, and a function that generates for them."""
+    model, vae, audio_vae, _ = sample.load_t2av(sample.JOINT_FILE)
     _, autocast, _ = sample.pick_device("cpu")
-    clips = [c for c in (toybox.toybox_clip(cyclesync.HELD_OUT + 300 + i) for i in range(16)) if len(c["events"])][:8]
-    truth, other = np.stack([c["video"] for c in clips]), lambda x: x[len(x) // 2:] + x[:len(x) // 2]
-    make = lambda **given: sample.generate_audio_video(model, vae, audio_vae, [c["caption"] for c in clips], 49, 64, autocast, speech=[c["speech"] for c in clips], steps=10, shift=5., **given)
-    events, f1 = [c["events"] for c in clips], lambda a, b: cyclesync.event_scores(a, b)["f1_50"]
-    seen = lambda videos: [toybox.detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
-    plain, hear = dict(sync_video=1., sync_audio=1.), lambda waves: [cyclesync.onsets_in_sound(w) for w in waves]
-    driven = seen(make(z_a=torch.cat([sample.encode_sound(audio_vae, c["audio"], "cpu") for c in clips]), pictures=truth[:, 0], **plain)[0])
-    assert f1(events, driven) > .6 and f1(events, driven) > 2 * f1(other(events), driven)
-    z_v, (refs, *takes) = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth]), zip(*cyclesync.other_variations(clips, 5))
-    plainly, cloned = make(z_v=z_v, sync_audio=2.)[1], make(z_v=z_v, sync_audio=2., refs=torch.cat([sample.encode_sound(audio_vae, r, "cpu") for r in refs]))[1]
-    for heard in (hear(plainly), hear(cloned)):                               # a reference changes the timbre and not the timing
-        assert f1(events, heard) > .6 and f1(events, heard) > 2 * f1(other(events), heard)
-    voices = [np.mean([cyclesync.timbre(t) for t in some], 0) for some in zip(*takes)]
-    far = lambda waves: np.array([np.abs(cyclesync.timbre(w) - v).mean() for w, v in zip(waves, voices)])
-    assert (far(cloned) < far(plainly)).mean() > .7 and far(cloned).mean() < .85 * far(plainly).mean()
-    videos, waves = make(pictures=truth[:, 0], sync_video=3., sync_audio=2.)
-    assert f1(seen(videos), hear(waves)) > .3 and f1(seen(videos), hear(waves)) > 1.5 * f1(other(seen(videos)), hear(waves))
+    clips = eventful_clips(300, 16)[:8]
+    captions = [c["caption"] for c in clips]
+    speech = [c["speech"] for c in clips]
+    truth = np.stack([c["video"] for c in clips])
+
+    def generate(**given):
+        return sample.generate_audio_video(model, vae, audio_vae, captions, 49, 64, autocast,
+                                           speech=speech, steps=10, shift=5., **given)
+
+    def encode(waves):
+        return torch.cat([sample.encode_sound(audio_vae, w, "cpu") for w in waves])
+
+    z_v = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth])
+    z_a = encode([c["audio"] for c in clips])
+    return SimpleNamespace(clips=clips, generate=generate, encode=encode, z_v=z_v, z_a=z_a,
+                           first=truth[:, 0], events=[c["events"] for c in clips])
+
+
+@slow
+def test_the_shipped_harmony_draws_a_video_for_a_sound(harmony_clips):
+    """Harmony eq. 3, audio-driven: the events drawn for a true sound are the true events."""
+    h = harmony_clips
+
+    videos = h.generate(z_a=h.z_a, pictures=h.first, sync_video=1., sync_audio=1.)[0]
+
+    drawn = events_seen_in(videos, h.clips)
+    f1, chance = event_f1(h.events, drawn), event_f1(shuffled_by_half(h.events), drawn)
+    assert f1 > .6, f1
+    assert f1 > 2 * chance, (f1, chance)
+
+
+@slow
+def test_a_reference_changes_the_timbre_of_the_shipped_harmony_and_not_its_timing(harmony_clips):
+    """Harmony eq. 7: with a reference the sound comes closer to that material, as well in time."""
+    h = harmony_clips
+    variations = cyclesync.other_variations(h.clips, 5)
+    references = h.encode([v[0] for v in variations])
+    timbres = [np.mean([cyclesync.timbre(w) for w in v[1:]], 0) for v in variations]
+
+    plain = h.generate(z_v=h.z_v, sync_audio=2.)[1]
+    cloned = h.generate(z_v=h.z_v, sync_audio=2., refs=references)[1]
+
+    for name, waves in (("plain", plain), ("cloned", cloned)):
+        onsets = onsets_of(waves)
+        f1, chance = event_f1(h.events, onsets), event_f1(shuffled_by_half(h.events), onsets)
+        assert f1 > .6, (name, f1)
+        assert f1 > 2 * chance, (name, f1, chance)
+
+    def distances(waves):
+        return np.array([np.abs(cyclesync.timbre(w) - t).mean() for w, t in zip(waves, timbres)])
+
+    closer = (distances(cloned) < distances(plain)).mean()
+    assert closer > .7, closer
+    ratio = distances(cloned).mean() / distances(plain).mean()
+    assert ratio < .85, ratio
+
+
+@slow
+def test_pairs_of_the_shipped_harmony_agree_with_synccfg(harmony_clips):
+    """Harmony eqs. 9, 10: pairs made with SyncCFG agree with themselves, above chance."""
+    h = harmony_clips
+
+    videos, waves = h.generate(pictures=h.first, sync_video=3., sync_audio=2.)
+
+    drawn, onsets = events_seen_in(videos, h.clips), onsets_of(waves)
+    f1, chance = event_f1(drawn, onsets), event_f1(shuffled_by_half(drawn), onsets)
+    assert f1 > .3, f1
+    assert f1 > 1.5 * chance, (f1, chance)
