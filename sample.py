@@ -120,7 +120,7 @@ def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" o
     weights = checkpoint["ema"]
     if checkpoint["task"] != "a2v":
         model = DualTower(DualTowerConfig(**config))
-    elif config["text"] == "bytes":
+    elif config["text_encoder"] == "bytes":
         model = MMDiT(MMDiTConfig(**config))
     elif pretrained:
         folder = Path(pretrained) / "diffusion_transformer_384p"
