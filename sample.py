@@ -118,6 +118,8 @@ def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" o
     checkpoint = data.load_checkpoint(path, task, train_one)
     config = checkpoint["config"]
     weights = checkpoint["ema"]
+    # The network: two towers, a transformer of this repository, or Pyramid Flow's with the trained
+    # blocks and audio layers of the checkpoint put into it
     if checkpoint["task"] != "a2v":
         model = DualTower(DualTowerConfig(**config))
     elif config["text_encoder"] == "bytes":
@@ -132,10 +134,12 @@ def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" o
         raise BadInput(f"{path}: trained on top of Pyramid Flow; give its downloaded folder by "
                        "--pretrained, and --hubert facebook/hubert-large-ls960-ft")
     model = data.load_weights(model, weights, path).to(device).eval()
-    video_vae = find_vae(checkpoint, "vae", path, vae, device)
-    if "audio_vae" in checkpoint:
-        audio_vae = find_vae(checkpoint, "audio_vae", path, audio_vae, device)
-    return System(checkpoint["task"], model, video_vae, audio_vae, checkpoint)
+
+    # Its VAEs; Syncphony takes audio as features
+    vae = find_vae(checkpoint, "vae", path, vae, device)
+    has_audio = "audio_vae" in checkpoint
+    audio_vae = find_vae(checkpoint, "audio_vae", path, audio_vae, device) if has_audio else None
+    return System(checkpoint["task"], model, vae, audio_vae, checkpoint)
 
 
 def load_a2v(path=A2V_FILE, vae=None, device="cpu", pretrained=None):
@@ -205,9 +209,13 @@ def find_vae(checkpoint, kind, path, override=None, device="cpu"):
     if override:
         vae = load_vae(override, device, task)
         if fingerprint(vae) != wanted:
+            # a folder is the VAE of Pyramid Flow's download
+            by = "pretrained" if Path(override).is_dir() else flag
             raise BadInput(f"{override}: not the {flag} that {path} was trained with; "
-                           f"give that one by --{flag}, or leave the flag out")
+                           f"give that one by --{by}, or leave the flag out")
         return vae
+    # Latents of another VAE of the same size would decode to noise, without any error: so it is
+    # the fingerprint that is looked up, never the name.
     files = [Path(checkpoint.get("args", {}).get(kind) or "none")]
     files += sorted(WEIGHTS.glob("*vae*.pt")) + sorted(Path(path).parent.glob("*vae*.pt"))
     for file in files:
@@ -222,7 +230,9 @@ def find_vae(checkpoint, kind, path, override=None, device="cpu"):
 # ---------------------------------------------------------------------------------- samplers
 
 def euler(velocity, x, sigmas, bar=None):
-    """dx/dsigma = velocity(x, sigma), from sigmas[0] to sigmas[-1]; x is {stream: latents}."""
+    """dx/dsigma = velocity(x, sigma), from sigmas[0] to sigmas[-1]; x is {stream: latents}.
+
+    On a straight path (rectified flow) a single step would be exact."""
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
         v = velocity(x, sigma)
         x = {stream: x[stream] + (sigma_next - sigma) * v[stream] for stream in x}
@@ -318,7 +328,7 @@ def uses_bridges(model, streams):
 def branch_velocities(model, x, sigma, branches, n_clean, reference=None):
     """Velocities of all branches -> {branch: {stream: like x}}, from one batch of R·B rows.
 
-    x, branches, reference: of `sample_joint`. n_clean {stream: n}: its first n latents are clean."""
+    x, branches, reference: of `sample_joint`; n_clean {stream: n}: its first n latents are clean."""
     B = len(next(iter(x.values())))
     rows, levels = {}, {}
     for stream, latents in x.items():
@@ -397,6 +407,7 @@ def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
 
     With text guidance (cfg > 0) the text of the null branch follows as B rows more. Waveforms are
     cut, or padded with silence, to `samples`; encoders: of a model on Pyramid Flow."""
+    # Equally long waveforms make a batch of features.
     device = next(model.parameters()).device
     waves = [np.pad(wave[:samples], (0, max(0, samples - len(wave)))) for wave in waves]
     if encoders is not None:
@@ -425,12 +436,13 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     layers. tiles: decode large frames in tiles. encoders: `ExternalEncoders` of a model on Pyramid
     Flow. settings: of `sample_autoregressive`."""
     n_latents = math.ceil((frames - 1) / vae.stride_t) + 1
-    # 20 ms more than the video lasts, so that its last frame has full windows of mels
+    # Audio for complete latents, and 20 ms more, so that the last frame has full windows of mels
     samples = math.ceil(((n_latents - 1) * vae.stride_t + 1) / FPS * RATE) + RATE // 50
     pictures = np.stack(pictures)
     first = frames_to_tensor(pictures[:, None], next(model.parameters()).device)
     vae_cache = {}
 
+    # The causal decoder keeps what it needs of the latents before in vae_cache.
     def decode(z, start):                                     # (B, C, 1, h, w) -> (B, 3, t, H, W)
         z = vae.denormalise(z, start=start)
         return vae.decode_tiles(z, vae_cache) if tiles else vae.decode(z, first, vae_cache)
@@ -557,6 +569,7 @@ def prepare_conditions(model, vae, audio_vae, request):
         branches["null"] = {"text": null_text}
         for stream in scales:
             scales[stream]["null"] = request.cfg              # SyncFlow eq. 3
+    # Harmony was trained with more time at high noise; SyncFlow's steps are uniform.
     sigmas = sigma_steps(request.steps, request.shift if joint else 1.)
     return dict(noise=noise, sigmas=sigmas, branches=branches, scales=scales, known=known,
                 reference=request.refs)
@@ -598,6 +611,8 @@ def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast
         samples = round(frames / FPS * audio_vae.cfg.rate)
         shape_a = (model.cfg.audio_latent, math.ceil(samples / audio_vae.hop))
     request = JointRequest(captions, shape_v, shape_a, **options)
+
+    # A batch at a time: conditions, sampling, decoding
     generated = []
     for i in range(0, len(captions), BATCH):
         batch = request.chunk(i, i + BATCH)
@@ -623,12 +638,12 @@ def attention_map(model, x, branches, reference, **_):
     """Harmony figure 3: where in a finished clip each audio latent attends -> (B, S, L, h, w).
 
     h, w in tokens; means over layers and heads, which sum to 1 over (L, h, w)."""
+    # One pass over the finished, clean latents; every layer appends (B, heads, S, L·h·w).
     video, maps = x["video"], []
     clean = torch.zeros(len(video), device=video.device)
     text = branches["cond"]["text"]
     model(video, x["audio"], clean, clean, *text, ref=reference, attention_maps=maps)
     grid = (video.shape[2], *(n // model.cfg.patch for n in video.shape[3:]))
-    # from (layers, B, heads, S, L·h·w)
     return torch.stack(maps).mean((0, 2)).float().cpu().unflatten(2, grid)
 
 
@@ -675,14 +690,15 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
     z = encode_video(vae, frames, device)
     samples = round(len(frames) / FPS * audio_vae.cfg.rate)
     S = math.ceil(samples / audio_vae.hop)
+    # Where the windows begin; a short video has one of its length
     last_start = max(1, z.shape[2] - window + 1)
     starts = [*range(1, last_start, window - 1 - overlap), last_start]
     audio = torch.zeros(1, model.cfg.audio_latent, 0, device=device)
     for k, start in enumerate(starts):
         # The window: latent 0, then latents from `start` on
         z_window = torch.cat([z[:, :, :1], z[:, :, start:start + window - 1]], 2)
-        # Latent `start` is latent 1 of the window, so its audio begins one latent earlier. L latents
-        # are t (L - 1) + 1 frames, and the one frame more is 50 / 24 = 2.1 audio latents.
+        # Latent `start` is latent 1 of the window, so its audio begins one latent earlier. The
+        # frames are t (L - 1) + 1, and the one frame more is 50 / 24 = 2.1 audio latents.
         offset = round((start - 1) * model.cfg.alpha)
         n_audio = math.ceil((z_window.shape[2] - 1) * model.cfg.alpha) + 3
         shape_a = (model.cfg.audio_latent, min(S - offset, n_audio))
@@ -752,8 +768,9 @@ def read_jobs(args):
                 raise ValueError("a field that is no text")
         except (ValueError, AttributeError) as why:
             raise BadInput(f"{path} line {number}: not a record; expected a JSON object of texts: "
-                           "prompt (or video_caption, audio_caption), transcript (or spoken_word_en,"
-                           " spoken_word_zh), audio, image, video, ref_audio, id") from why
+                           "prompt (or video_caption, audio_caption), transcript (or "
+                           "spoken_word_en, spoken_word_zh), audio, image, video, ref_audio, "
+                           "id") from why
         # The id names the file, so it must be a name, and the only one.
         stem = str(record.get("id", f"{number:04d}"))
         if Path(stem).name != stem or stem in jobs:
@@ -775,9 +792,9 @@ def output_file(args, job, suffix):
 def draw_maps(video, maps):
     """Harmony's figures 3 and 5 as film strips of video (F, H, W, 3) uint8: where each moment of
     the audio attends in its frame, where SyncCFG pulls. Prints which share lies on what moves."""
+    # Per latent: attention as the mean over the audio latents within half a latent of it
     attention = maps["attention"][0]                          # (S, L, h, w)
     S, L = attention.shape[:2]
-    # For latent l: the mean over the audio latents within half a latent of it
     spans = [(max(0, round((l - .5) / L * S)), round((l + .5) / L * S) + 1) for l in range(L)]
     means = [attention[start:stop, l].mean(0) for l, (start, stop) in enumerate(spans)]
     cells = {"attention": torch.stack(means)}                 # (L, h, w)
@@ -803,7 +820,8 @@ def draw_maps(video, maps):
 
 def benchmark(system, autocast):
     """What guidance, audio and the cache cost: ratios of median times of 2 s clips; JSON last."""
-    model, vae, text = system.model, system.vae, ["a ball drops"]
+    model, vae = system.model, system.vae
+    text = ["a ball drops"]
     side = 2 * model.cfg.patch * vae.stride
     picture = np.full((1, side, side, 3), 128, np.uint8)
     wave = np.zeros(2 * RATE, np.float32)
@@ -814,6 +832,7 @@ def benchmark(system, autocast):
     def both(audio_vae=system.audio_vae, **settings):
         generate_audio_video(model, vae, audio_vae, text, data.FRAMES, side, autocast, **settings)
 
+    # The runs, and which of them are compared
     if system.task == "a2v":
         runs = {"guided": partial(video, asg=2., cfg=4.), "cfg": partial(video, asg=0., cfg=4.),
                 "plain": partial(video, asg=0.), "mute": partial(video, asg=0., use_audio=False)}
@@ -836,7 +855,8 @@ def benchmark(system, autocast):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-    t = {name: float(np.median(spans[1:])) for name, spans in times.items()}      # 0: warm-up
+    # The first round warms up.
+    t = {name: float(np.median(spans[1:])) for name, spans in times.items()}
     for name, (a, b) in ratios.items():
         print(f"{name:28s}{t[a] / t[b]:6.2f}   {a} {t[a]:.3f} s, {b} {t[b]:.3f} s")
     print(json.dumps({name: round(t[a] / t[b], 3) for name, (a, b) in ratios.items()}))
@@ -848,6 +868,7 @@ def step_runs(model, side, autocast, steps=10):
     z = torch.randn(1, model.cfg.latent, 13, side, side, device=device)
     x = torch.randn_like(z[:, :, :1])
     sigma = torch.full((1, 1), .5, device=device)
+    # 2 s: text, 220 frames of mels, and a cache of 13 latents
     with torch.no_grad(), autocast():
         text, _, pooled = model.encode_text(text_bytes(["a ball drops"]).to(device))
         audio = model.encode_audio(torch.zeros(1, 220, 64, device=device))
@@ -877,7 +898,8 @@ FLAG_TASKS = {"audio": ("a2v", "joint"), "video": ("t2av", "joint"), "ref_audio"
 
 def arguments():
     p = data.Parser(__doc__)
-    add, number = p.add_argument, data.number
+    add = p.add_argument
+    number = data.number
     add("--audio", help="audio that drives the video: any sound file, or a clip with sound")
     add("--image", help="the first frame: any picture, of any size (centre crop to a square)")
     add("--prompt", default="", help="a caption; alone it generates video and audio")
@@ -929,12 +951,14 @@ def check_job(system, job, args):
     """BadInput where an input is missing, or is of another system."""
     task = system.task
     record = f"{args.jsonl} record {job['stem']}: " if args.jsonl else ""
+    # Inputs of another system: a flag is never ignored.
     for name, value in {**vars(args), **job}.items():
         tasks = FLAG_TASKS.get(name, SYSTEMS)
         if value and task not in tasks:
             raise BadInput(f"{record}--{name.replace('_', '-')} is an input of "
                            f"{' and '.join(SYSTEMS[t] for t in tasks)}, but {args.ckpt} is of "
                            f"{SYSTEMS[task]}; leave it out, or give --ckpt of --task {tasks[0]}")
+    # What is missing, and what excludes each other
     if task == "a2v":
         return require(job, record, "audio", "image")
     if not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
@@ -955,11 +979,12 @@ def require(job, record, *fields):
 
 def run_a2v(system, job, path, args, bar, settings):
     """Syncphony: write the video of a job, piece for piece, and its strip -> number of frames."""
+    # The video is as long as its audio, unless --seconds says otherwise.
     wave = read_delayed_audio(job["audio"], args.shift_audio)
     picture = data.read_image(job["image"], system.checkpoint["size"])
     frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
     bar.reset(math.ceil((frames - 1) / system.vae.stride_t) * settings["steps"])
-    pieces = generate_video(system.model, system.vae, picture[None], [wave], [job["prompt"]], frames,
+    pieces = generate_video(system.model, system.vae, [picture], [wave], [job["prompt"]], frames,
                             bar=bar, tiles=args.tiles, **settings)
     shown = []
 
@@ -998,7 +1023,7 @@ def run_towers(system, job, path, args, bar, settings):
         data.write_picture(path.with_suffix(".png"), strip)
         return len(video)
 
-    # Given audio is cut, or padded with silence, to the length of the video.
+    # Both streams, or video for given audio, which is cut or padded to the length of the video
     given, seconds = None, data.FRAMES / FPS
     if job["audio"]:
         given = read_delayed_audio(job["audio"], args.shift_audio, rate)
@@ -1027,11 +1052,13 @@ def run_towers(system, job, path, args, bar, settings):
 
 def describe(system, args, settings):
     """Print which weights and settings are used, and what they cannot do."""
+    # the weights
     checkpoint = system.checkpoint
     millions = sum(p.numel() for p in system.model.parameters()) / 1e6
     stage = f" of stage {checkpoint['stage']}" if "stage" in checkpoint else ""
     print(f"{Path(args.ckpt).name}: {SYSTEMS[system.task]}, step {checkpoint['step']}{stage}, "
           f"{millions:.1f} M parameters, EMA weights")
+    # the settings
     size = "x".join(map(str, data.sides(args.resolution or checkpoint["size"])))
     numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
     print(f"{numbers}, {size} at {FPS} fps")
@@ -1046,6 +1073,7 @@ def describe(system, args, settings):
 
 
 def main():
+    # What to sample from
     args = arguments().parse_args()
     device, autocast, description = pick_device(args.device)
     args.ckpt = args.ckpt or default_checkpoint(args)
@@ -1055,6 +1083,8 @@ def main():
             block.compile(dynamic=True)
     if args.bench:
         return benchmark(system, autocast)
+
+    # What to generate: all of it is checked before the first is begun.
     jobs = read_jobs(args)
     for job in jobs:
         check_job(system, job, args)
