@@ -328,7 +328,7 @@ def uses_bridges(model, streams):
 def branch_velocities(model, x, sigma, branches, n_clean, reference=None):
     """Velocities of all branches -> {branch: {stream: like x}}, from one batch of R·B rows.
 
-    x, branches, reference: of `sample_joint`; n_clean {stream: n}: its first n latents are clean."""
+    x, branches, reference: of `sample_joint`. n_clean {stream: n}: its first n are clean."""
     B = len(next(iter(x.values())))
     rows, levels = {}, {}
     for stream, latents in x.items():
