@@ -1346,7 +1346,7 @@ class Run:
             write_samples(self.out / f"{self.step:06d}", evaluation, clips, height)
 
     def options(self):
-        """How states are gathered: complete and in the CPU's memory; on top of Pyramid Flow only what
+        """How states are gathered: complete, in the CPU's memory; on top of Pyramid Flow only what
         is trained. The same calls serve one process, several, and the shares of FSDP."""
         return StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False,
                                 ignore_frozen_params=self.published)
