@@ -78,7 +78,7 @@ import data
 from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, replacing,
                   tensor_to_frames)
 from sample import (A2V_FILE, ROOT, encode_sound, encode_video, external_encoders,
-                    generate_audio_video, generate_video, load, load_a2v, load_t2av, pick_device,
+                    generate_audio_video, generate_video, load, pick_device,
                     video_to_audio)
 from toybox import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, detect_clip_events, detect_events,
                     draw_scene, fit_scene, synthesise, toybox_clip, track_states)
@@ -408,7 +408,8 @@ def oracle(clip):
 def v2a_from_checkpoint(path, args):
     """A checkpoint of train.py --task t2av or joint as f."""
     device, autocast, _ = pick_device(args.device)
-    model, vae, audio_vae, ckpt = load_t2av(path, args.vae, args.audio_vae, device)
+    system = load(path, device, args.vae, args.audio_vae, task="t2av or joint")
+    model, vae, audio_vae = system.model, system.vae, system.audio_vae
 
     def f_v2a(frames, fps):
         # To the size that the towers were trained for.
@@ -642,8 +643,8 @@ class AudioToVideo:
 
     def __init__(self, path, args):
         self.device, self.autocast, self.described = pick_device(args.device)
-        loaded = load_a2v(path, args.vae, self.device, args.pretrained)
-        self.model, self.vae, self.ckpt = loaded
+        system = load(path, self.device, args.vae, pretrained=args.pretrained, task="a2v")
+        self.model, self.vae, self.ckpt = system.model, system.vae, system.checkpoint
         self.args = args
         self.clips = held_out_clips(args, self.ckpt["size"])
         captions = [c["caption"] for c in self.clips]
@@ -755,8 +756,9 @@ class Towers:
             raise BadInput(f"--data {args.data}: two towers are scored by the toybox's truth; "
                            "leave --data out")
         self.device, self.autocast, self.described = pick_device(args.device)
-        loaded = load_t2av(path, args.vae, args.audio_vae, self.device)
-        self.model, self.vae, self.audio_vae, self.ckpt = loaded
+        system = load(path, self.device, args.vae, args.audio_vae, task="t2av or joint")
+        self.model, self.vae = system.model, system.vae
+        self.audio_vae, self.ckpt = system.audio_vae, system.checkpoint
         self.args = args
         self.harmony = self.model.cfg.system == "harmony"
         self.size = args.resolution or self.ckpt["size"]
@@ -1255,7 +1257,8 @@ def evaluate_recording(args):
     """Toybox pictures and a recorded sound: do things move at its onsets, and 0.3 s later when the
     sound is 0.3 s later?"""
     device, autocast, described = pick_device(args.device)
-    model, vae, ckpt = load_a2v(args.ckpt, args.vae, device)
+    system = load(args.ckpt, device, args.vae, task="a2v")
+    model, vae, ckpt = system.model, system.vae, system.checkpoint
     wave = read_audio(args.audio)
     delay = .3
     frames = max(2, round(len(wave) / RATE * FPS))

@@ -142,18 +142,6 @@ def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" o
     return System(checkpoint["task"], model, vae, audio_vae, checkpoint)
 
 
-def load_a2v(path=A2V_FILE, vae=None, device="cpu", pretrained=None):
-    """-> model, VAE, checkpoint: `load` of a task a2v."""
-    s = load(path, device, vae, pretrained=pretrained, task="a2v")
-    return s.model, s.vae, s.checkpoint
-
-
-def load_t2av(path=T2AV_FILE, vae=None, audio_vae=None, device="cpu"):
-    """-> two towers, VAE, audio VAE, checkpoint: `load` of a task t2av or joint."""
-    s = load(path, device, vae, audio_vae, task="t2av or joint")
-    return s.model, s.vae, s.audio_vae, s.checkpoint
-
-
 def load_vae(path=VAE_FILE, device="cpu", task="vae"):
     """A VAE of train.py, of one of the tasks named, or the folder of Pyramid Flow's."""
     if Path(path).is_dir():
@@ -182,6 +170,7 @@ def fingerprint(vae):
     for name in unused.get(config.get("front"), ()):
         del config[name]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    # Weights in half precision, as files hold them
     for name, weight in sorted(vae.state_dict().items()):
         if name.startswith(("encoder", "quant_conv")):
             # + 0. turns -0 into 0: one number, but not one byte
@@ -316,6 +305,7 @@ def impose(x, known, noise, sigma):
 
     x, noise (B, ·, L, ...), known (B, ·, n <= L, ...). The noise is the same in every step: what is
     given moves on the straight line from it to `known`, and sigma = 0 is `known` itself."""
+    # dimension 2 is time in both streams
     n = known.shape[2]
     return torch.cat([(1 - sigma) * known + sigma * noise[:, :, :n], x[:, :, n:]], 2)
 
@@ -505,6 +495,7 @@ def encode_prompts(model, request, joint):
         texts += [request.sound_captions or captions, request.speech or [""] * len(captions)]
     letters = [text_bytes(text).to(device) for text in texts]                 # (B, 96) each
 
+    # The null text is zero bytes, in both captions and the transcript.
     def encode(caption, *audio_text):
         text = model.encode_text(caption)
         return (*text, *model.encode_audio_text(*audio_text)) if audio_text else text
@@ -519,6 +510,7 @@ def silent_audio(audio_vae, S, device):
 
 def static_video(vae, L, picture):
     """Latents (B, C, L, h, w) of a video in which `picture` (B, 3, 1, H, W) does not move."""
+    # L latents are t (L - 1) + 1 frames.
     still = picture.expand(-1, -1, 1 + (L - 1) * vae.stride_t, -1, -1)
     return vae.normalise(vae.encode(still)[0].float())
 
@@ -749,6 +741,7 @@ BENCH_FIELDS = {"prompt": ("video_caption", "audio_caption"), "sound_prompt": ("
 
 def read_jobs(args):
     """What to generate, one dict each: of the flags, or of every line of --jsonl."""
+    # One job, of the flags
     if not args.jsonl:
         job = {field: getattr(args, field) for field in JOB_FIELDS}
         return [dict(job, sound_prompt=args.prompt, stem=None)]
@@ -784,6 +777,7 @@ def output_file(args, job, suffix):
     """--out itself, or a file in it named after the record, the given clip or audio, the text."""
     if Path(args.out).suffix == suffix and not args.jsonl:
         return Path(args.out)
+    # The first eight words of the text, without what file systems may not take
     text = "".join(c if c.isalnum() else " " for c in job["prompt"] or job["transcript"])
     name = job["video"] or job["audio"] or "-".join(text.split()[:8]) or "sample"
     return Path(args.out) / f"{job['stem'] or Path(name).stem}{suffix}"
@@ -800,8 +794,9 @@ def draw_maps(video, maps):
     cells = {"attention": torch.stack(means)}                 # (L, h, w)
     if maps["heat"] is not None:
         cells["SyncCFG"] = maps["heat"][0]
-    # A pixel moves if it ever leaves its median by 24 of 255, more than the VAE's error.
+    # A pixel moves if it ever leaves its median by 24 of 255, a tenth of the range.
     moves = torch.from_numpy(np.abs(video - np.median(video, 0)).max((0, 3)) > 24).float()
+    # Latent 0 is frame 0, latent l the t frames up to t l.
     latent_of = [min(L - 1, -(-f * (L - 1) // max(1, len(video) - 1))) for f in range(len(video))]
     strips = []
     for name, cell in cells.items():
@@ -820,6 +815,9 @@ def draw_maps(video, maps):
 
 def benchmark(system, autocast):
     """What guidance, audio and the cache cost: ratios of median times of 2 s clips; JSON last."""
+    if system.task == "a2v" and system.model.cfg.context_sigma == "shared":
+        raise BadInput("--bench: measures the cache, which Pyramid Flow's layout does not have; "
+                       "give another --ckpt")
     model, vae = system.model, system.vae
     text = ["a ball drops"]
     side = 2 * model.cfg.patch * vae.stride
@@ -862,28 +860,27 @@ def benchmark(system, autocast):
     print(json.dumps({name: round(t[a] / t[b], 3) for name, (a, b) in ratios.items()}))
 
 
-def step_runs(model, side, autocast, steps=10):
-    """So many denoising steps at latent 13: from the cache, and with the context recomputed."""
+def step_runs(model, side, autocast):
+    """Ten denoising steps at latent 13, from the cache, and with the context recomputed."""
     device = next(model.parameters()).device
     z = torch.randn(1, model.cfg.latent, 13, side, side, device=device)
-    x = torch.randn_like(z[:, :, :1])
+    x = z[:, :, 12:]
     sigma = torch.full((1, 1), .5, device=device)
-    # 2 s: text, 220 frames of mels, and a cache of 13 latents
     with torch.no_grad(), autocast():
         text, _, pooled = model.encode_text(text_bytes(["a ball drops"]).to(device))
-        audio = model.encode_audio(torch.zeros(1, 220, 64, device=device))
+        audio = model.encode_audio(torch.zeros(1, 220, 64, device=device))    # mels of 2.2 s
         cache = model.prefill(z[:, :, :1], text, pooled, audio)
         for l in range(1, 13):
             model.append_latent(cache, z[:, :, l:l + 1])
 
-    def run(step, *inputs, **named):
+    def run(step, *inputs):
         with torch.no_grad(), autocast():
-            for _ in range(steps):
-                step(*inputs, **named)
+            for _ in range(10):
+                step(*inputs)
 
-    recomputed = (model.forward_teacher_forced, z, x, sigma, text, pooled, audio)
+    recomputed = partial(model.forward_teacher_forced, start=13)
     return {"cached": partial(run, model.denoise_step, cache, x, .5),
-            "recomputed": partial(run, *recomputed, start=13)}
+            "recomputed": partial(run, recomputed, z, x, sigma, text, pooled, audio)}
 
 
 # ------------------------------------------------------------------------------- the command
@@ -940,6 +937,7 @@ def arguments():
 
 def default_checkpoint(args):
     """The shipped checkpoint that takes these inputs."""
+    # Harmony for what it alone takes, SyncFlow for text or video, Syncphony for audio
     if args.jsonl or args.transcript or args.ref_audio or args.maps:
         return str(JOINT_FILE)
     if args.video or (args.prompt and not args.audio):
@@ -996,6 +994,7 @@ def run_a2v(system, job, path, args, bar, settings):
             yield piece[0]
 
     data.write_video(path, streamed(), wave)
+    # Beside the video: its frames over the waveform
     strip = data.film_strip(np.concatenate(shown), wave)
     data.write_picture(path.with_suffix(".png"), strip)
     return frames
@@ -1052,21 +1051,16 @@ def run_towers(system, job, path, args, bar, settings):
 
 def describe(system, args, settings):
     """Print which weights and settings are used, and what they cannot do."""
-    # the weights
     checkpoint = system.checkpoint
-    millions = sum(p.numel() for p in system.model.parameters()) / 1e6
     stage = f" of stage {checkpoint['stage']}" if "stage" in checkpoint else ""
-    print(f"{Path(args.ckpt).name}: {SYSTEMS[system.task]}, step {checkpoint['step']}{stage}, "
-          f"{millions:.1f} M parameters, EMA weights")
-    # the settings
     size = "x".join(map(str, data.sides(args.resolution or checkpoint["size"])))
     numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
-    print(f"{numbers}, {size} at {FPS} fps")
+    print(f"{Path(args.ckpt).name}: {SYSTEMS[system.task]}, EMA weights after step "
+          f"{checkpoint['step']}{stage}\n{numbers}, {size} at {FPS} fps")
     # SyncCFG compares with clean partners, which a model knows from the one-way tasks alone.
     trained = checkpoint.get("args", {})
     joint_alone = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
-    sync = max(settings.get("sync_video", 1), settings.get("sync_audio", 1))
-    if joint_alone and sync > 1:
+    if joint_alone and max(settings.get("sync_video", 1), settings.get("sync_audio", 1)) > 1:
         print("this checkpoint was trained without the one-way tasks (--lambda-v 0, --lambda-a 0): "
               "it does not know the silent and static partners of SyncCFG; better --sync-video 1 "
               "--sync-audio 1")
@@ -1089,7 +1083,7 @@ def main():
     for job in jobs:
         check_job(system, job, args)
 
-    # The checkpoint's guidance, where no flag says otherwise
+    # The guidance that the checkpoint recommends, where no flag says otherwise
     settings = dict(system.checkpoint["guidance"])
     for name in settings:
         if getattr(args, name, None) is not None:

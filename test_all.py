@@ -2545,8 +2545,8 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
     printed = capsys.readouterr().out
     assert "stage 2" in printed and "test_loss" in printed
     before = load_pyramid_flow(folder / "diffusion_transformer_384p").state_dict()
-    model, _, ckpt = sample.load_a2v(tmp_path / "run/best.pt", pretrained=folder)
-    after = model.state_dict()
+    system = sample.load(tmp_path / "run/best.pt", pretrained=folder)
+    after, ckpt = system.model.state_dict(), system.checkpoint
     moved = [k for k in before if not torch.equal(before[k], after[k])]
     assert len(moved) > 15, f"{len(moved)} tensors moved"
     assert all(k.startswith("single_transformer_blocks") for k in moved), moved
@@ -4279,7 +4279,8 @@ def onsets_of(waves):
 def test_the_shipped_weights_move_things_on_their_sounds():
     """README: objects of every kind move on their sound, far above chance; without audio layers
     they do not (Syncphony section 3.4, off-sync)."""
-    net, vae, ckpt = sample.load_a2v()
+    system = sample.load(sample.A2V_FILE)
+    net, vae, ckpt = system.model, system.vae, system.checkpoint
     _, autocast, _ = sample.pick_device("cpu")
     kinds = [toybox.KINDS[i % 6] for i in range(18)]
     clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=kind)
@@ -4316,7 +4317,8 @@ def test_the_shipped_video_vae_draws_motion_in_appearances_its_latents_do_not_ho
 @slow
 def test_moving_the_sound_moves_the_motion():
     """Syncphony's demonstration: the same picture, the sound 0.25 s later, events 0.25 s later."""
-    net, vae, ckpt = sample.load_a2v()
+    system = sample.load(sample.A2V_FILE)
+    net, vae, ckpt = system.model, system.vae, system.checkpoint
     _, autocast, _ = sample.pick_device("cpu")
     clips = eventful_clips(500, 40, size=ckpt["size"], kind="lamp")
     clips = [c for c in clips if c["events"][-1] < 1.6][:6]
@@ -4335,7 +4337,8 @@ def test_moving_the_sound_moves_the_motion():
 def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
     """SyncFlow sections 3.2, 3.3: sounds for true videos come when things happen, and a generated
     pair agrees with itself better than with another pair."""
-    model, vae, audio_vae, ckpt = sample.load_t2av()
+    system = sample.load(sample.T2AV_FILE)
+    model, vae, audio_vae, ckpt = system.model, system.vae, system.audio_vae, system.checkpoint
     _, autocast, _ = sample.pick_device("cpu")
     clips = [toybox.toybox_clip(cyclesync.HELD_OUT + 700 + i, kind=toybox.KINDS[i % 6])
              for i in range(12)]
@@ -4365,7 +4368,8 @@ def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
 @pytest.fixture(scope="module")
 def harmony_clips():
     """The shipped Harmony model, eight clips, and a function that generates for them."""
-    model, vae, audio_vae, _ = sample.load_t2av(sample.JOINT_FILE)
+    system = sample.load(sample.JOINT_FILE)
+    model, vae, audio_vae = system.model, system.vae, system.audio_vae
     _, autocast, _ = sample.pick_device("cpu")
     clips = eventful_clips(300, 16)[:8]
     captions = [c["caption"] for c in clips]
