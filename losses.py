@@ -118,11 +118,12 @@ def flow_loss(v_hat, v, sigma, weight=None):
 
 def mean_error(v_hat, z, eps, sigma=None):
     """Mean squared error of a stream's velocity. With sigma (B, L) only latents at sigma > 0 count:
-    the others are given to the network, so their velocity is of no interest. All samples have the
-    same weight, so that the mean over micro-batches is the mean over the batch."""
+    the others are given to the network, so their velocity is of no interest."""
     error = (v_hat.float() - velocity(z, eps)).square()                 # like z
     if sigma is None:
         return error.mean()
+    # Every sample has the same weight, however many of its latents count, so that the mean over
+    # micro-batches is the mean over the batch.
     is_noisy = (sigma > 0).float()                                      # (B, L)
     per_sample = (error.mean((1, 3, 4)) * is_noisy).sum(1) / is_noisy.sum(1)        # (B,)
     return per_sample.mean()
@@ -215,7 +216,7 @@ def syncflow_loss(net, z_v, z_a, text_inputs, generators, stage="joint", ot=Fals
     audio    noisy, sigma      noisy, sigma      audio error: the video tower is frozen
     joint    noisy, sigma      noisy, sigma      video error + audio error
     """
-    # One noise level for both streams, and minibatch optimal transport for both at once.
+    # One noise level for both streams, and one noise each, paired for both at once.
     u = rand_each(generators)
     sigma = sample_sigma(u, sigma_dist, shift).to(z_v.device)           # (B,), 1 - tau in the paper
     eps_v = randn_each(generators, z_v.shape[1:]).to(z_v.device)

@@ -3058,17 +3058,23 @@ def two_streams(B=2, L=5, S=37, side=4, C=4, A=3, seed=0):
 
 def arrange(net, **sizes):
     """Streams, noise level and text for net(video, audio, sigma, sigma, *text)."""
-    text = harmony_text(net) if net.cfg.system == "harmony" else net.encode_text(text_bytes(["a", "b"]))
+    is_harmony = net.cfg.system == "harmony"
+    text = harmony_text(net) if is_harmony else net.encode_text(text_bytes(["a", "b"]))
     return *two_streams(**sizes), text
 
 
-def test_syncflows_towers_have_the_papers_size():
-    """Section 4: 28 layers, 16 heads. 1142 channels are no multiple of 16: Open-Sora's 1152."""
+@pytest.mark.parametrize("sizes, name, size, axes, bridges", [
+    (towers.SYNCFLOW, "syncflow", (1152, 16, 28), ["space", "time"], set()),
+    (towers.HARMONY, "harmony", (3072, 24, 30), ["all"],
+     {"audio_to_video", "video_to_audio", "style"})])
+def test_the_towers_have_the_papers_size(sizes, name, size, axes, bridges):
+    """SyncFlow section 4; 1142 channels are no multiple of 16 heads, Open-Sora's tower has 1152.
+    Harmony section 3.1: Wan2.2-5B's video tower, an audio tower like it, bridges in every layer."""
     with torch.device("meta"):
-        net = DualTower(DualTowerConfig(**towers.SYNCFLOW["syncflow"]))
-    assert 1142 % 16 != 0
-    assert (net.cfg.width, net.cfg.heads, len(net.layers)) == (1152, 16, 28)
-    assert [block.axis for block in net.layers[0].video] == ["space", "time"]
+        net = DualTower(DualTowerConfig(**sizes[name]))
+    assert (net.cfg.width, net.cfg.heads, len(net.layers)) == size
+    assert [block.axis for block in net.layers[-1].video] == axes
+    assert {name for name, _ in net.layers[-1].named_children()} == {"video", "audio"} | bridges
 
 
 def test_a_token_of_the_video_tower_is_one_by_two_by_two_of_the_latent():
@@ -3160,8 +3166,10 @@ def test_audio_and_video_share_a_timeline_in_latents():
     """Audio step i stands at (i + 0.5) / alpha - 0.5. Shifting both streams changes nothing; the
     ablation without positions loses the order of the latents."""
     block = small_towers(adaptor=False).layers[0].audio
-    a, features = normal(1, 9, 32), normal(1, 6, 32, seed=1)
-    frames, steps = torch.arange(6.), networks.audio_positions(9, 4.)
+    a = normal(1, 9, 32)
+    features = normal(1, 6, 32, seed=1)
+    steps = networks.audio_positions(9, 4.)
+    frames = torch.arange(6.)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
 
     def read(features, shift=0., use_rope=True):
@@ -3182,7 +3190,8 @@ def test_the_same_weights_serve_half_and_double_the_resolution(side):
     net = small_towers()
     video, audio, sigma, text = arrange(net, side=side)
     assert net(video, audio, sigma, sigma, *text)[0].shape == video.shape
-    assert [p.shape for p in net.parameters()] == [p.shape for p in small_towers(train_grid=7).parameters()]
+    shapes = [p.shape for p in small_towers(train_grid=7).parameters()]
+    assert [p.shape for p in net.parameters()] == shapes
 
 
 def test_text_alone_conditions_the_audio_where_there_is_no_video():
@@ -3201,7 +3210,7 @@ def test_the_text_encoder_of_the_towers_cannot_die():
     net = small_towers()
     for p in net.text_encoder.parameters():
         p.data *= .3
-    net.text_encoder.token_conv.bias.data.fill_(-1)          # a GELU would return about -.16 everywhere
+    net.text_encoder.token_conv.bias.data.fill_(-1)     # a GELU would return -.16 everywhere
     states, _ = net.encode_text(text_bytes(["a bell tolls", "a ball drops"]))
     assert states.std().item() == pytest.approx(1, abs=.05)
 
@@ -3230,7 +3239,7 @@ def test_a_layer_is_one_module_that_can_be_checkpointed_and_compiled(system):
 
 
 def test_training_in_stages_freezes_whole_parts():
-    """Stage 2 of section 3.2 trains the audio tower on a frozen video tower, which builds no graph."""
+    """Stage 2 of section 3.2 trains the audio tower; the frozen video tower builds no graph."""
     net = small_towers()
     z_v, z_a, _ = two_streams()
     for name, p in net.named_parameters():
@@ -3238,13 +3247,12 @@ def test_training_in_stages_freezes_whole_parts():
     outputs = []
     for layer in net.layers:
         layer.register_forward_hook(lambda layer, args, out: outputs.append(out))
-    losses.syncflow_loss(net, z_v, z_a, text_bytes(["a", "b"]), generators(2), "audio")[0].backward()
+    captions = text_bytes(["a", "b"])
+    losses.syncflow_loss(net, z_v, z_a, captions, generators(2), "audio")[0].backward()
     trained = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None}
     assert [video.requires_grad for video, _ in outputs] == [False, False]
     assert trained == {"audio", "layers"}
-    bridges = {name.split(".")[2] for name in harmony().state_dict()
-               if towers.part_of(name) == "bridge"}
-    assert bridges == {"audio_to_video", "video_to_audio", "style"}
+    assert towers.part_of("layers.0.style.to_q.weight") == "bridge"
     assert towers.part_of("text_encoder.conv.weight") == "video"
     assert towers.part_of("transcript_encoder.conv.weight") == "audio"
 
@@ -3262,7 +3270,7 @@ def test_minibatch_optimal_transport_is_the_exact_assignment(case):
 
 
 def syncflow_inputs(net, z_v, z_a, **settings):
-    """What the loss feeds the network: noise of video, noise of audio, sigma, text; and the loss."""
+    """Noise of video and audio, all inputs of the network, and the loss of `syncflow_loss`."""
     calls = []
     hook = net.register_forward_pre_hook(lambda net, args: calls.append(args))
     captions = text_bytes(["a ball", "b", "c", "a bell"])
@@ -3270,7 +3278,8 @@ def syncflow_inputs(net, z_v, z_a, **settings):
     hook.remove()
     x_v, x_a, sigma, sigma_a, text, _ = calls[0]
     assert torch.equal(sigma, sigma_a)                  # section 3.1: one noise level
-    s_v, s_a = sigma.view(4, 1, 1, 1, 1), sigma.view(4, 1, 1)
+    s_v = sigma.view(4, 1, 1, 1, 1)
+    s_a = sigma.view(4, 1, 1)
     eps_v = (x_v - (1 - s_v) * z_v) / s_v
     eps_a = (x_a - (1 - s_a) * z_a) / s_a
     return eps_v, eps_a, calls[0], loss, report
@@ -3589,17 +3598,6 @@ def harmony_text(net, captions=("a ball drops", "a bell rings"), transcripts=("u
     return *net.encode_text(captions), *net.encode_audio_text(captions, transcripts)
 
 
-def test_harmonys_towers_have_the_size_of_wan_and_three_bridges_in_every_layer():
-    """Section 3.1: the video tower is Wan2.2-5B's, and the audio tower mirrors it."""
-    with torch.device("meta"):
-        net = DualTower(DualTowerConfig(**towers.HARMONY["harmony"]))
-    assert (net.cfg.width, net.cfg.heads, len(net.layers)) == (3072, 24, 30)
-    assert sum(net.cfg.axes) == 3072 // 24
-    for layer in net.layers:
-        assert {name for name, _ in layer.named_children()} == {
-            "video", "audio", "audio_to_video", "video_to_audio", "style"}
-
-
 @pytest.mark.parametrize("axes", [(8, 4, 4), ()])
 def test_the_bridges_join_towers_of_either_kind_and_add_nothing_when_fresh(axes):
     """Supplement section 9: full attention, or blocks over space and time in turn."""
@@ -3645,8 +3643,9 @@ def test_frame_wise_attention_stays_in_its_window():
     # The bridge is the only way from one time to another.
     net.layers[0].video[0].attn.to_out.weight.data.zero_()
     net.layers[0].audio.attn.to_out.weight.data.zero_()
-    late_video, late_audio = video.clone(), audio.clone()
+    late_video = video.clone()
     late_video[:, :, 5] += 1
+    late_audio = audio.clone()
     late_audio[:, :, 40:] += 1
     v_v, v_a = net(video, audio, s, s, *text)
     change_v = (net(video, late_audio, s, s, *text)[0] - v_v).abs().amax((0, 1, 3, 4))
@@ -3659,7 +3658,8 @@ def test_the_reference_stands_before_the_target_and_is_cut_off_again():
     """Eq. 2: z_r is prepended, clean, and takes no part in what comes out."""
     net = harmony()
     video, audio, s, text = arrange(net)
-    ref, no_ref = normal(2, 3, 20), torch.zeros(2, 20, dtype=torch.bool)
+    ref = normal(2, 3, 20)
+    no_ref = torch.zeros(2, 20, dtype=torch.bool)
     with_ref = net(video, audio, s, s, *text, ref)[1]
     without = net(video, audio, s, s, *text)[1]
     _, cond = net.audio.embed(audio, s, *text[2:], ref)
@@ -3677,7 +3677,8 @@ def test_the_style_of_the_reference_comes_from_the_whole_video():
     net = harmony(depth=1)
     layer = net.layers[0]
     video, audio, s, text = arrange(net)
-    states, lengths = [], []
+    states = []
+    lengths = []
     layer.audio.attn.register_forward_pre_hook(lambda attn, args: states.append(args[0]))
     layer.video_to_audio.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
     layer.audio_to_video.to_k.register_forward_pre_hook(
@@ -3732,7 +3733,7 @@ def harmony_forwards(net, z_v, z_a, text, p_first_frame=0., **settings):
 
 
 def test_cross_task_synergy_is_one_joint_and_two_driven_tasks():
-    """Eqs. 3, 4: L_joint + 0.1 L_driven^audio + 0.3 L_driven^video, the driving stream clean; eq. 1
+    """Eqs. 3, 4: L_joint + 0.1 L_driven^audio + 0.3 L_driven^video, the driving stream clean. Eq. 1
     is the joint task alone, figure 3 the audio-driven task alone."""
     net = harmony()
     z_v, z_a, _, text = arrange(net)
@@ -3740,6 +3741,8 @@ def test_cross_task_synergy_is_one_joint_and_two_driven_tasks():
     joint, _, only_joint = harmony_forwards(net, z_v, z_a, text, lambda_v=0, lambda_a=0)
     driven, _, only_driven = harmony_forwards(net, z_v, z_a, text, lambda_v=1., lambda_a=0,
                                               lambda_joint=0)
+    grads = torch.autograd.grad(driven, [net.video.proj_out.weight, net.audio.proj_out.weight],
+                                allow_unused=True, materialize_grads=True)
     (x_v, x_a, s_v, s_a), by_audio, by_video = calls
     assert gap(loss, report[0] + report[1] + .1 * report[2] + .3 * report[3]) < 1e-12
     assert gap(by_audio[1], z_a) == by_audio[3].abs().max() == 0        # clean audio at 0
@@ -3749,19 +3752,8 @@ def test_cross_task_synergy_is_one_joint_and_two_driven_tasks():
     assert gap(joint, report[0] + report[1]) < 1e-12
     assert gap(driven, report[2]) < 1e-12
     assert (len(only_joint), len(only_driven)) == (1, 1)
-
-
-@pytest.mark.parametrize("lambda_v, lambda_a", [(1, 0), (0, 1)])
-def test_the_audio_driven_loss_trains_the_video_and_the_video_driven_loss_the_audio(
-        lambda_v, lambda_a):
-    """lambda_v weighs L_driven^audio: what the network predicts for the given stream is ignored."""
-    net = harmony()
-    z_v, z_a, _, text = arrange(net)
-    loss, _, _ = harmony_forwards(net, z_v, z_a, text, lambda_joint=0, lambda_v=lambda_v,
-                                  lambda_a=lambda_a)
-    heads = [net.video.proj_out.weight, net.audio.proj_out.weight]
-    grads = torch.autograd.grad(loss, heads, allow_unused=True, materialize_grads=True)
-    assert [g.abs().max() > 0 for g in grads] == [lambda_v, lambda_a]
+    # lambda_v weighs the audio-driven loss, which trains the video; the given audio has no error.
+    assert [g.abs().max().item() > 0 for g in grads] == [True, False]
 
 
 @pytest.mark.parametrize("stage", ["joint", "video"])
@@ -3789,7 +3781,8 @@ def test_attention_maps_reproduce_the_video_to_audio_layer():
     net = harmony(depth=1)
     bridge = net.layers[0].video_to_audio
     video, audio, s, text = arrange(net)
-    maps, calls = [], []
+    maps = []
+    calls = []
     bridge.register_forward_hook(lambda bridge, args, out: calls.append((*args, out)))
     net(video, audio, s, s, *text, attention_maps=maps)
     x, (_, values), _, window, _, out = calls[0]

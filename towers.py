@@ -11,13 +11,13 @@ tower can be trained first, and frozen. One layer:
 Harmony (sections 2, 3.3), each stream conditions the other and has its own noise level, so that a
 given stream (sigma = 0) can drive the other. One layer, audio tokens [reference; target; text]:
 
-    video  x -----------------> attention ----> + from audio -> MLP -> x
-                | eq. 7                     X   eqs. 5, 6: both attend to the state before
-    audio  x -> + to reference -> attention --> + from video -> MLP -> x
+    video  x --+-----------------> attention --.-> + from audio -> MLP -> x
+               | style, eq. 7                   X      eqs. 5, 6: each attends to the other's
+    audio  x --+-> to reference -> attention --'-> + from video -> MLP -> x     state before
 
-A `SyncFlowLayer` or `HarmonyLayer` holds the blocks of both towers and all that is between them, so
-that compilation, checkpointing and sharding act on one module. Before and after the layers each
-tower has a stream module: embed (latents -> tokens, conditioning), unembed (tokens -> latents).
+A layer holds the blocks of both towers and all that is between them, so that compilation,
+checkpointing and sharding act on one module. Before and after the layers each tower has a stream
+module: embed (latents -> tokens and their conditioning), unembed (tokens -> latents).
 
     B batch · L latents · H W their grid, h w in patches · N = L h w video tokens · C video channels
     S audio steps · A audio channels · R reference steps · T text tokens · D width · K heads x d
@@ -45,7 +45,7 @@ class DualTowerConfig:
     train_grid: int = 16          # tokens per side in training; other sizes span the same range
     alpha: float = 50 * 4 / 16    # audio steps per video latent: 50 Hz, 4 frames at 16 fps
     text_dim: int = 4096          # width of the text states (T5-XXL)
-    text_encoder: str = "external"          # "bytes": a small text encoder, trained along with the towers
+    text_encoder: str = "external"          # "bytes": ByteText, trained along with the towers
     adaptor: bool = True          # False: the ablation of SyncFlow table 4
     cross_rope: bool = True       # False: the audio's cross-attention has no positions in time
     audio_only: bool = False      # SyncFlow table 4: no video, the audio tower reads the text
@@ -59,8 +59,8 @@ class DualTowerConfig:
     use_gldi: bool = True         # False: an ablation, no window and no style update
 
 
-# For the toybox: 4 frames at 24 fps per latent, 2x2 tokens per latent. Four radians per latent at
-# the highest frequency: a tenth of a latent, 17 ms, turns a pair of channels by 23 degrees.
+# The toybox: 4 frames at 24 a second in a latent, 2 x 2 tokens. A step of 20 ms turns the fastest
+# pair of channels by 0.48 rad, not 0.12.
 TOYBOX = dict(latent=16, audio_latent=16, train_grid=2, alpha=50 * 4 / 24, text_encoder="bytes",
               precondition=True, time_scale=4.)
 SYNCFLOW = {
@@ -104,7 +104,7 @@ def time_rope(times, cfg, steps_per_latent=1.):
 
 
 def sincos_embedding(ids, D):
-    """Rows and columns ids (N, 2) as vectors (N, D): sines and cosines of D/4 frequencies each."""
+    """Rows and columns ids (N, 2) as vectors (N, D): sines and cosines at D/4 rates each."""
     rates = 10000. ** (-torch.arange(D // 4, device=ids.device) / (D // 4))
     angles = ids[..., None] * rates                                     # (N, 2, D/4)
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
@@ -131,10 +131,9 @@ def align_streams(cfg, grid, S, device):
     if cfg.use_gldi:
         a2v_mask = temporal_window(tokens, steps_on_video, cfg.window)              # (N, S)
         v2a_mask = temporal_window(steps, tokens_on_audio, cfg.window * S / L)      # (S, N)
-    # The ablation without alignment rotates by unscaled indices.
+    # The ablation without alignment rotates by the raw indices.
     if not cfg.rope_align:
-        steps_on_video = steps
-        tokens_on_audio = tokens
+        steps_on_video, tokens_on_audio = steps, tokens
     a2v = time_rope(tokens, cfg), time_rope(steps_on_video, cfg), a2v_mask
     v2a = time_rope(steps, cfg, cfg.alpha), time_rope(tokens_on_audio, cfg, cfg.alpha), v2a_mask
     return a2v, v2a
@@ -149,13 +148,13 @@ def attend(attn, x, source, query_rope=None, key_rope=None, mask=None, attention
 
 class TowerBlock(nn.Module):
     """A block of Open-Sora's STDiT: self-attention along an axis ("space": within each latent;
-    "time": at each place; "all": both), cross-attention to the text (neither norm nor gate, as in
-    Open-Sora; left out where the text is among the tokens), MLP."""
+    "time": at each place; "all": both), cross-attention to the text, MLP."""
 
     def __init__(self, D, K, axis, cross_attention=True):
         super().__init__()
         self.axis = axis
         self.attn = Attention(D, K, D)
+        # Left out where the text is among the tokens.
         self.cross_attn = Attention(D, K, D) if cross_attention else None
         self.mlp = MLP(D)
         self.scale_shift_table = nn.Parameter(torch.randn(6, D) / D ** .5)
@@ -183,6 +182,7 @@ class TowerBlock(nn.Module):
         """First half of the block: tokens x (B, N, D) after both attentions."""
         shift, scale, gate, _, _, _ = self.modulations(cond)
         x = x + gate * self.self_attention(modulate(x, shift, scale), cond)
+        # Neither norm nor gate here, as in Open-Sora.
         if self.cross_attn is not None:
             x = x + attend(self.cross_attn, x, cond.context, mask=cond.context_mask)
         return x
@@ -196,8 +196,7 @@ class TowerBlock(nn.Module):
 
 
 class Adaptor(nn.Module):
-    """SyncFlow figure 2: self-attention, layer norm, linear. Not in the paper: it attends over all
-    tokens, with their times, and has a residual, or the audio would get averages alone."""
+    """SyncFlow figure 2: self-attention, layer norm, linear."""
 
     def __init__(self, D, K):
         super().__init__()
@@ -206,12 +205,13 @@ class Adaptor(nn.Module):
         self.linear = nn.Linear(D, D)
 
     def forward(self, x, rope):                                         # (B, N, D) -> (B, N, D)
+        # Not in the paper: all tokens attend to all, with their times, and there is a residual, or
+        # the audio would get averages of the features alone.
         return self.linear(self.norm(x + attend(self.attn, x, x, rope, rope)))
 
 
 class AudioBlock(nn.Module):
-    """SyncFlow's audio block, as in AudioBox: self-attention, cross-attention and MLP, a layer norm
-    AFTER each. The noise level enters as a key of the cross-attention, not by adaLN."""
+    """SyncFlow's audio block, as in AudioBox: attentions and MLP with a layer norm AFTER each."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -253,8 +253,7 @@ def video_blocks(cfg):
 
 
 class SyncFlowLayer(nn.Module):
-    """One layer of both towers of SyncFlow. Nothing flows from the audio to the video, and frozen
-    video blocks build no graph."""
+    """One layer of both towers of SyncFlow. Nothing flows from the audio to the video."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -264,6 +263,7 @@ class SyncFlowLayer(nn.Module):
     def forward(self, video, audio, cond_v, cond_a):
         """video (B, N, D) or None, audio (B, S, D) or None -> the same."""
         features = None
+        # Frozen video blocks build no graph: `video` and `features` need no gradient then.
         if video is not None:
             for block in self.video[:-1]:
                 video = block(video, cond_v)
@@ -289,7 +289,7 @@ class HarmonyLayer(nn.Module):
 
     def forward(self, video, audio, cond_v, cond_a):
         """video (B, N, D) or None, audio (B, R + S + T, D) or None -> the same."""
-        # One tower alone.
+        # A tower alone
         if video is None:
             return None, self.audio(audio, cond_a)
         if audio is None:
@@ -343,8 +343,7 @@ class AdaLNStream(nn.Module):
 
 
 class VideoStream(AdaLNStream):
-    """Video latents -> tokens, and back. No weight has the size of a picture: places are fractions
-    of the training grid, times are angles, so the weights serve any resolution and length."""
+    """Video latents -> tokens, and back, of any resolution and length."""
 
     def __init__(self, cfg):
         size = (1, cfg.patch, cfg.patch)
@@ -352,32 +351,31 @@ class VideoStream(AdaLNStream):
         super().__init__(cfg, proj_in, cfg.patch ** 2 * cfg.latent)
 
     def embed(self, z, sigma, text, text_mask):
-        """z (B, C, L, H, W) at sigma (B,) or (B, L), text states (B, T, text_dim), mask (B, T)
-        -> tokens (B, N, D), TowerConditioning."""
+        """z (B, C, L, H, W) at sigma (B,) or (B, L), states and mask of the text
+        -> tokens (B, N, D), TowerConditioning"""
         cfg = self.cfg
         _, _, L, H, W = z.shape
         h = H // cfg.patch
         w = W // cfg.patch
         x = self.proj_in(z).flatten(3).permute(0, 2, 3, 1)              # (B, L, hw, D)
 
-        # Times in latents; rows and columns in units of the training grid, at the tokens' middles.
-        times = torch.arange(L).float()
-        rows = (torch.arange(h) + .5) * cfg.train_grid / h
-        cols = (torch.arange(w) + .5) * cfg.train_grid / w
-        ids = torch.stack(torch.meshgrid(times, rows, cols, indexing="ij"), -1).to(z.device)
+        # No weight has the size of a picture: times are in latents, rows and columns in tokens of
+        # the training grid, from the middles of the tokens.
+        latents = torch.arange(L, device=z.device)
+        rows = (torch.arange(h, device=z.device) + .5) * cfg.train_grid / h
+        cols = (torch.arange(w, device=z.device) + .5) * cfg.train_grid / w
+        ids = torch.stack(torch.meshgrid(latents.float(), rows, cols, indexing="ij"), -1)
         if cfg.axes:
             # Full attention rotates by all three.
             rope = rope_table(ids.flatten(0, 2), cfg.axes, cfg.time_scale)          # N tokens
         else:
             # Attention over time rotates by time; rows and columns are added to the tokens.
             x = x + sincos_embedding(ids[0, ..., 1:].flatten(0, 1), cfg.width).to(x.dtype)
-            rope = time_rope(ids[:, 0, 0, 0], cfg)                                  # L times
+            rope = time_rope(latents, cfg)                                          # L times
 
         # One noise level for the clip, or one per latent for its h w tokens.
         sigma = sigma.view(len(z), -1)                                  # (B, 1 or L)
-        index = None
-        if sigma.shape[1] > 1:
-            index = torch.arange(L, device=z.device).repeat_interleave(h * w)       # (N,)
+        index = None if sigma.shape[1] == 1 else latents.repeat_interleave(h * w)
         temb = self.time_embed(1000 * sigma)                            # (B, 1 or L, D)
         cond = TowerConditioning(temb, rope, index, self.adaln(temb, index), self.text_proj(text),
                                  text_mask[:, None, None].bool(), grid=z.shape[2:])
@@ -400,7 +398,7 @@ class SyncFlowAudioStream(nn.Module):
         self.text_proj = nn.Linear(cfg.text_dim, cfg.width) if cfg.audio_only else None
 
     def embed(self, z, sigma, text, text_mask, ref=None, ref_mask=None):
-        """z (B, A, S) at sigma (B,) -> tokens (B, S, D), TowerConditioning. ref is not used."""
+        """z (B, A, S) at sigma (B,) -> tokens (B, S, D), TowerConditioning"""
         x = self.proj_in(z.transpose(1, 2))                             # (B, S, D)
         temb = self.time_embed(1000 * sigma[:, None])                   # (B, 1, D)
         context = temb
@@ -418,22 +416,22 @@ class SyncFlowAudioStream(nn.Module):
 
 
 class HarmonyAudioStream(AdaLNStream):
-    """[reference; target; transcript; caption] -> tokens, target tokens -> latents (Harmony eq. 2).
-    One set of weights serves all tokens."""
+    """[reference; target; transcript; caption] -> tokens; target tokens -> latents (eq. 2)."""
 
     def __init__(self, cfg):
         super().__init__(cfg, nn.Linear(cfg.audio_latent, cfg.width), cfg.audio_latent)
 
     def embed(self, z, sigma, text, text_mask, ref=None, ref_mask=None):
-        """z (B, A, S) at sigma (B,), text states (B, T, text_dim) with mask (B, T), clean ref
-        (B, A, R) with mask (B, R) -> tokens (B, R + S + T, D), TowerConditioning."""
+        """z (B, A, S) at sigma (B,), states and mask of the text, clean ref (B, A, R), mask (B, R)
+        -> tokens (B, R + S + T, D), TowerConditioning"""
         ref = z[:, :, :0] if ref is None else ref
         R = ref.shape[2]
         S = z.shape[2]
+        # One set of weights serves all tokens.
         audio = torch.cat([ref, z], 2).transpose(1, 2)                  # (B, R + S, A)
         x = torch.cat([self.proj_in(audio), self.text_proj(text)], 1)   # (B, R + S + T, D)
 
-        # Noise levels: 0 for references and text, sigma for the target.
+        # Only the target is noisy.
         index = torch.zeros(x.shape[1], dtype=torch.long, device=z.device)
         index[R:R + S] = 1
         sigmas = torch.stack([torch.zeros_like(sigma), sigma], 1)       # (B, 2)
@@ -460,8 +458,8 @@ class HarmonyAudioStream(AdaLNStream):
 # -------------------------------------------------------------------------------------- the network
 
 def part_of(name):
-    """Which part of a DualTower a parameter belongs to, by its name: "video" (with the encoder of
-    captions), "audio" (with that of transcripts) or "bridge". Training in stages freezes by it."""
+    """Part of a DualTower that a parameter belongs to: "video", "audio" or "bridge"."""
+    # Training in stages freezes by it. Captions belong to the video, transcripts to the audio.
     keys = name.split(".")
     key = keys[2] if keys[0] == "layers" else keys[0]                   # layers.<l>.<key>. ...
     return dict(text_encoder="video", video="video", transcript_encoder="audio",
@@ -477,8 +475,7 @@ class DualTower(nn.Module):
         self.audio = HarmonyAudioStream(cfg) if harmony else SyncFlowAudioStream(cfg)
         layer = HarmonyLayer if harmony else SyncFlowLayer
         self.layers = nn.ModuleList([layer(cfg) for _ in range(cfg.depth)])
-        # Harmony: a transcript says what is pronounced, a caption what is meant. Each has an
-        # encoder of its own (eq. 2).
+        # Harmony eq. 2: what is pronounced and what is meant are encoded separately.
         trained = cfg.text_encoder == "bytes"
         self.text_encoder = ByteText(cfg.text_dim, 0) if trained else None
         self.transcript_encoder = ByteText(cfg.text_dim, 0) if trained and harmony else None
@@ -489,11 +486,11 @@ class DualTower(nn.Module):
         nn.init.zeros_(self.audio.proj_out.weight)
 
     def encode_text(self, text_inputs):
-        """Captions (B, 96) as bytes, or states and mask -> states (B, T, text_dim), mask (B, T)."""
+        """Captions (B, 96) as bytes, or states and mask -> states (B, T, text_dim), mask (B, T)"""
         return self.encode(self.text_encoder, text_inputs)
 
     def encode_audio_text(self, text_inputs, transcripts):
-        """Harmony: what the audio tower reads -> states and mask of [transcript; caption]."""
+        """What Harmony's audio tower reads -> states and mask of [transcript; caption]"""
         transcript = self.encode(self.transcript_encoder, transcripts)
         caption = self.encode(self.text_encoder, text_inputs)
         return tuple(torch.cat(pair, 1) for pair in zip(transcript, caption))
@@ -519,11 +516,10 @@ class DualTower(nn.Module):
         """Velocities of both streams; a stream may be absent (None), and so is its velocity.
 
         video (B, C, L, H, W) at sigma_v (B,) or (B, L); audio (B, A, S) at sigma_a (B,). SyncFlow
-        has one noise level for both; Harmony's are independent, 0 for a stream that is given.
-        Text states and masks from `encode_text`, for Harmony also from `encode_audio_text`.
-        Harmony: ref (B, A, R), mask (B, R): clean references of the timbre; attention_maps: a list
-        that receives every layer's video-to-audio attention (B, K, S, N).
-        """
+        has one noise level for both; Harmony's are independent, 0 for a stream that is given. Text
+        as from `encode_text` and, for Harmony, `encode_audio_text`. Harmony: ref (B, A, R), mask
+        (B, R), clean references of the timbre; attention_maps, a list that receives the
+        video-to-audio attention (B, K, S, N) of every layer."""
         v = a = cond_v = cond_a = None
         if video is not None:
             v, cond_v = self.video.embed(video, sigma_v, text, text_mask)
