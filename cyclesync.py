@@ -48,6 +48,7 @@ VAEs or of the networks of FVD, FID and FAD.
     python cyclesync.py --shift-study            # true clips, their sound up to 0.5 s late
     python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's tables
     python cyclesync.py --audio claps.wav        # do toybox pictures move at a recording's onsets?
+    python cyclesync.py --skip-blocks --audio x.wav --image f.png  # videos without one block each
     python cyclesync.py clip.mp4                 # any video: onsets, lag, AV-Align
     python cyclesync.py --pairs true/ remade/    # CycleSync of sounds that any program generated
 

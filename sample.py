@@ -24,9 +24,9 @@ replaced. All branches of a step are rows of one batch; S = 1 leaves a branch ou
     silent     the audio by silence at sigma = 0, for the video   s_v       Harmony eq. 9
     static     the video by a still at sigma = 0, for the audio   s_a       Harmony eq. 10
 
-**Given streams.** Given can be the beginning of a stream (the first frame, the audio so far) or
-all of it. `impose` puts it into x before every step, at the noise level that the network expects:
-SyncFlow has one level for everything, so the latents are noised to it (section 5); Harmony was
+**Given streams.** A stream may be known in full, or its beginning (the first frame, the audio so
+far). `impose` puts it into x before every step, at the noise level that the network expects:
+SyncFlow has one level for everything, so known latents are noised to it (section 5); Harmony was
 trained with clean partners.
 
     python sample.py --audio assets/hammer.wav --image assets/hammer.png
