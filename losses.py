@@ -13,12 +13,12 @@ Guidance   has one form for every rule of the three papers. S = 1 switches a ter
                v = v_pos + sum_k (S_k - 1) (v_pos - v_neg_k)
 
            paper                        negative prediction                 S
-           Syncphony eq. 2 (ASG)        audio layers skipped                1 + w_a
-           Syncphony eq. 5 (CFG)        empty caption                       1 + w_t
+           Syncphony eqs. 2, 6 (ASG)    audio layers skipped                1 + w_a
+           Syncphony eqs. 5, 6 (CFG)    empty caption                       1 + w_t
            SyncFlow eq. 3 (CFG)         empty caption                       w
            Harmony eqs. 9, 10           the other stream silent / static    s_v, s_a
 
-SyncFlow writes tau = 1 - sigma and predicts -v; both are linear, so every rule reads the same here.
+SyncFlow writes tau = 1 - sigma and predicts -v: the sign of v changes in every term alike.
 Pyramid Flow's path in stages is in pyramid.py.
 
     B batch · C video channels · L latents · h w latent grid · A audio channels · S audio steps
@@ -34,8 +34,9 @@ BUCKETS = 4                       # the error is reported for four equal ranges 
 
 def expand_sigma(sigma, z):
     """View sigma (B,) or (B, L) so that it multiplies z (B, C, ...) or (B, C, L, ...)."""
+    # One more axis for the channels, then axes of size 1 up to the number of dimensions of z.
     shape = [sigma.shape[0], 1, *sigma.shape[1:]]                       # (B, 1) or (B, 1, L)
-    return sigma.reshape(shape + [1] * (z.dim() - len(shape)))          # as many dimensions as z
+    return sigma.reshape(shape + [1] * (z.dim() - len(shape)))
 
 
 def add_noise(z, eps, sigma):
@@ -85,7 +86,8 @@ def motion_weight(z, lambda_motion=1., clip=1.5, skip=1):
     """Syncphony eq. 1 as a weight on the squared error: 1 + lambda m^2, m_l = z_l - z_(l-1).
 
     z (B, C, L, h, w) -> weight of the same shape, without gradient. Eq. 1 weighs the error of z,
-    z^ - z = -sigma (v^ - v), so the same weight belongs on the error of v. Not in the paper:
+    z^ - z = -sigma (v^ - v). Its square is sigma^2 |v^ - v|^2; sigma^2 is the same for all values
+    of a latent and is left out, as always in a loss of v; the weight stays. Not in the paper:
 
     clip   real latents have heavy tails: unclipped, a few values with m^2 in the hundreds make up
            the loss. |m| is clipped at 1.5 standard deviations.
@@ -104,11 +106,12 @@ def flow_loss(v_hat, v, sigma, weight=None):
     v_hat, v, weight (B, C, L, h, w), sigma (B, L). The report (4,) is the unweighted error; nan
     for a range that no latent of the batch fell into.
     """
+    # In float32 also under autocast.
     error = (v_hat.float() - v).square()                                # (B, C, L, h, w)
     loss = error.mean() if weight is None else (error * weight).mean()
 
-    # Mean error in each range of sigma. Masks and sums in place of boolean indexing, whose result
-    # has a size that the CPU would have to wait for.
+    # Mean error in each range of sigma. Masks and sums, because the CPU would have to wait for the
+    # size of a result of boolean indexing.
     per_latent = error.detach().mean((1, 3, 4))                         # (B, L)
     bucket = (sigma * BUCKETS).long().clamp(max=BUCKETS - 1)            # (B, L), 0..3
     inside = bucket == torch.arange(BUCKETS, device=sigma.device)[:, None, None]    # (4, B, L)
@@ -157,25 +160,26 @@ def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=F
                    unknown to the network: in sampling they carry its own errors (exposure bias).
     """
     B, C, L, h, w = z.shape
-    # Every latent but the given first one has its own noise level, as in Diffusion Forcing.
+    # The targets are latents 1 .. L-1, each at a noise level of its own, as in Diffusion Forcing.
     u = rand_each(generators, (L - 1,))
     sigma = sample_sigma(u, sigma_dist, shift).to(z.device)             # (B, L-1)
     eps = randn_each(generators, (C, L - 1, h, w)).to(z.device)
+    target = z[:, :, 1:]
+    noisy = add_noise(target, eps, sigma)                               # (B, C, L-1, h, w)
 
     # The context: one small noise level per clip.
     context_sigma = context_noise * rand_each(generators, (1,)).to(z.device)
     context_eps = randn_each(generators, (C, L, h, w)).to(z.device)
     context = add_noise(z, context_eps, context_sigma.expand(B, L))     # (B, C, L, h, w)
 
-    # The targets: latents 1 .. L-1.
-    target = z[:, :, 1:]
-    noisy = add_noise(target, eps, sigma)                               # (B, C, L-1, h, w)
+    # One pass predicts all targets. Target l attends to the context before it, never to itself
+    # without noise (`teacher_forcing_mask`).
     text, _, pooled = model.encode_text(text_inputs)
     audio = None if skip_audio else model.encode_audio(audio_inputs)
     v_hat = model.forward_teacher_forced(context, noisy, sigma, text, pooled, audio)
 
-    # skip=2: latent 0, a single frame, is coded by other rules than latent 1, so their difference
-    # is not motion.
+    # skip=2: latent 0 holds one frame, the others t frames, so the difference between latents 0
+    # and 1 is not motion.
     weight = motion_weight(z, lambda_motion, skip=2)[:, :, 1:]
     return flow_loss(v_hat, velocity(target, eps), sigma, weight)
 
@@ -186,8 +190,8 @@ def ot_permutation(noise, data):
     """Minibatch optimal transport (Tong et al. 2024): which noise to pair with which sample.
 
     noise, data (B, ...), or lists of such for several streams, whose costs (squared distance
-    divided by size) add up to one common pairing -> order (B,): noise[order] belongs to data.
-    The assignment is exact and uses every noise once; captions stay with their clips.
+    divided by size) add up to one common pairing -> order (B,): noise[order] belongs to data. The
+    assignment is exact and uses every noise once; captions stay with their clips.
 
     Off by default: in thousands of dimensions the noises of a batch of 16 are about equally far
     (the cost falls by 2-4 %), and pairing across captions biases a conditional flow.
@@ -195,6 +199,7 @@ def ot_permutation(noise, data):
     from scipy.optimize import linear_sum_assignment                    # comes with librosa
     if not isinstance(noise, (list, tuple)):
         noise, data = [noise], [data]
+    # cost[i, j]: squared distance of noise i and sample j per value, summed over the streams.
     cost = 0.
     for eps, z in zip(noise, data):
         distance = torch.cdist(eps.flatten(1).double(), z.flatten(1).double())      # (B, B)
@@ -204,21 +209,20 @@ def ot_permutation(noise, data):
     return torch.as_tensor(columns).argsort()
 
 
-def syncflow_loss(net, z_v, z_a, text_inputs, generators, stage="joint", ot=False,
+def syncflow_loss(model, z_v, z_a, text_inputs, generators, stage="joint", ot=False,
                   sigma_dist="uniform", shift=1.):
     """SyncFlow's objective: both streams at ONE noise level -> loss, report (video, audio).
 
     z_v (B, C, L, h, w), z_a (B, A, S); text_inputs as `DualTower.encode_text` takes them. The
-    stages of SyncFlow section 3.2:
+    report is nan for a stream that is absent. The stages of SyncFlow section 3.2:
 
     stage    video stream      audio stream      loss
     video    noisy, sigma      absent            video error: the video tower is trained alone
     audio    noisy, sigma      noisy, sigma      audio error: the video tower is frozen
     joint    noisy, sigma      noisy, sigma      video error + audio error
     """
-    # One noise level for both streams, and one noise each, paired for both at once.
-    u = rand_each(generators)
-    sigma = sample_sigma(u, sigma_dist, shift).to(z_v.device)           # (B,), 1 - tau in the paper
+    # One noise level for both streams (the paper's tau is 1 - sigma), and one optimal pairing.
+    sigma = sample_sigma(rand_each(generators), sigma_dist, shift).to(z_v.device)       # (B,)
     eps_v = randn_each(generators, z_v.shape[1:]).to(z_v.device)
     eps_a = randn_each(generators, z_a.shape[1:]).to(z_a.device)
     if ot:
@@ -226,19 +230,22 @@ def syncflow_loss(net, z_v, z_a, text_inputs, generators, stage="joint", ot=Fals
         eps_v = eps_v[order]
         eps_a = eps_a[order]
 
-    # A stream that does not take part is None, and so is its prediction. Its error counts as zero.
-    x_v = None if net.cfg.audio_only else add_noise(z_v, eps_v, sigma)
+    # An absent stream is None, and so is its prediction. audio_only: the ablation without video.
+    x_v = None if model.cfg.audio_only else add_noise(z_v, eps_v, sigma)
     x_a = None if stage == "video" else add_noise(z_a, eps_a, sigma)
-    v_v, v_a = net(x_v, x_a, sigma, sigma, *net.encode_text(text_inputs))
+    v_v, v_a = model(x_v, x_a, sigma, sigma, *model.encode_text(text_inputs))
 
-    zero = z_v.new_zeros(())
-    error_v = zero if v_v is None else mean_error(v_v, z_v, eps_v)
-    error_a = zero if v_a is None else mean_error(v_a, z_a, eps_a)
-    loss = dict(video=error_v, audio=error_a, joint=error_v + error_a)[stage]
-    return loss, torch.stack([error_v.detach(), error_a.detach()])
+    absent = z_v.new_tensor(torch.nan)
+    error_v = absent if v_v is None else mean_error(v_v, z_v, eps_v)
+    error_a = absent if v_a is None else mean_error(v_a, z_a, eps_a)
+    if stage == "joint" and v_v is not None:
+        loss = error_v + error_a
+    else:
+        loss = error_v if stage == "video" else error_a
+    return loss, torch.stack([error_v, error_a]).detach()
 
 
-def image_loss(net, z, text_inputs, generators, sigma_dist="uniform", shift=1.):
+def image_loss(model, z, text_inputs, generators, sigma_dist="uniform", shift=1.):
     """Rectified flow on still images, the first latents z (B n, C, 1, h, w) of n clips for each of
     the B samples -> loss.
 
@@ -250,69 +257,69 @@ def image_loss(net, z, text_inputs, generators, sigma_dist="uniform", shift=1.):
     sigma = sample_sigma(u, sigma_dist, shift).to(z.device)             # (B n,)
     eps = randn_each(generators, (n, *z.shape[1:])).flatten(0, 1).to(z.device)
     # The video tower alone: no audio stream.
-    v, _ = net(add_noise(z, eps, sigma), None, sigma, None, *net.encode_text(text_inputs))
+    v, _ = model(add_noise(z, eps, sigma), None, sigma, None, *model.encode_text(text_inputs))
     return mean_error(v, z, eps)
 
 
 # ------------------------------------------------------------------------------------------ Harmony
 
-def harmony_loss(net, z_v, z_a, text, generators, ref=None, ref_mask=None, stage="joint",
-                 lambda_v=.1, lambda_a=.3, shift=5., sigma_dist="uniform", p_first_frame=.5,
-                 lambda_joint=1.):
-    """Harmony's cross-task synergy, one joint and two driven tasks -> loss, report of four errors.
+def harmony_loss(model, z_v, z_a, text_inputs, transcripts, generators, ref=None, ref_mask=None,
+                 stage="joint", lambda_v=.1, lambda_a=.3, shift=5., sigma_dist="uniform",
+                 p_first_frame=.5, lambda_joint=1.):
+    """Harmony's cross-task synergy, one joint and two driven tasks -> loss, report: errors of
+    joint video, joint audio, audio-driven, video-driven, nan for one that is not computed.
 
         L = lambda_joint L_joint + lambda_v L_driven^audio + lambda_a L_driven^video        eq. 3
 
         forward         video            audio            error of     weight               eq. 4
-        joint           noisy            noisy            both         lambda_joint = 1
+        joint           noisy            noisy            both         lambda_joint = 1 (0: fig. 3)
         audio-driven    noisy            clean            video        lambda_v = .1
         video-driven    clean            noisy            audio        lambda_a = .3
 
-    lambda_v weighs the AUDIO-driven loss, because that one trains the video. Two noisy streams have
-    little in common early in training; beside a clean one the correspondence shows from the first
-    step. lambda_joint = 0 trains the driven tasks alone (figure 3).
+    lambda_v weighs the AUDIO-driven loss, because that one trains the video. Beside a clean stream
+    the correspondence shows from the first step, between two noisy ones late in training.
 
-    z_v (B, C, L, h, w), z_a (B, A, S); text: caption states, mask, audio text states, mask, see
-    `DualTower.encode_text`; ref (B, A, R), mask (B, R): clean references of the timbre. Stages
-    'video', 'audio', 'timbre' train one stream alone.
-
-    shift          5, as Wan2.2 was trained.
-    p_first_frame  share of clips whose latent 0 is given (clean, no loss): image-to-video, as in
-                   Wan2.2-5B.
+    z_v (B, C, L, h, w), z_a (B, A, S); text_inputs, transcripts as `DualTower.encode_audio_text`
+    takes them; ref (B, A, R), mask (B, R): clean references of the timbre. Stages 'video', 'audio',
+    'timbre' train one stream; the last two differ in where train.py takes references from. shift:
+    5 as in Wan2.2. p_first_frame: share of clips whose latent 0 is given (clean, no loss).
     """
-    # One noise and one noise level per clip, which all forwards share. Where latent 0 is given its
-    # noise level is 0. A clean stream has noise level 0 throughout.
-    u = rand_each(generators)
-    sigma_a = sample_sigma(u, sigma_dist, shift).to(z_v.device)         # (B,)
+    # One noise and one noise level per clip, which all forwards share.
+    sigma = sample_sigma(rand_each(generators), sigma_dist, shift).to(z_v.device)       # (B,)
     eps_v = randn_each(generators, z_v.shape[1:]).to(z_v.device)
     eps_a = randn_each(generators, z_a.shape[1:]).to(z_a.device)
-    generated = rand_each(generators) >= p_first_frame
-    sigma_v = sigma_a[:, None].repeat(1, z_v.shape[2])                  # (B, L)
-    sigma_v[:, 0] *= generated.to(z_v.device)
+    # The video has a level per latent: 0 for a latent 0 that is given.
+    given = (rand_each(generators) < p_first_frame).to(z_v.device)      # (B,)
+    sigma_v = sigma[:, None].repeat(1, z_v.shape[2])                    # (B, L)
+    sigma_v[:, 0] = sigma_v[:, 0] * ~given
     x_v = add_noise(z_v, eps_v, sigma_v)
-    x_a = add_noise(z_a, eps_a, sigma_a)
-    clean = torch.zeros_like(sigma_a)
+    x_a = add_noise(z_a, eps_a, sigma)
 
-    joint_v = joint_a = driven_v = driven_a = z_v.new_zeros(())
+    # The caption for the video tower; [transcript; caption] for the audio tower.
+    text = model.encode_text(text_inputs)
+    if stage != "video":
+        text = (*text, *model.encode_audio_text(text_inputs, transcripts))
+    joint_v = joint_a = driven_v = driven_a = z_v.new_tensor(torch.nan)
+    loss = z_v.new_zeros(())
     if stage == "video":
-        v_v, _ = net(x_v, None, sigma_v, None, *text)
+        v_v, _ = model(x_v, None, sigma_v, None, *text)
         loss = joint_v = mean_error(v_v, z_v, eps_v, sigma_v)
     elif stage != "joint":
-        _, v_a = net(None, x_a, None, sigma_a, *text, ref, ref_mask)
+        _, v_a = model(None, x_a, None, sigma, *text, ref, ref_mask)
         loss = joint_a = mean_error(v_a, z_a, eps_a)
     else:
-        # Joint: both streams are noisy, both errors count.
+        # The three forwards of the table, a given stream at sigma = 0. A weight of 0 saves one.
         if lambda_joint:
-            v_v, v_a = net(x_v, x_a, sigma_v, sigma_a, *text, ref, ref_mask)
+            v_v, v_a = model(x_v, x_a, sigma_v, sigma, *text, ref, ref_mask)
             joint_v = mean_error(v_v, z_v, eps_v, sigma_v)
             joint_a = mean_error(v_a, z_a, eps_a)
-        # Audio-driven: the true audio is given, the error of the video counts.
+            loss = loss + lambda_joint * (joint_v + joint_a)
         if lambda_v:
-            v_v, _ = net(x_v, z_a, sigma_v, clean, *text, ref, ref_mask)
+            v_v, _ = model(x_v, z_a, sigma_v, 0 * sigma, *text, ref, ref_mask)
             driven_v = mean_error(v_v, z_v, eps_v, sigma_v)
-        # Video-driven: the true video is given, the error of the audio counts.
+            loss = loss + lambda_v * driven_v
         if lambda_a:
-            _, v_a = net(z_v, x_a, clean, sigma_a, *text, ref, ref_mask)
+            _, v_a = model(z_v, x_a, 0 * sigma, sigma, *text, ref, ref_mask)
             driven_a = mean_error(v_a, z_a, eps_a)
-        loss = lambda_joint * (joint_v + joint_a) + lambda_v * driven_v + lambda_a * driven_a
+            loss = loss + lambda_a * driven_a
     return loss, torch.stack([joint_v, joint_a, driven_v, driven_a]).detach()

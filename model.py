@@ -21,18 +21,20 @@ Three calls run these blocks, with the same result where they overlap:
     forward                   Pyramid Flow's own: clean latents at falling resolutions, then the
                               noisy one at the resolution of its stage (see pyramid.py)
 
-The cache is exact because text and clean latents are modulated with sigma = 0 whatever the noise
-level of the latent being generated (`context_sigma="zero"`), so their keys and values never change.
-Published Pyramid Flow modulates all tokens with the noisy latent's sigma ("shared"): there the
-context must be recomputed in every step. What synchronises the audio layers is not learned:
+The cache is exact: the context has sigma = 0 (`context_sigma="zero"`) and never attends to the
+noisy latent, a key keeps the rotation of its own time, and the audio window of a finished latent is
+fixed. Up to latent W this equals forward_teacher_forced; beyond it the sink is rotated on, so that
+no key is farther away than in training. Published Pyramid Flow modulates all tokens with the noisy
+latent's sigma ("shared"): there the context is recomputed in every step. Not learned in the audio
+layers:
 
     window      latent l attends to the audio steps i with |t_i - l| < 1.5          Syncphony eq. 7
     Audio RoPE  queries are rotated by (l, row, column), keys by (t_i, 0, 0), with one table for
                 both: the attention score depends on t_i - l                              eqs. 8-10
 
-    B batch (R rows: guidance branches)    L latent frames, h x w each, of C channels; patch side p
-    T text tokens    N video tokens, n = (h/p)(w/p) of them a latent    G noise levels in one pass
-    S audio steps at 50 Hz, of A channels    D width = K heads x d channels    W latents in the ring
+    B batch, in sampling rows = clips x guidance branches    L latent frames, h x w, of C channels
+    T text tokens    N video tokens, n = (h/p)(w/p) of them a latent, patch side p    W ring latents
+    S audio steps at 50 Hz, of A channels    D width = K heads x d channels    G noise levels
 """
 import math
 from collections import OrderedDict
@@ -66,6 +68,9 @@ class MMDiTConfig:
     time_scale: float = 1.          # radians per latent of the fastest pair on the time axis
     context: int = 30               # latents that a latent attends to, beside latent 0
 
+
+TEXT_BYTES = 96                     # what ByteText reads of a text; longer ones are cut
+BYTES_PER_TOKEN = 8                 # so a text is 12 tokens
 
 # What the sizes for the toybox have in common
 TOYBOX = dict(
@@ -161,15 +166,15 @@ def teacher_forcing_mask(n_text, n_clean, n_noisy, first_noisy, tokens_per_laten
     return same_latent | earlier_clean | attention_sink
 
 
-def rope_table(ids, axes, time_scale=1.):
-    """Rotation table of positions ids (..., 3) -> cos, sin (..., d) in float32.
+def rope_table(ids, axes, time_scale=1., device=None):
+    """Rotation table of positions ids (..., 3) -> cos, sin (..., d) in float32, on `device`.
 
     axes[a] channels rotate with axis a, pair j of them by 10000^(-2j / axes[a]) radians per unit,
     on the time axis times `time_scale`. Ids may be fractions; id 0 is no rotation. The sine has the
     signs that `apply_rope` needs: minus for the first channel of each pair."""
     # angles in float64: at latent 100 float32 would be wrong by 1e-5 radians; MPS has no float64
-    device = ids.device
-    if device.type == "mps":
+    device = device or ids.device
+    if ids.device.type == "mps":
         ids = ids.cpu()
     # one angle for every pair of channels
     angles = []
@@ -358,8 +363,9 @@ class Attention(nn.Module):
         return self.to_out(attention(q, *kv, mask))                     # eq. 10, values W_V a_i
 
 
-class AudioCrossAttention(Attention):
-    """Adds to the video tokens what they find in the audio around them (Syncphony eqs. 7-10)."""
+class CrossAttention(Attention):
+    """x + attention of norm(x) to a source; the attention starts as zero (`init_weights`). For
+    Syncphony's audio layers (eqs. 7-10) and the bridges of towers.py."""
 
     def __init__(self, D, K, source_dim):
         super().__init__(D, K, source_dim)
@@ -388,7 +394,7 @@ class DoubleBlock(nn.Module):
         video_in = modulate(x, shift1, scale1)
         text_in = None
         if y is not None:
-            # text is never noisy: it takes row 0 of temb
+            # row 0 of temb: sigma = 0, or with context_sigma="shared" the one sigma of all tokens
             text = self.norm1_context(cond.temb[:, :1])
             text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text
             text_in = modulate(y, text_shift1, text_scale1)
@@ -411,7 +417,7 @@ class SingleBlock(nn.Module):
         D = cfg.heads * cfg.head_dim
         self.audio = None
         if cfg.audio_dim:
-            self.audio = AudioCrossAttention(D, cfg.heads, cfg.audio_dim)
+            self.audio = CrossAttention(D, cfg.heads, cfg.audio_dim)
         self.norm = Modulation(D, 3)
         self.attn = JointAttention(cfg, double=False)
         self.proj_mlp = nn.Linear(D, 4 * D)
@@ -425,7 +431,7 @@ class SingleBlock(nn.Module):
             rows = len(audio_kv[0])
             synced = self.audio(x[:rows], audio_kv, cond.audio_rope, cond.audio_mask)
             x = synced if rows == len(x) else torch.cat([synced, x[rows:]])
-        # text and video as one sequence, modulated once for both branches
+        # text and video as one sequence, modulated once for both streams
         T = 0 if y is None else y.shape[1]
         tokens = x if y is None else torch.cat([y, x], 1)                        # (B, T+N, D)
         shift, scale, gate = self.norm(cond.temb, cond.sigma_index)
@@ -463,7 +469,7 @@ class TimeTextEmbed(nn.Module):
         return temb if pooled is None else temb + self.text_embedder(pooled)[:, None]
 
 
-def text_bytes(captions, length=96):
+def text_bytes(captions, length=TEXT_BYTES):
     """Captions -> (B, length) int64: UTF-8 bytes + 1, cut or padded with 0 to `length`."""
     # the empty caption, all 0, is the null text of guidance
     encoded = [caption.encode(errors="replace")[:length] for caption in captions]
@@ -471,19 +477,19 @@ def text_bytes(captions, length=96):
 
 
 class ByteText(nn.Module):
-    """Small text encoder in place of T5 and CLIP: one token for every 8 bytes."""
+    """Small text encoder in place of T5 and CLIP: one token for every BYTES_PER_TOKEN bytes."""
 
-    def __init__(self, dim, pooled, length=96, width=64):
+    def __init__(self, dim, pooled, length=TEXT_BYTES, width=64):
         super().__init__()
         self.byte_embed = nn.Embedding(257, width)
         self.pos_embed = nn.Parameter(.02 * torch.randn(length, width))
         self.conv = nn.Conv1d(width, width, 5, padding=2)
-        self.token_conv = nn.Conv1d(width, dim, 8, 8)
+        self.token_conv = nn.Conv1d(width, dim, BYTES_PER_TOKEN, BYTES_PER_TOKEN)
         self.pool = nn.Linear(dim, pooled) if pooled else None
 
     def forward(self, letters):
         """(B, length) -> states (B, length/8, dim), pooled (B, pooled) or None"""
-        # bytes and their places, a residual convolution over 5 of them, one token for each 8
+        # bytes and their positions, a residual convolution over 5 of them, then the tokens
         x = (self.byte_embed(letters) + self.pos_embed).transpose(1, 2)         # (B, 64, length)
         x = F.gelu(self.conv(x)) + x
         x = self.token_conv(x).transpose(1, 2)                                  # (B, length/8, dim)
@@ -533,25 +539,28 @@ class KVCache:
     on a CPU (size tiny) the empty slots cost at most 3 % of a step."""
     grid: tuple                         # tokens in a column and a row of a latent
     n_text: int                         # T
-    window: int                         # W
-    pooled: torch.Tensor                # (R, pooled_dim)
-    audio_features: torch.Tensor        # (R, S, A) of the whole clip, or None
+    n_context: int                      # W
+    pooled: torch.Tensor                # (rows, pooled_dim)
+    audio_features: torch.Tensor        # (rows, S, A) of the whole clip, or None
     n_off_sync: int
-    kv: list = None                     # per block: keys and values (rows, K, slots, d)
+    # per block: keys and values (rows, K, slots, d); double blocks: without off-sync rows; single
+    # blocks: with
+    kv: list = None
     sink_keys: list = None              # per block: the sink's keys as first computed
     mask: torch.Tensor = None           # (1, 1, 1, slots + n): slots in use, a latent's own keys
-    latent: int = 0                     # index of the latent that comes next; for all its steps:
-    rope: tuple = None                  # its rotation,
-    audio_kv: list = None               # keys and values of the audio in its window,
-    audio_mask: torch.Tensor = None     # and that window
+    latent: int = 0                     # index of the latent that comes next
+    # what all steps of that latent share, see `begin_latent`
+    rope: tuple = None                  # rotation of its tokens
+    audio_kv: list = None               # per single block: keys and values of the audio around it
+    audio_mask: torch.Tensor = None     # (n, S'): which of these are in its window
 
     def append(self, new_kv):
         """Store keys and values (rows, K, n, d) of the next latent; with latent 0 those of text."""
         n = self.grid[0] * self.grid[1]
         n_sink = self.n_text + n
-        n_slots = n_sink + self.window * n
+        n_slots = n_sink + self.n_context * n
         # the newest latent overwrites the oldest one of the ring
-        start = n_sink + (self.latent - 1) % self.window * n
+        start = n_sink + (self.latent - 1) % self.n_context * n
         if self.latent == 0:
             # zeros, not empty memory: masked values have weight 0, and 0 * nan would be nan
             def slots(t):
@@ -565,7 +574,7 @@ class KVCache:
                 slots[:, :, start:start + value.shape[2]] = value.detach()
         # the keys of the latent in progress come after all slots
         slot = torch.arange(n_slots + n, device=self.pooled.device)
-        filled = n_sink + min(self.latent, self.window) * n
+        filled = n_sink + min(self.latent, self.n_context) * n
         self.mask = ((slot < filled) | (slot >= n_slots))[None, None, None]
         self.latent += 1
 
@@ -582,11 +591,12 @@ def init_weights(module):
             nn.init.xavier_uniform_(m.weight)
             nn.init.zeros_(m.bias)
     for m in module.modules():
-        # adaLN-Zero (DiT): all gates are 0, so every block starts as the identity
+        # adaLN-Zero (DiT): all gates of an MMDiT are 0, so every block starts as the identity; a
+        # tower adds a random table per block, as in PixArt, so that its gates are not 0
         if isinstance(m, Modulation):
             nn.init.zeros_(m.linear.weight)
-        # new audio layers add 0: a pretrained backbone starts as the model it was
-        if isinstance(m, AudioCrossAttention):
+        # a new layer adds 0: a pretrained backbone starts as the model it was
+        if isinstance(m, CrossAttention):
             nn.init.zeros_(m.to_out.weight)
     return module
 
@@ -634,10 +644,11 @@ class MMDiT(nn.Module):
     # ---- encoders
 
     def encode_text(self, text_inputs):
-        """Bytes (B, 96) of `text_bytes` -> states (B, T, text_dim), their mask (B, T), pooled"""
-        # of a network with external encoders these three come from pyramid.t5_clip_states
+        """Bytes (B, TEXT_BYTES) of `text_bytes`, or for external encoders what
+        pyramid.t5_clip_states returns -> states (B, T, text_dim), their mask (B, T), pooled"""
         if self.cfg.text_encoder != "bytes":
             return text_inputs
+        # no padding mask: the empty letters are learned; the shipped a2v weights were trained so
         states, pooled = self.text_encoder(text_inputs)
         return states, torch.ones_like(states[..., 0]), pooled
 
@@ -655,8 +666,7 @@ class MMDiT(nn.Module):
         return z.shape[3] // self.cfg.patch, z.shape[4] // self.cfg.patch
 
     def rope(self, ids, device):
-        cos, sin = rope_table(ids, self.cfg.axes, self.cfg.time_scale)
-        return cos.to(device), sin.to(device)
+        return rope_table(ids, self.cfg.axes, self.cfg.time_scale, device)
 
     def embed_latents(self, *clips):
         """Latents, in the order given -> tokens (B, N, D)"""
@@ -664,17 +674,17 @@ class MMDiT(nn.Module):
 
     def project_audio(self, audio_features, times, start=0):
         """Audio features (B, S, A) of steps start .. start + S - 1, times (N,) of the video tokens
-        -> keys and values of every single block, windows (N, S). Without audio: None, None."""
+        -> keys and values of every single block, mask (N, S). Without audio: None, None."""
         if audio_features is None:
             return None, None
         device = audio_features.device
         t = audio_positions(audio_features.shape[1], self.cfg.alpha, start)     # (S,)
-        window = temporal_window(times, t, self.cfg.window).to(device)          # eq. 7
+        audio_mask = temporal_window(times, t, self.cfg.window).to(device)      # eq. 7
         # keys stand at (t_i, 0, 0); without Audio RoPE all of them at 0
         t = t if self.cfg.audio_rope else torch.zeros_like(t)
         rope = self.rope(F.pad(t[:, None], (0, 2)), device)
         blocks = self.single_transformer_blocks
-        return [block.audio.project_kv(audio_features, rope) for block in blocks], window
+        return [block.audio.project_kv(audio_features, rope) for block in blocks], audio_mask
 
     def run_blocks(self, x, y, cond, cached_kv=None, audio_kv=None):
         """x (B, N, D), y (B, T, D) or None -> x (B + n_off_sync, N, D), new keys, values per block
@@ -699,7 +709,6 @@ class MMDiT(nn.Module):
             mask = mask if mask is None or len(mask) == 1 else repeat_rows(mask, n)
             cond = replace(cond, temb=repeat_rows(cond.temb, n), mask=mask)
 
-        # single blocks, with audio for the first B rows
         cached = cached_kv[n_double:]
         for block, past, audio in zip(self.single_transformer_blocks, cached, audio_kv):
             x, y, kv = block(x, y, cond, past, audio)
@@ -748,8 +757,9 @@ class MMDiT(nn.Module):
         audio_kv, audio_mask = self.project_audio(audio_features, audio_ids[:, 0])
 
         temb = self.time_text_embed(timestep[:, None], pooled)                  # (B, 1, D)
-        cond = Conditioning(temb, self.rope(ids, device), None, mask[:, None],
-                            self.rope(audio_ids, device), audio_mask, n_off_sync)
+        cond = Conditioning(
+            temb=temb, rope=self.rope(ids, device), mask=mask[:, None], n_off_sync=n_off_sync,
+            audio_rope=self.rope(audio_ids, device), audio_mask=audio_mask)
         x = self.embed_latents(*clips)                                          # (B, N, D)
         y = self.context_embedder(text)                                         # (B, T, D)
         x, _ = self.run_blocks(x, y, cond, audio_kv=audio_kv)
@@ -782,8 +792,9 @@ class MMDiT(nn.Module):
         index = torch.arange(1, M + 1).repeat_interleave(n)
         index = F.pad(index, (T + L * n, 0)).to(device)                         # (T+N,)
 
-        cond = Conditioning(temb, self.rope(ids, device), index, mask[None, None],
-                            self.rope(video_ids, device), audio_mask)
+        cond = Conditioning(
+            temb=temb, rope=self.rope(ids, device), sigma_index=index, mask=mask[None, None],
+            audio_rope=self.rope(video_ids, device), audio_mask=audio_mask)
         x = self.embed_latents(clean, noisy)                                    # (B, N, D)
         y = self.context_embedder(text)                                         # (B, T, D)
         x, _ = self.run_blocks(x, y, cond, audio_kv=audio_kv)                   # (B, N, D)
@@ -793,9 +804,9 @@ class MMDiT(nn.Module):
     # ---- sampling with a cache, of the same networks
 
     def prefill(self, first, text, pooled, audio_features=None, n_off_sync=0):
-        """Start a roll-out: latent 0 (R, C, 1, h, w), text (R, T, text_dim), pooled (R, pooled_dim)
-        and audio features (R, S, A) of the whole clip -> KVCache. R rows: the guidance branches of
-        one or more clips, of which the first n_off_sync get an off-sync row each."""
+        """Start a roll-out: latent 0 (B, C, 1, h, w), text (B, T, text_dim), pooled (B, pooled_dim)
+        and audio features (B, S, A) of the whole clip -> KVCache. The B rows are guidance branches
+        of one or more clips; the first n_off_sync of them get an off-sync row each."""
         cache = KVCache(self.token_grid(first), text.shape[1], self.cfg.context, pooled,
                         audio_features, n_off_sync)
         self.begin_latent(cache)
@@ -807,7 +818,8 @@ class MMDiT(nn.Module):
         ids = position_ids([cache.latent], *cache.grid)                         # (n, 3)
         audio = cache.audio_features
         if audio is not None:
-            # a slice of constant length that holds the window; `audio_mask` is the window in it
+            # a slice of constant length that holds the window: t_i = (i + .5)/alpha - .5 > l -
+            # radius gives i > (l + .5 - radius) alpha - .5; 2 radius alpha steps follow
             length = math.ceil(2 * self.cfg.window * self.cfg.alpha) + 1
             first = math.floor((cache.latent + .5 - self.cfg.window) * self.cfg.alpha)
             first = max(0, min(first, audio.shape[1] - length))
@@ -819,31 +831,32 @@ class MMDiT(nn.Module):
         cache.rope = self.rope(ids, cache.pooled.device)
 
     def run_latent(self, cache, z, sigma, y=None):
-        """One pass of latent z (R, C, 1, h, w) at sigma against the cache -> tokens
-        (R + n_off_sync, n, D), temb of these rows, new keys and values"""
+        """One pass of latent z (B, C, 1, h, w) at sigma against the cache -> tokens
+        (B + n_off_sync, n, D), temb of these rows, new keys and values"""
         timestep = torch.full((len(z), 1), 1000. * sigma, device=z.device)
-        temb = self.time_text_embed(timestep, cache.pooled)                     # (R, 1, D)
-        x = self.embed_latents(z)                                               # (R, n, D)
+        temb = self.time_text_embed(timestep, cache.pooled)                     # (B, 1, D)
+        x = self.embed_latents(z)                                               # (B, n, D)
         # audio queries are the video tokens alone; with latent 0 the text's come before them
         audio_rope = tuple(table[-x.shape[1]:] for table in cache.rope)
-        cond = Conditioning(temb, cache.rope, None, cache.mask, audio_rope, cache.audio_mask,
-                            cache.n_off_sync)
+        cond = Conditioning(
+            temb=temb, rope=cache.rope, mask=cache.mask, n_off_sync=cache.n_off_sync,
+            audio_rope=audio_rope, audio_mask=cache.audio_mask)
         x, new_kv = self.run_blocks(x, y, cond, cache.kv, cache.audio_kv)
         return x, repeat_rows(temb, cache.n_off_sync), new_kv
 
     def append_latent(self, cache, z, y=None):
-        """Put the finished latent z (R, C, 1, h, w) into the cache, with latent 0 also text y."""
+        """Put the finished latent z (B, C, 1, h, w) into the cache, with latent 0 also text y."""
         _, _, new_kv = self.run_latent(cache, z, 0., y)
         cache.append(new_kv)
-        # no key farther than in training: text and latent 0 move up to W latents before the next
-        excess = cache.latent - cache.window
+        # text and latent 0 are moved in time so that they stay W latents before the next
+        excess = cache.latent - cache.n_context
         if excess > 0:
             cache.rotate_sink(self.rope(torch.tensor([[excess, 0., 0.]]), z.device))
         self.begin_latent(cache)
 
     def denoise_step(self, cache, x, sigma):
-        """Velocity of the noisy latent x (R, C, 1, h, w) at sigma, a number, off-sync rows last ->
-        (R + n_off_sync, C, 1, h, w)"""
+        """Velocity of the noisy latent x (B, C, 1, h, w) at sigma, a number, off-sync rows last ->
+        (B + n_off_sync, C, 1, h, w)"""
         tokens, temb, _ = self.run_latent(cache, x, sigma)
         out = self.final_layer(tokens, x.shape[2:], temb)
         return self.to_velocity(out, repeat_rows(x, cache.n_off_sync), sigma)

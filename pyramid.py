@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from data import BadInput, replacing
 from losses import (add_noise, combine_guidance, motion_weight, rand_each, randn_each,
                     shift_sigma)
-from model import AudioCrossAttention, MMDiT, MMDiTConfig, init_weights
+from model import CrossAttention, MMDiT, MMDiTConfig, init_weights
 from vae import CausalVideoVAE, VAEConfig
 
 # Two values of b in one 2x2 block have the correlation -gamma. 1/3 is the largest gamma that four
@@ -389,7 +389,7 @@ def load_pyramid_flow(folder, device="cpu", **changes):
     # zero output.
     if cfg.audio_dim:
         for block in net.single_transformer_blocks:
-            layer = AudioCrossAttention(cfg.heads * cfg.head_dim, cfg.heads, cfg.audio_dim)
+            layer = CrossAttention(cfg.heads * cfg.head_dim, cfg.heads, cfg.audio_dim)
             block.audio = init_weights(layer).to(device)
     return net
 

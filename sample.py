@@ -18,9 +18,9 @@ Three samplers share `euler` and `losses.combine_guidance`:
 replaced. All branches of a step are rows of one batch; S = 1 leaves a branch out:
 
     branch     replaces                                           scale S
-    null       the text by the empty caption                      1 + w_t   Syncphony eq. 6
+    null       the text by the empty caption                      1 + w_t   Syncphony eqs. 5, 6
                                                                   w         SyncFlow eq. 3
-    off-sync   nothing, but the audio layers are skipped          1 + w_a   Syncphony eqs. 5, 6
+    off-sync   nothing, but the audio layers are skipped          1 + w_a   Syncphony eqs. 2, 6
     silent     the audio by silence at sigma = 0, for the video   s_v       Harmony eq. 9
     static     the video by a still at sigma = 0, for the audio   s_a       Harmony eq. 10
 
@@ -57,7 +57,7 @@ import data
 import pyramid
 from data import FPS, RATE, BadInput, frames_to_tensor, tensor_to_frames
 from losses import combine_guidance, shift_sigma
-from model import MMDiT, MMDiTConfig, text_bytes
+from model import TEXT_BYTES, MMDiT, MMDiTConfig, text_bytes
 from towers import DualTower, DualTowerConfig
 from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
 
@@ -1097,8 +1097,8 @@ def main():
     prompts = [job["prompt"] for job in jobs]
     if system.task == "a2v":
         settings["encoders"] = external_encoders(system.model, args, prompts, device)
-    if any(len(prompt.encode(errors="replace")) > 96 for prompt in prompts):
-        print("the trained text encoders read the first 96 letters of a prompt")
+    if any(len(prompt.encode(errors="replace")) > TEXT_BYTES for prompt in prompts):
+        print(f"the trained text encoders read the first {TEXT_BYTES} letters of a prompt")
 
     # One file after the other
     run = run_a2v if system.task == "a2v" else run_towers

@@ -3415,11 +3415,13 @@ def test_every_latent_may_have_a_noise_level_of_its_own():
     assert gap(shift[:, 0], shift[:, 1]) > 1e-6
 
 
-def harmony_forwards(net, z_v, z_a, text, p_first_frame=0., **settings):
+def harmony_forwards(net, z_v, z_a, p_first_frame=0., **settings):
     """The loss, its report, and the inputs (video, audio, sigma_v, sigma_a) of every forward."""
     calls = []
+    captions = text_bytes(["a ball drops", "a bell rings"])
+    transcripts = text_bytes(["u i", ""])
     hook = net.register_forward_pre_hook(lambda net, args: calls.append(args[:4]))
-    loss, report = losses.harmony_loss(net, z_v, z_a, text, generators(2),
+    loss, report = losses.harmony_loss(net, z_v, z_a, captions, transcripts, generators(2),
                                        p_first_frame=p_first_frame, **settings)
     hook.remove()
     return loss, report, calls
@@ -3429,10 +3431,10 @@ def test_cross_task_synergy_is_one_joint_and_two_driven_tasks():
     """Eqs. 3, 4: L_joint + 0.1 L_driven^audio + 0.3 L_driven^video, the driving stream clean. Eq. 1
     is the joint task alone, figure 3 the audio-driven task alone."""
     net = harmony()
-    z_v, z_a, _, text = arrange(net)
-    loss, report, calls = harmony_forwards(net, z_v, z_a, text)
-    joint, _, only_joint = harmony_forwards(net, z_v, z_a, text, lambda_v=0, lambda_a=0)
-    driven, _, only_driven = harmony_forwards(net, z_v, z_a, text, lambda_v=1., lambda_a=0,
+    z_v, z_a, _ = two_streams()
+    loss, report, calls = harmony_forwards(net, z_v, z_a)
+    joint, _, only_joint = harmony_forwards(net, z_v, z_a, lambda_v=0, lambda_a=0)
+    driven, _, only_driven = harmony_forwards(net, z_v, z_a, lambda_v=1., lambda_a=0,
                                               lambda_joint=0)
     grads = torch.autograd.grad(driven, [net.video.proj_out.weight, net.audio.proj_out.weight],
                                 allow_unused=True, materialize_grads=True)
@@ -3453,13 +3455,12 @@ def test_cross_task_synergy_is_one_joint_and_two_driven_tasks():
 def test_a_given_first_latent_is_clean_and_no_part_of_the_loss(stage):
     """Image-to-video as in Wan2.2-5B: latent 0 at sigma 0 for a share of the clips."""
     net = harmony()
-    z_v, z_a, _, text = arrange(net)
-    text = text if stage == "joint" else (*text[:2], None, None)
+    z_v, z_a, _ = two_streams()
     nine = torch.zeros_like(z_v)
     nine[:, :, 0] = 9                                   # error in the prediction of latent 0
 
     def error(share):
-        loss, report, calls = harmony_forwards(net, z_v, z_a, text, share, stage=stage)
+        loss, report, calls = harmony_forwards(net, z_v, z_a, share, stage=stage)
         return report[0].item(), calls[0]
     given, (video, _, sigma_v, _) = error(1.)
     net.register_forward_hook(lambda net, args, out: (out[0] + nine, out[1]))

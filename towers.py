@@ -8,11 +8,12 @@ tower can be trained first, and frozen. One layer:
     audio  x -> self-attention -------> cross-attention -> MLP -> x
                                                    ^ [noise level; text]
 
-Harmony (sections 2, 3.3), each stream conditions the other and has its own noise level, so that a
-given stream (sigma = 0) can drive the other. One layer, audio tokens [reference; target; text]:
+Harmony (sections 2, 3.3), each stream conditions the other. The network takes one noise level per
+stream: the same sigma where both are noisy, 0 for a stream that is given. One layer, whose audio
+tokens are [reference; target; text]:
 
     video  x --+-----------------> attention --.-> + from audio -> MLP -> x
-               | style, eq. 7                   X      eqs. 5, 6: each attends to the other's
+               | style, Harmony eq. 7           X      eqs. 5, 6: each attends to the other's
     audio  x --+-> to reference -> attention --'-> + from video -> MLP -> x     state before
 
 A layer holds the blocks of both towers and all that is between them, so that compilation,
@@ -29,9 +30,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from losses import expand_sigma
-from model import (MLP, Attention, AudioCrossAttention, ByteText, Modulation, TimeTextEmbed,
-                   audio_positions, init_weights, modulate, rope_table, temporal_window,
-                   unpatchify, velocity_from_output)
+from model import (BYTES_PER_TOKEN, MLP, Attention, ByteText, CrossAttention, Modulation,
+                   TimeTextEmbed, audio_positions, init_weights, modulate, rope_table,
+                   temporal_window, unpatchify, velocity_from_output)
 
 
 @dataclass
@@ -45,18 +46,17 @@ class DualTowerConfig:
     train_grid: int = 16          # tokens per side in training; other sizes span the same range
     alpha: float = 50 * 4 / 16    # audio steps per video latent: 50 Hz, 4 frames at 16 fps
     text_dim: int = 4096          # width of the text states (T5-XXL)
-    text_encoder: str = "external"          # "bytes": ByteText, trained along with the towers
+    text_encoder: str = "external"  # "bytes": ByteText, trained along with the towers
     adaptor: bool = True          # False: the ablation of SyncFlow table 4
-    cross_rope: bool = True       # False: the audio's cross-attention has no positions in time
+    cross_rope: bool = True       # False: an ablation, the audio loses the order of the video
     audio_only: bool = False      # SyncFlow table 4: no video, the audio tower reads the text
     precondition: bool = False    # the output is a residual, see `velocity_from_output`
     time_scale: float = 1.        # radians per latent at the highest frequency
-    # Full attention: channels of a head for time, row, column. (): blocks over space and time.
-    axes: tuple = ()
+    axes: tuple = ()              # full attention: channels of time, row, column; (): space, time
     system: str = "syncflow"      # or "harmony": which layers and which audio stream
     window: float = 1.5           # frame-wise attention (Harmony eq. 5): radius in video latents
     rope_align: bool = True       # False: an ablation, positions in time are not rescaled
-    use_gldi: bool = True         # False: an ablation, no window and no style update
+    use_gldi: bool = True         # False: an ablation, see `HarmonyLayer`
 
 
 # The toybox: 4 frames at 24 a second in a latent, 2 x 2 tokens. A step of 20 ms turns the fastest
@@ -103,30 +103,23 @@ def time_rope(times, cfg, steps_per_latent=1.):
     return rope_table(times[:, None], (cfg.width // cfg.heads,), cfg.time_scale / steps_per_latent)
 
 
-def sincos_embedding(ids, D):
-    """Rows and columns ids (N, 2) as vectors (N, D): sines and cosines at D/4 rates each."""
-    rates = 10000. ** (-torch.arange(D // 4, device=ids.device) / (D // 4))
-    angles = ids[..., None] * rates                                     # (N, 2, D/4)
-    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
-
-
 def align_streams(cfg, grid, S, device):
     """How latents (L, H, W) and S audio steps are aligned in time -> `bridge` of video, of audio.
 
-    Harmony section 3.3: keys are placed on the queries' timeline, so that one moment is one
-    rotation in both. SyncFlow's audio counts in latents anyway; its video has no bridge."""
+    Harmony section 3.3: keys are placed on the queries' timeline. S / L aligns the two clips end to
+    end, as in the paper. cfg.alpha, the nominal ratio, only sets the unit of rotation: the same for
+    queries and keys, so that weights serve any length. SyncFlow has `audio_positions`, step i at
+    (i + .5)/alpha - .5; its video has no bridge."""
     L, H, W = grid
     # All tokens of a latent share its time.
-    latents = torch.arange(L, device=device).float()
-    tokens = latents.repeat_interleave(H * W // cfg.patch ** 2)         # (N,)
+    tokens = torch.arange(L, device=device).float().repeat_interleave(H * W // cfg.patch ** 2)
     if cfg.system == "syncflow":
         times = audio_positions(S, cfg.alpha).to(device)
         return None, (time_rope(times, cfg), time_rope(tokens, cfg), None)
-
     steps = torch.arange(S, device=device).float()
     steps_on_video = steps * (L / S)                                    # j' = j T_v / T_a
     tokens_on_audio = tokens * (S / L)
-    # Eq. 5, frame-wise attention: the same window of time in both directions.
+    # Harmony eq. 5, frame-wise attention: the same window of time in both directions.
     a2v_mask = v2a_mask = None
     if cfg.use_gldi:
         a2v_mask = temporal_window(tokens, steps_on_video, cfg.window)              # (N, S)
@@ -167,15 +160,13 @@ class TowerBlock(nn.Module):
         # Groups of tokens that attend to each other become rows of a batch.
         latents = 1 if self.axis == "all" else cond.grid[0]
         x = x.unflatten(1, (latents, -1))                               # (B, L, hw, D)
-        if self.axis == "time":
-            x = x.transpose(1, 2)                                       # (B, hw, L, D)
+        x = x.transpose(1, 2) if self.axis == "time" else x             # (B, hw, L, D)
         rows = x.flatten(0, 1)
         rope = None if self.axis == "space" else cond.rope
         out = attend(self.attn, rows, rows, rope, rope, cond.token_mask)
         # And back to one row of tokens per clip.
         out = out.unflatten(0, x.shape[:2])
-        if self.axis == "time":
-            out = out.transpose(1, 2)                                   # (B, L, hw, D)
+        out = out.transpose(1, 2) if self.axis == "time" else out       # (B, L, hw, D)
         return out.flatten(1, 2)
 
     def attention(self, x, cond):
@@ -187,7 +178,8 @@ class TowerBlock(nn.Module):
             x = x + attend(self.cross_attn, x, cond.context, mask=cond.context_mask)
         return x
 
-    def feed_forward(self, x, cond):                                    # second half of the block
+    def feed_forward(self, x, cond):
+        # Second half of the block: the MLP.
         _, _, _, shift, scale, gate = self.modulations(cond)
         return x + gate * self.mlp(modulate(x, shift, scale))
 
@@ -225,8 +217,8 @@ class AudioBlock(nn.Module):
 
     def forward(self, a, features, cond):
         """Audio tokens a (B, S, D), video features F_l (B, N, D) or None -> a (B, S, D)."""
+        # Self-attention over the steps of the audio.
         a = self.norms[0](a + attend(self.attn, a, a, cond.rope, cond.rope))
-
         # Keys: [F_l by the adaptor; noise level; text]. The last two have no time: no rotation.
         k, v = self.cross_attn.project_kv(cond.context)                 # (B, K, 1 + T, d)
         mask = cond.context_mask
@@ -280,43 +272,41 @@ class HarmonyLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, K = cfg.width, cfg.heads
+        # GLDI (global-local decoupled interaction): False removes the window of the bridges (local)
+        # and the style update (global).
         self.use_gldi = cfg.use_gldi
         self.video = video_blocks(cfg)
         self.audio = TowerBlock(D, K, "all", cross_attention=False)
-        self.audio_to_video = AudioCrossAttention(D, K, D)
-        self.video_to_audio = AudioCrossAttention(D, K, D)
-        self.style = AudioCrossAttention(D, K, D)
+        self.audio_to_video = CrossAttention(D, K, D)
+        self.video_to_audio = CrossAttention(D, K, D)
+        self.style = CrossAttention(D, K, D)
 
     def forward(self, video, audio, cond_v, cond_a):
         """video (B, N, D) or None, audio (B, R + S + T, D) or None -> the same."""
-        # A tower alone
         if video is None:
             return None, self.audio(audio, cond_a)
         if audio is None:
             for block in self.video:
                 video = block(video, cond_v)
             return video, None
-
-        # Eq. 7: the reference attends to the whole video, z_r <- z_r + CrossAttn(z_r, z_v).
+        # Harmony eq. 7: the reference attends to the whole video, z_r <- z_r + CrossAttn(z_r, z_v).
         n_ref = cond_a.n_ref
         if n_ref and self.use_gldi:
             ref = attend(self.style, audio[:, :n_ref], video)
             audio = torch.cat([ref, audio[:, n_ref:]], 1)
-
         # Attention within each tower.
         for block in self.video[:-1]:
             video = block(video, cond_v)
         video = self.video[-1].attention(video, cond_v)
         audio = self.audio.attention(audio, cond_a)
 
-        # Eqs. 5, 6: both attend to the other as it was before. Of the audio only the target takes
-        # part: reference and text have no time in the video.
+        # Harmony eqs. 5, 6: both attend to the other as it was before. Of the audio only the target
+        # takes part: reference and text have no time in the video.
         ref, target, text = audio.tensor_split([n_ref, n_ref + cond_a.n_target], 1)
         maps = cond_a.attention_maps
         new_target = attend(self.video_to_audio, target, video, *cond_a.bridge, maps)
         video = attend(self.audio_to_video, video, target, *cond_v.bridge)
         audio = torch.cat([ref, new_target, text], 1)
-
         video = self.video[-1].feed_forward(video, cond_v)
         return video, self.audio.feed_forward(audio, cond_a)
 
@@ -354,11 +344,10 @@ class VideoStream(AdaLNStream):
         """z (B, C, L, H, W) at sigma (B,) or (B, L), states and mask of the text
         -> tokens (B, N, D), TowerConditioning"""
         cfg = self.cfg
-        _, _, L, H, W = z.shape
-        h = H // cfg.patch
-        w = W // cfg.patch
-        x = self.proj_in(z).flatten(3).permute(0, 2, 3, 1)              # (B, L, hw, D)
-
+        # One strided convolution cuts the latents into patches.
+        x = self.proj_in(z)                                             # (B, D, L, h, w)
+        _, _, L, h, w = x.shape
+        x = x.flatten(3).permute(0, 2, 3, 1)                            # (B, L, hw, D)
         # No weight has the size of a picture: times are in latents, rows and columns in tokens of
         # the training grid, from the middles of the tokens.
         latents = torch.arange(L, device=z.device)
@@ -369,17 +358,20 @@ class VideoStream(AdaLNStream):
             # Full attention rotates by all three.
             rope = rope_table(ids.flatten(0, 2), cfg.axes, cfg.time_scale)          # N tokens
         else:
-            # Attention over time rotates by time; rows and columns are added to the tokens.
-            x = x + sincos_embedding(ids[0, ..., 1:].flatten(0, 1), cfg.width).to(x.dtype)
+            # Attention over time rotates by time; rows and columns are added to the tokens as sines
+            # and cosines at D/4 rates each.
             rope = time_rope(latents, cfg)                                          # L times
-
+            rates = 10000. ** (-torch.arange(cfg.width // 4, device=z.device) / (cfg.width // 4))
+            angles = ids[0, ..., 1:].flatten(0, 1)[..., None] * rates               # (hw, 2, D/4)
+            x = x + torch.cat([angles.sin(), angles.cos()], -1).flatten(1).to(x.dtype)
         # One noise level for the clip, or one per latent for its h w tokens.
         sigma = sigma.view(len(z), -1)                                  # (B, 1 or L)
         index = None if sigma.shape[1] == 1 else latents.repeat_interleave(h * w)
         temb = self.time_embed(1000 * sigma)                            # (B, 1 or L, D)
-        cond = TowerConditioning(temb, rope, index, self.adaln(temb, index), self.text_proj(text),
-                                 text_mask[:, None, None].bool(), grid=z.shape[2:])
-        return x.flatten(1, 2), cond
+        return x.flatten(1, 2), TowerConditioning(
+            temb=temb, rope=rope, sigma_index=index, adaln=self.adaln(temb, index),
+            context=self.text_proj(text), context_mask=text_mask[:, None, None].bool(),
+            grid=z.shape[2:])
 
     def unembed(self, x, cond):                                         # (B, N, D) -> like z
         return unpatchify(self.head(x, cond), *cond.grid, self.cfg.patch)
@@ -401,22 +393,22 @@ class SyncFlowAudioStream(nn.Module):
         """z (B, A, S) at sigma (B,) -> tokens (B, S, D), TowerConditioning"""
         x = self.proj_in(z.transpose(1, 2))                             # (B, S, D)
         temb = self.time_embed(1000 * sigma[:, None])                   # (B, 1, D)
+        # Cross-attention has the noise level as a key and, in the ablation, the text.
         context = temb
         mask = torch.ones_like(temb[..., 0]).bool()                     # (B, 1)
         if self.text_proj is not None:
             context = torch.cat([context, self.text_proj(text)], 1)     # (B, 1 + T, D)
             mask = torch.cat([mask, text_mask.bool()], 1)
-        times = audio_positions(z.shape[2], self.cfg.alpha)
-        rope = time_rope(times.to(z.device), self.cfg)
-        cond = TowerConditioning(temb, rope, context=context, context_mask=mask[:, None, None])
-        return x, cond
+        rope = time_rope(audio_positions(z.shape[2], self.cfg.alpha).to(z.device), self.cfg)
+        return x, TowerConditioning(
+            temb=temb, rope=rope, context=context, context_mask=mask[:, None, None])
 
     def unembed(self, x, cond):                                         # (B, S, D) -> (B, A, S)
         return self.proj_out(x).transpose(1, 2)
 
 
 class HarmonyAudioStream(AdaLNStream):
-    """[reference; target; transcript; caption] -> tokens; target tokens -> latents (eq. 2)."""
+    """[reference; target; transcript; caption] -> tokens; the target back (Harmony eq. 2)."""
 
     def __init__(self, cfg):
         super().__init__(cfg, nn.Linear(cfg.audio_latent, cfg.width), cfg.audio_latent)
@@ -430,25 +422,21 @@ class HarmonyAudioStream(AdaLNStream):
         # One set of weights serves all tokens.
         audio = torch.cat([ref, z], 2).transpose(1, 2)                  # (B, R + S, A)
         x = torch.cat([self.proj_in(audio), self.text_proj(text)], 1)   # (B, R + S + T, D)
-
-        # Only the target is noisy.
+        # Noise levels: 0 for references and text, sigma for the target.
         index = torch.zeros(x.shape[1], dtype=torch.long, device=z.device)
         index[R:R + S] = 1
-        sigmas = torch.stack([torch.zeros_like(sigma), sigma], 1)       # (B, 2)
-        temb = self.time_embed(1000 * sigmas)                           # (B, 2, D)
-
+        temb = self.time_embed(1000 * F.pad(sigma[:, None], (1, 0)))    # (B, 2, D)
         # Times: the reference stands before the target, at -R .. -1; text stands at 0.
         times = torch.cat([torch.arange(-R, S), torch.zeros(text.shape[1])]).to(z.device)
         rope = time_rope(times, self.cfg, self.cfg.alpha)
-
         # Padding of references and text.
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=z.device)
         if ref_mask is not None:
             mask[:, :R] = ref_mask
         mask[:, R + S:] = text_mask
-        cond = TowerConditioning(temb, rope, index, self.adaln(temb, index), n_ref=R, n_target=S,
-                                 token_mask=mask[:, None, None])
-        return x, cond
+        return x, TowerConditioning(
+            temb=temb, rope=rope, sigma_index=index, adaln=self.adaln(temb, index), n_ref=R,
+            n_target=S, token_mask=mask[:, None, None])
 
     def unembed(self, x, cond):                                         # -> (B, A, S)
         out = self.head(x, cond)                                        # (B, R + S + T, A)
@@ -479,62 +467,55 @@ class DualTower(nn.Module):
         trained = cfg.text_encoder == "bytes"
         self.text_encoder = ByteText(cfg.text_dim, 0) if trained else None
         self.transcript_encoder = ByteText(cfg.text_dim, 0) if trained and harmony else None
-
         # A fresh network outputs zero, and its bridges add nothing.
         init_weights(self)
         nn.init.zeros_(self.video.proj_out.weight)
         nn.init.zeros_(self.audio.proj_out.weight)
 
-    def encode_text(self, text_inputs):
-        """Captions (B, 96) as bytes, or states and mask -> states (B, T, text_dim), mask (B, T)"""
-        return self.encode(self.text_encoder, text_inputs)
-
-    def encode_audio_text(self, text_inputs, transcripts):
-        """What Harmony's audio tower reads -> states and mask of [transcript; caption]"""
-        transcript = self.encode(self.transcript_encoder, transcripts)
-        caption = self.encode(self.text_encoder, text_inputs)
-        return tuple(torch.cat(pair, 1) for pair in zip(transcript, caption))
-
-    def encode(self, encoder, text_inputs):
+    def encode_text(self, text_inputs, transcripts=False):
+        """Text (B, TEXT_BYTES), or states and mask -> states (B, T, text_dim), mask (B, T)"""
+        encoder = self.transcript_encoder if transcripts else self.text_encoder
         if encoder is None:
             return text_inputs[:2]
         states, _ = encoder(text_inputs)                                # (B, T, text_dim)
-        # A token is 8 bytes. The first one stays where the text is empty: no empty softmax row.
-        mask = text_inputs.unflatten(1, (-1, 8)).any(2)                 # (B, T)
+        # Tokens of padding alone are masked, but never the first: no empty softmax row.
+        mask = text_inputs.unflatten(1, (-1, BYTES_PER_TOKEN)).any(2)   # (B, T)
         return states, torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1)
+
+    def encode_audio_text(self, text_inputs, transcripts):
+        """Harmony: what the audio tower reads -> states and mask of [transcript; caption]"""
+        pairs = zip(self.encode_text(transcripts, transcripts=True), self.encode_text(text_inputs))
+        return tuple(torch.cat(pair, 1) for pair in pairs)
 
     def all_blocks(self):
         return list(self.layers)
 
     def to_velocity(self, out, x, sigma):
-        if not self.cfg.precondition:
-            return out
-        return velocity_from_output(out, x, expand_sigma(sigma, x))
+        sigma = expand_sigma(sigma, x)
+        return velocity_from_output(out, x, sigma) if self.cfg.precondition else out
 
     def forward(self, video, audio, sigma_v, sigma_a, text, text_mask, audio_text=None,
                 audio_text_mask=None, ref=None, ref_mask=None, attention_maps=None):
         """Velocities of both streams; a stream may be absent (None), and so is its velocity.
-
-        video (B, C, L, H, W) at sigma_v (B,) or (B, L); audio (B, A, S) at sigma_a (B,). SyncFlow
-        has one noise level for both; Harmony's are independent, 0 for a stream that is given. Text
-        as from `encode_text` and, for Harmony, `encode_audio_text`. Harmony: ref (B, A, R), mask
-        (B, R), clean references of the timbre; attention_maps, a list that receives the
-        video-to-audio attention (B, K, S, N) of every layer."""
+        video (B, C, L, H, W) at sigma_v (B,) or (B, L); audio (B, A, S) at sigma_a (B,); text of
+        `encode_text`. Harmony: audio_text of `encode_audio_text`; ref (B, A, R), mask (B, R): clean
+        references of the timbre; attention_maps: a list that receives every layer's video-to-audio
+        attention (B, K, S, N)."""
         v = a = cond_v = cond_a = None
         if video is not None:
             v, cond_v = self.video.embed(video, sigma_v, text, text_mask)
         if audio is not None:
-            # SyncFlow's audio tower reads the caption of the video, if any.
+            # SyncFlow's audio tower reads the caption of the video, in the ablation without video.
             texts = (text, text_mask) if audio_text is None else (audio_text, audio_text_mask)
             a, cond_a = self.audio.embed(audio, sigma_a, *texts, ref, ref_mask)
             cond_a.attention_maps = attention_maps
+        # Bridges are where both streams are.
         if video is not None and audio is not None:
-            bridges = align_streams(self.cfg, video.shape[2:], audio.shape[2], v.device)
-            cond_v.bridge, cond_a.bridge = bridges
+            S = audio.shape[2]
+            cond_v.bridge, cond_a.bridge = align_streams(self.cfg, cond_v.grid, S, v.device)
+        # All layers, then tokens -> latents -> velocities.
         for layer in self.layers:
             v, a = layer(v, a, cond_v, cond_a)
-
-        # Tokens to velocities.
         if video is not None:
             v = self.to_velocity(self.video.unembed(v, cond_v), video, sigma_v)
         if audio is not None:

@@ -853,7 +853,8 @@ class SyncFlow(TwoTowers):
         with torch.no_grad(), autocast():
             figures = self.mean_report(loss_of, clips)
         video, audio = figures.values()
-        score = -dict(video=video, audio=audio, joint=video + audio)[stage]
+        both = audio if self.args.no_video else video + audio
+        score = -dict(video=video, audio=audio, joint=both)[stage]
 
         # Samples with the guidance that the checkpoint recommends.
         make = partial(self.generate, net, autocast=autocast, cfg=self.extra["guidance"]["cfg"])
@@ -926,11 +927,9 @@ class Harmony(TwoTowers):
     def loss(self, net, generators, z_v, z_a, text, speech=None, ref=None, ref_mask=None,
              pictures=None, picture_text=None):
         args = self.args
-        audio_text = (None, None) if speech is None else net.encode_audio_text(text, speech)
         loss, report = harmony_loss(
-            net, z_v, z_a, (*net.encode_text(text), *audio_text), generators, ref, ref_mask,
-            args.stage, args.lambda_v, args.lambda_a, args.shift, args.sigma,
-            lambda_joint=args.lambda_joint)
+            net, z_v, z_a, text, speech, generators, ref, ref_mask, args.stage, args.lambda_v,
+            args.lambda_a, args.shift, args.sigma, lambda_joint=args.lambda_joint)
         if pictures is not None:
             stills = image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
             loss = loss + stills
@@ -942,12 +941,11 @@ class Harmony(TwoTowers):
         z = self.held_out_latents(clips)
         text = networks.text_bytes([c["caption"] for c in clips]).to(self.device)
         speech = networks.text_bytes([c.get("speech", "") for c in clips]).to(self.device)
-        with torch.no_grad(), autocast():
-            states = (*net.encode_text(text), *net.encode_audio_text(text, speech))
 
-            def loss_of(generators):
-                return harmony_loss(net, **z, text=states, generators=generators, stage=stage,
-                                    shift=self.args.shift)
+        def loss_of(generators):
+            return harmony_loss(net, **z, text_inputs=text, transcripts=speech, stage=stage,
+                                generators=generators, shift=self.args.shift)
+        with torch.no_grad(), autocast():
             figures = self.mean_report(loss_of, clips)
         video, audio, *_ = figures.values()
         if stage == "video":
