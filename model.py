@@ -209,7 +209,7 @@ def modulate(x, shift, scale):
 
 def repeat_rows(t, n):
     """(B, ...) -> (B + n, ...): the first n rows again, as the off-sync branch of eq. 2."""
-    return torch.cat([t, t[:n]]) if n else t
+    return t if t is None or n == 0 else torch.cat([t, t[:n]])
 
 
 class RMSNorm(nn.Module):
@@ -691,7 +691,6 @@ class MMDiT(nn.Module):
 
         cached_kv: per block, those of the clean context; audio_kv: per single block, those of the
         audio, None: no audio layers."""
-        n_double = len(self.transformer_blocks)
         # a block is given its own ones, not the list: torch.compile then compiles it once for all
         cached_kv = cached_kv or [None] * len(self.all_blocks())
         audio_kv = audio_kv or [None] * len(self.single_transformer_blocks)
@@ -705,12 +704,12 @@ class MMDiT(nn.Module):
         n, mask = cond.n_off_sync, cond.mask
         if n:
             x = repeat_rows(x, n)
-            y = None if y is None else repeat_rows(y, n)
+            y = repeat_rows(y, n)
             mask = mask if mask is None or len(mask) == 1 else repeat_rows(mask, n)
             cond = replace(cond, temb=repeat_rows(cond.temb, n), mask=mask)
 
-        cached = cached_kv[n_double:]
-        for block, past, audio in zip(self.single_transformer_blocks, cached, audio_kv):
+        cached_kv = cached_kv[len(self.transformer_blocks):]
+        for block, past, audio in zip(self.single_transformer_blocks, cached_kv, audio_kv):
             x, y, kv = block(x, y, cond, past, audio)
             new_kv.append(kv)
         return x, new_kv
@@ -779,22 +778,21 @@ class MMDiT(nn.Module):
         M = noisy.shape[2]
         T = text.shape[1]
         n = h * w
-        device = noisy.device
 
         # noisy latents stand at the times of the clean latents that they will become
         video_ids = position_ids([*range(L), *range(start, start + M)], h, w)   # (N, 3)
         ids = F.pad(video_ids, (0, 0, T, 0))                                    # (T+N, 3)
-        mask = teacher_forcing_mask(T, L, M, start, n, self.cfg.context, device)
+        mask = teacher_forcing_mask(T, L, M, start, n, self.cfg.context, noisy.device)
         audio_kv, audio_mask = self.project_audio(audio_features, video_ids[:, 0])
 
         # a noise level for every noisy latent; text and clean latents take row 0, sigma = 0
         temb = self.time_text_embed(1000 * F.pad(sigma, (1, 0)), pooled)        # (B, 1+M, D)
         index = torch.arange(1, M + 1).repeat_interleave(n)
-        index = F.pad(index, (T + L * n, 0)).to(device)                         # (T+N,)
+        index = F.pad(index, (T + L * n, 0)).to(noisy.device)                         # (T+N,)
 
         cond = Conditioning(
-            temb=temb, rope=self.rope(ids, device), sigma_index=index, mask=mask[None, None],
-            audio_rope=self.rope(video_ids, device), audio_mask=audio_mask)
+            temb=temb, rope=self.rope(ids, noisy.device), sigma_index=index, mask=mask[None, None],
+            audio_rope=self.rope(video_ids, noisy.device), audio_mask=audio_mask)
         x = self.embed_latents(clean, noisy)                                    # (B, N, D)
         y = self.context_embedder(text)                                         # (B, T, D)
         x, _ = self.run_blocks(x, y, cond, audio_kv=audio_kv)                   # (B, N, D)
