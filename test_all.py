@@ -864,17 +864,15 @@ def test_a_vae_learns(kind, most):
     """Thirty steps at a tiny width lower the loss of one batch."""
     if kind == "video":
         vae = vae_of(TOY_KIND).float()
-        loss_of = partial(video_vae_loss, vae, *motion_twice(4))
-        noise = torch.randn(30, 4, 4, 3, 4, 4)
+        loss_of = partial(video_vae_loss, vae, *motion_twice(4), torch.randn(4, 4, 3, 4, 4))
     else:
         vae = little_audio_vae(kind, latent=8).float()
-        wave = toybox.toybox_clip(3, video=False)["audio"][None, :16000]
-        loss_of = partial(audio_vae_loss, vae, torch.from_numpy(wave))
-        noise = torch.zeros(30, 1, 8, 50)
+        wave = torch.from_numpy(toybox.toybox_clip(3, video=False)["audio"][None, :16000])
+        loss_of = partial(audio_vae_loss, vae, wave, torch.zeros(1, 8, 50))
     adam = torch.optim.AdamW(vae.parameters(), 3e-3)
     curve = []
-    for step_noise in noise:
-        loss = loss_of(step_noise, 1e-4)[0]
+    for _ in range(30):
+        loss = loss_of(kl=1e-4)[0]
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -916,8 +914,7 @@ def test_an_audio_vae_makes_fifty_latents_a_second_and_sounds_of_exact_length(fr
 
 
 def test_the_terms_of_the_losses_by_hand():
-    """KL(N(m, s) || N(0, 1)) is 0 for N(0, 1) and half a nat for a mean of 1. Spectra of a sound
-    that comes 25 ms late are not those of the sound."""
+    """KL is half a nat for a mean of 1; the spectra of a sound that is 25 ms late are others."""
     nats = vae_module.kl_divergence(torch.tensor([0., 1, 0]), torch.tensor([0., 0, -2]))
     wave = torch.randn(2, 6400) * .1
     assert nats.tolist() == pytest.approx([0, .5, .5 * (1 + math.exp(-2))], abs=1e-6)
@@ -982,30 +979,29 @@ def test_the_first_clips_of_the_toybox_are_bit_for_bit_these(seed):
 
 def test_another_take_is_of_the_same_thing_but_other_things_happen_to_it():
     """Its sound is as long as its picture. A mouth says one vowel per event."""
-    first, *others = [toybox.toybox_clip(7, 32, kind="mouth", variation=k) for k in range(3)]
-    for other in others:
-        assert str(other["scene"]) == str(first["scene"])
-        assert not np.array_equal(other["events"], first["events"])
-        assert other["video"].shape == (49, 32, 32, 3)
-        assert other["audio"].shape == (round(49 / 24 * 16000),)
-        assert len(other["speech"].split()) == len(other["events"])
+    first, other = (toybox.toybox_clip(7, 32, kind="mouth", variation=k) for k in range(2))
+    assert str(other["scene"]) == str(first["scene"])
+    assert not np.array_equal(other["events"], first["events"])
+    assert (len(other["video"]), len(other["audio"])) == (49, round(49 / 24 * 16000))
+    assert len(other["speech"].split()) == len(other["events"])
 
 
 def test_clips_vary_and_the_first_frame_does_not_show_when_things_happen():
     """Six kinds, silence, sounds off screen. A linear probe that predicts the number of events from
     the first frame is at chance."""
-    clips = [toybox.toybox_clip(i, 16) for i in range(700)]
-    x = np.stack([np.append(c["video"][0] / 255 - .5, 1) for c in clips])       # (700, pixels + 1)
+    clips = [toybox.toybox_clip(i, 16) for i in range(400)]
+    x = np.stack([np.append(c["video"][0] / 255 - .5, 1) for c in clips])       # (400, pixels + 1)
     y = np.array([len(c["events"]) for c in clips], float)
-    x_train, y_train = x[:500], y[:500] - y[:500].mean()
+    x_train = x[:300]
+    y_train = y[:300] - y[:300].mean()
     ridge = 30 * np.eye(x.shape[1])
     fit = np.linalg.solve(x_train.T @ x_train + ridge, x_train.T @ y_train)
     quiet = [c for c in clips if len(c["events"]) == 0]
     assert {c["kind"] for c in clips} == set(toybox.KINDS)
     assert {c["off_screen"] for c in quiet} == {True, False}
     assert not any(c["state"].any() for c in quiet)
-    correlation = np.corrcoef(x[500:] @ fit, y[500:])[0, 1]
-    assert abs(correlation) < 3.3 / np.sqrt(200), f"{correlation:.2f} on 200 clips"
+    correlation = np.corrcoef(x[300:] @ fit, y[300:])[0, 1]
+    assert abs(correlation) < 3.3 / np.sqrt(100), f"{correlation:.2f} on 100 clips"
 
 
 def test_the_reader_finds_every_event_of_real_renders_to_half_a_frame():
@@ -1022,10 +1018,10 @@ def test_the_reader_finds_every_event_of_real_renders_to_half_a_frame():
 
 
 def test_the_reader_abstains_where_frames_cannot_be_read_rather_than_invent_events():
-    """60 clips whose second half, or half of whose frames, are blurred, noisy or another clip's."""
+    """36 clips whose second half, or half of whose frames, are blurred, noisy or another clip's."""
     rng = np.random.default_rng(0)
     invented = clean = found = 0
-    for i in range(60):
+    for i in range(36):
         clip = toybox.toybox_clip(cyclesync.HELD_OUT + 600 + i, 64)
         video = clip["video"].copy()
         blurred = video.reshape(49, 4, 16, 4, 16, 3).mean((2, 4)).repeat(16, 1).repeat(16, 2)
@@ -1040,7 +1036,7 @@ def test_the_reader_abstains_where_frames_cannot_be_read_rather_than_invent_even
             clean += len(early)
             found += cyclesync.match_events(early, read, .05)[0]
     assert invented <= 2
-    assert clean > 10 and found >= .95 * clean, f"{found} of {clean} events in clean frames"
+    assert found == clean > 5, f"{found} of {clean} events in clean frames"
 
 
 def test_events_are_paired_one_to_one_closest_first():
@@ -1068,7 +1064,6 @@ def media(tmp_path_factory):
     flac[21:26] = bytes([flac[21] | 15, 255, 255, 255, 255])    # claims 2^36 samples
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8))
     noise.save(d / "rgb.png")
-    noise.save(d / "rgb.jpg")
     noise.convert("P").save(d / "palette.png")
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(d / "clear.png")
     Image.fromarray(np.full((50, 50), 40000, np.uint16)).save(d / "deep.png")
@@ -1092,8 +1087,8 @@ def test_sounds_of_any_format_become_16_khz_mono(media, kind):
 
 
 @pytest.mark.parametrize("name, pixel", [
-    ("rgb.png", None), ("rgb.jpg", None), ("palette.png", None), ("clear.png", 255),
-    ("deep.png", 155), ("one.png", [255, 0, 0]), ("wide.png", 0)])
+    ("rgb.png", None), ("palette.png", None), ("clear.png", 255), ("deep.png", 155),
+    ("one.png", [255, 0, 0]), ("wide.png", 0)])
 def test_pictures_of_any_kind_become_square_rgb(media, name, pixel):
     """What is transparent becomes white; 40000 of 65535 is 155 of 255."""
     picture = data.read_image(media / name, 32)
@@ -1102,7 +1097,7 @@ def test_pictures_of_any_kind_become_square_rgb(media, name, pixel):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("none.wav", "no such audio file"), ("none.png", "no such image file"), ("empty.wav", "0 bytes"),
+    ("none.wav", "no such audio"), ("none.png", "no such image"), ("empty.wav", "0 bytes"),
     ("short.wav", "10 ms of sound"), ("nan.wav", "1 samples are NaN, infinite or above"),
     ("endless.flac", "68719476735 x 2 samples"), ("text.wav", "no sound can be read"),
     ("text.png", "not a picture"), ("cut.png", "not a picture"), ("huge.png", "not a picture")])
@@ -1148,18 +1143,6 @@ def test_a_video_that_fails_on_the_way_leaves_no_file(tmp_path):
     with pytest.raises(data.BadInput, match="even"):
         data.write_video(tmp_path / "x.mp4", np.zeros((4, 31, 32, 3), np.uint8), None)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_film_strip_has_frames_sound_and_events_on_one_time_axis():
-    """Two seconds: white and loud from the middle on, events at a quarter and three quarters."""
-    video = np.zeros((48, 16, 16, 3), np.uint8)
-    video[24:] = 255
-    wave = np.repeat(np.float32([0, .5]), 16000)
-    strip = data.film_strip(video, wave, shown=8, events=[.5, 1.5, 7.])
-    assert strip.shape == (16 + 40, 8 * 16, 3)
-    assert (strip[8, :64] == 0).all() and (strip[8, 64:] == 255).all()
-    assert np.flatnonzero((strip[26] == [220, 40, 40]).all(1)).tolist() == [32, 96]
-    assert (strip[26, 33:62] == 245).all() and (strip[26, 66:96] == 60).all()
 
 
 # ---------------------------------------------------------------------------------------- sample.py
@@ -1903,7 +1886,7 @@ def test_odd_but_sound_files_are_read_right(odd):
 
 def test_what_cannot_be_trusted_is_skipped_with_its_reason(odd):
     """Truncated anywhere, or with a stream that teaches nothing: no crash and no wrong clip."""
-    clips, _ = data.find_clips(str(odd / "bad"))
+    clips, _ = data.find_clips(odd / "bad")
     reasons = {Path(c["name"]).stem: data.item_windows(c, 32).reason for c in clips}
     expected = {name: text for name, (_, text) in BAD.items()}
     expected |= {"plain-0": "empty", "plain-2": "damaged", "fast-2": "damaged"}
@@ -1936,6 +1919,9 @@ LAYOUTS = {
     "folders, and a microphone that is no hit": (
         {"train/wind/my_mic.mp4": "", "test/fire/a.mov": ""}, "test: fire, train: wind",
         "folders train"),
+    "any tree, one clip in ten of which is for testing, by a hash of its name": (
+        {"a_fire/31.mkv": "", "b/2.avi": "", "b/3.webm": "", ".hidden.mp4": "", "notes.txt": ""},
+        "test: a fire, train: b, train: b", "invented"),
 }
 
 
@@ -1967,18 +1953,6 @@ def test_the_greatest_hits_have_events_a_wav_and_the_better_of_two_versions(tmp_
     assert clip["sound"] == str(tmp_path / f"Greatest_Hits/{HIT}_denoised.wav")
 
 
-def test_any_tree_of_clips_gets_a_split_that_is_announced_and_stays(tmp_path):
-    """Clips that are added later leave the others in their split."""
-    names = [f"class_{i % 3}/clip.{i}{data.VIDEOS[i % 5]}" for i in range(40)]
-    folder = tree(tmp_path, dict.fromkeys([*names, "notes.txt", ".hidden.mp4"], ""))
-    clips, report = data.find_clips(folder)
-    splits = {c["name"]: c["split"] for c in clips}
-    later, _ = data.find_clips(tree(tmp_path, {"a_new_one/first.mp4": ""}))
-    assert set(splits) == set(names) and "invented" in report
-    assert 1 <= list(splits.values()).count("test") <= 12
-    assert splits.items() < {c["name"]: c["split"] for c in later}.items()
-
-
 @pytest.mark.parametrize("name, files, text", [
     ("a", {"x.mp4": "", "vggsound.csv": "0B4dYTMsgHA,soon,x,test"}, "vggsound.csv: cannot be read"),
     ("a", {"x.mp4": "", "train.txt": "\xff\xfe"}, "train.txt: cannot be read"),
@@ -1996,7 +1970,7 @@ def test_broken_tables_and_missing_data_are_one_line(tmp_path, monkeypatch, name
 
 
 def fill(folder, items, vae, **settings):
-    """Prepare a cache at 32 px. Items are numbers of toybox clips or real clips."""
+    """Prepare a cache of real clips, or of so many toybox clips, at 32 pixels."""
     if isinstance(items, int):
         items = data.list_clips("toybox", clips=items)[1]["train"]
     data.prepare(folder, dict(resolution=32, **settings), items, vae, "cpu", nullcontext)
@@ -2004,8 +1978,7 @@ def fill(folder, items, vae, **settings):
 
 
 def test_a_crop_is_coded_as_its_pixels_are(tmp_path, toy):
-    """Windows begin every half second, the last ends with the clip; latent 0 of each is its own
-    first frame, coded alone."""
+    """Windows begin every half second, the last ends with the clip; latent 0 codes its frame 0."""
     clip = flash_clip(tmp_path / "a.mp4", seconds=3.)
     vae = sample.load_vae(toy / "vae.pt").requires_grad_(False)
     cache = fill(tmp_path / "c", [clip], vae)
@@ -2021,9 +1994,8 @@ def test_a_crop_is_coded_as_its_pixels_are(tmp_path, toy):
 
 
 def test_evaluation_takes_three_evenly_spaced_windows(tmp_path):
-    """Syncphony C.2's shift study starts half a second in, and each sound reaches back so far that
-    a delay needs no padding. The last frame of AVSync15's shortest clip, 48 frames, is held; the
-    study leaves it out: (150 - 4) x 3 = 438 clips."""
+    """Syncphony C.2's shift study begins half a second in; its sounds reach back that far. Of the
+    shortest clip of AVSync15, 48 frames, the last is held; the study leaves it out (438 clips)."""
     clip = dict(flash_clip(tmp_path / "a.mp4", seconds=4.), split="test")
     short = dict(flash_clip(tmp_path / "b.mp4", seconds=2.), split="test")
     video, wave = data.read_clip(clip["path"], 32, 32)
@@ -2031,7 +2003,7 @@ def test_evaluation_takes_three_evenly_spaced_windows(tmp_path):
     first, _, end = data.clip_windows(clip, 32, audio_lead=.5)
     held = data.clip_windows(short, 32)[2]
     assert starts == [0, round((len(video) - 49) / 2), len(video) - 49]
-    assert (first["start"], end["start"]) == (.5, (len(video) - 49) / 24)
+    assert first["start"] == .5 and end["start"] == (len(video) - 49) / 24
     assert np.array_equal(first["audio"], wave[:round((.5 + 49 / 24) * 16000)])
     assert np.array_equal(first["video"], video[12:61])
     assert (held["start"], held["video"].shape, len(held["audio"])) == (0, (49, 32, 32, 3), 32667)
@@ -2043,8 +2015,9 @@ def test_a_cache_that_was_killed_at_any_moment_ends_as_the_same_bytes(tmp_path, 
     """What SIGKILL leaves behind is removed; what another run writes just now is not."""
     vae = sample.load_vae(toy / "vae.pt")
     fill(tmp_path / "complete", 40, vae)
-    moments = {1, 3, 5, 8, 10, 14}
-    replace, count = os.replace, itertools.count(1)
+    moments = {1, 4, 9, 12}           # after the settings, within either shard, at the manifest
+    replace = os.replace
+    count = itertools.count(1)
 
     def replace_or_die(a, b):
         if next(count) in moments:
@@ -2054,40 +2027,42 @@ def test_a_cache_that_was_killed_at_any_moment_ends_as_the_same_bytes(tmp_path, 
     for _ in moments:
         with pytest.raises(SystemExit):
             fill(tmp_path / "killed", 40, vae)
-    for name, age in ((".00001-mels.1234.npy", 4000), (".00001-mels.5678.npy", 0)):
+    for name, age in ((".1.npy", 4000), (".2.npy", 0)):
         (tmp_path / "killed" / name).write_text("half")
         os.utime(tmp_path / "killed" / name, (time.time() - age,) * 2)
     fill(tmp_path / "killed", 40, vae)
     complete, killed = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
                         for name in ("complete", "killed"))
-    assert killed == complete | {".00001-mels.5678.npy": b"half"}
+    assert killed == complete | {".2.npy": b"half"}
 
 
 def test_a_finished_cache_is_only_read_a_damaged_one_is_named(tmp_path, toy, monkeypatch):
     """A size that is wrong is noticed at once, a wrong byte if that is asked for."""
-    vae = sample.load_vae(toy / "vae.pt")
-    fill(tmp_path, 2, vae, name="a", crop=(1, 2))
+    shard = tmp_path / "00000-mels.npy"
+    again = partial(fill, tmp_path, 2, sample.load_vae(toy / "vae.pt"), crop=(1, 2))
+    again(name="a")
     with monkeypatch.context() as patch:
         patch.setattr(data, "replacing", None)            # nothing can be written
-        fill(tmp_path, 2, vae, name="a", crop=(1, 2))
+        again(name="a")
     with pytest.raises(data.BadInput, match="name a .now b.*remove that folder"):
-        fill(tmp_path, 2, vae, name="b")
-    content = (tmp_path / "00000-mels.npy").read_bytes()
+        again(name="b")
+    content = shard.read_bytes()
     for damaged, verify in ((content[:-1] + b"x", True), (content[:-1], False)):
-        (tmp_path / "00000-mels.npy").write_bytes(damaged)
+        shard.write_bytes(damaged)
         with pytest.raises(data.BadInput, match="00000-mels.npy: missing or damaged"):
             data.open_cache(tmp_path, verify)
     (tmp_path / "00000.json").unlink()
-    assert len(fill(tmp_path, 2, vae, name="a", crop=(1, 2))["at"]) == 2
+    assert len(again(name="a")["at"]) == 2
 
 
+@slow
 def test_workers_prepare_in_order_and_their_death_is_one_line():
-    """Results do not depend on which process was faster."""
+    """Every worker imports torch first, which takes seconds."""
     items = data.list_clips("toybox", clips=8)[1]["train"]
     with data.workers() as pool:
-        results = list(data.all_windows(items, 16, 1, pool, ahead=3))
-        assert [item["seed"] for item, _ in results] == list(range(8))
-        assert np.array_equal(results[7][1][0]["video"], toybox.toybox_clip(7, 16)["video"])
+        for item, (window,) in data.all_windows(items, 16, 1, pool, ahead=3):
+            expected = toybox.toybox_clip(item["seed"], 16)
+            assert np.array_equal(window["video"], expected["video"]), item["name"]
         pool.submit(os._exit, 1)
         with pytest.raises(data.BadInput, match="a worker process died"):
             list(data.all_windows(items, 16, 1, pool))
@@ -2110,9 +2085,10 @@ def test_clips_are_shown_and_prepared_with_a_report_of_what_was_skipped(tmp_path
 @pytest.mark.parametrize("reference", [True, False])
 def test_training_samples_the_posterior_except_of_the_vae_whose_code_is_mostly_noise(reference):
     """A posterior of mean 5 and deviation 0.2, normalised by a factor of 2."""
-    posterior = np.stack([np.full((1, 4, 3, 8, 8), 5.), np.full((1, 4, 3, 8, 8), np.log(.04))], 1)
-    arrays = dict(latents=[posterior.astype(np.float16)], mels=[np.zeros((1, 9, 64))])
-    cache = dict(arrays=arrays, at=np.array([[0, 0]]), captions=["a"])
+    posterior = np.full((1, 2, 4, 3, 8, 8), 5.)
+    posterior[:, 1] = np.log(.04)
+    cache = dict(arrays=dict(latents=[posterior], mels=[np.zeros((1, 9, 64))]), captions=["a"],
+                 at=np.zeros((1, 2), int))
     vae = SimpleNamespace(cfg=SimpleNamespace(reference=reference), normalise=lambda z: 2 * z)
     task = SimpleNamespace(vae=vae, device="cpu", args=train.parse_args([]))
     rngs = [np.random.default_rng(seed) for seed in (1, 2, 1)]
@@ -2125,8 +2101,7 @@ def test_training_samples_the_posterior_except_of_the_vae_whose_code_is_mostly_n
 def test_hubert_features_are_fifty_a_second(tmp_path):
     """Syncphony section 4: HuBERT at 50 Hz. A small HuBERT, two seconds at 16 kHz."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.HubertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = transformers.HubertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     transformers.HubertModel(config).save_pretrained(tmp_path)
     wave = np.random.default_rng(0).standard_normal(32000).astype(np.float32)
     assert pyramid.load_hubert(str(tmp_path), torch.device("cpu"))(wave).shape == (100, 16)
