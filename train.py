@@ -29,7 +29,8 @@
 Everything random about a sample, its window, its caption, its noise, is a function of (seed, id);
 what all samples of a step have in common, of (seed, step). So a checkpoint holds no generator
 states: a run that was stopped (Ctrl-C, SIGTERM, even SIGKILL) is continued by the same command from
-the last saved step, and takes the very steps it would have taken. And the gradient of a step is the
+the last saved step, and takes the very steps it would have taken; after SIGKILL, steps since
+that one are in log.csv twice. And the gradient of a step is the
 same, to rounding, in one process, in several, and in micro-batches. Two exceptions couple the
 samples of a micro-batch: --ot, and the spectral error of audio-vae.
 
@@ -42,6 +43,7 @@ import argparse
 import csv
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -49,7 +51,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,12 +79,13 @@ from data import BadInput, Parser, frames_to_tensor, number, run_cli
 from losses import (
     BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
 from sample import (
-    AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, fingerprint, generate_audio_video, load_audio_vae,
-    load_vae, pick_device)
+    AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, fingerprint, generate_audio_video, load_vae,
+    pick_device)
 from toybox import detect_clip_events, toybox_clip, vae_training_pair
 
 COUNT = number(int, 1)
-POSITIVE = number(low=0)
+COUNT_OR_NONE = number(int, 0)
+NOT_NEGATIVE = number(low=0)
 SHARE = number(low=0, high=1)
 
 # ----------------------------------------------------------------------------------------- settings
@@ -94,24 +97,26 @@ COMMON = dict(
     data=("toybox", str, f"toybox, {', '.join(data.DATASETS)}, or a folder of clips"),
     data_root=("data", str, "folder of datasets and of caches of latents"),
     out=(None, str, "folder of checkpoints and logs; None: out/TASK"),
-    seed=(0, number(int, 0), "of everything that is random"),
+    seed=(0, COUNT_OR_NONE, "of everything that is random"),
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
     compile=(False, bool, "torch.compile: half a minute to start, then faster steps"),
     # how long; a step is one update of the weights
     steps=(1500, COUNT, "optimiser steps (of each stage)"),
     batch_size=(16, COUNT, "clips per step, over all processes and micro-batches"),
     accum=(1, COUNT, "micro-batches per step: less memory, the same result"),
-    # Muon's updates are scaled to the size of AdamW's, so that one rate serves both.
-    lr=(5e-3, POSITIVE, "peak learning rate; a cosine ends at 2 %% of it"),
-    warmup=(100, number(int, 0), "steps of linear warm-up"),
-    clip=(1., POSITIVE, "largest norm of the gradient; 0 = no clipping"),
+    # Muon's updates are scaled to the size of AdamW's, so that one rate serves both. This rate and
+    # those of the VAEs were chosen by short runs of the shipped sizes.
+    lr=(5e-3, number(low=1e-12), "peak learning rate; a cosine ends at 2 %% of it"),
+    warmup=(100, COUNT_OR_NONE, "steps of linear warm-up"),
+    clip=(1., NOT_NEGATIVE, "largest norm of the gradient; 0 = no clipping"),
+    # .998 averages 500 steps, a third of the default run.
     ema=(.998, SHARE, "decay of the averaged weights"),
     optimizer=("muon", ("muon", "adamw"), "Muon for matrices and AdamW for the rest, or AdamW"),
     # what is printed and kept
     log_every=(50, COUNT, "steps between reports"),
     sample_every=(1000, COUNT, "steps between evaluations, each with strips and an mp4"),
     save_every=(500, COUNT, "steps between checkpoints"),
-    eval_clips=(48, number(int, 0), "held-out clips of an evaluation; 0 = no evaluation"),
+    eval_clips=(48, COUNT_OR_NONE, "held-out clips of an evaluation; 0 = no evaluation"),
 )
 PICTURES = dict(resolution=(64, data.picture_size, "side in pixels, or height x width: 384x640"))
 LATENTS = dict(   # of the tasks that train on latents, which are coded once and cached
@@ -128,14 +133,14 @@ TOWERS = dict(
     LATENTS,
     init=(None, str, "checkpoint to start from; None: that of the stage before, in --out"),
     # Most of what a video tower learns is appearance, of which a clip shows one example.
-    pictures=(8, number(int, 0), "still pictures to learn from beside every clip"),
+    pictures=(8, COUNT_OR_NONE, "still pictures to learn from beside every clip"),
 )
 TASKS = {   # a task's tables; a plain value replaces the default of a setting above
     "a2v": (COMMON, LATENTS, dict(
         size=("tiny", networks.SIZES, "size of the network"),
-        steps=1550,
+        steps=1550,   # 10 to 15 minutes on two cores
         shift=4.,   # losses.shift_sigma has the measurement
-        lambda_motion=(1., POSITIVE, "weight of the motion term, Syncphony eq. 1; 0 = plain loss"),
+        lambda_motion=(1., NOT_NEGATIVE, "weight of the motion term, Syncphony eq. 1; 0 = off"),
         # Audio guidance (eq. 2) evaluates the network without them: it has to know that path.
         skip_audio=(.1, SHARE, "share of steps without the audio layers"),
         no_audio_rope=(False, bool, "ablation: audio without positions, Syncphony table 11"),
@@ -155,23 +160,24 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         stage=("all", ("video", "audio", "timbre", "joint", "all"), "what is trained"),
         audio_vae=(str(MEL_VAE_FILE), str, "the VAE that makes the latents of the sound"),
         shift=5.,   # the paper's, in training and in sampling
-        lambda_v=(.1, POSITIVE, "weight of the audio-driven loss, which trains the video (eq. 3)"),
-        lambda_a=(.3, POSITIVE, "weight of the video-driven loss, which trains the audio (eq. 3)"),
-        lambda_joint=(1., POSITIVE, "weight of the joint loss; 0 = the one-way tasks alone"),
+        lambda_v=(.1, NOT_NEGATIVE, "weight of the audio-driven loss, of the video (eq. 3)"),
+        lambda_a=(.3, NOT_NEGATIVE, "weight of the video-driven loss, of the audio (eq. 3)"),
+        lambda_joint=(1., NOT_NEGATIVE, "weight of the joint loss; 0 = the one-way tasks alone"),
         no_rope_align=(False, bool, "ablation: the two time axes are not aligned"),
         no_gldi=(False, bool, "ablation: no temporal window, no style from the reference"))),
+    # The KL terms were chosen so that most values of a posterior stay as wide as the prior.
     "vae": (COMMON, PICTURES, dict(
         steps=6000, lr=2e-3,
-        kl=(2e-2, POSITIVE, "weight of the KL term"),
+        kl=(2e-2, NOT_NEGATIVE, "weight of the KL term"),
         tune_decoder=(None, str, "checkpoint of which the decoder alone is trained on"))),
     "audio-vae": (COMMON, dict(
         size=("tiny", autoencoders.AUDIO_VAE_SIZES["waveform"], "size of the network"),
         steps=4000, lr=3e-3,
-        kl=(2e-2, POSITIVE, "weight of the KL term"))),
+        kl=(2e-2, NOT_NEGATIVE, "weight of the KL term"))),
     "mel-vae": (COMMON, dict(
         size=("tiny", autoencoders.AUDIO_VAE_SIZES["mel"], "size of the network"),
         steps=2000, lr=3e-3,
-        kl=(2e-3, POSITIVE, "weight of the KL term"))),
+        kl=(2e-3, NOT_NEGATIVE, "weight of the KL term"))),
 }
 # Syncphony: 33000 steps of 32 clips; the paper does not give its learning rate.
 PRETRAINED = dict(size="miniflux", steps=33000, batch_size=32, lr=5e-5, ema=.9999)
@@ -180,13 +186,30 @@ EMA_EVERY_PRETRAINED = 20
 
 STAGES = {   # name, share of --lr, batches of so many times --batch-size
     # SyncFlow section 3.2. Stage two builds no graph of the video tower, so that twice the batch
-    # costs the same; stage three is a fine-tuning.
+    # costs the same; stage three is a fine-tuning. The shares of --lr were chosen by short runs.
     "t2av": (("video", 1, 1), ("audio", 1, 2), ("joint", .3, 1)),
     # Harmony section 2, with a video tower from scratch in place of Wan2.2's.
     "joint": (("video", 1, 1), ("audio", 1, 1), ("timbre", .3, 1), ("joint", .6, 1)),
 }
+GUIDANCE = {   # what a checkpoint recommends to sample.py
+    "a2v": dict(asg=1., cfg=0.),
+    "pretrained": dict(asg=2., cfg=4.),           # w_a and w_t of Syncphony
+    "t2av": dict(cfg=2.),                         # w of SyncFlow eq. 3; the paper samples with 6
+    # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1.
+    "joint": dict(cfg=1., sync_video=3., sync_audio=2.),
+}
+# Streams of random numbers: a generator is seeded by [--seed, its stream, step or sample id], so
+# that no two purposes share numbers. [--seed, epoch] orders the clips of an epoch.
+STREAMS = dict(
+    sample=1,         # by sample id: the window of a clip, dropped text, posteriors, stills
+    step=2,           # by step: is audio skipped, which latent does Pyramid Flow's loss train
+    reference=3,      # by step: length of the references of the timbre
+    sound=4,          # by sample id: which second of which recording
+    noise=5,          # by sample id, torch: noise and noise levels of the loss
+)
 # Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
-# cosine) leave the steps as they are; VAEs are compared by fingerprint, wherever they lie.
+# cosine) leave samples and objective as they are; --device, --compile and --accum change rounding.
+# VAEs are compared by fingerprint, wherever they lie.
 MAY_DIFFER = {"steps", "accum", "device", "compile", "checkpointing", "out", "data_root", "init",
               "vae", "audio_vae", "pretrained", "log_every", "sample_every", "save_every",
               "eval_clips"}
@@ -202,32 +225,27 @@ def settings_of(task, pretrained=False):
     return settings
 
 
-def arguments(task="a2v", pretrained=False):
-    """The parser of a task's settings."""
-    parser = Parser(__doc__)
-    parser.add_argument("--task", default=task, choices=list(TASKS), help="what to train")
-    for name, (default, kind, text) in settings_of(task, pretrained).items():
-        flag = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        elif callable(kind):
-            parser.add_argument(flag, default=default, type=kind, help=text)
-        else:
-            parser.add_argument(flag, default=default, choices=list(kind), help=text)
-    return parser
-
-
 def parse_args(argv=None):
     """Command line -> Namespace. A setting of another task is an error that names that task."""
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
     # What is trained decides which settings there are and what their defaults are.
+    parser = Parser(__doc__)
+    parser.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
     first = Parser(__doc__)
     first.add_argument("--task", default="a2v", choices=list(TASKS))
     first.add_argument("--pretrained")
     chosen, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    pretrained = chosen.task == "a2v" and chosen.pretrained is not None
-    parser = arguments(chosen.task, pretrained)
+    settings = settings_of(chosen.task, chosen.task == "a2v" and chosen.pretrained is not None)
+    for name, (default, kind, text) in settings.items():
+        if kind is bool:
+            options = dict(action="store_true")
+        elif callable(kind):
+            options = dict(default=default, type=kind)
+        else:
+            options = dict(default=default, choices=list(kind))
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
     args, unknown = parser.parse_known_args(argv)
+
     # What this task does not know may be known to another.
     for flag in [a.split("=")[0] for a in unknown]:
         owners = [t for t in TASKS if flag[2:].replace("-", "_") in settings_of(t)]
@@ -354,6 +372,11 @@ def open_caches(args, vae, device, autocast, **audio):
     return caches
 
 
+def step_rng(args, stream, number):
+    """numpy generator of one stream (see STREAMS) of a step or of a sample."""
+    return np.random.default_rng([args.seed, STREAMS[stream], number])
+
+
 def batch_indices(cache, args, step, rows):
     """Samples number `rows` of a step -> window of each in the cache, numpy generator of each.
 
@@ -368,7 +391,7 @@ def batch_indices(cache, args, step, rows):
         epoch, place = divmod(sample_id, len(clips))
         order = np.random.default_rng([args.seed, epoch]).permutation(len(clips))
         # One of its windows.
-        rng = np.random.default_rng([args.seed, 1, sample_id])
+        rng = step_rng(args, "sample", sample_id)
         index.append(rng.choice(clips[order[place]]))
         rngs.append(rng)
     return np.array(index), rngs
@@ -387,18 +410,19 @@ class Prefetcher:
         self.args = args
         self.ahead = ahead
         self.pool = ThreadPoolExecutor(1)
-        self.futures = {}
+        self.futures = {}                         # sample id -> what the thread makes of it
 
     def __call__(self, step, rows):
         """-> tensor (len(rows), ...)"""
-        def stack(s):
-            return np.stack([self.make(s * self.args.batch_size + row) for row in rows])
-
-        # Ask for this step, unless that was done, and for the next ones; then wait for this one.
-        for s in range(step, min(step + self.ahead, max(self.args.steps, step + 1))):
-            if (s, *rows) not in self.futures:
-                self.futures[(s, *rows)] = self.pool.submit(stack, s)
-        return torch.from_numpy(self.futures.pop((step, *rows)).result())
+        # Ask for the samples of this step and of the next ones.
+        for s in range(step, min(step + self.ahead, self.args.steps)):
+            for sample_id in [s * self.args.batch_size + row for row in rows]:
+                if sample_id not in self.futures:
+                    self.futures[sample_id] = self.pool.submit(self.make, sample_id)
+        # Wait for those of this step.
+        first = step * self.args.batch_size
+        samples = [self.futures.pop(first + row).result() for row in rows]
+        return torch.from_numpy(np.stack(samples))
 
 
 def held_out_windows(cache, n):
@@ -415,11 +439,11 @@ def held_out_windows(cache, n):
 
 
 def toybox_held_out(n, resolution=64, video=True):
-    """n clips of seeds that no training draws."""
+    """n clips of seeds that no training draws: those of `cyclesync.py --seed 100`."""
     return [toybox_clip(HELD_OUT + 10 ** 6 + i, resolution, video=video) for i in range(n)]
 
 
-def video_figures(videos, clips, prefix=""):
+def video_figures(videos, clips):
     """Events of toybox videos against those of their clips -> figures, score.
 
     The score is F1 at 100 ms, which varies less than at 50 over so few clips, minus the residual
@@ -427,7 +451,7 @@ def video_figures(videos, clips, prefix=""):
     scores = score_toybox(videos, clips)[0]
     names = ("f1_50", "precision_50", "recall_50", "f1_100", "residual", "false_per_quiet_clip")
     residual = scores["residual"] if np.isfinite(scores["residual"]) else 1
-    return {prefix + name: scores[name] for name in names}, scores["f1_100"] - residual
+    return {name: scores[name] for name in names}, scores["f1_100"] - residual
 
 
 def onset_f1(sounds, truth):
@@ -450,35 +474,27 @@ class A2V:
         self.vae = load_vae(folder, device)
         self.cache, self.test = open_caches(
             args, self.vae, device, autocast,
-            audio_encoder=self.hubert_features if args.hubert else None)
+            # HuBERT loads at the first waveform, if there is one to encode.
+            audio_encoder=(lambda wave: self.hubert(wave)) if args.hubert else None)
         if args.pretrained:
+            # Caption -> its T5 and CLIP states, which are kept beside the caches.
+            self.prompts = {}
             with rank0_first():
-                self.prompts = self.text_states()
+                for split in (self.cache, self.test):
+                    self.prompts |= pyramid.cached_text_states(
+                        split["folder"], split["captions"], args.pretrained, device)
             self.net = self.from_pyramid_flow(autocast)
             self.columns = ("stage 0", "stage 1", "stage 2")
-            # w_a and w_t that sample.py takes from the checkpoint: here the paper's.
-            guidance = dict(asg=2., cfg=4.)
+            guidance = GUIDANCE["pretrained"]
         else:
             self.net = self.from_scratch()
             self.columns = tuple(f"s<{(b + 1) / BUCKETS:.2f}" for b in range(BUCKETS))
-            guidance = dict(asg=1., cfg=0.)
+            guidance = GUIDANCE["a2v"]
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), guidance=guidance)
 
-    @cache
+    @cached_property
     def hubert(self):
         return pyramid.load_hubert(self.args.hubert, self.device)
-
-    def hubert_features(self, wave):
-        """Waveform (samples,) -> (S, A). HuBERT loads at the first call, if any."""
-        return self.hubert()(wave)
-
-    def text_states(self):
-        """Caption -> its T5 and CLIP states, which are kept beside the caches."""
-        prompts = {}
-        for split in (self.cache, self.test):
-            prompts.update(pyramid.cached_text_states(
-                split["folder"], split["captions"], self.args.pretrained, self.device))
-        return prompts
 
     def from_scratch(self):
         # Audio steps per latent: 50 per second, and the VAE says how long a latent is.
@@ -514,7 +530,7 @@ class A2V:
         batch = self.windows(self.cache, index, rngs)
         # Common to all processes: they have to skip the same parameters, and the batch of Pyramid
         # Flow's loss has its fine targets in one latent.
-        rng = np.random.default_rng([self.args.seed, 2, step])
+        rng = step_rng(self.args, "step", step)
         skip_audio = rng.random() < self.args.skip_audio
         latent = int(rng.integers(1, batch["z"].shape[2]))
         return dict(batch, rows=rows, skip_audio=skip_audio, latent=latent)
@@ -554,17 +570,11 @@ class A2V:
         return toybox_held_out(n, self.args.resolution)
 
     def evaluate(self, net, clips, autocast):
-        """Toybox: events of generated videos, without guidance (which scores) and with it. Real
-        clips: the loss on windows of the test split."""
-        if self.test:
-            return self.evaluate_windows(net, clips, autocast)
-        make = partial(generate, net, self.vae, clips, autocast, steps=12, cfg=0.)
-        figures, score = video_figures(make(asg=0.), clips)
-        videos = make(asg=self.extra["guidance"]["asg"])
-        guided, _ = video_figures(videos, clips, "guided_")
-        return Evaluation(figures | guided, score, videos)
-
-    def evaluate_windows(self, net, clips, autocast):
+        """Toybox: events of generated videos. Real clips: the loss on windows of the test split."""
+        make = partial(generate, net, self.vae, autocast=autocast, steps=12, asg=0., cfg=0.)
+        if not self.test:
+            videos = make(clips=clips)
+            return Evaluation(*video_figures(videos, clips), videos)
         losses = []
         with torch.no_grad(), autocast():
             for k in range(0, len(clips), 16):
@@ -576,8 +586,7 @@ class A2V:
                                     skip_audio=False, latent=latent)
                 losses.append(loss.item())
         # At the published size a video takes hours.
-        videos = [] if self.args.pretrained else generate(
-            net, self.vae, clips[:8], autocast, steps=12, asg=0., cfg=0.)
+        videos = [] if self.args.pretrained else make(clips=clips[:8])
         loss = float(np.mean(losses))
         return Evaluation(dict(test_loss=loss), -loss, videos)
 
@@ -667,7 +676,7 @@ class AudioVAE:
 
     def second(self, sample_id, files):
         """One second of a toybox clip, or of one of the files: float32 (rate,)."""
-        rng = np.random.default_rng([self.args.seed, 4, sample_id])
+        rng = step_rng(self.args, "sound", sample_id)
         n = self.net.cfg.rate
         if files:
             clip = files[rng.integers(len(files))]
@@ -719,15 +728,16 @@ class AudioVAE:
 # ----------------------------------------------------------------------------- SyncFlow and Harmony
 
 class TwoTowers:
-    """What SyncFlow and Harmony have in common: VAEs, cache, the frozen part, pictures, clips."""
+    """What SyncFlow and Harmony have in common: VAEs, cache, stages, still pictures, evaluation."""
 
-    def open(self, args, device, autocast, sizes, variations=1, **switches):
+    def __init__(self, args, device, autocast, sizes, variations=1, **switches):
         self.args = args
         self.device = device
         self.vae = load_vae(args.vae, device)
-        self.audio_vae = load_audio_vae(args.audio_vae, device)
+        self.audio_vae = load_vae(args.audio_vae, device, "audio-vae or mel-vae")
         # Audio latents per video latent: the VAEs say how long each of them is.
-        alpha = self.audio_vae.cfg.rate / self.audio_vae.hop * self.vae.stride_t / data.FPS
+        self.hertz = self.audio_vae.cfg.rate / self.audio_vae.hop
+        alpha = self.hertz * self.vae.stride_t / data.FPS
         config = towers.DualTowerConfig(**sizes[args.size] | dict(alpha=alpha) | switches)
         for flag, vae, expected in (("vae", self.vae, config.latent),
                                     ("audio-vae", self.audio_vae, config.audio_latent)):
@@ -740,7 +750,7 @@ class TwoTowers:
         self.net = towers.DualTower(config)
         self.start_stage()
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), stage=args.stage,
-                          audio_vae=fingerprint(self.audio_vae))
+                          audio_vae=fingerprint(self.audio_vae), guidance=GUIDANCE[args.task])
 
     def start_stage(self):
         """Weights of --init; which parameters are trained."""
@@ -764,15 +774,19 @@ class TwoTowers:
         return dict(z_v=self.vae.normalise(z_v.to(self.device)),
                     z_a=self.audio_vae.normalise(z_a.to(self.device)))
 
-    def cached(self, index):
-        """Latents of windows of the cache, the means of their posteriors."""
-        z_v = data.gather(self.cache, "latents", index)[:, 0].float()
-        return self.latents(z_v, data.gather(self.cache, "features", index).float().mT)
-
     def text(self, name, index, rngs):
         """Captions or transcripts ("speech") of windows, some of them dropped -> text_bytes."""
         texts = drop_text([self.cache[name][i] for i in index], rngs, self.args.drop_text)
         return networks.text_bytes(texts).to(self.device)
+
+    def batch(self, step, rows):
+        """Latents of the samples (the means of their posteriors), captions, what the stage needs
+        besides."""
+        index, rngs = batch_indices(self.cache, self.args, step, rows)
+        z_v = data.gather(self.cache, "latents", index)[:, 0].float()         # (B, C, L, h, w)
+        z_a = data.gather(self.cache, "features", index).float().mT           # (B, A, S)
+        batch = dict(self.latents(z_v, z_a), text=self.text("captions", index, rngs))
+        return batch | self.more_inputs(step, index, rngs)
 
     def still_pictures(self, rngs):
         """First latents of --pictures clips per sample, (B * pictures, C, 1, h, w), and text."""
@@ -784,6 +798,15 @@ class TwoTowers:
         text = self.text("captions", index, np.repeat(rngs, n))
         z = data.gather(self.cache, "latents", index)[:, 0, :, :1].float().to(self.device)
         return dict(pictures=self.vae.normalise(z), picture_text=text)
+
+    def loss(self, net, generators, pictures=None, picture_text=None, **batch):
+        """The system's loss, plus that of the still pictures."""
+        args = self.args
+        loss, report = self.clip_loss(net, generators, **batch)
+        if pictures is not None:
+            stills = image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
+            loss = loss + stills
+        return loss, report
 
     def held_out(self, n):
         """Held-out clips and their latents z_v (1, C, L, h, w), z_a (1, A, S), not normalised."""
@@ -797,23 +820,40 @@ class TwoTowers:
                 clip["z_a"] = torch.from_numpy(self.encode_waveform(clip["audio"])).T[None]
         return clips
 
-    def held_out_latents(self, clips):
-        return self.latents(torch.cat([c["z_v"].to(self.device) for c in clips]),
-                            torch.cat([c["z_a"].to(self.device) for c in clips]))
+    def evaluate(self, net, clips, autocast):
+        """The loss on held-out clips, which scores; then what the stage can generate."""
+        stage = self.args.stage
+        z = self.latents(*(torch.cat([c[name].to(self.device) for c in clips])
+                           for name in ("z_v", "z_a")))
+        text = [networks.text_bytes([c.get(name, "") for c in clips]).to(self.device)
+                for name in ("caption", "speech")]
+        batch = dict(z, text=text[0])
+        if net.cfg.system == "harmony":
+            batch["speech"] = text[1]
+        # Four draws of noise, the same at every evaluation.
+        with torch.no_grad(), autocast():
+            reports = [self.clip_loss(net, seeded_each(range(len(clips)), k), **batch)[1]
+                       for k in range(4)]
+        errors = dict(zip(self.columns, torch.stack(reports).mean(0).tolist()))
+        figures = {f"loss {name}": error for name, error in errors.items()}
+        # A stream that is not there has the error nan.
+        score = -np.nansum([errors[s] for s in ("video", "audio") if s in self.TRAINS[stage]])
 
-    def mean_report(self, loss_of, clips):
-        """The loss of four draws of noise, the same at every evaluation -> figures."""
-        reports = [loss_of(seeded_each(range(len(clips)), k))[1] for k in range(4)]
-        values = torch.stack(reports).mean(0).tolist()
-        return {f"loss {name}": value for name, value in zip(self.columns, values)}
+        # Without an audio VAE the video tower runs alone.
+        make = partial(self.generate, net, autocast)
+        if stage == "video":
+            return Evaluation(figures, score, make(None, clips[:8])[0])
+        events, *shown = self.evaluate_events(partial(make, self.audio_vae), clips, **z)
+        return Evaluation(figures | events, score, *shown)
 
-    def generate(self, net, clips, autocast, audio_vae=None, **settings):
-        """-> videos, waveforms; without an audio VAE the video tower runs alone."""
+    def generate(self, net, autocast, audio_vae, clips, **given):
+        """Captions, and what else is given -> videos, waveforms."""
+        settings = dict(self.sampling)
         if net.cfg.system == "harmony" and audio_vae:
             settings["speech"] = [c.get("speech", "") for c in clips]
         return generate_audio_video(
             net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]),
-            self.args.resolution, autocast, steps=25, **settings)
+            self.args.resolution, autocast, steps=25, **settings, **given)
 
 
 class SyncFlow(TwoTowers):
@@ -821,56 +861,35 @@ class SyncFlow(TwoTowers):
 
     columns = ("video", "audio")
     TRAINS = {"video": ("video",), "audio": ("audio",), "joint": ("video", "audio")}
+    sampling = GUIDANCE["t2av"]
 
     def __init__(self, args, device, autocast):
-        self.open(args, device, autocast, towers.SYNCFLOW, adaptor=not args.no_adaptor,
-                  audio_only=args.no_video)
-        self.extra["guidance"] = dict(cfg=2.)     # w of eq. 3; the paper samples with 6
+        super().__init__(args, device, autocast, towers.SYNCFLOW, adaptor=not args.no_adaptor,
+                         audio_only=args.no_video)
 
-    def batch(self, step, rows):
-        index, rngs = batch_indices(self.cache, self.args, step, rows)
-        batch = dict(self.cached(index), text=self.text("captions", index, rngs))
-        return batch if self.args.stage == "audio" else batch | self.still_pictures(rngs)
+    def more_inputs(self, step, index, rngs):
+        return {} if self.args.stage == "audio" else self.still_pictures(rngs)
 
-    def loss(self, net, generators, z_v, z_a, text, pictures=None, picture_text=None):
+    def clip_loss(self, net, generators, z_v, z_a, text):
         args = self.args
-        loss, report = syncflow_loss(net, z_v, z_a, text, generators, args.stage, args.ot,
-                                     args.sigma, args.shift)
-        if pictures is not None:
-            stills = image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
-            loss = loss + stills
-        return loss, report
+        return syncflow_loss(net, z_v, z_a, text, generators, args.stage, args.ot, args.sigma,
+                             args.shift)
 
-    def evaluate(self, net, clips, autocast):
-        """The loss on held-out clips; from stage two on also the sounds for their true videos."""
-        stage = self.args.stage
-        z = self.held_out_latents(clips)
-        text = networks.text_bytes([c["caption"] for c in clips]).to(self.device)
-
-        def loss_of(generators):
-            streams = "video" if stage == "video" else "joint"
-            return syncflow_loss(net, **z, text_inputs=text, generators=generators, stage=streams)
-        with torch.no_grad(), autocast():
-            figures = self.mean_report(loss_of, clips)
-        video, audio = figures.values()
-        both = audio if self.args.no_video else video + audio
-        score = -dict(video=video, audio=audio, joint=both)[stage]
-
-        # Samples with the guidance that the checkpoint recommends.
-        make = partial(self.generate, net, autocast=autocast, cfg=self.extra["guidance"]["cfg"])
-        if stage == "video":
-            return Evaluation(figures, score, make(clips[:8])[0])
-        given = None if self.args.no_video else z["z_v"]
-        _, sounds = make(clips, audio_vae=self.audio_vae, z_v=given)
+    def evaluate_events(self, make, clips, z_v, z_a):
+        """Sounds for true videos -> figures, the first videos and sounds."""
+        _, sounds = make(clips, z_v=None if self.args.no_video else z_v)
+        figures = {}
         if not self.test:
             figures["video_driven"] = onset_f1(sounds, [c["events"] for c in clips])
-        if stage == "audio":
-            return Evaluation(figures, score, [c["video"] for c in clips[:8]], sounds)
-        return Evaluation(figures, score, *make(clips[:8], audio_vae=self.audio_vae))
+        if self.args.stage == "audio":
+            return figures, [c["video"] for c in clips[:8]], sounds
+        return figures, *make(clips[:8])
 
 
 class Harmony(TwoTowers):
-    """Text -> video and sound, each on a noise level of its own, so that either may be given.
+    """Text -> video and sound, of which either may be given. The network takes one noise level per
+    stream: the same sigma where both are noisy, 0 for a stream that is given.
+
     Stages: the video tower (the paper has Wan2.2's); the audio tower, with references out of the
     clip itself; with references out of other clips of that voice; both towers and their bridges."""
 
@@ -879,24 +898,23 @@ class Harmony(TwoTowers):
               "joint": ("video", "audio", "bridge")}
 
     def __init__(self, args, device, autocast):
-        self.open(args, device, autocast, towers.HARMONY, variations=2,
-                  rope_align=not args.no_rope_align, use_gldi=not args.no_gldi)
-        # s_v and s_a of SyncCFG are the paper's; text guidance is off, at 1.
-        self.extra["guidance"] = dict(cfg=1., sync_video=3., sync_audio=2., shift=args.shift)
+        super().__init__(args, device, autocast, towers.HARMONY, variations=2,
+                         rope_align=not args.no_rope_align, use_gldi=not args.no_gldi)
+        # The shift of training is that of sampling. While training nothing is guided.
+        self.extra["guidance"] = GUIDANCE["joint"] | dict(shift=args.shift)
+        self.sampling = dict(cfg=1., sync_video=1, sync_audio=1, shift=args.shift)
         # Window of the cache -> all windows of its clip, among which references are chosen.
         self.windows_of_clip = {}
         for windows in self.cache["clips"]:
             self.windows_of_clip.update(dict.fromkeys(windows, windows))
 
-    def batch(self, step, rows):
-        index, rngs = batch_indices(self.cache, self.args, step, rows)
-        batch = dict(self.cached(index), text=self.text("captions", index, rngs))
+    def more_inputs(self, step, index, rngs):
         if self.args.stage == "video":
-            return batch | self.still_pictures(rngs)
-        batch["speech"] = self.text("speech", index, rngs)
+            return self.still_pictures(rngs)
+        speech = self.text("speech", index, rngs)
         # One length in all processes.
-        seconds = np.random.default_rng([self.args.seed, 3, step]).uniform(1, 3)
-        return batch | self.references(index, rngs, seconds)
+        seconds = step_rng(self.args, "reference", step).uniform(1, 3)
+        return dict(self.references(index, rngs, seconds), speech=speech)
 
     def references(self, index, rngs, seconds):
         """Clean references of the timbre (B, A, R) and their mask (B, R), False for "none".
@@ -904,8 +922,7 @@ class Harmony(TwoTowers):
         Stage "audio": a piece of the clip itself. Later: of a window of the same recording or thing
         that does not overlap the clip, where there is one."""
         cache = self.cache
-        hertz = self.audio_vae.cfg.rate / self.audio_vae.hop
-        R = min(round(seconds * hertz), cache["arrays"]["features"][0].shape[1])
+        R = min(round(seconds * self.hertz), cache["arrays"]["features"][0].shape[1])
         window = data.FRAMES / data.FPS - 1e-6                        # seconds
         chosen = []
         exists = []
@@ -924,49 +941,31 @@ class Harmony(TwoTowers):
         mask = torch.tensor(exists, device=self.device)[:, None].expand(-1, R)
         return dict(ref=self.audio_vae.normalise(ref), ref_mask=mask)
 
-    def loss(self, net, generators, z_v, z_a, text, speech=None, ref=None, ref_mask=None,
-             pictures=None, picture_text=None):
+    def clip_loss(self, net, generators, z_v, z_a, text, speech=None, ref=None, ref_mask=None):
         args = self.args
-        loss, report = harmony_loss(
-            net, z_v, z_a, text, speech, generators, ref, ref_mask, args.stage, args.lambda_v,
-            args.lambda_a, args.shift, args.sigma, lambda_joint=args.lambda_joint)
-        if pictures is not None:
-            stills = image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
-            loss = loss + stills
-        return loss, report
+        # Evaluation reports all errors, also those that are not trained.
+        weights = (args.lambda_v, args.lambda_a, args.lambda_joint) if net.training else (1, 1, 1)
+        return harmony_loss(
+            net, z_v, z_a, text, speech, generators, ref, ref_mask, args.stage, *weights[:2],
+            args.shift, args.sigma, lambda_joint=weights[2])
 
-    def evaluate(self, net, clips, autocast):
-        """The loss on held-out clips; what the stages "video" and "joint" generate."""
-        stage = self.args.stage
-        z = self.held_out_latents(clips)
-        text = networks.text_bytes([c["caption"] for c in clips]).to(self.device)
-        speech = networks.text_bytes([c.get("speech", "") for c in clips]).to(self.device)
-
-        def loss_of(generators):
-            return harmony_loss(net, **z, text_inputs=text, transcripts=speech, stage=stage,
-                                generators=generators, shift=self.args.shift)
-        with torch.no_grad(), autocast():
-            figures = self.mean_report(loss_of, clips)
-        video, audio, *_ = figures.values()
-        if stage == "video":
-            return Evaluation(figures, -video, self.generate(net, clips[:8], autocast, cfg=1.)[0])
-        if stage != "joint":                      # the bridges between the towers are not trained
-            return Evaluation(figures, -audio)
-
-        # Video and sound from text; then each from the other, and both from a picture.
-        make = partial(self.generate, net, autocast=autocast, audio_vae=self.audio_vae, cfg=1.,
-                       sync_video=1, sync_audio=1, shift=self.args.shift)
-        shown = make(clips[:8])
+    def evaluate_events(self, make, clips, z_v, z_a):
+        """Each stream from the other, and both from a picture -> figures, the first videos and
+        sounds."""
+        # Before the last stage the bridges between the towers are not trained.
+        if self.args.stage != "joint":
+            return {}, (), None
+        figures = {}
         if not self.test:
             first = np.stack([c["video"][0] for c in clips])
             events = [c["events"] for c in clips]
-            figures["video_driven"] = onset_f1(make(clips, z_v=z["z_v"])[1], events)
-            driven, _ = make(clips, z_a=z["z_a"], pictures=first)
+            figures["video_driven"] = onset_f1(make(clips, z_v=z_v)[1], events)
+            driven, _ = make(clips, z_a=z_a, pictures=first)
             figures["audio_driven"] = video_figures(driven, clips)[0]["f1_50"]
             videos, waves = make(clips, pictures=first)
             detected = [detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
             figures["pairs"] = onset_f1(waves, detected)
-        return Evaluation(figures, -video - audio, *shown)
+        return figures, *make(clips[:8])
 
 
 TASK_CLASSES = {"a2v": A2V, "t2av": SyncFlow, "joint": Harmony, "vae": VideoVAE,
@@ -975,14 +974,13 @@ TASK_CLASSES = {"a2v": A2V, "t2av": SyncFlow, "joint": Harmony, "vae": VideoVAE,
 
 # ----------------------------------------------------------------------------- optimisers, averages
 
-def orthogonalise(x, dtype):
+def orthogonalise(x):
     """Matrix (M, N) -> one with its singular vectors, and singular values near 1: five steps of
     Newton-Schulz with the coefficients of Jordan et al. 2024 (Muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     # The smaller side first, so that the products are small.
     tall = x.shape[0] > x.shape[1]
-    y = x.to(dtype)
-    y = y.T if tall else y
+    y = x.T if tall else x
     # All singular values to [0, 1]; every step then moves them towards 1 by a polynomial.
     y = y / y.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -993,9 +991,10 @@ def orthogonalise(x, dtype):
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised steps, so that no direction of a matrix is left behind; a kernel
-    (C_out, C_in, ...) is a matrix of C_out rows. One number per weight is kept, where AdamW keeps
-    two. The steps are torch.optim.Muon's, except for `dtype`: that one always multiplies in
-    bfloat16, which takes 55 times as long as float32 on a CPU without native bfloat16."""
+    (C_out, C_in, ...) is a matrix of C_out rows. It keeps one number per weight, AdamW two.
+
+    The steps are torch.optim.Muon's, which takes no kernels and always multiplies in bfloat16: on a
+    CPU without it a step of a2v's tiny network takes 33 s there, .9 s with dtype=float32."""
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -1011,7 +1010,7 @@ class Muon(torch.optim.Optimizer):
                 # Nesterov momentum.
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
-                update = orthogonalise(update.flatten(1), self.dtype)
+                update = orthogonalise(update.flatten(1).to(self.dtype))
                 # Entries of the size of AdamW's, about 0.2 (Moonlight, 2025).
                 size = .2 * math.sqrt(max(update.shape))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -1020,18 +1019,21 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimisers(net, name, lr, weight_decay=.01, dtype=torch.float32):
     """Muon for the matrices and kernels of the blocks, AdamW for everything else; or AdamW."""
-    def is_muons(key, p):
-        if name != "muon" or p.dim() < 2 or "norm" in key or "table" in key:
-            return False
-        return "block" in key or key.startswith("layers.")
-    trained = [(key, p) for key, p in net.named_parameters() if p.requires_grad]
-    inside = [p for key, p in trained if is_muons(key, p)]
-    rest = [p for key, p in trained if not is_muons(key, p)]
-    # Weight decay for matrices only: biases and scales have their size for a reason.
-    groups = [dict(params=[p for p in rest if p.dim() > 1], weight_decay=weight_decay),
-              dict(params=[p for p in rest if p.dim() < 2])]
-    fused = rest[0].device.type != "mps"
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(.9, .98), weight_decay=0., fused=fused)
+    inside = []
+    matrices = []
+    vectors = []
+    for key, p in net.named_parameters():
+        in_block = re.search(r"block|^layers\.", key) and not re.search("norm|table", key)
+        if p.requires_grad and name == "muon" and in_block and p.dim() > 1:
+            inside.append(p)
+        elif p.requires_grad:
+            (matrices if p.dim() > 1 else vectors).append(p)
+    # Weight decay for matrices only: biases and scales have their size for a reason. torch's
+    # default of .01, and a second beta below its .999 because runs are short: averages over 50
+    # steps instead of 1000.
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors)]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(.9, .98), weight_decay=0.,
+                              fused=vectors[0].device.type != "mps")
     return [adamw, Muon(inside, lr, weight_decay, dtype)] if inside else [adamw]
 
 
@@ -1082,66 +1084,58 @@ class Objective(nn.Module):
         return self.task.loss(self.net, generators, **batch)
 
 
-def wrap(task, args):
-    """The task's objective with what was asked for: recomputation, compilation, processes."""
+def make_objective(task, args):
+    """The task's loss as a module, with what was asked for: --fsdp, --checkpointing, --compile."""
     net = task.net
     objective = Objective(task)
-    has_blocks = hasattr(net, "all_blocks")       # the autoencoders have none
+    blocks = list(net.all_blocks()) if hasattr(net, "all_blocks") else []
+    fsdp = getattr(args, "fsdp", False)
+    if fsdp:
+        # FSDP2: every process keeps a share of all weights, gradients and states, and gathers the
+        # weights of a block while that block runs.
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        for block in net.single_transformer_blocks:
+            # project_kv is called from outside its block.
+            register_fsdp_forward_method(fully_shard(block.audio), "project_kv")
+        for module in (*blocks, net):
+            fully_shard(module)
     if getattr(args, "checkpointing", False):
-        for block in net.all_blocks():
+        for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
-        # Blocks are alike, so that they are compiled once.
-        for module in net.all_blocks() if has_blocks else [objective]:
+        # Blocks are alike, so that they are compiled once. The autoencoders have none.
+        for module in blocks or [objective]:
             module.compile()
-    if world_size() > 1 and not getattr(args, "fsdp", False):
+    if world_size() > 1 and not fsdp:
         # In steps without audio layers their parameters get no gradient, in all processes alike.
         objective = DistributedDataParallel(objective, broadcast_buffers=False,
-                                            find_unused_parameters=has_blocks)
+                                            find_unused_parameters=len(blocks) > 0)
     return objective
 
 
-def shard(net):
-    """FSDP2: every process keeps a share of all weights, gradients and states, and gathers the
-    weights of a block while that block runs."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    for block in net.single_transformer_blocks:
-        # project_kv is called from outside its block.
-        register_fsdp_forward_method(fully_shard(block.audio), "project_kv")
-    for block in net.all_blocks():
-        fully_shard(block)
-    fully_shard(net)
+# Dense bfloat16 FLOP/s by the data sheets. The first name that is part of a GPU's name counts; of
+# other GPUs nothing is claimed.
+PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
-PEAK = {   # dense bfloat16 FLOP/s by the data sheets
-    "H100": 989e12, "H100 PCIe": 756e12, "H200": 989e12, "A100": 312e12, "A10": 125e12,
-    "L4": 121e12, "L40": 181e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-
-def peak_flops(device):
-    """FLOP/s of a GPU by the longest name in the table that matches (L40S, not L4), else nan."""
-    if device.type != "cuda":
-        return math.nan
-    names = [name for name in PEAK if name in torch.cuda.get_device_name(device)]
-    return PEAK[max(names, key=len)] if names else math.nan
-
-
-def count_flops(task, batch, clips):
-    """FLOPs (2 per multiply-add) per clip of forward and backward of a batch. Counted on the meta
-    device, which computes shapes and no numbers: nothing is allocated."""
-    def to_meta(x):
-        return x.to("meta") if isinstance(x, torch.Tensor) else x
-    # The network once more, as shapes; what is frozen has no backward pass.
+def count_flops(task):
+    """FLOPs (2 per multiply-add) per clip, forward and backward. Counted on the meta device, which
+    computes shapes and no numbers."""
+    # Four clips: Pyramid Flow's loss trains each at one stage.
+    batch = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x,
+                     task.batch(0, [0, 1, 2, 3]))
     with torch.device("meta"):
         net = type(task.net)(task.net.cfg)
+    # What is frozen has no backward pass.
     for copy, p in zip(net.parameters(), task.net.parameters()):
         copy.requires_grad_(p.requires_grad)
     with FlopCounterMode(display=False) as counter:
-        task.loss(net, seeded_each(range(clips)), **tree_map(to_meta, batch))[0].backward()
-    return counter.get_total_flops() / clips
+        task.loss(net, seeded_each(range(4)), **batch)[0].backward()
+    return counter.get_total_flops() / 4
 
 
 def log_row(path, **row):
+    """Append a row to a CSV file, which starts with the names of the columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as f:
@@ -1151,13 +1145,14 @@ def log_row(path, **row):
         writer.writerow(row)
 
 
-def write_samples(path, evaluation, clips, height):
-    """A strip per clip, the true one above the generated one, and the first video as mp4."""
-    shared = evaluation.sounds is None            # one sound for both: its curve is drawn once
-    sounds = [c["audio"] for c in clips] if shared else evaluation.sounds
+def write_samples(path, evaluation, clips):
+    """Strips of up to eight clips, the true one above the generated one; the first one as mp4."""
+    sounds = evaluation.sounds
+    if sounds is None:
+        sounds = [c["audio"] for c in clips]
     strips = []
     for video, sound, clip in list(zip(evaluation.videos, sounds, clips))[:8]:
-        strips.append(data.film_strip(clip["video"], clip["audio"])[:height if shared else None])
+        strips.append(data.film_strip(clip["video"], clip["audio"]))
         strips.append(data.film_strip(video, sound))
     data.write_picture(path.with_suffix(".png"), np.concatenate(strips))
     data.write_video(path.with_suffix(".mp4"), evaluation.videos[0], sounds[0])
@@ -1200,12 +1195,18 @@ class Run:
         torch.manual_seed(args.seed)
         self.task = TASK_CLASSES[args.task](args, self.device, self.autocast)
         self.net = self.task.net.to(self.device)
-        self.flops = self.describe(text) if rank() == 0 else 0
+        if rank() == 0:
+            self.flops = count_flops(self.task) * args.batch_size         # of a step
+            sizes = [p.numel() / 1e6 for p in self.net.parameters()]
+            trained = [p.numel() / 1e6 for p in self.net.parameters() if p.requires_grad]
+            print(f"device      {text}\n"
+                  f"parameters  {sum(sizes):.2f} M, {sum(trained):.2f} M trained\n"
+                  f"compute     {self.flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips")
         # Of a model on Pyramid Flow only what is trained is saved.
         self.published = bool(getattr(args, "pretrained", None))
         self.sharded = getattr(args, "fsdp", False)
-        if self.sharded:
-            shard(self.net)
+        # FSDP replaces the parameters, of which the lines below take hold.
+        self.objective = make_objective(self.task, args)
 
         # Averages of what is trained, by name; of the published size in the CPU's memory.
         where = "cpu" if self.published else self.device
@@ -1214,7 +1215,6 @@ class Run:
         # Muon's products are in bfloat16 where that is native, in float32 elsewhere.
         dtype = torch.float32 if isinstance(self.autocast(), nullcontext) else torch.bfloat16
         self.optimisers = make_optimisers(self.net, args.optimizer, args.lr, dtype=dtype)
-        self.objective = wrap(self.task, args)
 
         # Steps taken, the score of best.pt, seconds of training in all sessions; what was reported
         # since the last line of the log, and when that was.
@@ -1223,25 +1223,6 @@ class Run:
         self.seconds = 0.
         self.reports = []
         self.clock = time.perf_counter()
-
-    def describe(self, text):
-        """Print what is trained on what -> FLOPs of a step."""
-        args = self.args
-        # Four clips: Pyramid Flow's loss trains each at one stage.
-        batch = self.task.batch(0, [0, 1, 2, 3])
-        flops = count_flops(self.task, batch, 4) * args.batch_size
-        sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6
-                 for name, part in self.net.named_children()}
-        parts = ", ".join(f"{k} {v:.2f}" for k, v in sizes.items() if v > .004)
-        trained = sum(p.numel() for p in self.net.parameters() if p.requires_grad) / 1e6
-        shapes = [f"{name} {'x'.join(map(str, x.shape[1:]))}" for name, x in batch.items()
-                  if isinstance(x, torch.Tensor)]
-        print(f"device      {text}\n"
-              f"parameters  {sum(sizes.values()):.2f} M ({parts}), {trained:.2f} M trained\n"
-              f"a sample    {', '.join(shapes)}\n"
-              f"compute     {flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips; "
-              f"{args.steps} steps = {args.steps * args.batch_size} clips")
-        return flops
 
     def accumulate_gradients(self):
         """Gradients of this step, averaged over micro-batches and processes."""
@@ -1252,20 +1233,18 @@ class Run:
             rows = list(range(start, start + self.micro_batch))
             batch = self.task.batch(self.step, rows)
             ids = [self.step * self.args.batch_size + row for row in rows]
-            generators = seeded_each(ids, self.args.seed, 5)
+            generators = seeded_each(ids, self.args.seed, STREAMS["noise"])
             # Processes exchange gradients at the last micro-batch.
-            with self.exchange(i == accum - 1):
+            exchange = nullcontext()
+            if self.sharded:
+                self.net.set_requires_gradient_sync(i == accum - 1)
+            elif world_size() > 1 and i < accum - 1:
+                exchange = self.objective.no_sync()
+            with exchange:
                 with self.autocast():
                     loss, report = self.objective(batch, generators)
                 (loss / accum).backward()
             self.reports.append(torch.cat([loss.detach()[None], report]))
-
-    def exchange(self, now):
-        if self.sharded:
-            self.net.set_requires_gradient_sync(now)
-        elif world_size() > 1 and not now:
-            return self.objective.no_sync()
-        return nullcontext()
 
     def update(self):
         """One step of the optimisers -> norm of the gradient before clipping."""
@@ -1293,25 +1272,21 @@ class Run:
 
     def log(self, norm):
         """Means since the last report, as a line of text and a row of log.csv."""
-        # A report may be missing for a noise level that no sample had: nan, left out of the mean.
         elapsed = time.perf_counter() - self.clock
         self.seconds += elapsed
         each = elapsed / (len(self.reports) / self.args.accum)
-        loss, *report = torch.stack(self.reports).nanmean(0).tolist()
-        report = dict(zip(self.task.columns, report))
-        lr = learning_rate(self.step - 1, self.args)
-        speed = f"{self.flops / each / 1e9:.0f} GFLOP/s"
-        if self.device.type == "cuda":
-            share = self.flops / each / world_size() / peak_flops(self.device)
-            # Of an unknown GPU nothing is claimed.
-            speed += "" if math.isnan(share) else f" = {100 * share:.0f} % of the peak"
-            memory = torch.cuda.max_memory_allocated(self.device) / 2 ** 30
-            speed += f"  {memory:.1f} GiB"
-        log_rank0(f"step {self.step}/{self.args.steps}  loss {loss:.4f}  "
-                  + "  ".join(f"{k} {v:.4g}" for k, v in report.items())
-                  + f"  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * each:.0f} ms  {speed}  "
-                  f"{self.seconds:.0f} s")
         if rank() == 0:
+            # A noise level that no sample had reports nan, which is left out of the mean.
+            loss, *report = torch.stack(self.reports).nanmean(0).tolist()
+            report = dict(zip(self.task.columns, report))
+            lr = learning_rate(self.step - 1, self.args)
+            speed = f"{self.flops / each / 1e9:.0f} GFLOP/s"
+            gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+            for peak in [f for name, f in PEAK.items() if name in gpu][:1]:
+                speed += f" = {100 * self.flops / each / world_size() / peak:.0f} % of the peak"
+            tqdm.write(f"step {self.step}/{self.args.steps}  loss {loss:.4f}  "
+                       + "  ".join(f"{k} {v:.4g}" for k, v in report.items())
+                       + f"  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * each:.0f} ms  {speed}")
             log_row(self.out / "log.csv", step=self.step, seconds=round(self.seconds, 1), loss=loss,
                     **report, lr=lr, ms=1000 * each)
         self.reports = []
@@ -1320,6 +1295,7 @@ class Run:
     def evaluate(self, clips):
         """Evaluate the averaged weights; keep them in best.pt if they are the best so far."""
         swap_ema(self.net, self.ema)
+        # Without clips there is no score: the newest weights are the best.
         score = self.best
         if clips:
             self.net.eval()
@@ -1329,19 +1305,19 @@ class Run:
             self.net.train()
             score = evaluation.score
             if rank() == 0:
-                self.write(evaluation, clips)
+                figures = "  ".join(f"{k} {v:.3f}" for k, v in evaluation.figures.items())
+                tqdm.write(f"  evaluation at step {self.step}, {len(clips)} held-out clips: "
+                           + figures)
+                log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
+                if len(evaluation.videos):
+                    write_samples(self.out / f"{self.step:06d}", evaluation, clips)
         if score >= self.best:
             self.best = score
-            self.save_best()
+            if hasattr(self.task, "measure_latent_stats"):
+                self.task.measure_latent_stats(self.net)
+            weights = get_model_state_dict(self.net, options=self.options())
+            self.save("best.pt", ema={k: v.half() for k, v in weights.items()})
         swap_ema(self.net, self.ema)
-
-    def write(self, evaluation, clips):
-        figures = "  ".join(f"{k} {v:.3f}" for k, v in evaluation.figures.items())
-        tqdm.write(f"  evaluation at step {self.step}, {len(clips)} held-out clips: {figures}")
-        log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
-        if len(evaluation.videos):
-            height = data.sides(self.args.resolution)[0]
-            write_samples(self.out / f"{self.step:06d}", evaluation, clips, height)
 
     def options(self):
         """How states are gathered: complete, in the CPU's memory; on top of Pyramid Flow only what
@@ -1355,13 +1331,6 @@ class Run:
                 self.out / name, task=self.args.task, config=asdict(self.net.cfg), step=self.step,
                 seconds=self.seconds, args=vars(self.args), **self.task.extra, **content)
 
-    def save_best(self):
-        """The network's weights as they are now, that is, averaged, in half precision."""
-        if hasattr(self.task, "measure_latent_stats"):
-            self.task.measure_latent_stats(self.net)
-        weights = get_model_state_dict(self.net, options=self.options())
-        self.save("best.pt", ema={k: v.half() for k, v in weights.items()})
-
     def save_last(self):
         """Everything that resuming needs."""
         # Weights, states of the optimisers; then the averages, which go through the network because
@@ -1374,12 +1343,13 @@ class Run:
         self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best)
 
     def resume(self):
-        """Continue from last.pt, if a run with these settings has left it."""
+        """Continue from last.pt, if a run with these settings has left it. Of a run, or a stage of
+        one, that has taken all its steps nothing is left to do."""
         path = self.out / "last.pt"
         if not path.is_file():
             return
         ckpt = data.load_checkpoint(path, self.args.task)
-        self.refuse_other_settings(path, ckpt)
+        self.refuse_other_runs(path, ckpt)
         # The averages go through the network, which knows how to share them out.
         set_model_state_dict(self.net, ckpt["ema"], options=self.options())
         swap_ema(self.net, self.ema)
@@ -1391,21 +1361,24 @@ class Run:
         log_rank0(f"resuming    {path} at step {self.step} (remove it, or give another --out, to "
                   "start anew)")
 
-    def refuse_other_settings(self, path, ckpt):
-        """With other settings the run would not take the steps it would have taken."""
+    def refuse_other_runs(self, path, ckpt):
+        """A checkpoint of other settings or of another version of this file -> BadInput."""
+        anew = "give another --out to start anew"
+        parts = {"args", "model", "ema", "optimisers", "step", "best", "seconds"}
+        if not parts <= set(ckpt) or set(ckpt["ema"]) != set(self.ema):
+            raise BadInput(f"{path}: was written by another version of train.py; {anew}")
         for name, value in vars(self.args).items():
             before = ckpt["args"].get(name, value)
             if name not in MAY_DIFFER and before != value:
                 raise BadInput(f"{path}: was trained with --{name.replace('_', '-')} {before}, now "
-                               f"it is {value}; repeat that or give another --out")
+                               f"it is {value}; repeat that or {anew}")
         for name in ("vae", "audio_vae"):
             if ckpt.get(name) != self.task.extra.get(name):
                 raise BadInput(f"{path}: was trained on latents of another VAE; give that one by "
-                               f"--{name.replace('_', '-')}, or give another --out")
+                               f"--{name.replace('_', '-')}, or {anew}")
         # An autoencoder's configuration holds the constants that were measured for best.pt.
         if ckpt["config"] != asdict(self.net.cfg) and hasattr(self.net, "all_blocks"):
-            raise BadInput(f"{path}: its network has another configuration; give another --out "
-                           "to start anew")
+            raise BadInput(f"{path}: its network has another configuration; {anew}")
 
 
 def train(args):
