@@ -229,13 +229,14 @@ def parse_args(argv=None):
     """Command line -> Namespace. A setting of another task is an error that names that task."""
     argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
     # What is trained decides which settings there are and what their defaults are.
-    parser = Parser(__doc__)
-    parser.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
     first = Parser(__doc__)
     first.add_argument("--task", default="a2v", choices=list(TASKS))
     first.add_argument("--pretrained")
     chosen, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     settings = settings_of(chosen.task, chosen.task == "a2v" and chosen.pretrained is not None)
+    # The parser of these settings.
+    parser = Parser(__doc__)
+    parser.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
     for name, (default, kind, text) in settings.items():
         if kind is bool:
             options = dict(action="store_true")
@@ -260,6 +261,7 @@ def parse_args(argv=None):
 
 def check(args):
     """Settings that do not go together -> BadInput."""
+    # Pyramid Flow takes HuBERT's features of real sounds, and latents that can be halved twice.
     if args.task == "a2v" and args.pretrained:
         if not args.hubert or args.data == "toybox":
             raise BadInput(f"--pretrained {args.pretrained}: trains on real clips with HuBERT "
@@ -271,10 +273,12 @@ def check(args):
     elif args.task == "a2v" and (args.size == "miniflux" or args.hubert):
         raise BadInput("--size miniflux and --hubert go with Pyramid Flow's weights; give their "
                        "folder by --pretrained, or train tiny or small")
+    # FSDP shares what it trains among processes, and Muon needs whole matrices.
     if getattr(args, "fsdp", False) and (
             not args.pretrained or args.optimizer != "adamw" or world_size() == 1):
         raise BadInput("--fsdp: shares a model on Pyramid Flow among the processes of torchrun; "
                        "give --pretrained and --optimizer adamw, and start it by torchrun")
+    # The rest: what would fail later, or train nothing.
     if args.data == "toybox" and "resolution" in args:
         data.only_square(args.resolution)
     if args.task == "joint" and not (args.lambda_joint or args.lambda_v or args.lambda_a):
@@ -363,6 +367,7 @@ class Evaluation(NamedTuple):
 
 def open_caches(args, vae, device, autocast, **audio):
     """-> latents of the training clips and, of real clips, of the test clips (toybox: None)."""
+    # Rank 0 codes what is not cached yet; the others find it.
     caches = [None, None]
     with rank0_first():
         for i, split in enumerate(["train"] if args.data == "toybox" else ["train", "test"]):
@@ -425,22 +430,24 @@ class Prefetcher:
         return torch.from_numpy(np.stack(samples))
 
 
-def held_out_windows(cache, n):
-    """n windows of a test split, evenly chosen, as clips."""
-    clips = []
-    for i in np.unique(np.linspace(0, len(cache["at"]) - 1, max(n, 1)).astype(int)):
-        row = {name: data.gather(cache, name, [i])[0] for name in cache["arrays"]}
-        # A cache that was prepared without an audio encoder has no features.
-        clips.append(dict(
-            number=i, video=row["videos"].numpy(), audio=row["sounds"].float().numpy(),
-            caption=cache["captions"][i], z_v=row["latents"][None, 0].float(),
-            z_a=row["features"].float().T[None] if "features" in row else None))
-    return clips
-
-
 def toybox_held_out(n, resolution=64, video=True):
     """n clips of seeds that no training draws: those of `cyclesync.py --seed 100`."""
     return [toybox_clip(HELD_OUT + 10 ** 6 + i, resolution, video=video) for i in range(n)]
+
+
+def held_out_clips(test, n, resolution):
+    """n clips to evaluate on: windows of a test split, evenly chosen, or the toybox's (None)."""
+    if test is None:
+        return toybox_held_out(n, resolution)
+    clips = []
+    for i in np.unique(np.linspace(0, len(test["at"]) - 1, n).astype(int)):
+        row = {name: data.gather(test, name, [i])[0] for name in test["arrays"]}
+        # A cache that was prepared without an audio encoder has no features.
+        clips.append(dict(
+            number=i, video=row["videos"].numpy(), audio=row["sounds"].float().numpy(),
+            caption=test["captions"][i], z_v=row["latents"][None, 0].float(),
+            z_a=row["features"].float().T[None] if "features" in row else None))
+    return clips
 
 
 def video_figures(videos, clips):
@@ -565,9 +572,7 @@ class A2V:
                               args.sigma, args.shift)
 
     def held_out(self, n):
-        if self.test:
-            return held_out_windows(self.test, n)
-        return toybox_held_out(n, self.args.resolution)
+        return held_out_clips(self.test, n, self.args.resolution)
 
     def evaluate(self, net, clips, autocast):
         """Toybox: events of generated videos. Real clips: the loss on windows of the test split."""
@@ -613,11 +618,9 @@ class VideoVAE:
         else:
             config = autoencoders.VAEConfig(**autoencoders.VIDEO_VAE_SIZES["tiny"])
             self.net = autoencoders.CausalVideoVAE(config)
-        self.prefetch = Prefetcher(self.pair, args)
-
-    def pair(self, sample_id):
-        """Two things of one kind in the same motion, uint8 (2, F, H, W, 3)."""
-        return vae_training_pair([self.args.seed, sample_id], self.args.resolution)
+        # Two things of one kind in the same motion, uint8 (2, F, H, W, 3).
+        self.prefetch = Prefetcher(
+            lambda i: vae_training_pair([args.seed, i], args.resolution), args)
 
     def batch(self, step, rows):
         # (B, 2, F, H, W, 3) -> twice (B, 3, F, H, W)
@@ -625,6 +628,7 @@ class VideoVAE:
         return dict(source=source, target=target)
 
     def loss(self, net, generators, source, target):
+        # Noise in the shape of the latents (C, L, h, w): frame 0 has one of its own.
         F, H, W = source.shape[2:]
         shape = (net.cfg.latent, (F - 1) // net.stride_t + 1, H // net.stride, W // net.stride)
         noise = randn_each(generators, shape).to(source.device)
@@ -642,6 +646,7 @@ class VideoVAE:
         """Into net.cfg: shift and scale that give latent 0 and the later latents unit variance."""
         if self.args.tune_decoder:
             return
+        # 64 clips are a million values; their seeds are far from those of training and evaluation.
         clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution) for i in range(64)]
         with torch.no_grad():
             z = torch.cat([net.encode(frames_to_tensor(c["video"], self.device)[None])[0]
@@ -669,6 +674,7 @@ class AudioVAE:
             raise BadInput(f"--size {args.size}: codes sounds of {config.rate} Hz, the toybox has "
                            f"{data.RATE}; give recordings by --data")
         self.net = autoencoders.AudioVAE(config)
+        # Recordings, if there are any; else the toybox's sounds.
         clips = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
         self.files = [c for c in clips if c["split"] == "train"]
         self.test_files = [c for c in clips if c["split"] == "test"]
@@ -697,6 +703,7 @@ class AudioVAE:
 
     def held_out(self, n):
         if self.files:
+            # Sample ids that no training reaches.
             return [dict(audio=self.second(10 ** 12 + i, self.test_files)) for i in range(n)]
         return toybox_held_out(n, video=False)
 
@@ -718,6 +725,7 @@ class AudioVAE:
 
     def measure_latent_stats(self, net):
         """Into net.cfg: shift and scale that give every channel unit variance."""
+        # Of the training's kind, by sample ids that no training reaches.
         waves = [self.second(10 ** 11 + i, self.files) for i in range(64)]
         with torch.no_grad():
             z = torch.cat([net.encode(torch.from_numpy(w)[None].to(self.device))[0] for w in waves])
@@ -810,11 +818,10 @@ class TwoTowers:
 
     def held_out(self, n):
         """Held-out clips and their latents z_v (1, C, L, h, w), z_a (1, A, S), not normalised."""
-        if self.test:
-            return held_out_windows(self.test, n)
-        clips = toybox_held_out(n, self.args.resolution)
+        clips = held_out_clips(self.test, n, self.args.resolution)
+        # Latents of real clips are in the cache.
         with torch.no_grad():
-            for clip in clips:
+            for clip in [] if self.test else clips:
                 video = frames_to_tensor(clip["video"], self.device)[None]
                 clip["z_v"] = self.vae.encode(video)[0]
                 clip["z_a"] = torch.from_numpy(self.encode_waveform(clip["audio"])).T[None]
@@ -823,6 +830,7 @@ class TwoTowers:
     def evaluate(self, net, clips, autocast):
         """The loss on held-out clips, which scores; then what the stage can generate."""
         stage = self.args.stage
+        # The inputs of the loss: latents and texts of all clips, no references.
         z = self.latents(*(torch.cat([c[name].to(self.device) for c in clips])
                            for name in ("z_v", "z_a")))
         text = [networks.text_bytes([c.get(name, "") for c in clips]).to(self.device)
@@ -839,7 +847,7 @@ class TwoTowers:
         # A stream that is not there has the error nan.
         score = -np.nansum([errors[s] for s in ("video", "audio") if s in self.TRAINS[stage]])
 
-        # Without an audio VAE the video tower runs alone.
+        # What is generated. Without an audio VAE the video tower runs alone.
         make = partial(self.generate, net, autocast)
         if stage == "video":
             return Evaluation(figures, score, make(None, clips[:8])[0])
@@ -960,8 +968,10 @@ class Harmony(TwoTowers):
             first = np.stack([c["video"][0] for c in clips])
             events = [c["events"] for c in clips]
             figures["video_driven"] = onset_f1(make(clips, z_v=z_v)[1], events)
+            # Events in videos that were generated for true sounds.
             driven, _ = make(clips, z_a=z_a, pictures=first)
             figures["audio_driven"] = video_figures(driven, clips)[0]["f1_50"]
+            # Onsets of generated sounds against the events of the videos generated with them.
             videos, waves = make(clips, pictures=first)
             detected = [detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
             figures["pairs"] = onset_f1(waves, detected)
@@ -1054,6 +1064,7 @@ def update_ema(ema, net, step, decay, every=1):
     """ema <- d ema + (1 - d) weights, with d = (1 + step) / (10 + step) until it reaches `decay`.
     With `every` > 1 in some steps only, by as much as in so many steps."""
     if step % every == 0:
+        # Averages that start at the initial weights have to forget them first.
         d = min(decay, (1 + step) / (10 + step)) ** every
         weights = dict(net.named_parameters())
         now = [local_shard(weights[k].detach()).to(v.device) for k, v in ema.items()]
@@ -1077,6 +1088,7 @@ class Objective(nn.Module):
 
     def __init__(self, task):
         super().__init__()
+        # As a submodule, so that its parameters are found.
         self.net = task.net
         self.task = task
 
@@ -1100,6 +1112,7 @@ def make_objective(task, args):
         for module in (*blocks, net):
             fully_shard(module)
     if getattr(args, "checkpointing", False):
+        # A block keeps its inputs alone; the backward pass runs it once more.
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
@@ -1150,6 +1163,7 @@ def write_samples(path, evaluation, clips):
     sounds = evaluation.sounds
     if sounds is None:
         sounds = [c["audio"] for c in clips]
+    # Eight clips of frames over sound fit one screen.
     strips = []
     for video, sound, clip in list(zip(evaluation.videos, sounds, clips))[:8]:
         strips.append(data.film_strip(clip["video"], clip["audio"]))
@@ -1272,6 +1286,7 @@ class Run:
 
     def log(self, norm):
         """Means since the last report, as a line of text and a row of log.csv."""
+        # Seconds since the last report, and per step.
         elapsed = time.perf_counter() - self.clock
         self.seconds += elapsed
         each = elapsed / (len(self.reports) / self.args.accum)
@@ -1311,6 +1326,7 @@ class Run:
                 log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
                 if len(evaluation.videos):
                     write_samples(self.out / f"{self.step:06d}", evaluation, clips)
+        # The averages, in half precision; of an autoencoder with the statistics of its latents.
         if score >= self.best:
             self.best = score
             if hasattr(self.task, "measure_latent_stats"):
@@ -1343,8 +1359,7 @@ class Run:
         self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best)
 
     def resume(self):
-        """Continue from last.pt, if a run with these settings has left it. Of a run, or a stage of
-        one, that has taken all its steps nothing is left to do."""
+        """Continue from last.pt, if a run with these settings has left it."""
         path = self.out / "last.pt"
         if not path.is_file():
             return
@@ -1376,7 +1391,8 @@ class Run:
             if ckpt.get(name) != self.task.extra.get(name):
                 raise BadInput(f"{path}: was trained on latents of another VAE; give that one by "
                                f"--{name.replace('_', '-')}, or {anew}")
-        # An autoencoder's configuration holds the constants that were measured for best.pt.
+        # The network's size and ablations. An autoencoder's configuration holds the constants that
+        # were measured for best.pt.
         if ckpt["config"] != asdict(self.net.cfg) and hasattr(self.net, "all_blocks"):
             raise BadInput(f"{path}: its network has another configuration; {anew}")
 
@@ -1385,15 +1401,16 @@ def train(args):
     """Train a task, or a stage of it, from the last checkpoint in --out or from the start."""
     run = Run(args)
     run.resume()
-    # Rank 0 evaluates and saves; what is shared among processes takes all of them.
+    # Clips to evaluate on. Rank 0 evaluates and saves; shares of weights take all processes.
     takes_part = rank() == 0 or run.sharded
     clips = run.task.held_out(args.eval_clips) if takes_part and args.eval_clips else []
     wait_for_rank0()
     bar = tqdm(total=args.steps, initial=run.step, unit="step",
                disable=None if rank() == 0 else True)
-    with stop_on_signal() as stop:
+    with bar, stop_on_signal() as stop:
         run.clock = time.perf_counter()
-        while run.step < args.steps:
+        stopping = False
+        while run.step < args.steps and not stopping:
             run.accumulate_gradients()
             norm = run.update()
             bar.update()
@@ -1411,12 +1428,10 @@ def train(args):
             if run.due(args.sample_every) or run.due(args.save_every) or stopping:
                 wait_for_rank0()
             run.clock += time.perf_counter() - pause
-            if stopping:
-                bar.close()
-                print(f"stopped at step {run.step}; the same command continues from "
-                      f"{run.out / 'last.pt'}", file=sys.stderr)
-                sys.exit(130)
-    bar.close()
+    if stopping:
+        print(f"stopped at step {run.step}; the same command continues from "
+              f"{run.out / 'last.pt'}", file=sys.stderr)
+        sys.exit(130)
     log_rank0(f"done: {run.out / 'best.pt'}, {run.out / 'log.csv'}; {run.seconds:.0f} s of "
               "training")
 
@@ -1425,6 +1440,7 @@ def train_stages(args):
     """All stages of a task, each from the best checkpoint of the one before."""
     root = Path(args.out or f"out/{args.task}")
     init = args.init
+    # A stage that has taken all its steps resumes at the last one and ends at once.
     for stage, share, times in STAGES[args.task]:
         log_rank0(f"stage {stage}: {root / stage}")
         changes = dict(stage=stage, out=str(root / stage), init=init, lr=share * args.lr,
