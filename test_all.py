@@ -2798,6 +2798,11 @@ def test_audio_and_video_share_a_timeline_in_latents():
     assert gap(read(features), read(features[:, order])) > 1e-4
     assert gap(read(features, use_rope=False), read(features[:, order], use_rope=False)) < 1e-12
     assert not small_towers(cross_rope=False).layers[0].audio.use_rope
+    net = small_towers()
+    _, audio, sigma, text = arrange(net)
+    times = (torch.arange(37) + .5) / net.cfg.alpha - .5
+    rope = net.audio.embed(audio, sigma, *text)[1].rope
+    assert gap(rope[0], rope_table(times[:, None], (16,), 4.)[0]) < 1e-6
 
 
 @pytest.mark.parametrize("side", [2, 8])
@@ -3319,6 +3324,10 @@ def test_transcripts_and_captions_have_encoders_of_their_own():
     assert gap(said, same_said) == gap(meant, same_meant) == gap(v[1], v_said[1]) == 0
     assert min(gap(said, other_said), gap(meant, other_meant)) > 1e-3
     assert min(gap(v[0], v_said[0]), gap(v[0], v_meant[0])) > 1e-6
+    states, mask = net.encode_audio_text(text_bytes(["a", "a face"]), text_bytes(["u", "o"]))
+    other = states + normal(2, 24, 16) * (mask == 0)[..., None]         # padding
+    v, v_other = (net(None, audio, None, s, None, None, t, mask)[1] for t in (states, other))
+    assert gap(v, v_other) < 1e-12
 
 
 def test_every_latent_may_have_a_noise_level_of_its_own():
@@ -3350,14 +3359,23 @@ def test_cross_task_synergy_is_one_joint_and_two_driven_tasks():
     """Eqs. 3, 4: L_joint + 0.1 L_driven^audio + 0.3 L_driven^video, the driving stream clean. Eq. 1
     is the joint task alone, figure 3 the audio-driven task alone."""
     net = harmony()
-    z_v, z_a, _ = two_streams()
+    z_v, z_a, _, text = arrange(net)
     loss, report, calls = harmony_forwards(net, z_v, z_a)
+    (x_v, x_a, s_v, s_a), by_audio, by_video = calls
+    v_v, v_a = net(*calls[0], *text)
+    driven_v, _ = net(*by_audio, *text)
+    _, driven_a = net(*by_video, *text)
+
+    def error(v, x, z, sigma):                          # x - z = sigma (eps - z)
+        return (v - (x - z) / losses.expand_sigma(sigma, z)).square().mean().item()
+    errors = [error(v_v, x_v, z_v, s_v), error(v_a, x_a, z_a, s_a),
+              error(driven_v, x_v, z_v, s_v), error(driven_a, x_a, z_a, s_a)]
     joint, _, only_joint = harmony_forwards(net, z_v, z_a, lambda_v=0, lambda_a=0)
     driven, _, only_driven = harmony_forwards(net, z_v, z_a, lambda_v=1., lambda_a=0,
                                               lambda_joint=0)
     grads = torch.autograd.grad(driven, [net.video.proj_out.weight, net.audio.proj_out.weight],
                                 allow_unused=True, materialize_grads=True)
-    (x_v, x_a, s_v, s_a), by_audio, by_video = calls
+    assert report.tolist() == pytest.approx(errors, rel=1e-4)
     assert gap(loss, report[0] + report[1] + .1 * report[2] + .3 * report[3]) < 1e-12
     assert gap(by_audio[1], z_a) == by_audio[3].abs().max() == 0        # clean audio at 0
     assert gap(by_audio[0], x_v) == gap(by_audio[2], s_v) == 0          # the same noisy video

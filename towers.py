@@ -108,14 +108,14 @@ def align_streams(cfg, grid, S, device):
 
     Harmony section 3.3: keys are placed on the queries' timeline. S / L aligns the two clips end to
     end, as in the paper. cfg.alpha, the nominal ratio, only sets the unit of rotation: the same for
-    queries and keys, so that weights serve any length. SyncFlow has `audio_positions`, step i at
-    (i + .5)/alpha - .5; its video has no bridge."""
+    queries and keys, so that weights serve any length. SyncFlow's audio counts in latents itself
+    (`audio_positions`), and its video has no bridge."""
     L, H, W = grid
     # All tokens of a latent share its time.
     tokens = torch.arange(L, device=device).float().repeat_interleave(H * W // cfg.patch ** 2)
     if cfg.system == "syncflow":
-        times = audio_positions(S, cfg.alpha).to(device)
-        return None, (time_rope(times, cfg), time_rope(tokens, cfg), None)
+        # The queries are rotated as in self-attention.
+        return None, (None, time_rope(tokens, cfg), None)
     steps = torch.arange(S, device=device).float()
     steps_on_video = steps * (L / S)                                    # j' = j T_v / T_a
     tokens_on_audio = tokens * (S / L)
