@@ -173,7 +173,8 @@ def read_audio(path, rate=RATE):
         # All else: ffmpeg decodes, mixes down and resamples.
         file_rate = rate
         done, raw, log = run_ffmpeg("-v", "error", "-i", path.resolve(), "-t", MAX_SAMPLES // rate,
-                                    "-vn", "-ac", 1, "-ar", rate, "-f", "f32le", "-")
+                                    "-vn", "-af", f"aresample={rate}:ochl=mono:rematrix_maxval=1",
+                                    "-f", "f32le", "-")
         wave = np.frombuffer(raw[:len(raw) // 4 * 4], np.float32)
         if not done or len(wave) == 0:
             raise BadInput(f"{path}: no sound can be read from it ({last_reason(log)}); "
@@ -303,7 +304,8 @@ def read_clip(path, height=64, width=64, fps=FPS, rate=RATE, sound=None, max_sec
 
     # async=1 fills gaps in the track: a sample's index then says its time. If a wav stands in, its
     # time 0 is that of the first picture in the file.
-    filters = f"aresample={rate}:async=1,aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
+    filters = (f"aresample={rate}:async=1:ochl=mono:rematrix_maxval=1,"
+               "aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo")
     arguments = ["-map", "0:a:0", "-af", filters, "-f", "f32le"]
     raw, log = decode(path, max_seconds, *arguments)
     if sound and "matches no streams" in log:
@@ -996,6 +998,10 @@ def contact_sheet(name, root, path, size=64, rows=8):
             break
     if not strips:
         raise BadInput(f"--data {name}: not one of its {len(items)} clips can be read")
+    # A clip of fewer frames than a strip shows has a narrower strip.
+    width = max(strip.shape[1] for strip in strips)
+    strips = [np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)), constant_values=255)
+              for strip in strips]
     write_picture(path, np.concatenate(strips))
     print(f"{report}\n{path}: {len(strips)} clips, frames over sound on one time axis")
 

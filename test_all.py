@@ -1809,6 +1809,18 @@ def ffmpeg(*arguments, stdin=None):
     subprocess.run(command, check=True, input=stdin)
 
 
+def test_two_equal_channels_are_mixed_to_their_own_level(tmp_path):
+    """Stereo becomes the mean of its channels, also where ffmpeg decodes (its own rule: -3 dB)."""
+    tone = .25 * np.sin(np.arange(32000) / 16)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([tone, tone], 1), 16000)
+    ffmpeg("-i", tmp_path / "stereo.wav", "-c:a", "pcm_s16le", tmp_path / "stereo.mkv")
+
+    wave = data.read_audio(tmp_path / "stereo.mkv")
+
+    error = np.abs(wave - tone).max()
+    assert error < 1e-3, error
+
+
 def flash_clip(path, fps="24", rate=44100, channels=2, late=0., seconds=2.2):
     """A clip with one flash, and a click in the first channel at the time of the first lit frame,
     about 1.1 s in. Its sound track begins `late` seconds late. -> dict, as find_clips makes."""
