@@ -104,8 +104,8 @@ COMMON = dict(
     steps=(1500, COUNT, "optimiser steps (of each stage)"),
     batch_size=(16, COUNT, "clips per step, over all processes and micro-batches"),
     accum=(1, COUNT, "micro-batches per step: less memory, the same result"),
-    # Muon's updates are scaled to the size of AdamW's, so that one rate serves both. This rate and
-    # those of the VAEs were chosen by short runs of the shipped sizes.
+    # Muon's updates are scaled to the size of AdamW's, so that one rate serves both. This rate
+    # was chosen by short runs.
     lr=(5e-3, number(low=1e-12), "peak learning rate; a cosine ends at 2 %% of it"),
     warmup=(100, COUNT_OR_NONE, "steps of linear warm-up"),
     clip=(1., NOT_NEGATIVE, "largest norm of the gradient; 0 = no clipping"),
@@ -165,7 +165,7 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         lambda_joint=(1., NOT_NEGATIVE, "weight of the joint loss; 0 = the one-way tasks alone"),
         no_rope_align=(False, bool, "ablation: the two time axes are not aligned"),
         no_gldi=(False, bool, "ablation: no temporal window, no style from the reference"))),
-    # The KL terms were chosen so that most values of a posterior stay as wide as the prior.
+    # kl is the price of information in a latent (vae.video_vae_loss), chosen by short runs, as lr.
     "vae": (COMMON, PICTURES, dict(
         steps=6000, lr=2e-3,
         kl=(2e-2, NOT_NEGATIVE, "weight of the KL term"),
@@ -646,7 +646,7 @@ class VideoVAE:
         """Into net.cfg: shift and scale that give latent 0 and the later latents unit variance."""
         if self.args.tune_decoder:
             return
-        # 64 clips are a million values; their seeds are far from those of training and evaluation.
+        # Of seeds far from those of training and evaluation.
         clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution) for i in range(64)]
         with torch.no_grad():
             z = torch.cat([net.encode(frames_to_tensor(c["video"], self.device)[None])[0]
@@ -1230,6 +1230,11 @@ class Run:
         dtype = torch.float32 if isinstance(self.autocast(), nullcontext) else torch.bfloat16
         self.optimisers = make_optimisers(self.net, args.optimizer, args.lr, dtype=dtype)
 
+        # How states are gathered: complete, in the CPU's memory. The same calls serve one process,
+        # several, and the shares of FSDP.
+        self.options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False,
+                                        ignore_frozen_params=self.published)
+
         # Steps taken, the score of best.pt, seconds of training in all sessions; what was reported
         # since the last line of the log, and when that was.
         self.step = 0
@@ -1331,15 +1336,9 @@ class Run:
             self.best = score
             if hasattr(self.task, "measure_latent_stats"):
                 self.task.measure_latent_stats(self.net)
-            weights = get_model_state_dict(self.net, options=self.options())
+            weights = get_model_state_dict(self.net, options=self.options)
             self.save("best.pt", ema={k: v.half() for k, v in weights.items()})
         swap_ema(self.net, self.ema)
-
-    def options(self):
-        """How states are gathered: complete, in the CPU's memory; on top of Pyramid Flow only what
-        is trained. The same calls serve one process, several, and the shares of FSDP."""
-        return StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False,
-                                ignore_frozen_params=self.published)
 
     def save(self, name, **content):
         if rank() == 0:
@@ -1351,9 +1350,9 @@ class Run:
         """Everything that resuming needs."""
         # Weights, states of the optimisers; then the averages, which go through the network because
         # that knows how to gather them.
-        model, states = get_state_dict(self.net, self.optimisers, options=self.options())
+        model, states = get_state_dict(self.net, self.optimisers, options=self.options)
         swap_ema(self.net, self.ema)
-        averages = get_model_state_dict(self.net, options=self.options())
+        averages = get_model_state_dict(self.net, options=self.options)
         averages = {k: v.clone() for k, v in averages.items() if k in self.ema}
         swap_ema(self.net, self.ema)
         self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best)
@@ -1366,10 +1365,16 @@ class Run:
         ckpt = data.load_checkpoint(path, self.args.task)
         self.refuse_other_runs(path, ckpt)
         # The averages go through the network, which knows how to share them out.
-        set_model_state_dict(self.net, ckpt["ema"], options=self.options())
+        set_model_state_dict(self.net, ckpt["ema"], options=self.options)
         swap_ema(self.net, self.ema)
         set_state_dict(self.net, self.optimisers, model_state_dict=ckpt["model"],
-                       optim_state_dict=ckpt["optimisers"], options=self.options())
+                       optim_state_dict=ckpt["optimisers"], options=self.options)
+        # That call starts a state for every parameter. Those that had none, because all steps so
+        # far have skipped the audio layers, have none again.
+        for name, p in self.net.named_parameters():
+            if name not in ckpt["optimisers"]["state"]:
+                for optimiser in self.optimisers:
+                    optimiser.state.pop(p, None)
         self.step = ckpt["step"]
         self.best = ckpt["best"]
         self.seconds = ckpt["seconds"]
