@@ -2437,6 +2437,18 @@ def test_a_loss_that_is_not_finite_stops_with_a_clear_line(runs, monkeypatch, ca
     assert not (d / "nan/last.pt").exists()
 
 
+@slow
+def test_an_evaluation_is_a_row_of_scores_a_picture_of_strips_and_an_mp4(runs):
+    d, run = runs
+
+    assert run("evaluated", "--steps", 1, "--eval-clips", 2) == 0
+
+    header, row = (d / "evaluated/scores.csv").read_text().splitlines()
+    assert header.startswith("step,f1_50,") and row.startswith("1,")
+    assert iio.imread(d / "evaluated/000001.png").shape == (4 * (32 + 40), 12 * 32, 3)
+    assert (d / "evaluated/000001.mp4").is_file() and (d / "evaluated/best.pt").is_file()
+
+
 def test_clip_zero_is_no_clipping(runs):
     """--clip 0 switches clipping off, as in nanoGPT; a bound that is never met is the same."""
     d, run = runs
