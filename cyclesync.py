@@ -81,8 +81,9 @@ from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_a
 from sample import (A2V_FILE, ROOT, encode_sound, encode_video, external_encoders,
                     generate_audio_video, generate_video, load, pick_device,
                     video_to_audio)
-from toybox import (FPS, FRAMES, KINDS, RATE, STATES, TIMING, detect_clip_events, detect_events,
-                    draw_scene, fit_scene, synthesise, toybox_clip, track_states)
+from toybox import (
+    FPS, FRAMES, KINDS, RATE, STATES, TIMING, UNREADABLE, detect_clip_events, detect_events,
+    draw_scene, fit_scene, synthesise, toybox_clip, track_states)
 
 HELD_OUT = 10 ** 9                       # seeds of evaluation clips start at this one
 TORCHSCRIPT = ("fvd", "fid", "fad")      # distances by networks that the user provides
@@ -391,7 +392,7 @@ def oracle(clip):
         # The events in the picture ...
         lead = clip.get("audio_lead", 0.)
         states, residual = track_states(frames, clip["scene"])               # (F,) each
-        events = detect_events(clip["kind"], states, residual < 1)
+        events = detect_events(clip["kind"], states, residual < UNREADABLE)
         # ... with their durations (a mouth sounds until it closes, or until the clip ends) ...
         durations = []
         for t in events:
@@ -415,7 +416,7 @@ def v2a_from_checkpoint(path, args):
     def f_v2a(frames, fps):
         # To the size that the towers were trained for.
         x = torch.tensor(frames).permute(0, 3, 1, 2).float()                 # (F, 3, H, W)
-        x = F.interpolate(x, data.sides(ckpt["size"]), mode="bicubic", antialias=True)
+        x = F.interpolate(x, data.sides(system.checkpoint["size"]), mode="bicubic", antialias=True)
         frames = x.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         wave = video_to_audio(model, vae, audio_vae, frames, "", autocast, steps=25, cfg=1.)
         return wave, audio_vae.cfg.rate
@@ -612,7 +613,8 @@ def write_strips(path, videos, waves, marks, clips):
 
 # ---------------------------------------------------------------------- Syncphony's table
 
-# timing: mean |lag| of detected events in ms. false/quiet: events detected in a clip that has none.
+# timing: mean |lag| in ms of events paired within 100 ms. false/quiet: events detected in a clip
+# that has none.
 TOYBOX_COLUMNS = [
     ("F1 50 ms", "f1_50", ""), ("prec.", "precision_50", ".3f"), ("recall", "recall_50", ".3f"),
     ("F1 100", "f1_100", ".3f"), ("timing", "timing_ms", ".0f"), ("lag, ms", "lag_ms", ".0f"),

@@ -7,7 +7,7 @@
     given latents (video, audio, first frame) ---impose-----+          v
                                                  latents --VAEs--> frames, waveform --> .mp4
 
-Three samplers share `euler` and `losses.combine_guidance`:
+Three samplers share `losses.combine_guidance`, and all but sample_stages share `euler`:
 
     sample_autoregressive   Syncphony: one latent after the other, attending to a cache of the
                             finished ones, so memory does not grow with the length of the audio
@@ -898,7 +898,7 @@ def arguments():
     add = p.add_argument
     number = data.number
     add("--audio", help="audio that drives the video: any sound file, or a clip with sound")
-    add("--image", help="the first frame: any picture, of any size (centre crop to a square)")
+    add("--image", help="the first frame: any picture, of any size (cropped to the model's aspect)")
     add("--prompt", default="", help="a caption; alone it generates video and audio")
     add("--video", help="a clip to generate audio for; its frames stay as they are")
     add("--transcript", default="", help="Harmony: what is said")

@@ -485,8 +485,8 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, variation=0
     seconds = frames / FPS
     if variation:
         rng = np.random.default_rng([seed, 2718, variation])
-    # 8 % of the clips are silent, 10 % have off-screen sound alone: in both nothing moves. A fifth
-    # of the others have off-screen sound too.
+    # At least 8 % of the clips are silent, 10 % have off-screen sound alone: in both nothing moves.
+    # A fifth of the others have off-screen sound too.
     mood = rng.random()
     events = durations = np.zeros(0)
     if mood > .18:
@@ -527,12 +527,12 @@ def vae_training_pair(seed, size=64, blocks=4, t=4):
 # Measured on 60 clips: 31, 61 and 121 states give a mean timing error of 1.8-1.9 ms, 16 give 2.5.
 READER_STATES = 61
 # Frames of generated clips that can be recognised have residuals under 0.4, frames of something
-# else over 1.3. At 1 the best drawing is no closer than an average one is to the mean drawing.
+# else over 1.3. At 1 a frame is as far from its closest drawing as drawings are from their mean.
 UNREADABLE = 1.
 # Ball, hammer, roller, bell: a frame at a contact reads 0.73 or more, so motion may stop a fifth
 # short of it. Between two events all kinds fall lower.
 PEAK = .6
-TIE = .02        # states that share a top: one step of the drawings
+TIE = .02        # states that share a top: a step of the drawings of ball, mouth, lamp, roller
 RISEN = .5       # mouth, lamp: an event is a rising through the middle ...
 FALLEN = .35     # ... after a fall below this. 9 steps of hysteresis: no rising counts twice.
 MOVING = .15     # residuals are averaged over frames above this state: those at rest are easy
@@ -640,7 +640,8 @@ def fit_scene(frame, kind, tries=150, rounds=120, seed=0):
     first = [attempt(rng.uniform(low, high), bool(i % 2)) for i in range(tries)]
     best = min(first, key=lambda result: result[0])
     for i in range(rounds):
-        # Steps begin at a quarter of the range, shrink by 3 % a round and change 60 % of the place.
+        # Steps begin at a quarter of the range and shrink by 3 % a round; a coordinate moves with
+        # probability 0.6.
         step = (high - low) / 4 * .97 ** i * rng.normal(size=4) * (rng.random(4) < .6)
         _, place, scene = best
         result = attempt((place + step).clip(low, high), scene["flip"])

@@ -379,14 +379,15 @@ class CausalVideoVAE(nn.Module):
         """Latents (B, C, L, h, w) -> video (B, 3, frames, H, W), about [-1, 1].
 
         cache: as in encode; later chunks of L latents are t L frames. first: the true first frame
-        (B, 3, 1, H, W), with `cfg.reference`; by default latent 0 is decoded to serve as it."""
+        (B, 3, 1, H, W), with `cfg.reference`; in the first chunk it defaults
+        to the decoded latent 0."""
         start = not cache
         ref_features = None
         if self.cfg.reference:
             if first is None:
                 # latent 0 has no reference: any frame will do
-                black = torch.zeros_like(z[:, :1, :1]).repeat(1, 3, 1, self.stride, self.stride)
-                first = self.decode(z[:, :, :1], black)
+                grey = torch.zeros_like(z[:, :1, :1]).repeat(1, 3, 1, self.stride, self.stride)
+                first = self.decode(z[:, :, :1], grey)
             _, ref_features = self.encode_still(first)
         if cache is not None:
             cache["started"] = True
@@ -702,9 +703,9 @@ class AudioVAE(nn.Module):
     """Waveforms (B, n) in [-1, 1] <-> latents (B, A, S), S = ceil(n / hop).
 
     Why spectra: a waveform is mostly phase, which is inaudible, and 16 numbers a latent cannot hold
-    the partials of a bell. Of 96 toybox sounds, 0.95 are closest in timbre to their true material;
-    0.62 after coding as waveforms, 0.90 as spectra, with half the training. For the phases MMAudio
-    trains a vocoder; Griffin-Lim needs no training."""
+    the partials of a bell. In 0.95 of comparisons a toybox sound is closer in timbre to its own
+    material than to another; in 0.62 after coding as waveforms, in 0.90 as spectra, with half the
+    training. For the phases MMAudio trains a vocoder; Griffin-Lim needs no training."""
 
     def __init__(self, cfg):
         super().__init__()
