@@ -251,7 +251,8 @@ def test_the_published_size_has_the_published_number_of_parameters():
 def test_audio_adds_layers_to_the_single_blocks_and_an_encoder_and_nothing_else():
     """Syncphony section 3.4: audio enters the later blocks only."""
     new = set(small().state_dict()) - set(small(audio_dim=0).state_dict())
-    other = [k for k in new if not re.match(r"single_transformer_blocks\.\d\.audio\.|mel_encoder\.", k)]
+    audio = r"single_transformer_blocks\.\d\.audio\.|mel_encoder\."
+    other = [key for key in new if not re.match(audio, key)]
     assert new
     assert not other, other
 
@@ -3517,7 +3518,7 @@ def event_f1(truth, found):
     return cyclesync.event_scores(truth, found)["f1_50"]
 
 
-def events_seen_in(videos, clips):
+def events_drawn_in(videos, clips):
     return [toybox.detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
 
 
@@ -3623,7 +3624,7 @@ def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
     f1, chance = event_f1(events, onsets), event_f1(shuffled_by_half(events), onsets)
     assert f1 > .55, f1
     assert f1 > 2 * chance, (f1, chance)
-    drawn, onsets = events_seen_in(videos, clips), onsets_of(waves)
+    drawn, onsets = events_drawn_in(videos, clips), onsets_of(waves)
     f1, chance = event_f1(drawn, onsets), event_f1(shuffled_by_half(drawn), onsets)
     assert f1 > .35, f1
     assert f1 > 1.5 * chance, (f1, chance)
@@ -3660,7 +3661,7 @@ def test_the_shipped_harmony_draws_a_video_for_a_sound(harmony_clips):
 
     videos = h.generate(z_a=h.z_a, pictures=h.first, sync_video=1., sync_audio=1.)[0]
 
-    drawn = events_seen_in(videos, h.clips)
+    drawn = events_drawn_in(videos, h.clips)
     f1, chance = event_f1(h.events, drawn), event_f1(shuffled_by_half(h.events), drawn)
     assert f1 > .6, f1
     assert f1 > 2 * chance, (f1, chance)
@@ -3699,7 +3700,7 @@ def test_pairs_of_the_shipped_harmony_agree_with_synccfg(harmony_clips):
 
     videos, waves = h.generate(pictures=h.first, sync_video=3., sync_audio=2.)
 
-    drawn, onsets = events_seen_in(videos, h.clips), onsets_of(waves)
+    drawn, onsets = events_drawn_in(videos, h.clips), onsets_of(waves)
     f1, chance = event_f1(drawn, onsets), event_f1(shuffled_by_half(drawn), onsets)
     assert f1 > .3, f1
     assert f1 > 1.5 * chance, (f1, chance)
