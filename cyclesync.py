@@ -929,7 +929,8 @@ def timbre_records(waves, takes, clips):
         record = dict(clip=clip["name"], onsets_f1_50=scores["f1_50"])
         others = [j for j in eventful if j != i and clips[j]["kind"] == clip["kind"]]
         if i in eventful and others:
-            distance = [np.abs(timbre(wave) - v).mean() for v in voices]
+            sound = timbre(wave)
+            distance = [np.abs(sound - voice).mean() for voice in voices]
             record["closer"] = float(np.mean([distance[i] < distance[j] for j in others]))
         records.append(record)
     return records
