@@ -56,7 +56,7 @@ from tqdm import tqdm
 import data
 import pyramid
 from data import FPS, RATE, BadInput, frames_to_tensor, tensor_to_frames
-from losses import combine_guidance, shift_sigma
+from losses import combine_guidance, randn_each, shift_sigma
 from model import TEXT_BYTES, MMDiT, MMDiTConfig, text_bytes
 from towers import DualTower, DualTowerConfig
 from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
@@ -239,11 +239,6 @@ def make_generators(seeds):
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-def draw_noise(shape, generators, draw=torch.randn):
-    """(B, *shape) ~ N(0, 1). Row b depends on generators[b] alone, not on the batch around it."""
-    return torch.stack([draw(shape, generator=g) for g in generators])
-
-
 def sample_autoregressive(model, z0, n_latents, audio, text, steps=30, asg=2., cfg=0., seeds=(0,),
                           bar=None):
     """Syncphony: yields latents 1 .. n_latents - 1, each (B, C, 1, h, w), normalised.
@@ -275,7 +270,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=30, asg=2., c
 
     generators = make_generators(seeds)
     for _ in range(1, n_latents):
-        x = {"video": draw_noise(z0.shape[1:], generators).to(z0)}
+        x = {"video": randn_each(generators, z0.shape[1:]).to(z0)}
         x = euler(velocity, x, sigma_steps(steps), bar)["video"]
         # The finished latent joins the cache of every branch as a clean one.
         model.append_latent(cache, rows(x))
@@ -288,10 +283,10 @@ def sample_stages(model, z0, n_latents, audio, text, steps=30, asg=2., cfg=0., s
     if steps < 3:
         raise BadInput(f"--steps {steps}: this model works at three resolutions; give 3 or more")
     generators = make_generators(seeds)
-    noise = draw_noise((z0.shape[1], n_latents - 1, *z0.shape[3:]), generators).to(z0)
+    noise = randn_each(generators, (z0.shape[1], n_latents - 1, *z0.shape[3:])).to(z0)
 
     def jump_noise(shape):
-        return draw_noise(shape[1:], generators, pyramid.block_noise)
+        return torch.stack([pyramid.block_noise(shape[1:], g) for g in generators])
 
     # `steps` network calls per latent, a third of them at every resolution
     stage_steps = [len(part) for part in np.array_split(range(steps), 3)]
@@ -524,7 +519,7 @@ def prepare_conditions(model, vae, audio_vae, request):
     noise = {}
     for stream in shapes:
         if shapes[stream] is not None:
-            noise[stream] = draw_noise(shapes[stream], generators).to(device)
+            noise[stream] = randn_each(generators, shapes[stream]).to(device)
     joint = uses_bridges(model, noise)
 
     # What is given: a stream, its beginning, or the first frame. What is missing is generated.
