@@ -401,8 +401,8 @@ def oracle(clip):
             end = first + closed[0] - .5 if len(closed) else len(states)
             durations.append(max(.05, end / fps - t - .04))
         # ... are given the sound of this thing in this room: only the timing can differ.
-        wave = synthesise(clip["scene"], events + lead, durations, lead + len(frames) / fps,
-                          clip["seed"], clip["off_screen"])
+        wave, _ = synthesise(clip["scene"], events + lead, durations, lead + len(frames) / fps,
+                             clip["seed"], clip["off_screen"])
         return wave[round(lead * RATE):], RATE
     return f_v2a
 
@@ -548,8 +548,8 @@ def held_out_clips(args, size, audio_lead=0.):
             c.update(name=str(c["seed"]), audio_lead=audio_lead)
             # The noise of the room precedes the clip.
             if audio_lead:
-                c["audio"] = synthesise(c["scene"], c["events"] + audio_lead, c["durations"],
-                                        audio_lead + FRAMES / FPS, c["seed"], c["off_screen"])
+                c["audio"], _ = synthesise(c["scene"], c["events"] + audio_lead, c["durations"],
+                                           audio_lead + FRAMES / FPS, c["seed"], c["off_screen"])
         return clips
 
     # Test clips in random order, until their windows are enough.

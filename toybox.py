@@ -6,7 +6,7 @@ them happens. Of a toybox clip every event is known, so synchronisation can be m
 
     seed          -> sample_scene, sample_events              -> scene, events
     scene, events -> state_curve -> s(t) -> draw_scene        -> video
-    scene, events -> play_events -> record                    -> waveform
+    scene, events -> synthesise  -> record                    -> waveform
     scene, video  -> track_states -> s(t) -> detect_events    -> event times
 
 Everything that moves is a function of ONE number per frame, the state s(t): 0 at rest, 1 at the
@@ -198,6 +198,11 @@ def box(x, y, centre_x, centre_y, half_width, half_height):
     return np.maximum(np.abs(x - centre_x) - half_width, np.abs(y - centre_y) - half_height)
 
 
+def turned(x, y, angle):
+    """Coordinates along axes that are turned by an angle in radians, clockwise in the picture."""
+    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+
+
 def ball_layers(scene, s, x, y, cover):
     ball, ground, holder = scene["colours"]
     r = .13 + .05 * scene["size"]
@@ -210,14 +215,11 @@ def ball_layers(scene, s, x, y, cover):
 def hammer_layers(scene, s, x, y, cover):
     iron, wood, block = scene["colours"]
     head = .12 + .04 * scene["size"]
-    # Radians above level, 0 at the strike; coordinates along and across the handle, from its pivot.
-    angle = .75 * (1 - s)
-    u, v = x - .82, y - .60
-    along = -u * np.cos(angle) - v * np.sin(angle)
-    across = -u * np.sin(angle) + v * np.cos(angle)
+    # The handle points left from its pivot and is level at the strike.
+    along, across = turned(x - .82, y - .60, .75 * (1 - s))
     yield cover(box(x, y, .82 - .50, .60 + head + .13, .20, .13)), block
-    yield cover(box(along, across, .25, 0, .25, .035)), wood
-    yield cover(box(along, across, .50, 0, .10, head)), iron      # touches the block at s = 1
+    yield cover(box(along, across, -.25, 0, .25, .035)), wood
+    yield cover(box(along, across, -.50, 0, .10, head)), iron     # touches the block at s = 1
 
 
 def mouth_layers(scene, s, x, y, cover):
@@ -249,10 +251,7 @@ def roller_layers(scene, s, x, y, cover):
     r = .12 + .04 * scene["size"]
     foot = .82
     # The pin leans (up to 0.5 radians) while the ball touches it, for s above 0.93.
-    lean = .5 * np.clip((s - .93) / .07, 0, 1)
-    u, v = x - .86, y - foot
-    across = u * np.cos(lean) + v * np.sin(lean)
-    along = v * np.cos(lean) - u * np.sin(lean)
+    across, along = turned(x - .86, y - foot, .5 * np.clip((s - .93) / .07, 0, 1))
     yield cover(foot - y), ground
     yield cover(box(across, along, 0, -.21, .055, .21)), pin
     yield cover(disc(x, y, .12 + s * (.805 - r - .12), foot - r, r)), ball
@@ -263,10 +262,7 @@ def bell_layers(scene, s, x, y, cover):
     r = .15 + .04 * scene["size"]
     # At rest a bell is symmetric, so a first frame does not show whether the scene is mirrored.
     # Mirrored or not, the bell swings to the same side of the picture first.
-    angle = .72 * (-s if scene["flip"] else s)            # radians
-    u, v = x - .5, y - .14
-    side = u * np.cos(angle) - v * np.sin(angle)
-    down = u * np.sin(angle) + v * np.cos(angle)
+    side, down = turned(x - .5, y - .14, .72 * (s if scene["flip"] else -s))
     yield cover(box(x, y, .5, .10, .26, .045)), beam
     yield cover(box(side, down, 0, .16, .022, .16)), rope
     body = np.minimum(disc(side, down, 0, .40, r), box(side, down, 0, .50, r * 1.25, .06))
@@ -280,10 +276,11 @@ LAYERS = dict(ball=ball_layers, hammer=hammer_layers, mouth=mouth_layers,
 def draw_scene(scene, s, size=64):
     """Draw a scene in the states s (F,) -> uint8 (F, size, size, 3)."""
     s = np.asarray(s, np.float32).reshape(-1, 1, 1)                           # (F, 1, 1)
+    shape = (len(s), size, size, 3)
     pixels = (np.arange(size, dtype=np.float32) + .5) / size                  # centres, in 0..1
     ramp = pixels[:, None, None]                                              # (H, 1, 1)
     picture = (1 - ramp) * scene["back"][0] + ramp * scene["back"][1]
-    picture = np.broadcast_to(picture, (size, size, 3))
+    picture = np.repeat(picture, size, axis=1)[None]                          # (1, H, W, 3)
     # Scene coordinates (1, H, W): mirrored, moved and zoomed about the middle.
     x, y = np.meshgrid(1 - pixels if scene["flip"] else pixels, pixels)
     x = ((x - .5 - scene["x"]) / scene["scale"] + .5)[None].astype(np.float32)
@@ -293,21 +290,17 @@ def draw_scene(scene, s, size=64):
         # Anti-aliasing: coverage falls from 1 to 0 over one pixel across the edge.
         return np.clip(.5 - distance * (size * scene["scale"]), 0, 1).astype(np.float32)
     for mask, colour in LAYERS[scene["kind"]](scene, s, x, y, cover):
-        alpha = mask[..., None]                                               # (1 or F, H, W, 1)
-        # While nothing has moved one picture (H, W, 3) serves all frames.
-        if len(mask) == 1 and picture.ndim == 3:
-            picture = picture + alpha[0] * (colour - picture)
-            continue
+        # Blend only the rows that the mask touches, for speed.
         rows = np.flatnonzero(mask.max((0, 2)) > 0)
         if len(rows) == 0:
             continue
-        if picture.ndim == 3:
-            picture = np.broadcast_to(picture, (len(s), size, size, 3)).astype(np.float32)
-        # Blend only the rows that the mask touches, for speed.
+        # Until something moves one picture serves all frames.
+        if len(mask) > len(picture):
+            picture = np.broadcast_to(picture, shape).astype(np.float32)
         band = slice(rows[0], rows[-1] + 1)
-        picture[:, band] += alpha[:, band] * (np.asarray(colour, np.float32) - picture[:, band])
-    picture = np.broadcast_to(picture, (len(s), size, size, 3))
-    return (np.clip(picture, 0, 1) * 255 + .5).astype(np.uint8)
+        alpha = mask[:, band, :, None]                                        # (1 or F, rows, W, 1)
+        picture[:, band] += alpha * (np.asarray(colour, picture.dtype) - picture[:, band])
+    return (np.clip(np.broadcast_to(picture, shape), 0, 1) * 255 + .5).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------- sounds
@@ -380,28 +373,6 @@ def off_screen_sound(n, rng):
     return (out / (np.abs(out).max() + 1e-6)).astype(np.float32)
 
 
-def play_events(scene, events, durations, seconds, seed):
-    """The events alone -> float32 (seconds x 16 000,), the vowels of a mouth, one per event. Each
-    event has a random generator to itself: moving one leaves the others as they were."""
-    out = np.zeros(round(seconds * RATE), np.float32)
-    material = scene["material"]
-    if scene["kind"] == "bell":
-        # A bell rings longer and clearer than other things of its material.
-        material = dict(material, ring=.15 + material["ring"], noise=.3 * material["noise"])
-    hit = strike_sound(material, np.random.default_rng([seed, 1618]))
-    vowels = []
-    for k, (event, duration) in enumerate(zip(events, durations)):
-        rng = np.random.default_rng([seed, 1618, 1 + k])
-        sound = hit
-        if scene["kind"] == "mouth":
-            sound, vowel = voice_sound(material, duration, rng)
-            vowels.append(vowel)
-        start = round(event * RATE)
-        sound = sound[:max(0, len(out) - start)]
-        out[start:start + len(sound)] += sound * 10 ** rng.uniform(-.4, 0)    # up to 8 dB softer
-    return out, vowels
-
-
 def record(dry, has_events, off_screen, seed):
     """What a microphone makes of the events (samples,) -> float32 (samples,): off-screen sound,
     tilt of the spectrum, room, noise floor and gain. All draws depend on the seed alone: other
@@ -434,10 +405,26 @@ def record(dry, has_events, off_screen, seed):
     return np.clip(out * 10 ** rng.uniform(-1.2, -.05), -1, 1).astype(np.float32)
 
 
-def synthesise(scene, events, durations, seconds, seed, off_screen=False):
-    """The waveform of a scene with these events -> float32 (seconds x 16 000,)."""
-    dry, _ = play_events(scene, events, durations, seconds, seed)
-    return record(dry, len(events) > 0, off_screen, seed)
+def synthesise(scene, events, durations, seconds, seed, off_screen):
+    """-> waveform float32 (seconds x 16 000,), the vowels of a mouth, one per event. Each event has
+    a random generator to itself: moving one leaves the others as they were."""
+    out = np.zeros(round(seconds * RATE), np.float32)
+    material = scene["material"]
+    if scene["kind"] == "bell":
+        # A bell rings longer and clearer than other things of its material.
+        material = dict(material, ring=.15 + material["ring"], noise=.3 * material["noise"])
+    hit = strike_sound(material, np.random.default_rng([seed, 1618]))
+    vowels = []
+    for k, (event, duration) in enumerate(zip(events, durations)):
+        rng = np.random.default_rng([seed, 1618, 1 + k])
+        sound = hit
+        if scene["kind"] == "mouth":
+            sound, vowel = voice_sound(material, duration, rng)
+            vowels.append(vowel)
+        start = round(event * RATE)
+        sound = sound[:max(0, len(out) - start)]
+        out[start:start + len(sound)] += sound * 10 ** rng.uniform(-.4, 0)    # up to 8 dB softer
+    return record(out, len(events) > 0, off_screen, seed), vowels
 
 
 # ----------------------------------------------------------------------------------- complete clips
@@ -475,9 +462,12 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, variation=0
     video       False leaves out the pictures, which take most of the time
     variation   k > 0: the same thing (scene, colours, material) with other events in another room
 
-    -> dict: video uint8 (F, size, size, 3), audio float32 (F / 24 x 16 000,), caption str, speech
-    str (what a mouth says: a letter per event), seed, kind, scene dict, state float (F,), events
-    (n,) and durations (n,) in seconds, off_screen bool.
+    -> dict:
+    video       uint8 (F, size, size, 3)           audio       float32 (F / 24 x 16 000,)
+    caption     a sentence                         speech      what a mouth says: letters
+    events      (n,) in seconds                    durations   (n,) in seconds
+    state       float (F,)                         off_screen  bool
+    and seed, kind, scene.
     """
     rng = np.random.default_rng([seed, 2718])
     scene = sample_scene(rng, kind)
@@ -494,8 +484,7 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, variation=0
     off_screen = bool(.08 <= mood < .18 or rng.random() < .2 * (mood > .18))
     state = state_curve(kind, events, durations, np.arange(frames) / FPS)
     room = seed + (variation << 40)
-    dry, vowels = play_events(scene, events, durations, seconds, room)
-    audio = record(dry, len(events) > 0, off_screen, room)
+    audio, vowels = synthesise(scene, events, durations, seconds, room, off_screen)
     clip = dict(seed=seed, kind=kind, scene=scene, events=events, durations=durations, state=state,
                 off_screen=off_screen, audio=audio, speech=" ".join(vowels),
                 caption=sample_caption(kind, len(events), off_screen, rng))
@@ -504,19 +493,19 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, variation=0
     return clip
 
 
-def vae_training_pair(seed, size=64, blocks=4, t=4):
-    """Training data of a VAE that codes stretches of t frames independently (kernel_t = 1): two
+def vae_training_pair(seed, size=64, blocks=4):
+    """Training data of a VAE that codes stretches of 4 frames independently (kernel_t = 1): two
     things of one kind that move alike, frame 0 and `blocks` stretches, mostly moving ones
-    -> uint8 (2, 1 + blocks * t, size, size, 3). All 49 frames would mostly stand still."""
+    -> uint8 (2, 1 + 4 * blocks, size, size, 3). All 49 frames would mostly stand still."""
     rng = np.random.default_rng([seed, 3141])
     scene = sample_scene(rng)
     events, durations = sample_events(scene["kind"], FRAMES / FPS, rng)
     state = state_curve(scene["kind"], events, durations, np.arange(FRAMES) / FPS)
     # Stretches that move are eleven times as likely as those at rest.
-    stretches = state[1:].reshape(-1, t)                                      # (L - 1, t)
+    stretches = state[1:].reshape(-1, 4)                                      # (L - 1, 4)
     odds = .1 + (np.abs(stretches).max(1) > .05)
     chosen = rng.choice(len(stretches), blocks, replace=False, p=odds / odds.sum())
-    state = np.concatenate([state[:1], stretches[chosen].ravel()])            # (1 + blocks * t,)
+    state = np.concatenate([state[:1], stretches[chosen].ravel()])            # (1 + 4 * blocks,)
     other = sample_scene(rng, scene["kind"])
     return np.stack([draw_scene(scene, state, size), draw_scene(other, state, size)])
 
@@ -553,12 +542,11 @@ def track_states(video, scene):
     return grid[best], error[np.arange(len(video)), best].clip(0) / spanned
 
 
-def detect_events(kind, s, valid=None, fps=FPS):
+def detect_events(kind, s, valid):
     """State curve (F,) -> event times (n,) in seconds. valid: booleans (F,), which frames could be
     read; an event is left out unless every frame that it was concluded from could."""
     found = find_risings(kind, s) if kind in ("mouth", "lamp") else find_peaks(kind, s)
-    times = [t for t, first, last in found if valid is None or valid[first:last + 1].all()]
-    return np.array(times) / fps
+    return np.array([t for t, first, last in found if valid[first:last + 1].all()]) / FPS
 
 
 def find_risings(kind, s):
@@ -612,14 +600,14 @@ def detect_clip_events(video, clip):
     return detect_events(clip["kind"], s, valid), residual[np.abs(s) > MOVING], float(valid.mean())
 
 
-def fit_scene(frame, kind, tries=150, rounds=120, seed=0):
+def fit_scene(frame, kind):
     """Fit a scene of a known kind to a first frame, uint8 (H, W, 3), at rest -> scene.
 
     A drawing is linear in its five colours: for a given place the best ones are a least-squares
-    solution. Place and mirror image are searched: `tries` at random, then `rounds` shrinking steps
-    from the best. Events of 48 true clips, read by fitted scenes: F1 1.000 at 50 ms, residual 0.03.
+    solution. Place and mirror image are searched: 150 at random, then 120 shrinking steps from the
+    best. Events of 48 true clips, read by fitted scenes: F1 1.000 at 50 ms, residual 0.03.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     size = len(frame)
     pixels = frame.reshape(-1, 3) / 255.                                      # (H W, 3)
     low, high = np.array(list(PLACE.values()), float).T                       # (4,) each
@@ -637,9 +625,9 @@ def fit_scene(frame, kind, tries=150, rounds=120, seed=0):
         colours = np.linalg.solve(maps.T @ maps + 1e-4 * np.eye(5), maps.T @ pixels).clip(0, 1)
         error = ((maps @ colours - pixels) ** 2).sum()
         return error, place, dict(scene, back=colours[:2], colours=colours[2:])
-    first = [attempt(rng.uniform(low, high), bool(i % 2)) for i in range(tries)]
+    first = [attempt(rng.uniform(low, high), bool(i % 2)) for i in range(150)]
     best = min(first, key=lambda result: result[0])
-    for i in range(rounds):
+    for i in range(120):
         # Steps begin at a quarter of the range and shrink by 3 % a round; a coordinate moves with
         # probability 0.6.
         step = (high - low) / 4 * .97 ** i * rng.normal(size=4) * (rng.random(4) < .6)
