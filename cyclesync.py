@@ -487,9 +487,7 @@ def frechet(a, b):
 def encode_clip(vae, video):
     """uint8 (F, H, W, 3) -> pixels (1, 3, F, H, W), latents (1, C, L, h, w), not normalised."""
     x = frames_to_tensor(video, next(vae.parameters()).device)[None]
-    # Large pictures chunk by chunk, for memory.
-    encode = vae.encode if x.shape[3] <= 256 else vae.encode_chunks
-    return x, encode(x)[0]
+    return x, vae.encode_chunks(x)[0]
 
 
 @torch.no_grad()
@@ -769,7 +767,7 @@ class Towers:
         self.sounds = [c["audio"] for c in self.clips]
         self.videos = np.stack([c["video"] for c in self.clips])             # (B, F, H, W, 3)
         # What either stream is when it is given: normalised latents (B, C, L, h, w), (B, A, S).
-        self.z_v = torch.cat([encode_video(self.vae, v, self.device) for v in self.videos])
+        self.z_v = torch.cat([encode_video(self.vae, v) for v in self.videos])
         self.z_a = torch.cat([encode_sound(self.audio_vae, w, self.device) for w in self.sounds])
         # What rows are compared with.
         self.mels = mel_features(self.sounds)

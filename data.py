@@ -838,7 +838,7 @@ def write_shard(folder, k, results, vae, device, audio_encoder, raw):
 
     def encode_batch():
         video = frames_to_tensor(np.stack(batch), device)                     # (n, 3, F, H, W)
-        mean, logvar = vae.encode(video) if video.shape[3] <= 256 else vae.encode_chunks(video)
+        mean, logvar = vae.encode_chunks(video)
         latents = torch.stack([mean, logvar], 1).cpu().to(torch.float16)      # (n, 2, C, L, h, w)
         arrays["latents"].extend(latents.numpy())
         batch.clear()

@@ -634,22 +634,11 @@ def attention_map(model, x, branches, reference, **_):
     return torch.stack(maps).mean((0, 2)).float().cpu().unflatten(2, grid)
 
 
-def encode_video(vae, frames, device):
-    """uint8 (frames, H, W, 3) -> normalised latents (1, C, L, h, w), 16 of them at a time.
-
-    The last frame is repeated until its latent is full."""
-    missing = -(len(frames) - 1) % vae.stride_t
-    frames = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
-    first = frames_to_tensor(frames[None, :1], device)
-    # Pieces of 16 latents, the first with frame 0 in addition; the cache joins them without seams.
-    vae_cache, latents = {}, []
-    step = 16 * vae.stride_t
-    for start in [0, *range(step + 1, len(frames), step)]:
-        stop = start + step + (start == 0)
-        piece = frames_to_tensor(frames[None, start:stop], device)
-        with torch.no_grad():
-            latents.append(vae.encode(piece, first, vae_cache)[0])
-    return vae.normalise(torch.cat(latents, 2))
+def encode_video(vae, frames):
+    """uint8 (frames, H, W, 3) -> normalised latents (1, C, L, h, w)."""
+    with torch.no_grad():
+        z = vae.encode_chunks(torch.tensor(frames).movedim(-1, 0)[None])[0]
+        return vae.normalise(z)
 
 
 def encode_sound(audio_vae, wave, device):
@@ -674,7 +663,7 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
 
     g: given. The last window ends with the video."""
     device = next(model.parameters()).device
-    z = encode_video(vae, frames, device)
+    z = encode_video(vae, frames)
     samples = round(len(frames) / FPS * audio_vae.cfg.rate)
     S = math.ceil(samples / audio_vae.hop)
     # Where the windows begin; a short video has one of its length

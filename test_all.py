@@ -842,7 +842,7 @@ def test_coding_in_chunks_equals_coding_at_once(kind, split):
     with torch.no_grad():
         z, _ = vae.encode(video)
         output = vae.decode(z, first)
-        latents = [vae.encode(chunk, first, caches[0])[0] for chunk in chunks]
+        latents = [vae.encode(chunk, caches[0])[0] for chunk in chunks]
         frames = [vae.decode(chunk, first, caches[1]) for chunk in z.split(split, 2)]
     assert (z.shape[2], output.shape) == (4, video.shape)
     assert_close("latents", torch.cat(latents, 2), z, 1e-10)
@@ -3617,7 +3617,7 @@ def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
     captions = [c["caption"] for c in clips]
     events = [c["events"] for c in clips]
     truth = np.stack([c["video"] for c in clips])
-    z_v = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth])
+    z_v = torch.cat([sample.encode_video(vae, v) for v in truth])
     settings = dict(steps=12, cfg=ckpt["guidance"]["cfg"])
 
     def generate(**given):
@@ -3654,7 +3654,7 @@ def harmony_clips():
     def encode(waves):
         return torch.cat([sample.encode_sound(audio_vae, w, "cpu") for w in waves])
 
-    z_v = torch.cat([sample.encode_video(vae, v, "cpu") for v in truth])
+    z_v = torch.cat([sample.encode_video(vae, v) for v in truth])
     z_a = encode([c["audio"] for c in clips])
     return SimpleNamespace(clips=clips, generate=generate, encode=encode, z_v=z_v, z_a=z_a,
                            first=truth[:, 0], events=[c["events"] for c in clips])

@@ -339,16 +339,13 @@ class CausalVideoVAE(nn.Module):
         w = logits.softmax(1)                                       # (B, 3, frames, H, W)
         return w[:, :1] * first + w[:, 1:2] * one + w[:, 2:] * two
 
-    def encode(self, video, first=None, cache=None):
+    def encode(self, video, cache=None):
         """Video (B, 3, frames, H, W) -> mean, logvar (B, C, L, h, w), logvar within [-30, 20].
 
-        cache: a dict, empty for the first chunk of t n + 1 frames; later chunks have t n frames.
-        first: the clip's first frame (B, 3, 1, H, W), needed for later chunks only."""
+        cache: a dict, empty for the first chunk of t n + 1 frames; later chunks have t n frames."""
+        cache = {} if cache is None else cache
         start = not cache
-        if first is None:
-            first = video[:, :, :1]
-        if cache is not None:
-            cache["started"] = True
+        first = cache.setdefault("first", video[:, :, :1])          # the clip's first frame
         mean, logvar = self._moments(video, first, start, cache)
         if self.cfg.reference:
             # the code of a still clip is the origin
@@ -397,11 +394,20 @@ class CausalVideoVAE(nn.Module):
             return self.composite(x, for_later_frames(first, x.shape[2], start))
         return self.unpatchify(x)
 
-    def encode_chunks(self, video, frames=16):
-        """`encode` in bounded memory, `frames` (a multiple of t) at a time: the same latents."""
+    def encode_chunks(self, video):
+        """`encode` of a video (B, 3, frames, H, W) of any length, uint8 or in [-1, 1], chunk by
+        chunk on the VAE's device. The last frame is repeated until its latent is full."""
+        t = self.stride_t
+        # 16 latents of pictures of up to 256 pixels, 2 of larger ones, fit in any memory
+        n = t * (16 if video.shape[3] <= 256 else 2)
+        frames = torch.arange(video.shape[2] + -(video.shape[2] - 1) % t)
+        frames = frames.clamp(max=video.shape[2] - 1)
         cache = {}
-        chunks = [video[:, :, :frames + 1], *video[:, :, frames + 1:].split(frames, 2)]
-        moments = [self.encode(chunk, video[:, :, :1], cache) for chunk in chunks]
+        moments = []
+        for chunk in frames.tensor_split(list(range(n + 1, len(frames), n))):
+            x = video[:, :, chunk].to(self.quant_conv.conv.weight.device)
+            x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+            moments.append(self.encode(x, cache))
         means, logvars = zip(*moments)
         return torch.cat(means, 2), torch.cat(logvars, 2)
 
