@@ -38,8 +38,8 @@ No public code exists. Where the paper contradicts itself or is silent, this fil
 
 A score means something only beside the ground truth's and that of shuffled sounds, with the SAME f.
 In the toybox f is an `oracle`; elsewhere a program (`--v2a-cmd`) or a checkpoint (`--v2a-ckpt`).
-AV-Align (TempoTokens) matches peaks of optical flow with onsets; its two versions give different
-numbers, and it depends on resolution and frame rate. It needs `pip install opencv-python-headless`.
+AV-Align (TempoTokens, as of February 2025) matches peaks of optical flow with onsets; it depends on
+resolution and frame rate, and needs `pip install opencv-python-headless`.
 `lag` is a cross-correlation. Frechet distances compare clouds of features, of this repository's
 VAEs or of the networks of FVD, FID and FAD.
 
@@ -47,7 +47,6 @@ VAEs or of the networks of FVD, FID and FAD.
     python cyclesync.py --ckpt weights/t2av-toybox.pt              # SyncFlow's and Harmony's
     python cyclesync.py --shift-study            # true clips, their sound up to 0.5 s late
     python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's tables
-    python cyclesync.py --audio claps.wav        # do toybox pictures move at a recording's onsets?
     python cyclesync.py --skip-blocks --audio x.wav --image f.png  # videos without one block each
     python cyclesync.py clip.mp4                 # any video: onsets, lag, AV-Align
     python cyclesync.py --pairs true/ remade/    # CycleSync of sounds that any program generated
@@ -82,10 +81,9 @@ from sample import (A2V_FILE, ROOT, encode_sound, encode_video, external_encoder
                     generate_audio_video, generate_video, load, pick_device,
                     video_to_audio)
 from toybox import (
-    FPS, FRAMES, KINDS, RATE, STATES, TIMING, UNREADABLE, detect_clip_events, detect_events,
-    draw_scene, fit_scene, synthesise, toybox_clip, track_states)
+    FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, UNREADABLE, detect_clip_events,
+    detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
 
-HELD_OUT = 10 ** 9                       # seeds of evaluation clips start at this one
 TORCHSCRIPT = ("fvd", "fid", "fad")      # distances by networks that the user provides
 NAN = float("nan")
 
@@ -274,18 +272,16 @@ def at_22050(wave, rate):
     return wave if rate == 22050 else librosa.resample(wave, orig_sr=rate, target_sr=22050)
 
 
-def onsets(wave, rate, start=0.):
-    """librosa's onsets of a waveform (samples,) from `start` seconds on -> times (n,), multiples of
-    512 / 22 050 s = 23 ms."""
+def onsets(wave, rate):
+    """librosa's onsets of a waveform (samples,) -> times (n,), multiples of 512 / 22 050 s = 23 ms.
+    """
     import librosa
     # At 16 kHz the detector's local-maximum test spans no frame, and it reports every hit twice.
     wave = at_22050(wave, rate)
     # A sound shorter than one analysis window has no spectrum.
     if len(wave) < 2048:
         return np.zeros(0)
-    times = librosa.onset.onset_detect(y=wave, sr=22050, hop_length=512, units="time")
-    # A sound that was cut from a longer one begins with a false onset: `start` leaves it out.
-    return times[times >= start]
+    return librosa.onset.onset_detect(y=wave, sr=22050, hop_length=512, units="time")
 
 
 def onsets_in_sound(wave):
@@ -320,15 +316,14 @@ def cyclesync(reference, remade, tolerance=.05):
     return matched / (2 * union), matched / (2 * (total - matched / 2))
 
 
-def av_align(audio_times, video_times, fps, once=True):
+def av_align(audio_times, video_times, fps):
     """AV-Align (TempoTokens): matched / union of audio and video peaks, nan without any peak."""
     used = set()
     matched = 0
     for t in audio_times:
-        # Each audio peak, in order, takes the first unused video peak less than one frame away. In
-        # the rule before February 2025 (once=False) peaks may be used again, and scores exceed 1.
+        # Each audio peak, in order, takes the first unused video peak less than one frame away.
         near = [j for j, v in enumerate(video_times) if abs(v - t) < 1 / fps]
-        free = [j for j in near if not (once and j in used)]
+        free = [j for j in near if j not in used]
         used.update(free[:1])
         matched += len(free[:1])
     # Unlike CycleSync's, this union counts a matched pair once.
@@ -351,10 +346,10 @@ def flow_curve(frames):
     return np.array(means[:1] + means)
 
 
-def flow_peaks(curve, fps, least=.1):
-    """Strict local maxima of at least `least` pixels (0 in the older rule) -> seconds."""
+def flow_peaks(curve, fps):
+    """Strict local maxima of at least 0.1 pixels (of the published code) -> seconds."""
     middle = curve[1:-1]
-    peaks = (middle > curve[:-2]) & (middle > curve[2:]) & (middle >= least)
+    peaks = (middle > curve[:-2]) & (middle > curve[2:]) & (middle >= .1)
     return (np.flatnonzero(peaks) + 1) / fps
 
 
@@ -397,7 +392,7 @@ def oracle(clip):
         durations = []
         for t in events:
             first = math.ceil(t * fps)
-            closed = np.flatnonzero(states[first:] < .5)
+            closed = np.flatnonzero(states[first:] < RISEN)
             end = first + closed[0] - .5 if len(closed) else len(states)
             durations.append(max(.05, end / fps - t - .04))
         # ... are given the sound of this thing in this room: only the timing can differ.
@@ -621,11 +616,11 @@ UNIONS = [("CycleSync set", "cyclesync_set", ""), ("merged", "cyclesync_merged",
 COLUMNS = [*UNIONS, ("AV-Align", "av_align", ""), ("Frechet", "frechet_latent", ".3g")]
 
 
-def analyse_video(video, f_v2a, start=0.):
+def analyse_video(video, f_v2a):
     """What of a silent video is compared with sounds: the sound that f generates for it, the onsets
     of that, the peaks of its optical flow; None where there is no f or no OpenCV."""
     sound = f_v2a(video, FPS) if f_v2a else None
-    return dict(sound=sound, onsets=onsets(*sound, start) if sound else None,
+    return dict(sound=sound, onsets=onsets(*sound) if sound else None,
                 peaks=flow_peaks(flow_curve(video), FPS) if find_spec("cv2") else None)
 
 
@@ -658,7 +653,7 @@ class AudioToVideo:
         # What every row is compared with.
         self.sounds = [c["audio"] for c in self.clips]
         self.videos = [c["video"] for c in self.clips]
-        self.onsets = [onsets(w, RATE, args.trim_start) for w in self.sounds]
+        self.onsets = [onsets(w, RATE) for w in self.sounds]
         self.truth = self.features(self.videos, [(w, RATE) for w in self.sounds])
         self.chance = []
 
@@ -678,8 +673,7 @@ class AudioToVideo:
     def score(self, videos):
         """-> records, figures of the row. `self.chance` becomes the records of these videos with
         the sounds and events of other clips."""
-        start = self.args.trim_start
-        analyses = [analyse_video(v, f, start) for v, f in zip(videos, self.v2a)]
+        analyses = [analyse_video(v, f) for v, f in zip(videos, self.v2a)]
         # Distances belong to the row, everything else to a clip.
         features = self.features(videos, [a["sound"] for a in analyses])
         figures = {k: frechet(v, self.truth[k]) for k, v in features.items()}
@@ -1016,7 +1010,7 @@ def shift_study(args):
     n = round(len(clips[0]["video"]) / FPS * RATE)
     # The videos stay as they are, so they are analysed once.
     bar = tqdm(clips, desc="videos", disable=None, leave=False)
-    analyses = [analyse_video(c["video"], f, args.trim_start) for c, f in zip(bar, models)]
+    analyses = [analyse_video(c["video"], f) for c, f in zip(bar, models)]
     toybox = args.data == "toybox"
     found = [detect_clip_events(c["video"], c)[0] if toybox else () for c in clips]
     columns = TOYBOX_COLUMNS[:1] * toybox + COLUMNS[:3]
@@ -1031,7 +1025,7 @@ def shift_study(args):
             other = clips[(i + move) % len(clips)]
             wave = other["audio"][round((lead - late) * RATE):][:n]
             record = dict(clip=clip["name"], kind=clip["kind"])
-            record |= sync_record(onsets(wave, RATE, args.trim_start), analysis, args.tolerance)
+            record |= sync_record(onsets(wave, RATE), analysis, args.tolerance)
             record["lag_s"], record["lag_confidence"] = lag(clip["video"], FPS, wave, RATE)
             # True events are as late as the sound; those after its end do not count.
             if toybox:
@@ -1134,22 +1128,19 @@ def ablate(args):
     if args.data != "toybox":
         raise BadInput(f"--ablate with --data {args.data}: the ablations are scored by the "
                        "toybox's truth; leave --data out")
-    if args.init and args.ablate != "harmony":
-        raise BadInput(f"--init {args.init}: --ablate {args.ablate} trains all that it needs; "
-                       "only --ablate harmony starts from given towers")
     ablation = ABLATIONS[args.ablate]
     seeds, steps, clips = (1, 400, 800) if args.quick else (3, 800, 1500)
     args.clips = 48 if args.quick else args.clips
     root = Path(args.out, f"ablation-{args.ablate}-{steps}")
 
     # Trainings in order: folder, stage, flags.
-    trainings = [(f"{t}-tower", t, "") for t in (() if args.init else ablation.towers)]
+    trainings = [(f"{t}-tower", t, "") for t in ablation.towers]
     trainings += [(folder_name(flags), ablation.stage, flags)
                   for flags in dict.fromkeys(row.flags for row in ablation.rows)]
     # A training that has its scores is skipped; one that was stopped goes on from its last.pt.
     scores = {row.title: [] for row in ablation.rows}
     for args.seed in range(seeds):
-        init = args.init
+        init = None
         for name, stage, flags in trainings:
             folder = root / f"{name}-{args.seed}"
             tower = stage in ablation.towers
@@ -1243,63 +1234,7 @@ def add_learning(table, root, seeds, quarters):
     draw_curves(root / "learning.png", quarters, curves, "steps", "F1 at 50 ms, without guidance")
 
 
-# ---------------------------------------------------------------------- recordings and files
-
-def clear_onsets(wave):
-    """Where a listener would tap: librosa's onsets with at least 0.3 of the strongest one's
-    strength. (samples,) at 16 kHz -> seconds."""
-    import librosa
-    # 100 values per second.
-    strength = librosa.onset.onset_strength(y=wave, sr=RATE, hop_length=RATE // 100)
-    found = librosa.onset.onset_detect(onset_envelope=strength, sr=RATE, hop_length=RATE // 100)
-    return found[strength[found] >= .3 * strength.max()] / 100
-
-
-def evaluate_recording(args):
-    """Toybox pictures and a recorded sound: do things move at its onsets, and 0.3 s later when the
-    sound is 0.3 s later?"""
-    device, autocast, described = pick_device(args.device)
-    system = load(args.ckpt, device, args.vae, task="a2v")
-    model, vae, ckpt = system.model, system.vae, system.checkpoint
-    wave = read_audio(args.audio)
-    delay = .3
-    frames = max(2, round(len(wave) / RATE * FPS))
-    clear = clear_onsets(wave)
-    each = max(1, args.clips // len(KINDS))
-    asg = ckpt["guidance"]["asg"]
-    times = " ".join(f"{t:.2f}" for t in clear) or "no time"
-    print(f"{described}\n{args.audio}: {len(wave) / RATE:.2f} s, clear onsets at {times}; {each} "
-          f"pictures of every kind, w_a = {asg:g}, {args.steps} steps")
-    # met: onsets with an event within 100 ms. followed: events that come later with a later sound.
-    table = Table(("onsets", "onsets", ".0f"), ("event within 100 ms", "met", ".2f"),
-                  ("events per video", "events", ".1f"), ("late with sound", "followed", ".2f"))
-    for kind in KINDS:
-        # The same pictures with the sound as it is, and with the sound delayed.
-        found = []
-        for shift in (0., delay):
-            sound = np.pad(wave, (round(shift * RATE), 0))[:len(wave)]
-            clips = []
-            for i in range(each):
-                seed = HELD_OUT + 10 ** 4 * args.seed + 500 + i
-                clip = toybox_clip(seed, ckpt["size"], kind=kind)
-                still = np.broadcast_to(clip["video"][0], (frames, *clip["video"].shape[1:]))
-                clips.append(dict(clip, audio=sound, caption="", video=still))
-            videos = generate(model, vae, clips, autocast, args.seed, steps=args.steps, asg=asg)
-            found.append([detect_clip_events(v, c)[0] for v, c in zip(videos, clips)])
-
-        # Onsets that this thing can meet: its motion takes time before, and 0.1 s to be visible.
-        possible = clear[(clear >= TIMING[kind][0]) & (clear < frames / FPS - .1)]
-        records = []
-        for before, after in zip(*found):
-            distance = np.abs(before[:, None] - possible[None]).min(0, initial=9.)
-            # Events that must still be visible when they come `delay` later.
-            moved = before[before + delay < frames / FPS - .1] + delay
-            records.append(dict(
-                kind=kind, events=len(before), met=(int((distance <= .1).sum()), len(possible)),
-                followed=(match_events(moved, after, 1 / FPS)[0], len(moved))))
-        table.add(kind, kind, records, dict(onsets=len(possible)))
-    table.finish()
-
+# ---------------------------------------------------------------------- files, blocks
 
 def score_pairs(args):
     """Two folders of sound files with the same names: true sounds, and sounds that any program
@@ -1316,7 +1251,7 @@ def score_pairs(args):
     if not names:
         raise BadInput(f"--pairs {' '.join(args.pairs)}: no file name occurs in both (the suffix "
                        f"may differ); they have {len(files[0])} and {len(files[1])} files")
-    true, remade = ([onsets(read_audio(side[n]), RATE, args.trim_start) for n in names]
+    true, remade = ([onsets(read_audio(side[n]), RATE) for n in names]
                   for side in files)
     print(f"{len(names)} pairs, {len(files[0]) + len(files[1]) - 2 * len(names)} files without a "
           f"partner; tolerance {1000 * args.tolerance:g} ms")
@@ -1347,11 +1282,8 @@ def score_clip(args):
     result = dict(onsets=found, lag_s=late, confidence=confidence, av_align=None)
     # AV-Align needs an extra; the rest of the answer does not.
     try:
-        curve = flow_curve(frames)
-        result["av_align"] = av_align(found, flow_peaks(curve, FPS), FPS)
-        older = av_align(found, flow_peaks(curve, FPS, 0.), FPS, once=False)
-        print(f"AV-Align {result['av_align']:.3f}, older rule {older:.3f} (at {FPS} fps and "
-              "256 px: it depends on both)")
+        result["av_align"] = av_align(found, flow_peaks(flow_curve(frames), FPS), FPS)
+        print(f"AV-Align {result['av_align']:.3f} (at {FPS} fps and 256 px: it depends on both)")
     except BadInput as error:
         print(error)
     print(json.dumps(to_json(result)))
@@ -1406,17 +1338,15 @@ def arguments():
     p = Parser(__doc__)
     p.add_argument("clip", nargs="?", help="score this one video with its sound")
     p.add_argument("--pairs", nargs=2, metavar=("TRUE", "REMADE"), help="CycleSync of two folders")
-    p.add_argument("--audio", help="a recording to move toybox pictures by")
-    p.add_argument("--skip-blocks", action="store_true", help="with --audio and --image: videos "
-                   "without one block of the network each (Syncphony figures 10, 11)")
+    p.add_argument("--skip-blocks", action="store_true", help="videos without one block of the "
+                   "network each (Syncphony figures 10, 11)")
+    p.add_argument("--audio", help="--skip-blocks: the sound")
     p.add_argument("--image", help="--skip-blocks: the first frame")
     p.add_argument("--shift-study", action="store_true", help="metrics on sounds that are late")
     p.add_argument("--ablate", choices=tuple(ABLATIONS), help="train and score a paper's ablation "
                    "tables: an hour or two on 2 cores, harmony's a day")
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings: 20 "
                    "minutes, harmony's an hour")
-    p.add_argument("--init", metavar="FILE", help="--ablate harmony: towers to start from, of "
-                   "train.py --task joint --stage timbre; else they are trained first")
     p.add_argument("--ckpt", default=str(A2V_FILE), help="of train.py --task a2v, t2av or joint")
     p.add_argument("--vae", help="its VAE, if that is neither in weights/ nor beside it")
     p.add_argument("--audio-vae", help="likewise its audio VAE")
@@ -1424,16 +1354,13 @@ def arguments():
     p.add_argument("--hubert", help="of such a checkpoint: its HuBERT, a folder or hub name")
     p.add_argument("--data", default="toybox", help=f"or {', '.join(data.DATASETS)}, or a folder")
     p.add_argument("--data-root", default="data", help="where datasets and caches are")
-    p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips (with "
-                   "--audio: pictures, a sixth of them of every kind)")
+    p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips")
     p.add_argument("--resolution", type=data.picture_size, help="--shift-study, and two towers: "
                    "side in pixels, or height x width (64; what they were trained for)")
     p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of held-out clips and noise")
     p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: how far apart "
                    "two onsets may be, seconds")
-    p.add_argument("--trim-start", type=number(low=0), default=0., help="CycleSync: leave out "
-                   "onsets before so many seconds")
     p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: f is this checkpoint of train.py "
                    "--task t2av or joint")
     p.add_argument("--v2a-cmd", help="CycleSync: f is a program, with {video} and {wav} in it")
@@ -1450,7 +1377,7 @@ def main():
     args = arguments().parse_args()
     # The first flag that is given says what to do; without any, the table of --ckpt.
     commands = dict(clip=score_clip, pairs=score_pairs, skip_blocks=skip_block_study,
-                    audio=evaluate_recording, shift_study=shift_study, ablate=ablate)
+                    shift_study=shift_study, ablate=ablate)
     for name, command in commands.items():
         if getattr(args, name):
             return command(args)

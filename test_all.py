@@ -1465,25 +1465,6 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
 
 # -------------------------------------------------------------------- cyclesync.py: its commands
 
-def test_agreement_with_a_recording_is_one_for_things_that_move_at_its_onsets(
-        toy, monkeypatch, capsys, tmp_path):
-    """`--audio`: the clear onsets of a recording stand for events, here two."""
-    def drawn(model, vae, clips, *args, **settings):
-        t = np.arange(len(clips[0]["video"])) / 24
-        events = cyclesync.clear_onsets(clips[0]["audio"])
-        states = [toybox.state_curve(c["kind"], events, np.full(9, .2), t) for c in clips]
-        return [toybox.draw_scene(c["scene"], s, 32) for c, s in zip(clips, states)]
-    monkeypatch.setattr(cyclesync, "generate", drawn)
-    soundfile.write(tmp_path / "x.wav", clicks((1., 2.), 3, gain=.25), 16000)
-    flags = ["--audio", tmp_path / "x.wav", "--clips", 6]
-    assert cli(cyclesync, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", *flags) == 0
-
-    result = last_json(capsys)
-    assert set(result) == set(toybox.KINDS)
-    for kind, row in result.items():
-        assert (row["onsets"], row["met"], row["followed"]) == (2, 1, 1), (kind, row)
-
-
 def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_path, capsys):
     """Equal sounds score 1, neighbours' less; a flash with a click at 1.1 s fades for 0.2 s."""
     for i in range(4):

@@ -46,6 +46,7 @@ import numpy as np
 FPS = 24         # frames per second: what Pyramid Flow was trained at and Syncphony generates
 RATE = 16000     # samples per second: what HuBERT and the log-mels here take
 FRAMES = 49      # 2.04 s: 1 + 12 x 4 frames, 13 latents of a causal VAE with temporal stride 4
+HELD_OUT = 10 ** 9                # seeds of clips to evaluate on start here; no training draws them
 
 KINDS = ("ball", "hammer", "mouth", "lamp", "roller", "bell")
 

@@ -73,15 +73,14 @@ import model as networks
 import pyramid
 import towers
 import vae as autoencoders
-from cyclesync import (
-    HELD_OUT, event_scores, generate, onsets_in_sound, reconstruct, score_toybox)
+from cyclesync import event_scores, generate, onsets_in_sound, reconstruct, score_toybox
 from data import BadInput, Parser, frames_to_tensor, number, run_cli
 from losses import (
     BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
 from sample import (
     AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, fingerprint, generate_audio_video, load_vae,
     pick_device)
-from toybox import detect_clip_events, toybox_clip, vae_training_pair
+from toybox import HELD_OUT, detect_clip_events, toybox_clip, vae_training_pair
 
 COUNT = number(int, 1)
 COUNT_OR_NONE = number(int, 0)
