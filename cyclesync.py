@@ -407,13 +407,15 @@ def v2a_from_checkpoint(path, args):
     device, autocast, _ = pick_device(args.device)
     system = load(path, device, args.vae, args.audio_vae, task="t2av or joint")
     model, vae, audio_vae = system.model, system.vae, system.audio_vae
+    # Without text there is no text guidance.
+    guidance = system.checkpoint["guidance"] | dict(cfg=1.)
 
     def f_v2a(frames, fps):
         # To the size that the towers were trained for.
         x = torch.tensor(frames).permute(0, 3, 1, 2).float()                 # (F, 3, H, W)
         x = F.interpolate(x, data.sides(system.checkpoint["size"]), mode="bicubic", antialias=True)
         frames = x.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        wave = video_to_audio(model, vae, audio_vae, frames, "", autocast, steps=25, cfg=1.)
+        wave = video_to_audio(model, vae, audio_vae, frames, "", autocast, steps=25, **guidance)
         return wave, audio_vae.cfg.rate
     return f_v2a
 
@@ -947,8 +949,8 @@ def map_records(maps, clips):
     while something sounds, to the places where the thing can move, and SyncCFG pulls there."""
     attention = torch.cat([m["attention"] for m in maps]).sum(2)             # (B, S, h, w)
     cells = dict(attention=attention)
-    if maps[0]["heat"] is not None:
-        cells["SyncCFG"] = torch.cat([m["heat"] for m in maps]).mean(1, keepdim=True)
+    if "sync_pull" in maps[0]:
+        cells["SyncCFG"] = torch.cat([m["sync_pull"] for m in maps]).mean(1, keepdim=True)
     found = {name: [] for name in cells}
     for name, i in product(cells, range(len(clips))):
         clip, cell = clips[i], cells[name][i]                                # cell (S or 1, h, w)

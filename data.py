@@ -220,6 +220,11 @@ def read_image(path, size=64):
     return np.asarray(picture.convert("RGB").resize((width, height), Image.LANCZOS, box=crop))
 
 
+def fit_length(wave, samples):
+    """Waveform (n,) -> (samples,): cut, or padded with silence."""
+    return np.pad(wave[:samples], (0, max(0, samples - len(wave))))
+
+
 def log_mel(wave):
     """Waveform (samples,) at 16 kHz -> float32 (frames at 100 Hz, 64): log energies of windows of
     25 ms, about zero mean and unit variance."""
@@ -428,9 +433,7 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
             os.replace(silent, path)
             return count
         # The sound is cut or padded with silence to the length of the pictures.
-        samples = round(count / fps * rate)
-        wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
-        add_sound(path, silent, wave, rate)
+        add_sound(path, silent, fit_length(wave, round(count / fps * rate)), rate)
         return count
     finally:
         silent.unlink(missing_ok=True)
@@ -448,8 +451,7 @@ def film_strip(video, wave, shown=12, fps=FPS, rate=RATE, events=()):
     frames = np.concatenate(list(video[middle]), 1)                           # (H, width, 3)
 
     # The loudest sample of every column, in pixels to either side of the axis.
-    samples = max(1, round(seconds * rate))
-    wave = np.pad(wave[:samples], (0, max(0, samples - len(wave))))
+    wave = fit_length(wave, max(1, round(seconds * rate)))
     loudest = [np.abs(part).max(initial=0) for part in np.array_split(wave, width)]
     loudest = np.array(loudest) / max(*loudest, 1e-3) * (height / 2 - 2)      # (width,)
     # Dark where a pixel is closer to the axis than that.

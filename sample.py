@@ -29,12 +29,8 @@ far). `impose` puts it into x before every step, at the noise level that the net
 SyncFlow has one level for everything, so known latents are noised to it (section 5); Harmony was
 trained with clean partners.
 
-    python sample.py --audio assets/hammer.wav --image assets/hammer.png
     python sample.py --audio x.wav --image f.png --prompt "a dog barks" --asg 2 --shift-audio 0.3
-    python sample.py --prompt "a hammer strikes a block three times"
-    python sample.py --video clip.mp4
     python sample.py --prompt "a face calls out" --transcript "u i" --ref-audio voice.wav --maps
-    python sample.py --bench
 
     B clips · R guidance branches · L latents · C h w latent channels and grid · S audio latents or
     feature steps · A audio channels · T text tokens · video uint8 (frames, H, W, 3)
@@ -45,7 +41,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +51,7 @@ from tqdm import tqdm
 
 import data
 import pyramid
-from data import FPS, RATE, BadInput, frames_to_tensor, tensor_to_frames
+from data import FPS, RATE, BadInput, fit_length, frames_to_tensor, tensor_to_frames
 from losses import combine_guidance, randn_each, shift_sigma
 from model import TEXT_BYTES, MMDiT, MMDiTConfig, text_bytes
 from towers import DualTower, DualTowerConfig
@@ -70,31 +66,37 @@ A2V_FILE = WEIGHTS / "a2v-toybox.pt"
 T2AV_FILE = WEIGHTS / "t2av-toybox.pt"
 JOINT_FILE = WEIGHTS / "joint-toybox.pt"
 SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}
-BATCH = 16                                                    # clips sampled by towers at a time
 STEPS = {"a2v": 30, "t2av": 50, "joint": 40}                  # Euler steps; of a2v: per latent
+GUIDANCE = {   # train.py writes it into checkpoints; a flag of the same name has the last word
+    "a2v": dict(asg=1., cfg=0.),
+    "pretrained": dict(asg=2., cfg=4.),       # w_a and w_t of Syncphony
+    "t2av": dict(cfg=2.),                     # w of SyncFlow eq. 3; the paper samples with 6
+    # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1. shift: as in training
+    "joint": dict(cfg=1., sync_video=3., sync_audio=2., shift=5.),
+}
+BATCH = 16                                    # clips sampled by towers at a time
+WINDOW = 13                                   # latents of a clip in training
+OVERLAP = 3                                   # latents that two windows share, 0.5 s
 
 
 def pick_device(name="auto"):
     """'auto' | 'cuda' | 'mps' | 'cpu' -> device, a maker of autocast contexts, both in one line."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     if name == "auto":
-        name = next((kind for kind, is_there in available.items() if is_there), "cpu")
-    if not available.get(name, True):
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
         raise BadInput(f"--device {name}: torch finds no such device; leave --device at auto")
 
-    # bfloat16 only where the hardware has it: emulated, it is slower than float32
-    native = False
-    description = f"{torch.get_num_threads()} threads"
-    if name == "cuda":
-        description = torch.cuda.get_device_name()
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif name == "cpu":
-        # this operator is missing in builds without mkldnn, such as those for Macs
-        probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-        native = probe is not None and probe()
+    # bfloat16 only where the hardware has it: emulated, it is slower than float32. The CPU's
+    # operator is missing in builds without mkldnn, such as those for Macs.
+    is_native = {"cuda": partial(torch.cuda.is_bf16_supported, including_emulation=False),
+                 "cpu": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)}
+    native = is_native.get(name, bool)()
     autocast = partial(torch.autocast, name, torch.bfloat16) if native else nullcontext
+    what = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
     precision = "bfloat16 autocast" if native else "float32: no native bfloat16"
-    return torch.device(name), autocast, f"{name} ({description}), {precision}"
+    return torch.device(name), autocast, f"{name} ({what}), {precision}"
 
 
 # ------------------------------------------------------------------------------- checkpoints
@@ -152,14 +154,10 @@ def load_vae(path=VAE_FILE, device="cpu", task="vae"):
     if checkpoint["task"] == "vae":
         vae = CausalVideoVAE(VAEConfig(**config))
     else:
+        # of waveforms (SyncFlow) or of spectra (Harmony)
         front = "mel" if checkpoint["task"] == "mel-vae" else "waveform"
         vae = AudioVAE(AudioVAEConfig(**{**config, "front": front}))
     return data.load_weights(vae, checkpoint["ema"], path).to(device).eval()
-
-
-def load_audio_vae(path=AUDIO_VAE_FILE, device="cpu"):
-    """An audio VAE, of waveforms (SyncFlow) or of spectra (Harmony)."""
-    return load_vae(path, device, "audio-vae or mel-vae")
 
 
 def fingerprint(vae):
@@ -178,42 +176,32 @@ def fingerprint(vae):
     return digest.hexdigest()[:16]
 
 
-@cache
-def file_fingerprint(path, modified, task):
-    """Fingerprint of a VAE's file, read once per process; None: no VAE of this task."""
-    try:
-        return fingerprint(load_vae(path, task=task))
-    except BadInput:
-        return None
-
-
-def find_vae(checkpoint, kind, path, override=None, device="cpu"):
+def find_vae(checkpoint, kind, path, override, device):
     """The VAE (kind "vae" or "audio_vae") whose fingerprint the checkpoint at `path` names.
 
     It is looked for where it was in training, in weights/ and beside the checkpoint. override: a
     file or folder that has to be it."""
     task = "vae" if kind == "vae" else "audio-vae or mel-vae"
     flag = kind.replace("_", "-")
-    wanted = checkpoint[kind]
     if override:
         vae = load_vae(override, device, task)
-        if fingerprint(vae) != wanted:
-            # a folder is the VAE of Pyramid Flow's download
-            by = "pretrained" if Path(override).is_dir() else flag
+        if fingerprint(vae) != checkpoint[kind]:
             raise BadInput(f"{override}: not the {flag} that {path} was trained with; "
-                           f"give that one by --{by}, or leave the flag out")
+                           "give that one, or leave the flag out")
         return vae
     # Latents of another VAE of the same size would decode to noise, without any error: so it is
     # the fingerprint that is looked up, never the name.
     files = [Path(checkpoint.get("args", {}).get(kind) or "none")]
     files += sorted(WEIGHTS.glob("*vae*.pt")) + sorted(Path(path).parent.glob("*vae*.pt"))
     for file in files:
-        if not file.exists():
+        try:
+            vae = load_vae(file, device, task)
+        except BadInput:                                      # not there, or of another task
             continue
-        if file_fingerprint(file, file.stat().st_mtime_ns, task) == wanted:
-            return load_vae(file, device, task)
-    raise BadInput(f"{path}: its {flag} (fingerprint {wanted}) is neither in weights/ nor beside "
-                   f"it; give it by --{flag}")
+        if fingerprint(vae) == checkpoint[kind]:
+            return vae
+    raise BadInput(f"{path}: its {flag} (fingerprint {checkpoint[kind]}) is neither in weights/ "
+                   f"nor beside it; give it by --{flag}")
 
 
 # ---------------------------------------------------------------------------------- samplers
@@ -239,8 +227,8 @@ def make_generators(seeds):
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-def sample_autoregressive(model, z0, n_latents, audio, text, steps=30, asg=2., cfg=0., seeds=(0,),
-                          bar=None):
+def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0., cfg=0.,
+                          seeds=(0,), bar=None):
     """Syncphony: yields latents 1 .. n_latents - 1, each (B, C, 1, h, w), normalised.
 
     z0 (B, C, 1, h, w): latent of the first frame; audio (B, S, A) features, None: audio layers are
@@ -277,8 +265,8 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=30, asg=2., c
         yield x
 
 
-def sample_stages(model, z0, n_latents, audio, text, steps=30, asg=2., cfg=0., seeds=(0,),
-                  bar=None):
+def sample_stages(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0., cfg=0.,
+                  seeds=(0,), bar=None):
     """`sample_autoregressive` of a model in Pyramid Flow's layout: three resolutions, no cache."""
     if steps < 3:
         raise BadInput(f"--steps {steps}: this model works at three resolutions; give 3 or more")
@@ -305,42 +293,34 @@ def impose(x, known, noise, sigma):
     return torch.cat([(1 - sigma) * known + sigma * noise[:, :, :n], x[:, :, n:]], 2)
 
 
-def uses_bridges(model, streams):
-    """Whether streams meet in Harmony's bridges. Its video tower alone runs as SyncFlow's does."""
-    return model.cfg.system == "harmony" and len(streams) == 2
-
-
 def branch_velocities(model, x, sigma, branches, n_clean, reference=None):
     """Velocities of all branches -> {branch: {stream: like x}}, from one batch of R·B rows.
 
     x, branches, reference: of `sample_joint`. n_clean {stream: n}: its first n are clean."""
-    B = len(next(iter(x.values())))
     rows, levels = {}, {}
     for stream, latents in x.items():
-        # What each branch sees of this stream: the stream, or what replaces it
-        replaced = [branch.get(stream) for branch in branches.values()]
-        rows[stream] = torch.cat([latents if r is None else r.expand_as(latents) for r in replaced])
-        # Its noise levels (R·B, L or S): 0 for what replaces it, and for its clean beginning
-        level = torch.tensor([sigma if r is None else 0. for r in replaced], device=latents.device)
-        level = level.repeat_interleave(B)[:, None].repeat(1, latents.shape[2])
+        # Every branch has the stream, at sigma but for its clean beginning, or a clean replacement.
+        level = latents.new_full((len(latents), latents.shape[2]), sigma)
         level[:, :n_clean[stream]] = 0
+        parts = [branch.get(stream, latents).expand_as(latents) for branch in branches.values()]
+        level = [0 * level if stream in branch else level for branch in branches.values()]
+        rows[stream] = torch.cat(parts)
+        levels[stream] = torch.cat(level)                     # (R·B, L or S)
         # Harmony's video tower takes a level per latent, all others one per row.
-        per_latent = stream == "video" and uses_bridges(model, x)
-        levels[stream] = level if per_latent else level[:, -1]                # (R·B, L), (R·B,)
+        if stream == "audio" or model.cfg.system != "harmony":
+            levels[stream] = levels[stream][:, -1]            # (R·B,)
     # One call for all of them, then one slice of rows per branch
     text = [torch.cat(parts) for parts in zip(*(branch["text"] for branch in branches.values()))]
     ref = None if reference is None else torch.cat([reference] * len(branches))
-    v = model(rows.get("video"), rows.get("audio"), levels.get("video"), levels.get("audio"),
-              *text, ref=ref)
-    v = {"video": v[0], "audio": v[1]}
-    by_branch = {}
-    for i, name in enumerate(branches):
-        by_branch[name] = {stream: v[stream][i * B:(i + 1) * B].float() for stream in x}
-    return by_branch
+    v_video, v_audio = model(rows.get("video"), rows.get("audio"), levels.get("video"),
+                             levels.get("audio"), *text, ref=ref)
+    v = {"video": v_video, "audio": v_audio}
+    chunks = {stream: v[stream].float().chunk(len(branches)) for stream in x}
+    return {name: {stream: chunks[stream][i] for stream in x} for i, name in enumerate(branches)}
 
 
 def sample_joint(model, noise, sigmas, branches, scales, known, reference=None, bar=None,
-                 observe=None):
+                 pulls=None):
     """SyncFlow and Harmony: video and audio from noise to clean together -> {stream: latents}.
 
     noise      {"video": (B, C, L, h, w), "audio": (B, A, S)}, or one of them; normalised latents
@@ -349,13 +329,13 @@ def sample_joint(model, noise, sigmas, branches, scales, known, reference=None, 
     scales     {stream: {branch: S}}: guidance of the stream, away from the branch
     known      {stream: latents}: its beginning, or all of it
     reference  (B, A, R) clean audio latents of the timbre that is wanted (Harmony)
-    observe    called with the velocities of every step, as of `branch_velocities`"""
+    pulls      a list that gets of every step how strongly SyncCFG pulls, (B, L, h, w)"""
     # Which given latents are clean. Harmony's video tower takes a noise level per latent, its audio
     # tower one per clip, so only audio given in full can be clean. SyncFlow has one for all.
-    n_clean = {stream: 0 for stream in noise}
+    n_clean = dict.fromkeys(noise, 0)
     for stream, z in known.items():
-        is_full = z.shape[2] == noise[stream].shape[2]
-        if uses_bridges(model, noise) and (stream == "video" or is_full):
+        in_full = z.shape[2] == noise[stream].shape[2]
+        if model.cfg.system == "harmony" and (stream == "video" or in_full):
             n_clean[stream] = z.shape[2]
 
     def impose_known(x, sigma):
@@ -366,8 +346,8 @@ def sample_joint(model, noise, sigmas, branches, scales, known, reference=None, 
 
     def velocity(x, sigma):
         v = branch_velocities(model, impose_known(x, sigma), sigma, branches, n_clean, reference)
-        if observe is not None:
-            observe(v)
+        if pulls is not None and "silent" in v:
+            pulls.append((v["cond"]["video"] - v["silent"]["video"]).abs().mean(1))
         # SyncFlow eq. 3; Harmony eqs. 9, 10
         guided = {}
         for stream in x:
@@ -376,6 +356,17 @@ def sample_joint(model, noise, sigmas, branches, scales, known, reference=None, 
         return guided
 
     return impose_known(euler(velocity, noise, sigmas, bar), 0.)
+
+
+def n_latents(vae, frames):
+    """Latents of so many frames: latent 0 is frame 0, the others t frames each."""
+    return math.ceil((frames - 1) / vae.stride_t) + 1
+
+
+def audio_length(audio_vae, frames):
+    """How long the audio of so many frames is -> samples, latents."""
+    samples = round(frames / FPS * audio_vae.cfg.rate)
+    return samples, math.ceil(samples / audio_vae.hop)
 
 
 # --------------------------------------------------------------- Syncphony: audio to video
@@ -387,14 +378,14 @@ def external_encoders(model, args, captions, device):
     return pyramid.ExternalEncoders(args.pretrained, args.hubert, captions, device)
 
 
-def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
+def encode_conditions(model, waves, captions, samples, cfg, encoders):
     """Waveforms and captions -> audio features (B, S, A), text (states, mask, pooled) of B rows.
 
     With text guidance (cfg > 0) the text of the null branch follows as B rows more. Waveforms are
     cut, or padded with silence, to `samples`; encoders: of a model on Pyramid Flow."""
     # Equally long waveforms make a batch of features.
     device = next(model.parameters()).device
-    waves = [np.pad(wave[:samples], (0, max(0, samples - len(wave)))) for wave in waves]
+    waves = [fit_length(wave, samples) for wave in waves]
     if encoders is not None:
         audio = encoders.encode_audio(waves)
         text = encoders.encode_text(captions)
@@ -420,9 +411,9 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     Frame 0 is the picture itself, and there are `frames` in all. use_audio=False: without audio
     layers. tiles: decode large frames in tiles. encoders: `ExternalEncoders` of a model on Pyramid
     Flow. settings: of `sample_autoregressive`."""
-    n_latents = math.ceil((frames - 1) / vae.stride_t) + 1
+    L = n_latents(vae, frames)
     # Audio for complete latents, and 20 ms more, so that the last frame has full windows of mels
-    samples = math.ceil(((n_latents - 1) * vae.stride_t + 1) / FPS * RATE) + RATE // 50
+    samples = math.ceil(((L - 1) * vae.stride_t + 1) / FPS * RATE) + RATE // 50
     pictures = np.stack(pictures)
     first = frames_to_tensor(pictures[:, None], next(model.parameters()).device)
     vae_cache = {}
@@ -442,9 +433,9 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     # Later latents are decoded as soon as they are finished.
     is_pyramid = model.cfg.context_sigma == "shared"
     sampler = sample_stages if is_pyramid else sample_autoregressive
-    latents = sampler(model, z0, n_latents, audio if use_audio else None, text, cfg=cfg, **settings)
+    latents = sampler(model, z0, L, audio if use_audio else None, text, cfg=cfg, **settings)
     remaining = frames - 1
-    for _ in range(1, n_latents):
+    for _ in range(1, L):
         # Both contexts are entered per latent: whoever consumes the frames is not inside of them.
         with torch.no_grad(), autocast():
             video = decode(next(latents), start=False)[:, :, :remaining].float()
@@ -456,45 +447,51 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
 
 @dataclass
 class JointRequest:
-    """A batch of clips for two towers; lists and tensors have one entry per clip."""
+    """A batch of clips for two towers; lists and tensors have one entry per clip. All guidance is
+    off where it is not given."""
     captions: list                            # of the video; and of the audio, if it has no others
     shape_v: tuple                            # (C, L, h, w); None: no video
     shape_a: tuple                            # (A, S); None: no audio
-    seeds: object = None                      # of the noise of every clip; None: 0, 1, ...
+    seeds: list = None                        # of the noise of every clip; None: 0, 1, ...
     z_v: torch.Tensor = None                  # (B, C, L, h, w) given video, normalised latents
     z_a: torch.Tensor = None                  # (B, A, n) given audio, normalised latents
     pictures: np.ndarray = None               # (B, H, W, 3) uint8, first frames
     sound_captions: list = None               # Harmony: captions of the audio
     speech: list = None                       # Harmony: transcripts
     refs: torch.Tensor = None                 # Harmony: (B, A, R) latents of the timbre wanted
-    steps: int = 50                           # Euler steps
-    cfg: float = 1.                           # text guidance S, 1 = off
-    sync_video: float = 3.                    # Harmony: s_v of SyncCFG, 1 = off
-    sync_audio: float = 2.                    # Harmony: s_a of SyncCFG
-    shift: float = 5.                         # Harmony: of the noise levels, as in training
+    steps: int = STEPS["t2av"]                # Euler steps
+    cfg: float = 1.                           # text guidance S
+    sync_video: float = 1.                    # Harmony: s_v of SyncCFG
+    sync_audio: float = 1.                    # Harmony: s_a of SyncCFG
+    shift: float = 1.                         # of the noise levels, as in training
 
-    def chunk(self, start, stop):
+    def __post_init__(self):
+        if self.seeds is None:
+            self.seeds = list(range(len(self.captions)))
+
+    def part(self, start, stop):
         """The same request for clips start .. stop - 1."""
-        per_clip = ("captions", "seeds", "z_v", "z_a", "pictures", "sound_captions", "speech",
-                    "refs")
-        given = {name: getattr(self, name) for name in per_clip}
-        return replace(self, **{k: v[start:stop] for k, v in given.items() if v is not None})
+        per_clip = {name: value[start:stop] for name, value in vars(self).items()
+                    if isinstance(value, (list, np.ndarray, torch.Tensor))}
+        return replace(self, **per_clip)
 
 
-def encode_prompts(model, request, joint):
-    """-> text, null text: (states, mask) each; joint: then those of Harmony's audio tower, too."""
+def encode_prompts(model, request):
+    """-> (states, mask) of the captions, and of empty ones. For Harmony, states and mask of what
+    its audio tower reads, [transcript; caption of the audio], follow in both."""
     device = next(model.parameters()).device
     captions = request.captions
-    texts = [captions]
-    if joint:
-        texts += [request.sound_captions or captions, request.speech or [""] * len(captions)]
+    texts = [captions, request.sound_captions or captions, request.speech or [""] * len(captions)]
     letters = [text_bytes(text).to(device) for text in texts]                 # (B, 96) each
 
-    # The null text is zero bytes, in both captions and the transcript.
-    def encode(caption, *audio_text):
+    def encode(caption, sound_caption, transcript):
         text = model.encode_text(caption)
-        return (*text, *model.encode_audio_text(*audio_text)) if audio_text else text
-    return encode(*letters), encode(*(torch.zeros_like(text) for text in letters))
+        if model.cfg.system == "harmony":
+            text = (*text, *model.encode_audio_text(sound_caption, transcript))
+        return text
+
+    # The null text is zero bytes, in both captions and the transcript.
+    return encode(*letters), encode(*map(torch.zeros_like, letters))
 
 
 def silent_audio(audio_vae, S, device):
@@ -513,14 +510,11 @@ def static_video(vae, L, picture):
 def prepare_conditions(model, vae, audio_vae, request):
     """Request -> arguments of `sample_joint`: noise, given latents, guidance branches, scales."""
     device = next(model.parameters()).device
-    seeds = range(len(request.captions)) if request.seeds is None else request.seeds
-    generators = make_generators(seeds)
-    shapes = {"video": request.shape_v, "audio": request.shape_a}
+    generators = make_generators(request.seeds)
     noise = {}
-    for stream in shapes:
-        if shapes[stream] is not None:
-            noise[stream] = randn_each(generators, shapes[stream]).to(device)
-    joint = uses_bridges(model, noise)
+    for stream, shape in (("video", request.shape_v), ("audio", request.shape_a)):
+        if shape is not None:
+            noise[stream] = randn_each(generators, shape).to(device)
 
     # What is given: a stream, its beginning, or the first frame. What is missing is generated.
     known = {"video": request.z_v, "audio": request.z_a}
@@ -534,15 +528,16 @@ def prepare_conditions(model, vae, audio_vae, request):
 
     # SyncCFG (Harmony section 3.4) strengthens neither the text nor a stream, but that both streams
     # agree: it leads away from a partner that does nothing. That one is clean, as partners are in
-    # the one-way tasks of training.
-    text, null_text = encode_prompts(model, request, joint)
+    # the one-way tasks of training. A tower alone has no partner.
+    text, null_text = encode_prompts(model, request)
+    both = len(noise) == 2
     branches = {"cond": {"text": text}}
     scales = {"video": {}, "audio": {}}
-    if joint and "video" in missing and request.sync_video != 1:
+    if both and "video" in missing and request.sync_video != 1:
         silence = silent_audio(audio_vae, request.shape_a[1], device)
         branches["silent"] = {"text": text, "audio": silence}
         scales["video"]["silent"] = request.sync_video        # Harmony eq. 9
-    if joint and "audio" in missing and request.sync_audio != 1:
+    if both and "audio" in missing and request.sync_audio != 1:
         if picture is None:
             # no first frame is given: a grey one
             sides = [n * vae.stride for n in request.shape_v[2:]]
@@ -557,68 +552,61 @@ def prepare_conditions(model, vae, audio_vae, request):
         for stream in scales:
             scales[stream]["null"] = request.cfg              # SyncFlow eq. 3
     # Harmony was trained with more time at high noise; SyncFlow's steps are uniform.
-    sigmas = sigma_steps(request.steps, request.shift if joint else 1.)
+    sigmas = sigma_steps(request.steps, request.shift)
     return dict(noise=noise, sigmas=sigmas, branches=branches, scales=scales, known=known,
                 reference=request.refs)
 
 
-def decode_streams(vae, audio_vae, x, request, frames):
-    """Latents of `sample_joint` -> video uint8 (B, frames, H, W, 3), waveforms (B, samples).
+def decode_video(vae, z, frames, pictures):
+    """Latents (B, C, L, h, w), first frames uint8 or None -> uint8 (B, frames, H, W, 3)."""
+    first = None if pictures is None else frames_to_tensor(pictures[:, None], z.device)
+    video = tensor_to_frames(vae.decode(vae.denormalise(z), first)[:, :, :frames].float())
+    if pictures is not None:
+        # frame 0 is the picture itself
+        video[:, 0] = pictures
+    return video
 
-    None for a stream that was given, or that there is not."""
-    video = wave = first = None
-    pictures = request.pictures
-    if "video" in x and request.z_v is None:
-        if pictures is not None:
-            first = frames_to_tensor(pictures[:, None], x["video"].device)
-        video = vae.decode(vae.denormalise(x["video"]), first)[:, :, :frames].float()
-        video = tensor_to_frames(video)
-        if pictures is not None:
-            # frame 0 is the picture itself
-            video[:, 0] = pictures
-    if "audio" in x and request.z_a is None:
-        samples = round(frames / FPS * audio_vae.cfg.rate)
-        wave = audio_vae.decode(audio_vae.denormalise(x["audio"]), samples)
-        wave = wave.float().clamp(-1, 1).cpu().numpy()
-    return video, wave
+
+def decode_audio(audio_vae, z, frames):
+    """Latents (B, A, S) -> waveforms (B, samples) as long as so many frames."""
+    wave = audio_vae.decode(audio_vae.denormalise(z), audio_length(audio_vae, frames)[0])
+    return wave.float().clamp(-1, 1).cpu().numpy()
 
 
 def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast=nullcontext,
                          bar=None, attention_maps=None, **options):
-    """Captions -> video uint8 (B, frames, H, W, 3), waveforms (B, samples), None as in
-    `decode_streams`. audio_vae=None: video alone. options: fields of `JointRequest`.
-    attention_maps: a list that gets of every batch a dict of `attention` (see `attention_map`) and
-    `heat` (B, L, h, w), how strongly SyncCFG pulls (Harmony figure 5)."""
+    """Captions -> video uint8 (B, frames, H, W, 3), waveforms (B, samples); None for a stream that
+    was given, or that there is not. audio_vae=None: video alone. options: fields of `JointRequest`.
+
+    attention_maps: a list that gets of every batch a dict of `attention` (see `attention_map`) and,
+    with SyncCFG, `sync_pull` (B, L, h, w), how strongly it pulls (Harmony figure 5)."""
     # Shapes of the latents of one clip
     shape_v = shape_a = None
     if not model.cfg.audio_only:
         sides = [n // vae.stride for n in data.sides(size)]
-        shape_v = (model.cfg.latent, math.ceil((frames - 1) / vae.stride_t) + 1, *sides)
+        shape_v = (model.cfg.latent, n_latents(vae, frames), *sides)
     if audio_vae is not None:
-        samples = round(frames / FPS * audio_vae.cfg.rate)
-        shape_a = (model.cfg.audio_latent, math.ceil(samples / audio_vae.hop))
+        shape_a = (model.cfg.audio_latent, audio_length(audio_vae, frames)[1])
     request = JointRequest(captions, shape_v, shape_a, **options)
 
     # A batch at a time: conditions, sampling, decoding
-    generated = []
+    videos, waves = [], []
     for i in range(0, len(captions), BATCH):
-        batch = request.chunk(i, i + BATCH)
+        batch = request.part(i, i + BATCH)
         pulls = []
-
-        def observe(v):
-            # |difference of SyncCFG|, mean over channels (B, L, h, w)
-            if attention_maps is not None and "silent" in v:
-                pulls.append((v["cond"]["video"] - v["silent"]["video"]).abs().mean(1))
-
         with torch.no_grad(), autocast():
             conditions = prepare_conditions(model, vae, audio_vae, batch)
-            x = sample_joint(model, **conditions, bar=bar, observe=observe)
-            generated.append(decode_streams(vae, audio_vae, x, batch, frames))
+            x = sample_joint(model, **conditions, bar=bar, pulls=pulls)
+            if shape_v and batch.z_v is None:
+                videos.append(decode_video(vae, x["video"], frames, batch.pictures))
+            if shape_a and batch.z_a is None:
+                waves.append(decode_audio(audio_vae, x["audio"], frames))
             if attention_maps is not None:
-                attention = attention_map(model, x, **conditions)
-                heat = torch.stack(pulls).mean(0).float().cpu() if pulls else None
-                attention_maps.append(dict(attention=attention, heat=heat))
-    return [None if parts[0] is None else np.concatenate(parts) for parts in zip(*generated)]
+                maps = dict(attention=attention_map(model, x, **conditions))
+                if pulls:
+                    maps["sync_pull"] = torch.stack(pulls).mean(0).cpu()
+                attention_maps.append(maps)
+    return [np.concatenate(parts) if parts else None for parts in (videos, waves)]
 
 
 def attention_map(model, x, branches, reference, **_):
@@ -648,15 +636,15 @@ def encode_sound(audio_vae, wave, device):
         return audio_vae.normalise(z.float())
 
 
-def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, window=13,
-                   overlap=3, seed=0, bar=None, **options):
+def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, seed=0, bar=None,
+                   **options):
     """A waveform for a video uint8 (frames, H, W, 3) of any length.
 
     The towers were trained on 13 latents. A longer video goes through windows of latent 0 (the
-    first frame) and window - 1 consecutive ones; audio where two windows overlap is given to the
+    first frame) and WINDOW - 1 consecutive ones; audio where two windows overlap is given to the
     later one. options: fields of `JointRequest`.
 
-        window = 7, overlap = 2                        audio, from one latent before
+        with WINDOW = 7, OVERLAP = 2                   audio, from one latent before
         window 0    0 1 2 3 4 5 6                      |============|
         window 1    0         5 6 7 8 9 10                     |gggg|=======|
         window 2    0                 9 10 11 12 ...                   |gggg|=======|
@@ -664,15 +652,14 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
     g: given. The last window ends with the video."""
     device = next(model.parameters()).device
     z = encode_video(vae, frames)
-    samples = round(len(frames) / FPS * audio_vae.cfg.rate)
-    S = math.ceil(samples / audio_vae.hop)
+    _, S = audio_length(audio_vae, len(frames))
     # Where the windows begin; a short video has one of its length
-    last_start = max(1, z.shape[2] - window + 1)
-    starts = [*range(1, last_start, window - 1 - overlap), last_start]
+    last_start = max(1, z.shape[2] - WINDOW + 1)
+    starts = [*range(1, last_start, WINDOW - 1 - OVERLAP), last_start]
     audio = torch.zeros(1, model.cfg.audio_latent, 0, device=device)
     for k, start in enumerate(starts):
         # The window: latent 0, then latents from `start` on
-        z_window = torch.cat([z[:, :, :1], z[:, :, start:start + window - 1]], 2)
+        z_window = torch.cat([z[:, :, :1], z[:, :, start:start + WINDOW - 1]], 2)
         # Latent `start` is latent 1 of the window, so its audio begins one latent earlier. The
         # frames are t (L - 1) + 1, and the one frame more is 50 / 24 = 2.1 audio latents.
         offset = round((start - 1) * model.cfg.alpha)
@@ -688,8 +675,7 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
             x = sample_joint(model, **conditions, bar=bar)["audio"]
         audio = torch.cat([audio[:, :, :offset], x.to(audio)], 2)
     with torch.no_grad():
-        wave = audio_vae.decode(audio_vae.denormalise(audio), samples)[0]
-    return wave.clamp(-1, 1).cpu().numpy()
+        return decode_audio(audio_vae, audio, len(frames))[0]
 
 
 # ------------------------------------------------------------------------ inputs and outputs
@@ -697,63 +683,63 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
 def read_delayed_audio(path, delay, rate=RATE):
     """Sound file -> waveform of the same length, delayed by so many seconds (earlier if < 0)."""
     wave = data.read_audio(path, rate)
-    n = round(abs(delay) * rate)
-    return np.pad(wave, (n, 0))[:len(wave)] if delay > 0 else np.pad(wave, (0, n))[n:]
+    n = round(delay * rate)
+    moved = np.pad(wave, (n, 0)) if n > 0 else wave[-n:]
+    return fit_length(moved, len(wave))
 
 
 def read_reference(path, audio_vae, device):
     """Recording of a voice or thing -> latents (1, A, R) of up to 3 s, from where it is audible."""
     rate = audio_vae.cfg.rate
     wave = data.read_audio(path, rate)
-    peak = np.abs(wave).max()
-    if peak < 1e-4:                                           # 3 steps of 16-bit audio
-        raise BadInput(f"{path}: silent; a reference needs 1 to 3 s of the voice or thing")
-    # From 50 ms before it exceeds a fiftieth of its peak, so that the attack is complete
-    start = np.flatnonzero(np.abs(wave) > .02 * peak)[0]
-    wave = wave[max(0, start - rate // 20):][:3 * rate]
+    # Audible: a fiftieth of the peak, and more than 3 steps of 16-bit audio. From 50 ms before, so
+    # that the attack is complete
+    audible = np.flatnonzero(np.abs(wave) > max(1e-4, .02 * np.abs(wave).max()))
+    start = max(0, audible[0] - rate // 20) if len(audible) else len(wave)
+    wave = wave[start:][:3 * rate]
     if len(wave) < rate // 2:
         raise BadInput(f"{path}: {len(wave) / rate:.2f} s of sound; "
                        "a reference needs at least 0.5 s, better 1 to 3")
     return encode_sound(audio_vae, wave, device)
 
 
-JOB_FIELDS = ("prompt", "transcript", "audio", "image", "video", "ref_audio")
-# What Harmony-Bench calls them
-BENCH_FIELDS = {"prompt": ("video_caption", "audio_caption"), "sound_prompt": ("audio_caption",),
-                "transcript": ("spoken_word_en", "spoken_word_zh")}
+# Texts and files of a job: the flags or fields of --jsonl that give it. Ours come first; the others
+# are Harmony-Bench's.
+INPUTS = {"prompt": ("prompt", "video_caption", "audio_caption"),
+          "sound_prompt": ("audio_caption", "prompt", "video_caption"),
+          "transcript": ("transcript", "spoken_word_en", "spoken_word_zh"),
+          "audio": ("audio",), "image": ("image",), "video": ("video",),
+          "ref_audio": ("ref_audio",)}
 
 
 def read_jobs(args):
-    """What to generate, one dict each: of the flags, or of every line of --jsonl."""
-    # One job, of the flags
+    """What to generate, a dict each: the flags, or a line of --jsonl in place of the inputs."""
+    def make_job(record, stem=None):
+        job = {"stem": stem}
+        for field, names in INPUTS.items():
+            job[field] = next((record[name] for name in names if record.get(name)), "")
+        return job
+
     if not args.jsonl:
-        job = {field: getattr(args, field) for field in JOB_FIELDS}
-        return [dict(job, sound_prompt=args.prompt, stem=None)]
-    path = data.check_file(args.jsonl, "list")
+        return [make_job(vars(args))]
     jobs = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    lines = data.check_file(args.jsonl, "list").read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        # One object of texts per line; every field may have the name that Harmony-Bench gives it.
         try:
             record = json.loads(line)
-            job = {field: record.get(field) or None for field in JOB_FIELDS}
-            for field, names in BENCH_FIELDS.items():
-                texts = [record[name] for name in (field, *names) if record.get(name)]
-                job[field] = texts[0] if texts else ""
-            if not all(isinstance(value, str) for value in job.values() if value is not None):
+            # The id names the file, so it must be a name, and the only one.
+            stem = str(record.get("id", f"{number:04d}"))
+            job = make_job(record, stem)
+            if not all(isinstance(value, str) for value in job.values()):
                 raise ValueError("a field that is no text")
+            if Path(stem).name != stem or stem in jobs:
+                raise ValueError("an id that is no file name, or occurs twice")
         except (ValueError, AttributeError) as why:
-            raise BadInput(f"{path} line {number}: not a record; expected a JSON object of texts: "
-                           "prompt (or video_caption, audio_caption), transcript (or "
-                           "spoken_word_en, spoken_word_zh), audio, image, video, ref_audio, "
-                           "id") from why
-        # The id names the file, so it must be a name, and the only one.
-        stem = str(record.get("id", f"{number:04d}"))
-        if Path(stem).name != stem or stem in jobs:
-            raise BadInput(f"{path} line {number}: id {stem!r} is no file name, or occurs twice; "
-                           "give every record a short name")
-        jobs[stem] = dict(job, sound_prompt=job["sound_prompt"] or job["prompt"], stem=stem)
+            raise BadInput(f"{args.jsonl} line {number}: {why}; expected a JSON object of texts, "
+                           "with the fields that --help names at --jsonl") from why
+        jobs[stem] = job
     return list(jobs.values())
 
 
@@ -767,114 +753,128 @@ def output_file(args, job, suffix):
     return Path(args.out) / f"{job['stem'] or Path(name).stem}{suffix}"
 
 
-def draw_maps(video, maps):
+def draw_maps(video, attention, sync_pull=None):
     """Harmony's figures 3 and 5 as film strips of video (F, H, W, 3) uint8: where each moment of
-    the audio attends in its frame, where SyncCFG pulls. Prints which share lies on what moves."""
+    the audio attends in its frame (S, L, h, w), and where SyncCFG pulls (L, h, w)."""
     # Per latent: attention as the mean over the audio latents within half a latent of it
-    attention = maps["attention"][0]                          # (S, L, h, w)
     S, L = attention.shape[:2]
-    spans = [(max(0, round((l - .5) / L * S)), round((l + .5) / L * S) + 1) for l in range(L)]
-    means = [attention[start:stop, l].mean(0) for l, (start, stop) in enumerate(spans)]
-    cells = {"attention": torch.stack(means)}                 # (L, h, w)
-    if maps["heat"] is not None:
-        cells["SyncCFG"] = maps["heat"][0]
-    # A pixel moves if it ever leaves its median by 24 of 255, a tenth of the range.
-    moves = torch.from_numpy(np.abs(video - np.median(video, 0)).max((0, 3)) > 24).float()
+    attended = []
+    for l in range(L):
+        near = slice(max(0, round((l - .5) / L * S)), round((l + .5) / L * S) + 1)
+        attended.append(attention[near, l].mean(0))           # (h, w)
     # Latent 0 is frame 0, latent l the t frames up to t l.
-    latent_of = [min(L - 1, -(-f * (L - 1) // max(1, len(video) - 1))) for f in range(len(video))]
+    latent_of = np.ceil(np.linspace(0, L - 1, len(video)) - 1e-6).astype(int)
     strips = []
-    for name, cell in cells.items():
+    for cells in [torch.stack(attended)] + ([] if sync_pull is None else [sync_pull]):
         # Every latent scaled to 1, enlarged to pixels, and laid over its frames
-        cell = cell / cell.amax((1, 2), keepdim=True).clamp(min=1e-9)
-        big = F.interpolate(cell[:, None], video.shape[1:3])[:, 0]            # (L, H, W)
-        print(f"{name}: {(big * moves).sum() / big.sum():.2f} of it lies on what moves, "
-              f"which is {moves.mean():.2f} of the picture")
-        glow = big[latent_of].numpy()[..., None] * [165., 110., 0.]           # orange on dark
+        cells = cells / cells.amax((1, 2), keepdim=True).clamp(min=1e-9)
+        cells = F.interpolate(cells[:, None], video.shape[1:3])[:, 0]         # (L, H, W)
+        glow = cells[latent_of].numpy()[..., None] * [165., 110., 0.]         # orange on dark
         strip = data.film_strip((video * .35 + glow).astype(np.uint8), np.zeros(1))
         strips.append(strip[:video.shape[1]])                 # without its waveform
-    return np.concatenate(strips)
+    return strips
+
+
+def write_clip(path, pieces, wave, rate=RATE, maps=()):
+    """Pieces of a video (f, H, W, 3) -> an .mp4 with its sound; beside it a .png: its frames over
+    the waveform, below the `maps` of Harmony."""
+    shown = []
+
+    def streamed():
+        # Frames go to the file as they come; the picture shows the first minute.
+        for piece in pieces:
+            if sum(map(len, shown)) < 60 * FPS:
+                shown.append(piece)
+            yield piece
+
+    data.write_video(path, streamed(), wave, rate=rate)
+    strip = data.film_strip(np.concatenate(shown), wave, rate=rate)
+    data.write_picture(path.with_suffix(".png"), np.concatenate([*maps, strip]))
 
 
 # --------------------------------------------------------------------------------- benchmark
 
+@torch.no_grad()
 def benchmark(system, autocast):
     """What guidance, audio and the cache cost: ratios of median times of 2 s clips; JSON last."""
-    if system.task == "a2v" and system.model.cfg.context_sigma == "shared":
-        raise BadInput("--bench: measures the cache, which Pyramid Flow's layout does not have; "
-                       "give another --ckpt")
     model, vae = system.model, system.vae
     text = ["a ball drops"]
     side = 2 * model.cfg.patch * vae.stride
-    picture = np.full((1, side, side, 3), 128, np.uint8)
-    wave = np.zeros(2 * RATE, np.float32)
 
     def video(**settings):
+        picture = np.full((1, side, side, 3), 128, np.uint8)
+        wave = np.zeros(2 * RATE, np.float32)
         list(generate_video(model, vae, picture, [wave], text, data.FRAMES, autocast, **settings))
 
     def both(audio_vae=system.audio_vae, **settings):
         generate_audio_video(model, vae, audio_vae, text, data.FRAMES, side, autocast, **settings)
 
-    # The runs, and which of them are compared
+    # Which runs are compared: the first over the second
     if system.task == "a2v":
-        runs = {"guided": partial(video, asg=2., cfg=4.), "cfg": partial(video, asg=0., cfg=4.),
-                "plain": partial(video, asg=0.), "mute": partial(video, asg=0., use_audio=False)}
-        runs |= step_runs(model, side // vae.stride, autocast)
-        ratios = {"asg_on_off": ("guided", "cfg"), "audio_on_off": ("plain", "mute"),
-                  "context_recomputed_cached": ("recomputed", "cached")}
+        if model.cfg.context_sigma == "shared":
+            raise BadInput("--bench: measures the cache, which Pyramid Flow's layout does not "
+                           "have; give another --ckpt")
+        with autocast():
+            steps = context_steps(model, side // vae.stride)
+        pairs = {"asg_on_off": (partial(video, asg=2., cfg=4.), partial(video, cfg=4.)),
+                 "audio_on_off": (video, partial(video, use_audio=False)),
+                 "context_recomputed_cached": steps}
     else:
         on = dict(sync_video=3., sync_audio=2.) if system.task == "joint" else dict(cfg=2.)
-        runs = {"guided": partial(both, **on), "plain": partial(both, sync_video=1., sync_audio=1.),
-                "video tower": partial(both, audio_vae=None)}
-        ratios = {"guidance_on_off": ("guided", "plain"),
-                  "audio_tower_on_off": ("plain", "video tower")}
+        pairs = {"guidance_on_off": (partial(both, **on), both),
+                 "audio_tower_on_off": (both, partial(both, audio_vae=None))}
 
-    # The runs take turns, so that a machine that slows down slows all of them down.
-    times = {name: [] for name in runs}
-    for _ in range(8):
-        for name, run in runs.items():
+    ratios = {}
+    for name, runs in pairs.items():
+        # Both take turns, so that a machine that slows down slows both down.
+        times = np.zeros((8, 2))
+        for i, j in np.ndindex(times.shape):
             start = time.perf_counter()
-            run()
+            with autocast():
+                runs[j]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    # The first round warms up.
-    t = {name: float(np.median(spans[1:])) for name, spans in times.items()}
-    for name, (a, b) in ratios.items():
-        print(f"{name:28s}{t[a] / t[b]:6.2f}   {a} {t[a]:.3f} s, {b} {t[b]:.3f} s")
-    print(json.dumps({name: round(t[a] / t[b], 3) for name, (a, b) in ratios.items()}))
+            times[i, j] = time.perf_counter() - start
+        # The first round warms up.
+        a, b = np.median(times[1:], 0)
+        ratios[name] = round(a / b, 3)
+        print(f"{name:28s}{a / b:6.2f}   {a:.3f} s against {b:.3f} s")
+    print(json.dumps(ratios))
 
 
-def step_runs(model, side, autocast):
-    """Ten denoising steps at latent 13, from the cache, and with the context recomputed."""
+def context_steps(model, side):
+    """Two functions, ten denoising steps at latent 13 each: with the context recomputed, and from
+    the cache."""
     device = next(model.parameters()).device
     z = torch.randn(1, model.cfg.latent, 13, side, side, device=device)
     x = z[:, :, 12:]
     sigma = torch.full((1, 1), .5, device=device)
-    with torch.no_grad(), autocast():
-        text, _, pooled = model.encode_text(text_bytes(["a ball drops"]).to(device))
-        audio = model.encode_audio(torch.zeros(1, 220, 64, device=device))    # mels of 2.2 s
-        cache = model.prefill(z[:, :, :1], text, pooled, audio)
-        for l in range(1, 13):
-            model.append_latent(cache, z[:, :, l:l + 1])
+    text, _, pooled = model.encode_text(text_bytes(["a ball drops"]).to(device))
+    audio = model.encode_audio(torch.zeros(1, 220, 64, device=device))        # mels of 2.2 s
+    cache = model.prefill(z[:, :, :1], text, pooled, audio)
+    for l in range(1, 13):
+        model.append_latent(cache, z[:, :, l:l + 1])
 
-    def run(step, *inputs):
-        with torch.no_grad(), autocast():
-            for _ in range(10):
-                step(*inputs)
+    def recomputed():
+        for _ in range(10):
+            model.forward_teacher_forced(z, x, sigma, text, pooled, audio, start=13)
 
-    recomputed = partial(model.forward_teacher_forced, start=13)
-    return {"cached": partial(run, model.denoise_step, cache, x, .5),
-            "recomputed": partial(run, recomputed, z, x, sigma, text, pooled, audio)}
+    def cached():
+        for _ in range(10):
+            model.denoise_step(cache, x, .5)
+
+    return recomputed, cached
 
 
 # ------------------------------------------------------------------------------- the command
 
-# Inputs that not every system knows, and whose they are
+# Inputs that not every system knows, and whose they are. So are those of guidance (GUIDANCE).
 FLAG_TASKS = {"audio": ("a2v", "joint"), "video": ("t2av", "joint"), "ref_audio": ("joint",),
-              "transcript": ("joint",), "maps": ("joint",), "asg": ("a2v",),
-              "sync_video": ("joint",), "sync_audio": ("joint",), "resolution": ("t2av", "joint"),
+              "transcript": ("joint",), "maps": ("joint",), "resolution": ("t2av", "joint"),
               "audio_vae": ("t2av", "joint"), "pretrained": ("a2v",), "hubert": ("a2v",),
               "tiles": ("a2v",)}
+for rule in GUIDANCE["a2v"] | GUIDANCE["joint"]:
+    FLAG_TASKS[rule] = tuple(task for task in SYSTEMS if rule in GUIDANCE[task])
 
 
 def arguments():
@@ -942,21 +942,16 @@ def check_job(system, job, args):
                            f"{SYSTEMS[task]}; leave it out, or give --ckpt of --task {tasks[0]}")
     # What is missing, and what excludes each other
     if task == "a2v":
-        return require(job, record, "audio", "image")
-    if not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
+        if not (job["audio"] and job["image"]):
+            raise BadInput(f"{record}--audio and --image are both needed: python sample.py --audio "
+                           "x.wav --image f.png; or give --prompt alone, or --video")
+    elif not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
         raise BadInput(f"{record}--prompt is empty; give a caption, or a --video without sound")
-    if system.model.cfg.audio_only and job["video"]:
+    elif job["video"] and system.model.cfg.audio_only:
         raise BadInput(f"{record}--video: {args.ckpt} was trained by --no-video; give another")
-    if job["video"] and (job["audio"] or args.maps):
+    elif job["video"] and (job["audio"] or args.maps):
         raise BadInput(f"{record}--video: nothing but its audio is generated; "
                        f"leave {'--audio' if job['audio'] else '--maps'} out")
-
-
-def require(job, record, *fields):
-    for field in fields:
-        if not job[field]:
-            raise BadInput(f"{record}--{field} is missing; give {' and '.join(fields)}: python "
-                           "sample.py --audio x.wav --image f.png, or --prompt alone, or --video")
 
 
 def run_a2v(system, job, path, args, bar, settings):
@@ -965,22 +960,10 @@ def run_a2v(system, job, path, args, bar, settings):
     wave = read_delayed_audio(job["audio"], args.shift_audio)
     picture = data.read_image(job["image"], system.checkpoint["size"])
     frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
-    bar.reset(math.ceil((frames - 1) / system.vae.stride_t) * settings["steps"])
+    bar.reset((n_latents(system.vae, frames) - 1) * settings["steps"])
     pieces = generate_video(system.model, system.vae, [picture], [wave], [job["prompt"]], frames,
-                            bar=bar, tiles=args.tiles, **settings)
-    shown = []
-
-    def streamed():
-        # Frames go to the file as they come; the strip shows the first minute.
-        for piece in pieces:
-            if sum(map(len, shown)) < 60 * FPS:
-                shown.append(piece[0])
-            yield piece[0]
-
-    data.write_video(path, streamed(), wave)
-    # Beside the video: its frames over the waveform
-    strip = data.film_strip(np.concatenate(shown), wave)
-    data.write_picture(path.with_suffix(".png"), strip)
+                            seeds=[args.seed], bar=bar, tiles=args.tiles, **settings)
+    write_clip(path, (piece[0] for piece in pieces), wave)
     return frames
 
 
@@ -990,46 +973,41 @@ def run_towers(system, job, path, args, bar, settings):
     device = next(system.model.parameters()).device
     rate = system.audio_vae.cfg.rate
     size = args.resolution or system.checkpoint["size"]
-    options = dict(settings, bar=bar)
-    if system.task == "joint":
-        options |= dict(speech=[job["transcript"]], sound_captions=[job["sound_prompt"]])
-        if job["ref_audio"]:
-            options["refs"] = read_reference(job["ref_audio"], system.audio_vae, device)
+    options = dict(settings, bar=bar, speech=[job["transcript"]],
+                   sound_captions=[job["sound_prompt"]])
+    if job["ref_audio"]:
+        options["refs"] = read_reference(job["ref_audio"], system.audio_vae, device)
 
     # Audio for a given video, whose file keeps its frames
     if job["video"]:
         video = data.read_video(job["video"], size)
-        options["seed"] = options.pop("seeds")[0]
-        wave = video_to_audio(*towers, video, job["prompt"], **options)
+        wave = video_to_audio(*towers, video, job["prompt"], seed=args.seed, **options)
         data.add_sound(path, job["video"], wave, rate)
         strip = data.film_strip(video[:60 * FPS], wave, rate=rate)
         data.write_picture(path.with_suffix(".png"), strip)
         return len(video)
 
     # Both streams, or video for given audio, which is cut or padded to the length of the video
-    given, seconds = None, data.FRAMES / FPS
+    wave, seconds = None, data.FRAMES / FPS
     if job["audio"]:
-        given = read_delayed_audio(job["audio"], args.shift_audio, rate)
-        seconds = len(given) / rate
+        wave = read_delayed_audio(job["audio"], args.shift_audio, rate)
+        seconds = len(wave) / rate
     frames = max(2, round((args.seconds or seconds) * FPS))
     if job["audio"]:
-        samples = round(frames / FPS * rate)
-        given = np.pad(given, (0, max(0, samples - len(given))))[:samples]
-        options["z_a"] = encode_sound(system.audio_vae, given, device)
+        wave = fit_length(wave, audio_length(system.audio_vae, frames)[0])
+        options["z_a"] = encode_sound(system.audio_vae, wave, device)
     if job["image"]:
         options["pictures"] = data.read_image(job["image"], size)[None]
     maps = [] if args.maps else None
-    video, wave = generate_audio_video(*towers, [job["prompt"]], frames, size,
-                                       attention_maps=maps, **options)
-    wave = wave[0] if given is None else given
+    video, generated = generate_audio_video(*towers, [job["prompt"]], frames, size,
+                                            seeds=[args.seed], attention_maps=maps, **options)
+    wave = generated[0] if wave is None else wave
     if video is None:
         data.write_sound(path, wave, rate)
         return frames
-    data.write_video(path, video[0], wave, rate=rate)
-    strip = data.film_strip(video[0, :60 * FPS], wave, rate=rate)
     if maps:
-        strip = np.concatenate([draw_maps(video[0], maps[0]), strip])
-    data.write_picture(path.with_suffix(".png"), strip)
+        maps = draw_maps(video[0], **{name: cells[0] for name, cells in maps[0].items()})
+    write_clip(path, [video[0]], wave, rate, maps or ())
     return frames
 
 
@@ -1045,9 +1023,8 @@ def describe(system, args, settings):
     trained = checkpoint.get("args", {})
     joint_alone = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
     if joint_alone and max(settings.get("sync_video", 1), settings.get("sync_audio", 1)) > 1:
-        print("this checkpoint was trained without the one-way tasks (--lambda-v 0, --lambda-a 0): "
-              "it does not know the silent and static partners of SyncCFG; better --sync-video 1 "
-              "--sync-audio 1")
+        print("this checkpoint was trained without a one-way task (--lambda-v 0 or --lambda-a 0) "
+              "and does not know the partners of SyncCFG: better --sync-video 1 --sync-audio 1")
 
 
 def main():
@@ -1067,15 +1044,15 @@ def main():
     for job in jobs:
         check_job(system, job, args)
 
-    # The guidance that the checkpoint recommends, where no flag says otherwise
-    settings = dict(system.checkpoint["guidance"])
+    # Guidance: the system's, unless the checkpoint recommends another, unless a flag is given
+    task = system.task
+    settings = GUIDANCE[task] | system.checkpoint["guidance"] | dict(steps=STEPS[task])
     for name in settings:
-        if getattr(args, name, None) is not None:
-            settings[name] = getattr(args, name)
-    settings["steps"] = args.steps or STEPS[system.task]
+        flag = getattr(args, name, None)
+        settings[name] = settings[name] if flag is None else flag
     print(description)
     describe(system, args, settings)
-    settings |= dict(autocast=autocast, seeds=[args.seed])
+    settings["autocast"] = autocast
 
     # Encoders of a model on Pyramid Flow encode all prompts at once: T5 takes 11 GB.
     prompts = [job["prompt"] for job in jobs]

@@ -945,7 +945,7 @@ def test_a_mel_vae_is_trained_and_loaded_by_its_commands(tmp_path):
     """--task mel-vae measures a scale per channel and saves its front end."""
     assert cli(train, "--task", "mel-vae", "--steps", 2, "--batch-size", 2, "--eval-clips", 2,
                "--out", tmp_path) == 0
-    vae = sample.load_audio_vae(tmp_path / "best.pt")
+    vae = sample.load_vae(tmp_path / "best.pt", task="mel-vae")
     assert vae.cfg.front == "mel"
     assert len(vae.cfg.shift) == len(vae.cfg.scale) == vae.cfg.latent
 
@@ -1258,6 +1258,39 @@ def test_one_seed_gives_one_file_as_long_as_its_audio_or_as_asked_for(toy, tmp_p
     for name, frames in (("a", 49), ("c", 74)):
         assert len(iio.imread(tmp_path / f"{name}.mp4", plugin="FFMPEG")) == frames
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("recommended, cfg", [(dict(asg=.5), 0.), (dict(asg=.5, cfg=4.), 4.)])
+def test_guidance_is_the_flag_s_else_the_checkpoint_s_else_the_system_s(
+        toy, tmp_path, capsys, recommended, cfg):
+    """A checkpoint need not name a guidance rule for its flag to count."""
+    content = data.load_checkpoint(toy / "a2v.pt", "a2v") | {"guidance": recommended}
+    data.save_checkpoint(tmp_path / "a2v.pt", **content)
+    flags = ["--image", toy / "f.png", "--audio", toy / "x.wav", "--ckpt", tmp_path / "a2v.pt",
+             "--vae", toy / "vae.pt", "--steps", 1, "--seconds", .3, "--out", tmp_path]
+
+    assert cli(sample, *flags) == cli(sample, *flags, "--cfg", 3) == 0
+
+    out = capsys.readouterr().out
+    assert f"asg 0.5, cfg {cfg:g}, steps 1" in out and "asg 0.5, cfg 3, steps 1" in out, out
+
+
+def test_the_video_tower_of_harmony_alone_is_sampled_as_it_was_trained():
+    """Stage "video" (losses.harmony_loss): a noise level per latent, 0 for a first frame that is
+    given, and the shift of training."""
+    net, calls = harmony().float(), []
+    net.register_forward_pre_hook(lambda net, inputs: calls.append(inputs))
+    first = normal(1, 4, 1, 4, 4).float()
+    request = sample.JointRequest(["a ball"], (4, 5, 4, 4), None, z_v=first, steps=2, shift=5.)
+
+    with torch.no_grad():
+        conditions = sample.prepare_conditions(net, SimpleNamespace(stride=8), None, request)
+        sample.sample_joint(net, **conditions)
+
+    assert len(calls) == 2
+    for (x, _, levels, *_), sigma in zip(calls, (1, 5 * .5 / (1 + 4 * .5))):
+        assert levels[0].tolist() == pytest.approx([0] + [sigma] * 4)
+        assert gap(x[:, :, :1], first) == 0
 
 
 A2V = "--audio {toy}/x.wav --image {toy}/f.png --ckpt {toy}/a2v.pt --out {out}"
@@ -3334,7 +3367,7 @@ def test_a_map_is_compared_with_the_places_where_the_thing_can_move():
 
     def score(cells):
         attention = (cells / cells.sum()).expand(1, 103, 13, -1, -1) / 13
-        found = cyclesync.map_records([dict(attention=attention, heat=None)], [clip])
+        found = cyclesync.map_records([dict(attention=attention)], [clip])
         return found["attention"][0]["things that sound"]
     assert score(torch.ones(8, 8)) == pytest.approx(1, abs=1e-4)
     assert score(moves) == pytest.approx(1 / moves.mean().item(), rel=1e-3)

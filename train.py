@@ -78,7 +78,7 @@ from data import BadInput, Parser, frames_to_tensor, number, run_cli
 from losses import (
     BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
 from sample import (
-    AUDIO_VAE_FILE, MEL_VAE_FILE, VAE_FILE, fingerprint, generate_audio_video, load_vae,
+    AUDIO_VAE_FILE, GUIDANCE, MEL_VAE_FILE, VAE_FILE, fingerprint, generate_audio_video, load_vae,
     pick_device)
 from toybox import HELD_OUT, detect_clip_events, toybox_clip, vae_training_pair
 
@@ -189,13 +189,6 @@ STAGES = {   # name, share of --lr, batches of so many times --batch-size
     "t2av": (("video", 1, 1), ("audio", 1, 2), ("joint", .3, 1)),
     # Harmony section 2, with a video tower from scratch in place of Wan2.2's.
     "joint": (("video", 1, 1), ("audio", 1, 1), ("timbre", .3, 1), ("joint", .6, 1)),
-}
-GUIDANCE = {   # what a checkpoint recommends to sample.py
-    "a2v": dict(asg=1., cfg=0.),
-    "pretrained": dict(asg=2., cfg=4.),           # w_a and w_t of Syncphony
-    "t2av": dict(cfg=2.),                         # w of SyncFlow eq. 3; the paper samples with 6
-    # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1.
-    "joint": dict(cfg=1., sync_video=3., sync_audio=2.),
 }
 # Streams of random numbers: a generator is seeded by [--seed, its stream, step or sample id], so
 # that no two purposes share numbers. [--seed, epoch] orders the clips of an epoch.
@@ -690,7 +683,7 @@ class AudioVAE:
             wave = toybox_clip(int(rng.integers(HELD_OUT)), video=False)["audio"]
         # Any second of it; what is shorter is followed by silence.
         start = rng.integers(max(1, len(wave) - n + 1))
-        return np.pad(wave[start:start + n], (0, max(0, n - len(wave))))
+        return data.fit_length(wave[start:], n)
 
     def batch(self, step, rows):
         return dict(wave=self.prefetch(step, rows).to(self.device))   # (B, rate)
