@@ -51,7 +51,7 @@ from model import MMDiT, MMDiTConfig, apply_rope, patchify, position_ids, rope_t
 from model import unpatchify
 from pyramid import load_pyramid_flow, load_pyramid_vae
 from towers import DualTower, DualTowerConfig
-from vae import AUDIO_VAE_SIZES, VIDEO_VAE_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE
+from vae import AUDIO_VAE_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE
 from vae import VAEConfig, audio_vae_loss, video_vae_loss
 
 torch.set_num_threads(1)            # these networks are too small to be split over cores
@@ -803,50 +803,53 @@ def motion_twice(n, size=32, blocks=2):
     return data.frames_to_tensor(videos).unbind(1)
 
 
-def test_the_published_sizes():
-    """Pyramid Flow: 335.4 M parameters. SyncFlow section 3.1: 4x8x8 (causal: 33 frames are 9
-    latents) and, at 48 kHz, a hop of 960: 50 latents a second."""
+def test_the_published_vaes_have_their_size():
+    """Pyramid Flow: 335.4 M parameters. SyncFlow section 3.1: at 48 kHz 50 latents a second."""
     with torch.device("meta"):
-        vae = CausalVideoVAE(VAEConfig(**VIDEO_VAE_SIZES["pyramid"]))
-        assert sum(p.numel() for p in vae.parameters()) == 335_402_067
-        vae = CausalVideoVAE(VAEConfig(**VIDEO_VAE_SIZES["syncflow"]))
-        assert vae.encode(torch.zeros(1, 3, 33, 256, 256))[0].shape == (1, 4, 9, 32, 32)
-        assert vae.decode(torch.zeros(1, 4, 9, 32, 32)).shape == (1, 3, 33, 256, 256)
+        assert sum(p.numel() for p in CausalVideoVAE(VAEConfig()).parameters()) == 335_402_067
         vae = AudioVAE(AudioVAEConfig(**AUDIO_VAE_SIZES["waveform"]["syncflow"]))
         assert vae.encode(torch.zeros(1, 96000))[0].shape == (1, 128, 100)
 
 
+@torch.no_grad()
 def test_the_vae_agrees_with_pyramid_flow_number_for_number():
     """CausalVideoVAE of Pyramid Flow, commit 3040d71: nine frames of 16x24 pixels, two latents."""
     g = golden("pyramid_flow_small")
     vae = regenerated_weights(CausalVideoVAE(VAEConfig(**PUBLISHED_KIND)))
-    with torch.no_grad():
-        mean, logvar = vae.encode(torch.tensor(g["vae/in/video"]))
-        video = vae.decode(torch.tensor(g["vae/in/latent"]))
+    mean, logvar = vae.encode(torch.tensor(g["vae/in/video"]))
     assert_close("mean", mean, g["vae/out/encode_mean"], 2e-5)
     assert_close("log-variance", logvar, g["vae/out/encode_logvar"], 2e-5)
+    video = vae.decode(torch.tensor(g["vae/in/latent"]))
     assert_close("decoded video", video, g["vae/out/decode"], 2e-5)
 
 
 @pytest.mark.parametrize("kind", [PUBLISHED_KIND, TOY_KIND], ids=["published", "toy"])
 @pytest.mark.parametrize("split", [[1, 1, 1, 1], [2, 2]], ids=str)
+@torch.no_grad()
 def test_coding_in_chunks_equals_coding_at_once(kind, split):
     """A cache replaces the padding in time. Latent by latent, this is causality as well: latent l
     is a function of frames 0 .. t l, which is all that has been coded by then."""
     vae = vae_of(kind)
     t = vae.stride_t
-    video = torch.rand(1, 3, 3 * t + 1, 32, 32, dtype=torch.float64) * 2 - 1
-    first = video[:, :, :1]
+    video = normal(1, 3, 3 * t + 1, 16, 16)
     chunks = video.split([t * split[0] - t + 1, *(t * n for n in split[1:])], 2)
     caches = {}, {}
-    with torch.no_grad():
-        z, _ = vae.encode(video)
-        output = vae.decode(z, first)
-        latents = [vae.encode(chunk, caches[0])[0] for chunk in chunks]
-        frames = [vae.decode(chunk, first, caches[1]) for chunk in z.split(split, 2)]
+    z, _ = vae.encode(video)
+    output = vae.decode(z, video[:, :, :1])
+    latents = [vae.encode(chunk, caches[0])[0] for chunk in chunks]
+    frames = [vae.decode(chunk, video[:, :, :1], caches[1]) for chunk in z.split(split, 2)]
     assert (z.shape[2], output.shape) == (4, video.shape)
     assert_close("latents", torch.cat(latents, 2), z, 1e-10)
     assert_close("frames", torch.cat(frames, 2), output, 1e-10)
+
+
+@torch.no_grad()
+def test_a_video_of_any_length_is_coded_in_bounded_memory():
+    """More than 16 latents, in pieces; the last frame is repeated until its latent is full."""
+    vae = vae_of(TOY_KIND).float()
+    video = torch.randint(256, (1, 3, 71, 16, 16), dtype=torch.uint8)
+    full = torch.cat([video, video[:, :, -1:], video[:, :, -1:]], 2) / 127.5 - 1        # 4 18 + 1
+    assert_close("latents", vae.encode_chunks(video), torch.stack(vae.encode(full)), 1e-5)
 
 
 def test_latent_0_is_normalised_by_constants_of_its_own():
@@ -855,8 +858,8 @@ def test_latent_0_is_normalised_by_constants_of_its_own():
     vae = CausalVideoVAE(VAEConfig(**TOY_KIND, **constants))
     z = torch.ones(1, 4, 3, 2, 2)
     assert vae.normalise(z)[0, 0, :, 0, 0].tolist() == [0, -8, -8]
-    assert vae.normalise(z, start=False)[0, 0, :, 0, 0].tolist() == [-8, -8, -8]
-    assert torch.allclose(vae.denormalise(vae.normalise(z)), z)
+    assert torch.equal(vae.denormalise(vae.normalise(z)), z)
+    assert torch.equal(vae.denormalise(vae.normalise(z)[:, :, 1:], start=False), z[:, :, 1:])
 
 
 @pytest.mark.parametrize("kind, most", [("video", .65), ("waveform", .7), ("mel", .7)])
@@ -864,7 +867,7 @@ def test_a_vae_learns(kind, most):
     """Thirty steps at a tiny width lower the loss of one batch."""
     if kind == "video":
         vae = vae_of(TOY_KIND).float()
-        loss_of = partial(video_vae_loss, vae, *motion_twice(4), torch.randn(4, 4, 3, 4, 4))
+        loss_of = partial(video_vae_loss, vae, *motion_twice(2), torch.randn(2, 4, 3, 4, 4))
     else:
         vae = little_audio_vae(kind, latent=8).float()
         wave = torch.from_numpy(toybox.toybox_clip(3, video=False)["audio"][None, :16000])
@@ -883,34 +886,37 @@ def test_a_vae_learns(kind, most):
 def test_the_decoder_has_to_take_appearance_from_the_first_frame():
     """The encoder gets one clip, the decoder the first frame of another that moves alike, which is
     the target; only latent 0 reproduces what the encoder got."""
-    source, target = motion_twice(8)
-    motions = [(v - v[:, :, :1]).abs().mean((1, 3, 4)) for v in (source, target)]   # (8, frames)
-    motions = [m / m.amax(1, True).clamp(min=1e-9) for m in motions]
-    z = torch.zeros(8, 4, 3, 4, 4)
+    source, target = motion_twice(2)
+    z = torch.zeros(2, 4, 3, 4, 4)
+
+    def encode(video):
+        assert torch.equal(video, source)
+        return z, z
 
     def decode(z, first):
         assert torch.equal(first, target[:, :, :1])
         return torch.cat([source[:, :, :1], target[:, :, 1:]], 2)
-    perfect = SimpleNamespace(encode=lambda x: (z + (x - source).abs().max(), z), decode=decode)
+    perfect = SimpleNamespace(encode=encode, decode=decode)
     assert (source[:, :, 0] != target[:, :, 0]).float().mean() > .9
-    assert np.corrcoef(*map(np.ravel, motions))[0, 1] > .9, "the two objects move differently"
     assert video_vae_loss(perfect, source, target, z, 1.)[:2] == (0, 0)
 
 
 @pytest.mark.parametrize("front", ["waveform", "mel"])
+@torch.no_grad()
 def test_an_audio_vae_makes_fifty_latents_a_second_and_sounds_of_exact_length(front):
-    """S = ceil(n / hop), hop 320 at 16 kHz; decode gives n samples back. Pieces of a long
-    sound are what it is at once: the margin of 16 latents covers all that a sample depends on."""
-    vae = little_audio_vae(front)
+    """S = ceil(n / hop), hop 320 at 16 kHz; decode gives n samples back, in pieces the same as at
+    once. Fresh encoders keep the scale of a sound, with a log-variance of -6."""
+    vae = little_audio_vae(front, width=32)
     for n in (1, 320, 321):
-        with torch.no_grad():
-            mean, logvar = vae.encode(torch.zeros(2, n).double())
-            assert vae.decode(mean, n).shape == (2, n)
+        mean, logvar = vae.encode(torch.zeros(2, n).double())
         assert mean.shape == logvar.shape == (2, 3, math.ceil(n / 320)), f"{n} samples"
+        assert vae.decode(mean, n).shape == (2, n)
+    mean, logvar = vae.encode(normal(1, 16000) / 10)
+    assert .3 < mean.std() < 3
+    assert logvar.mean().item() == pytest.approx(-6, abs=.3)
     assert torch.allclose(vae.denormalise(vae.normalise(mean)), mean)
-    with torch.no_grad():
-        z = torch.randn(1, 3, 130, dtype=torch.float64)
-        assert_close("a sound in pieces", vae.decode(z, piece=40), vae.decode(z), 1e-12)
+    z = normal(1, 3, 130)
+    assert_close("a sound in pieces", vae.decode(z, piece=40), vae.decode(z), 1e-12)
 
 
 def test_the_terms_of_the_losses_by_hand():
@@ -923,8 +929,8 @@ def test_the_terms_of_the_losses_by_hand():
 
 
 def test_the_log_mel_front_end_is_librosas():
-    """Spectra equal data.log_mel, which keeps loudness; waveforms librosa.griffinlim with its
-    random_state=0. Silence comes back silent, and what a diverged network gives as finite sound."""
+    """Spectra equal data.log_mel; waveforms librosa.griffinlim with its random_state=0. Silence
+    comes back silent, and what a diverged network gives as finite sound."""
     import librosa
     front = vae_module.LogMel(16000, 64)
     wave = toybox.toybox_clip(HELD_OUT_TESTS, video=False)["audio"][:16000]
@@ -936,7 +942,6 @@ def test_the_log_mel_front_end_is_librosas():
                               n_fft=512, length=16000, random_state=0)
     assert_close("log-mels", mels[0, :, :100].T, data.log_mel(wave), 1e-4)
     assert_close("waveform", front.inverse(mels[..., :100])[0], want, .01 * np.abs(want).max())
-    assert data.log_mel(.1 * wave).mean() < data.log_mel(wave).mean() - .5
     assert front.inverse(front(torch.zeros(1, 16000))).abs().max() < 1e-6
     assert front.inverse(torch.full((1, 64, 10), 1e4)).isfinite().all()
 

@@ -608,7 +608,7 @@ class VideoVAE:
             for name, p in self.net.named_parameters():
                 p.requires_grad_(not name.startswith(("encoder", "quant_conv")))
         else:
-            config = autoencoders.VAEConfig(**autoencoders.VIDEO_VAE_SIZES["tiny"])
+            config = autoencoders.VAEConfig(**autoencoders.TOYBOX_VAE)
             self.net = autoencoders.CausalVideoVAE(config)
         # Two things of one kind in the same motion, uint8 (2, F, H, W, 3).
         self.prefetch = Prefetcher(

@@ -1,6 +1,6 @@
 """The autoencoders: video to latents, sound to latents, and back.
 
-    CausalVideoVAE   Pyramid Flow's published video VAE ("pyramid") and the toybox's ("tiny")
+    CausalVideoVAE   Pyramid Flow's published video VAE, and the toybox's
     AudioVAE         front end "waveform": EnCodec's network, a Gaussian in place of the quantiser
                      (SyncFlow section 3.1). Front end "mel": log-mel spectra, the idea of MMAudio,
                      whose latents Harmony uses
@@ -37,6 +37,7 @@ are channels, time steps, height and width of the layer. F is torch.nn.functiona
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn as nn
@@ -77,15 +78,21 @@ class VAEConfig:
     scale_video: float = 1 / 3.0986
 
 
-VIDEO_VAE_SIZES = {
-    # 16x16 pixels x 4 frames, for the toybox
-    "tiny": dict(widths=(64, 112, 144), space=(1, 1, 0), time=(0, 0, 0), time_up=(1, 1, 0),
-                 layers=(1, 2), groups=8, kernel_t=1, patch=(4, 4), reference=True, shortcut=True),
-    # 8x8 pixels x 8 frames, 335.4 M parameters, published
-    "pyramid": dict(),
-    # 8x8 pixels x 4 frames like Open-Sora's, which SyncFlow uses; but causal
-    "syncflow": dict(time=(0, 1, 1, 0), latent=4),
-}
+# The toybox's VAE: 16x16 pixels x 4 frames.
+TOYBOX_VAE = dict(widths=(64, 112, 144), space=(1, 1, 0), time=(0, 0, 0), time_up=(1, 1, 0),
+                  layers=(1, 2), groups=8, kernel_t=1, patch=(4, 4), reference=True, shortcut=True)
+
+
+def patchify(x, t, p):
+    """Video (B, c, frames, H, W) -> (B, c t p p, frames/t, H/p, W/p)."""
+    x = x.unflatten(2, (-1, t)).transpose(1, 2).flatten(2, 3)       # (B, frames/t, c t, H, W)
+    return F.pixel_unshuffle(x, p).transpose(1, 2)
+
+
+def unpatchify(x, t, p):
+    """The inverse: (B, c t p p, T, H, W) -> (B, c, T t, H p, W p)."""
+    x = F.pixel_shuffle(x.transpose(1, 2), p)                       # (B, T, c t, H p, W p)
+    return x.unflatten(2, (-1, t)).transpose(1, 2).flatten(2, 3)
 
 
 class CausalConv3d(nn.Module):
@@ -98,15 +105,16 @@ class CausalConv3d(nn.Module):
         self.stride_t = stride[0]
 
     def forward(self, x, cache=None):                               # (B, c_in, T, H, W)
-        if self.front and cache is not None and self in cache:
+        if self.front == 0:
+            return self.conv(x)
+        if self in cache:
             # The last two inputs of the chunk before. With a stride of 2 the next window begins
             # one step later and needs only the last one.
             x = torch.cat([cache[self][:, :, self.stride_t - 1:], x], 2)
-        elif self.front:
+        else:
             x = F.pad(x, (0, 0, 0, 0, self.front, 0))
-        if self.front and cache is not None:
-            # a copy: a view would keep the complete chunk in memory
-            cache[self] = x[:, :, -self.front:].clone()
+        # a copy: a view would keep the complete chunk in memory
+        cache[self] = x[:, :, -self.front:].clone()
         return self.conv(x)
 
 
@@ -166,25 +174,26 @@ class MidBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """A halving or doubling of space ("down", "up") or of time ("down_t", "up_t")."""
+    """Halving (way "down") or doubling ("up") of space or of time, factor (1, 2) or (2, 1).
 
-    def __init__(self, c, kind, kernel_t):
+    Halving is a convolution with stride; doubling a convolution to more channels, which become
+    pixels or frames."""
+
+    def __init__(self, c, way, factor, kernel_t):
         super().__init__()
-        self.kind = kind
-        # Halving: a convolution with stride. Doubling: a convolution to 4c (space) or 2c (time)
-        # channels, and a reshape that turns channels into pixels or frames.
-        stride = {"down": (1, 2, 2), "down_t": (2, 1, 1)}.get(kind, (1, 1, 1))
-        factor = {"up": 4, "up_t": 2}.get(kind, 1)
-        self.conv = CausalConv3d(c, factor * c, (kernel_t, 3, 3), stride)
+        t, p = factor
+        self.up_factor = factor if way == "up" else None
+        if way == "up":
+            self.conv = CausalConv3d(c, t * p * p * c, (kernel_t, 3, 3))
+        else:
+            self.conv = CausalConv3d(c, c, (kernel_t, 3, 3), (t, p, p))
 
-    def forward(self, x, cache, start=True):                        # (B, c, T, H, W)
+    def forward(self, x, cache):                                    # (B, c, T, H, W)
         x = self.conv(x, cache)
-        if self.kind == "up":
-            x = F.pixel_shuffle(x.transpose(1, 2), 2).transpose(1, 2)       # (B, c, T, 2H, 2W)
-        elif self.kind == "up_t":
-            x = x.unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)       # (B, c, 2T, H, W)
+        if self.up_factor:
+            x = unpatchify(x, *self.up_factor)
             # latent 0 is one frame: (B, c, 2T - 1, H, W) if it is in this chunk
-            x = x[:, :, 1:] if start else x
+            x = x[:, :, self.up_factor[0] - 1:] if cache["start"] else x
         return x
 
 
@@ -196,21 +205,21 @@ class Level(nn.Module):
         super().__init__()
         blocks = [ResBlock(c_in if i == 0 else c_out, c_out, cfg) for i in range(layers)]
         self.resnets = nn.ModuleList(blocks)
-        kinds = {f"{way}samplers": way} if space else {}
-        kinds |= {f"temporal_{way}samplers": f"{way}_t"} if time else {}
-        for name, kind in kinds.items():
-            setattr(self, name, nn.ModuleList([Resample(c_out, kind, cfg.kernel_t)]))
-        self.resampling = list(kinds)
+        self.resampling = []
+        for name, factor, wanted in (("", (1, 2), space), ("temporal_", (2, 1), time)):
+            if wanted:
+                resample = Resample(c_out, way, factor, cfg.kernel_t)
+                setattr(self, f"{name}{way}samplers", nn.ModuleList([resample]))
+                self.resampling.append(resample)
 
-    def forward(self, x, cache, start=True, ref_features=None):
+    def forward(self, x, cache):
+        """-> the output, and the activations before resampling."""
         for block in self.resnets:
             x = block(x, cache)
-        if ref_features is not None:
-            # the encoder runs on the first frame: the decoder will need every level's output
-            ref_features.append(x)
-        for name in self.resampling:
-            x = getattr(self, name)[0](x, cache, start)
-        return x
+        features = x
+        for resample in self.resampling:
+            x = resample(x, cache)
+        return x, features
 
 
 def levels(cfg, widths, layers, time, way):
@@ -227,6 +236,7 @@ class Encoder(nn.Module):
         t, p = cfg.patch
         kernel = (cfg.kernel_t, 3, 3)
         # a patch of t frames, and with `reference` the same patch of the first frame beside it
+        self.reference = cfg.reference
         c_in = 3 * p * p * (t + cfg.reference)
         self.conv_in = CausalConv3d(c_in, w[0], kernel)
         self.down_blocks = levels(cfg, w, cfg.layers[0], cfg.time, "down")
@@ -237,13 +247,17 @@ class Encoder(nn.Module):
             s = 2 ** sum(cfg.space)
             self.linear = nn.Conv3d(c_in, 2 * cfg.latent, (1, s, s), (1, s, s))
 
-    def forward(self, x, cache, ref_features=None):                 # (B, c_in, T, H/p, W/p)
+    def forward(self, x, cache):                                    # (B, c_in, T, H/p, W/p)
+        """-> moments (B, 2C, L, h, w), and with `reference` the activations of every level."""
         h = self.conv_in(x, cache)
+        features = []
         for level in self.down_blocks:
-            h = level(h, cache, ref_features=ref_features)
+            h, before = level(h, cache)
+            if self.reference:
+                features.append(before)
         h = self.mid_block(h, cache)
-        h = self.conv_out(F.silu(self.conv_norm_out(h)), cache)     # (B, 2C, L, h, w)
-        return h + self.linear(x) if hasattr(self, "linear") else h
+        h = self.conv_out(F.silu(self.conv_norm_out(h)), cache)
+        return h + self.linear(x) if hasattr(self, "linear") else h, features
 
 
 class Decoder(nn.Module):
@@ -270,16 +284,16 @@ class Decoder(nn.Module):
             kernel = (2 ** sum(time), s, s)
             self.linear = nn.ConvTranspose3d(cfg.latent, c_out, kernel, kernel)
 
-    def forward(self, z, cache, start, ref_features=None):          # (B, C, L, h, w)
+    def forward(self, z, cache, features):                          # (B, C, L, h, w)
         x = self.conv_in(z, cache)
         for i, level in enumerate(self.up_blocks):
-            if ref_features is not None:
+            if features:
                 # the first frame enters at every resolution, as in a U-Net
-                reference = self.references[i](ref_features[-1 - i])
-                x = x + for_later_frames(reference, x.shape[2], start)
+                reference = self.references[i](features[-1 - i])
+                x = x + for_later_frames(reference, x.shape[2], cache)
             if i == 0:
                 x = self.mid_block(x, cache)
-            x = level(x, cache, start)
+            x, _ = level(x, cache)
         x = self.conv_out(F.silu(self.conv_norm_out(x)), cache)     # (B, c_out, frames, H/p, W/p)
         if hasattr(self, "linear"):
             # the linear path makes t frames of latent 0, too: the last of them is frame 0
@@ -287,11 +301,11 @@ class Decoder(nn.Module):
         return x
 
 
-def for_later_frames(x, n, start):
+def for_later_frames(x, n, cache):
     """x (B, c, 1, H, W) of the first frame, for the n time steps of a chunk -> (B, c, n, H, W). The
-    first frame itself, step 0 of a chunk that starts the clip, has no reference: zeros."""
+    first frame itself has no reference: zeros."""
     x = x.repeat(1, 1, n, 1, 1)
-    return torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, 1:]], 2) if start else x
+    return torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, 1:]], 2) if cache["start"] else x
 
 
 # ---------------------------------------------------------------------------- video: coding
@@ -316,15 +330,6 @@ class CausalVideoVAE(nn.Module):
         self.stride_t = cfg.patch[0] * 2 ** sum(cfg.time)           # t, frames per latent
         self.stride = cfg.patch[1] * 2 ** sum(cfg.space)            # pixels per latent position
 
-    def patchify(self, x, t):
-        """(B, 3, frames, H, W) -> (B, 3 t p p, frames/t, H/p, W/p)."""
-        x = x.unflatten(2, (-1, t)).transpose(1, 2).flatten(2, 3)   # (B, frames/t, 3 t, H, W)
-        return F.pixel_unshuffle(x, self.cfg.patch[1]).transpose(1, 2)
-
-    def unpatchify(self, x):
-        """(B, n p p, frames, H/p, W/p) -> (B, n, frames, H, W)."""
-        return F.pixel_shuffle(x.transpose(1, 2), self.cfg.patch[1]).transpose(1, 2)
-
     def composite(self, x, first):
         """Every pixel is a mixture of the first frame and of two colours of its patch.
 
@@ -335,7 +340,7 @@ class CausalVideoVAE(nn.Module):
         colours, logits = x.split([6, 2 * p * p], 1)
         colours = colours.repeat_interleave(p, -1).repeat_interleave(p, -2)
         one, two = colours.chunk(2, 1)                              # (B, 3, frames, H, W) each
-        logits = F.pad(self.unpatchify(logits), (0, 0, 0, 0, 0, 0, 1, 0))
+        logits = F.pad(unpatchify(logits, 1, p), (0, 0, 0, 0, 0, 0, 1, 0))
         w = logits.softmax(1)                                       # (B, 3, frames, H, W)
         return w[:, :1] * first + w[:, 1:2] * one + w[:, 2:] * two
 
@@ -344,55 +349,54 @@ class CausalVideoVAE(nn.Module):
 
         cache: a dict, empty for the first chunk of t n + 1 frames; later chunks have t n frames."""
         cache = {} if cache is None else cache
-        start = not cache
+        cache["start"] = not cache
         first = cache.setdefault("first", video[:, :, :1])          # the clip's first frame
-        mean, logvar = self._moments(video, first, start, cache)
+        (mean, logvar), _ = self.moments(video, first, cache)
         if self.cfg.reference:
             # the code of a still clip is the origin
             still, _ = self.encode_still(first)
-            mean = mean - for_later_frames(still, mean.shape[2], start)
+            mean = mean - for_later_frames(still, mean.shape[2], cache)
         return mean, logvar.clamp(-30, 20)
 
-    def _moments(self, video, first, start, cache=None, ref_features=None):
-        t = self.cfg.patch[0]
-        if start:
+    def moments(self, video, first, cache):
+        """-> (mean, logvar), and with `cfg.reference` the encoder's activations."""
+        t, p = self.cfg.patch
+        if cache["start"]:
             # frame 0 fills a patch of t frames by itself
             video = torch.cat([video[:, :, :1]] * (t - 1) + [video], 2)
-        x = self.patchify(video, t)
+        x = patchify(video, t, p)
         if self.cfg.reference:
-            reference = for_later_frames(self.patchify(first, 1), x.shape[2], start)
-            x = torch.cat([x, reference], 1)
-        return self.quant_conv(self.encoder(x, cache, ref_features)).chunk(2, 1)
+            x = torch.cat([x, for_later_frames(patchify(first, 1, p), x.shape[2], cache)], 1)
+        x, features = self.encoder(x, cache)
+        return self.quant_conv(x).chunk(2, 1), features
 
     def encode_still(self, first):
         """First frame (B, 3, 1, H, W) -> the latent (B, C, 1, h, w) of t frames like it, and the
         encoder's activations, one tensor per level."""
-        ref_features = []
         still = first.repeat(1, 1, self.stride_t, 1, 1)
-        mean, _ = self._moments(still, first, start=False, ref_features=ref_features)
-        return mean, ref_features
+        (mean, _), features = self.moments(still, first, {"start": False})
+        return mean, features
 
     def decode(self, z, first=None, cache=None):
         """Latents (B, C, L, h, w) -> video (B, 3, frames, H, W), about [-1, 1].
 
         cache: as in encode; later chunks of L latents are t L frames. first: the true first frame
-        (B, 3, 1, H, W), with `cfg.reference`; in the first chunk it defaults
-        to the decoded latent 0."""
-        start = not cache
-        ref_features = None
-        if self.cfg.reference:
+        (B, 3, 1, H, W), with `cfg.reference`, in the first chunk; its default is latent 0."""
+        cache = {} if cache is None else cache
+        cache["start"] = not cache
+        features = []
+        if self.cfg.reference and cache["start"]:
             if first is None:
                 # latent 0 has no reference: any frame will do
                 grey = torch.zeros_like(z[:, :1, :1]).repeat(1, 3, 1, self.stride, self.stride)
                 first = self.decode(z[:, :, :1], grey)
-            _, ref_features = self.encode_still(first)
-        if cache is not None:
-            cache["started"] = True
-        x = self.decoder(self.post_quant_conv(z), cache, start, ref_features)
-        # without reference the decoder's output are the pixels
+            features = self.encode_still(first)[1]
+        first, features = cache.setdefault("first", (first, features))
+        x = self.decoder(self.post_quant_conv(z), cache, features)
         if self.cfg.reference:
-            return self.composite(x, for_later_frames(first, x.shape[2], start))
-        return self.unpatchify(x)
+            return self.composite(x, for_later_frames(first, x.shape[2], cache))
+        # without reference the decoder's output are the pixels
+        return unpatchify(x, *self.cfg.patch)
 
     def encode_chunks(self, video):
         """`encode` of a video (B, 3, frames, H, W) of any length, uint8 or in [-1, 1], chunk by
@@ -418,36 +422,33 @@ class CausalVideoVAE(nn.Module):
         tile, overlap: in latents. caches: a dict, empty for the first chunk; it keeps one cache per
         tile, so that a video can be decoded latent by latent."""
         p = self.stride
-        height = z.shape[3] * p
-        width = z.shape[4] * p
         # Tiles are averaged. The weight of a pixel rises linearly from the edge of its tile to 1
         # over the overlap.
         ramp = ((torch.arange(tile * p, device=z.device) + .5) / (overlap * p)).clamp(max=1)
         fade = torch.minimum(ramp, ramp.flip(0))
+        height, width = z.shape[3:]
         total = 0
         weights = 0
-        for y in tile_starts(z.shape[3], tile, overlap):
-            for x in tile_starts(z.shape[4], tile, overlap):
-                cache = caches.setdefault((y, x), {})
-                piece = self.decode(z[:, :, :, y:y + tile, x:x + tile], cache=cache)
-                h, w = piece.shape[3:]
-                weight = fade[:h, None] * fade[None, :w]
-                # zeros to the left, right, above and below
-                margins = (x * p, width - x * p - w, y * p, height - y * p - h)
-                total = total + F.pad(piece * weight, margins)
-                weights = weights + F.pad(weight, margins)
+        for y, x in product(tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)):
+            cache = caches.setdefault((y, x), {})
+            piece = self.decode(z[:, :, :, y:y + tile, x:x + tile], cache=cache)
+            h, w = piece.shape[3:]
+            weight = fade[:h, None] * fade[:w]
+            # zeros to the left, right, above and below
+            margins = (x * p, (width - x) * p - w, y * p, (height - y) * p - h)
+            total = total + F.pad(piece * weight, margins)
+            weights = weights + F.pad(weight, margins)
         return total / weights
 
-    def normalise(self, z, start=True):
-        """Latents -> about unit variance. `start`: z begins with latent 0."""
+    def normalise(self, z):
+        """Latents from latent 0 on -> about unit variance."""
         c = self.cfg
-        n = int(start)
-        image = (z[:, :, :n] - c.shift_image) * c.scale_image
-        video = (z[:, :, n:] - c.shift_video) * c.scale_video
+        image = (z[:, :, :1] - c.shift_image) * c.scale_image
+        video = (z[:, :, 1:] - c.shift_video) * c.scale_video
         return torch.cat([image, video], 2)
 
     def denormalise(self, z, start=True):
-        """The inverse of `normalise`."""
+        """The inverse of `normalise`. start=False: z does not begin with latent 0."""
         c = self.cfg
         n = int(start)
         image = z[:, :, :n] / c.scale_image + c.shift_image
@@ -590,11 +591,11 @@ def waveform_layers(cfg):
     up = []
     for r in cfg.ratios:
         # the decoder is the mirror image: it grows from its end
-        down = [*down, ResidualUnit(c), nn.ELU(), StridedConv(c, 2 * c, r)]
+        down += [ResidualUnit(c), nn.ELU(), StridedConv(c, 2 * c, r)]
         up = [nn.ELU(), StridedConv(2 * c, c, r, up=True), ResidualUnit(c), *up]
         c = 2 * c
     if cfg.lstm:
-        down = [*down, LSTM(c, cfg.lstm)]
+        down += [LSTM(c, cfg.lstm)]
         up = [LSTM(c, cfg.lstm), *up]
     encoder = three_parts(first, [*down, nn.ELU()], nn.Conv1d(c, 2 * cfg.latent, 7, padding=3))
     decoder = three_parts(nn.Conv1d(cfg.latent, c, 7, padding=3), [*up, nn.ELU()], last)
@@ -656,29 +657,26 @@ class LogMel(nn.Module):
         super().__init__()
         import librosa
         self.hop = rate // 100
+        self.stft = dict(n_fft=512, hop_length=self.hop, win_length=rate // 40)
         filters = torch.from_numpy(librosa.filters.mel(sr=rate, n_fft=512, n_mels=bands, fmin=40))
         self.register_buffer("filters", filters, persistent=False)  # (bands, 257)
         self.register_buffer("spread", torch.linalg.pinv(filters), persistent=False)
         self.register_buffer("window", torch.hann_window(rate // 40), persistent=False)
 
-    def stft(self, wave):                                           # -> (B, 257, n / hop + 1)
-        return torch.stft(wave, 512, self.hop, len(self.window), self.window, pad_mode="constant",
+    def spectrum(self, wave):                                       # -> (B, 257, n / hop + 1)
+        return torch.stft(wave, **self.stft, window=self.window, pad_mode="constant",
                           return_complex=True)
-
-    def istft(self, spectrum):                                      # -> (B, n)
-        samples = (spectrum.shape[2] - 1) * self.hop
-        return torch.istft(spectrum, 512, self.hop, len(self.window), self.window, length=samples)
 
     def forward(self, wave):
         # In float32 at any rate: bfloat16 has 8 bits of precision. (Operations are counted on the
         # meta device, which has no autocast.)
         with torch.autocast("cpu" if wave.is_meta else wave.device.type, enabled=False):
-            power = self.stft(wave.to(self.window.dtype)).abs().square()
+            power = self.spectrum(wave.to(self.window.dtype)).abs().square()
             # Energies below 1e-6 count as silence; constants for about zero mean, unit variance.
             mels = ((self.filters @ power + 1e-6).log10() + 3) / 1.6
         return mels.to(wave.dtype)
 
-    def inverse(self, mels, rounds=16, momentum=.99):
+    def inverse(self, mels):
         """(B, bands, n) -> waveform (B, n hop): magnitudes by the pseudo-inverse of the filters,
         phases by Griffin and Lim's iteration (1984), with momentum (Perraudin et al. 2013)."""
         import numpy as np
@@ -692,15 +690,17 @@ class LogMel(nn.Module):
             # The start is librosa's of random_state=0, the same for every row.
             phases = 2 * np.pi * np.random.RandomState(0).random(magnitude.shape[1:])
             phases = torch.from_numpy(phases).to(magnitude).expand_as(magnitude)
-            spectrum = torch.polar(magnitude, phases)
+            estimate = torch.polar(magnitude, phases)
             previous = 0
-            for _ in range(rounds):
+            samples = mels.shape[2] * self.hop
+            for _ in range(16):
                 # the spectrum of a real waveform, extrapolated, with the given magnitudes
-                consistent = self.stft(self.istft(spectrum))
-                estimate = consistent - momentum / (1 + momentum) * previous
-                spectrum = magnitude * estimate / (estimate.abs() + 1e-30)
+                wave = torch.istft(estimate, **self.stft, window=self.window, length=samples)
+                consistent = self.spectrum(wave)
+                estimate = consistent - .99 / 1.99 * previous
+                estimate = magnitude * estimate / (estimate.abs() + 1e-30)
                 previous = consistent
-            return self.istft(spectrum)
+            return torch.istft(estimate, **self.stft, window=self.window, length=samples)
 
 
 # ---------------------------------------------------------------------------- audio: coding
@@ -733,23 +733,20 @@ class AudioVAE(nn.Module):
             return self.log_mel(wave)[..., :-1]
         return wave[:, None]
 
-    def posterior(self, features):
-        """-> mean, logvar (B, A, S), logvar within [-30, 20]."""
-        mean, logvar = self.encoder(features).chunk(2, 1)
+    def encode(self, wave):
+        """Waveform (B, n) -> mean, logvar (B, A, S), logvar within [-30, 20]."""
+        mean, logvar = self.encoder(self.features(wave)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, wave):
-        """Waveform (B, n) -> mean, logvar (B, A, S)."""
-        return self.posterior(self.features(wave))
-
-    def decode(self, z, samples=None, piece=500, margin=16):
+    def decode(self, z, samples=None, piece=500):
         """Latents (B, A, S) -> waveform (B, samples), S hop if not given. Long sounds are decoded
         in pieces of `piece` latents (10 s), in bounded memory."""
         if self.cfg.front == "mel":
             # ten minutes are 60 000 frames of 64 bands: no need of pieces
             return self.log_mel.inverse(self.decoder(z))[:, :samples]
-        # A sample depends on fewer than `margin` latents on either side: with a margin the pieces
-        # are the same as one. Only an LSTM has no such bound: with one they are approximate.
+        # A sample depends on fewer than 16 latents on either side: with this margin the pieces are
+        # the same as one. Only an LSTM has no such bound: with one they are approximate.
+        margin = 16
         pieces = []
         for start in range(0, z.shape[2], piece):
             before = min(start, margin)
@@ -759,28 +756,27 @@ class AudioVAE(nn.Module):
 
     def normalise(self, z):
         """Latents (B, A, S) -> about unit variance in every channel."""
-        return (z - self.per_channel("shift", z)) * self.per_channel("scale", z)
+        shift, scale = z.new_tensor([self.cfg.shift, self.cfg.scale])[..., None]    # (A, 1) each
+        return (z - shift) * scale
 
     def denormalise(self, z):
         """The inverse of `normalise`."""
-        return z / self.per_channel("scale", z) + self.per_channel("shift", z)
-
-    def per_channel(self, name, z):                                 # (A, 1)
-        return z.new_tensor(getattr(self.cfg, name)).view(-1, 1)
+        shift, scale = z.new_tensor([self.cfg.shift, self.cfg.scale])[..., None]
+        return z / scale + shift
 
 
-def spectral_error(output, target, windows=(64, 256, 1024)):
-    """Distance of the spectra of waveforms (B, n) at several resolutions: short windows resolve
-    time, long ones frequency."""
+def spectral_error(output, target):
+    """Distance of the spectra of waveforms (B, n) at three resolutions."""
     total = 0.
-    for w in windows:
+    # short windows resolve time, long ones frequency
+    for w in (64, 256, 1024):
         window = torch.hann_window(w, device=output.device)
         a = torch.stft(output, w, w // 4, window=window, return_complex=True).abs()
         b = torch.stft(target, w, w // 4, window=window, return_complex=True).abs()
         # (B, bins, frames): logarithms, which are loudness, and magnitudes, where the energy is
         logs = ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean()
         total = total + logs + (a - b).norm() / (b.norm() + 1e-3)
-    return total / len(windows)
+    return total / 3
 
 
 def audio_vae_loss(vae, wave, noise, kl):
@@ -789,7 +785,7 @@ def audio_vae_loss(vae, wave, noise, kl):
     -> loss, report: mean |error| of samples or log-mels, spectral error (front end "waveform"
     only), nats per latent."""
     features = vae.features(wave)
-    mean, logvar = vae.posterior(features)
+    mean, logvar = vae.encode(wave)
     output = vae.decoder(mean + (logvar / 2).exp() * noise).float()
     error = (output - features).abs().mean()
     divergence = kl_divergence(mean, logvar)
