@@ -1319,7 +1319,7 @@ HARMONY = ("--prompt a --ckpt {towers}/harmony/joint/best.pt --vae {toy}/vae.pt 
     (sample, HARMONY.removeprefix("--prompt a "), "--jsonl {d}/0 | --jsonl {d}/1 | --jsonl {d}/2 | "
      "--jsonl {d}/3", "line 1"),
     (train, "--out {out} --data-root {out}", "--task dance | --data nowhere | --size huge | "
-     "--lr inf | --resolution 50 | --tune-decoder x.pt | --batch-size 5 --accum 2 | "
+     "--lr inf | --resolution 50 | --batch-size 5 --accum 2 | "
      "--task vae --data avsync15", ""),
     (data, "--data-root {out}", "--data nowhere | --size miniflux", ""),
     (cyclesync, "--ckpt {toy}/a2v.pt --vae {toy}/vae.pt --out {out}",
@@ -2244,17 +2244,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(task, number, request, tmp_path, monk
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_the_second_signal_ends_a_run_at_once_and_old_handlers_come_back():
+def test_the_second_signal_ends_a_run_at_once():
     """The first Ctrl-C asks for a checkpoint after the step; who presses again does not wait."""
-    before = signal.getsignal(signal.SIGINT)
+    run = train.Run.__new__(train.Run)
+    run.stop = False
 
+    run.on_signal(signal.SIGINT, None)
+
+    assert run.stop
     with pytest.raises(KeyboardInterrupt):
-        with train.stop_on_signal() as stop:
-            signal.raise_signal(signal.SIGINT)
-            assert stop == [signal.SIGINT]
-            signal.raise_signal(signal.SIGINT)
-
-    assert signal.getsignal(signal.SIGINT) is before
+        run.on_signal(signal.SIGINT, None)
 
 
 def test_resuming_with_other_settings_or_from_an_older_format_is_refused(runs, capsys):
@@ -2273,10 +2272,9 @@ def test_resuming_with_other_settings_or_from_an_older_format_is_refused(runs, c
     renamed = {f"old.{k}": v for k, v in ckpt["ema"].items()}
     changes += [("another VAE; .* --vae", dict(vae="0123")),
                 ("another version", dict(ema=renamed)),
-                ("another configuration", dict(config=ckpt["config"] | dict(window=1)))]
+                ("another version", dict(config=ckpt["config"] | dict(window=1)))]
     for message, change in changes:
-        with pytest.raises(data.BadInput, match=message):
-            resumed.refuse_other_runs("last.pt", ckpt | change)
+        assert re.search(message, resumed.difference(ckpt | change))
 
     # As the command says it: a checkpoint of other parts.
     del ckpt["optimisers"]
@@ -2376,19 +2374,6 @@ def test_every_sample_of_a_run_has_noise_of_its_own(runs, monkeypatch):
     assert norms == pytest.approx([norms[0]] * 8, rel=1e-5)
 
 
-def test_a_tuned_decoder_decodes_the_same_latents(toy, tmp_path):
-    """--tune-decoder leaves the encoder as it is, and with it the fingerprint."""
-    assert cli(train, "--task", "vae", "--tune-decoder", toy / "vae.pt", "--resolution", 32,
-               "--steps", 2, "--batch-size", 2, "--eval-clips", 2, "--out", tmp_path) == 0
-
-    before = sample.load_vae(toy / "vae.pt")
-    after = sample.load_vae(tmp_path / "best.pt")
-    assert sample.fingerprint(before) == sample.fingerprint(after)
-    weights = dict(after.named_parameters())
-    moved = [k for k, p in before.named_parameters() if not torch.equal(p, weights[k])]
-    assert {k.split(".")[0] for k in moved} == {"decoder", "post_quant_conv"}
-
-
 def test_a_loss_that_is_not_finite_stops_with_a_clear_line(runs, monkeypatch, capsys):
     """The weights of the step before are not overwritten."""
     d, run = runs
@@ -2414,16 +2399,6 @@ def test_an_evaluation_is_a_row_of_scores_a_picture_of_strips_and_an_mp4(runs):
     assert header.startswith("step,f1_50,") and row.startswith("1,")
     assert iio.imread(d / "evaluated/000001.png").shape == (4 * (32 + 40), 12 * 32, 3)
     assert (d / "evaluated/000001.mp4").is_file() and (d / "evaluated/best.pt").is_file()
-
-
-def test_clip_zero_is_no_clipping(runs):
-    """--clip 0 switches clipping off, as in nanoGPT; a bound that is never met is the same."""
-    d, run = runs
-
-    assert run("unclipped", "--steps", 2, "--clip", 0) == 0
-    assert run("bounded", "--steps", 2, "--clip", 1e9) == 0
-
-    assert_same_run(d / "unclipped", d / "bounded")
 
 
 def test_the_network_overfits_one_batch():

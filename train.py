@@ -11,13 +11,13 @@
 
 **A task** is a class, of which the loop uses
 
-    net                                     the network; net.cfg, a dataclass, is its configuration
-    columns                                 names of what is reported beside the loss
-    batch(step, rows)                       -> the inputs of the loss, a dict
-    loss(net, generators, **batch)          -> loss, report (len(columns),)
-    held_out(n)                             -> clips to evaluate on
-    evaluate(net, clips, autocast)          -> Evaluation
-    extra                                   what a checkpoint says besides: VAEs, guidance, stage
+    net                             the network; net.cfg, a dataclass, is its configuration
+    columns                         names of what is reported beside the loss
+    batch(step, rows)               -> the inputs of the loss, a dict
+    loss(net, generators, **batch)  -> loss, report (len(columns),)
+    held_out(n)                     -> clips to evaluate on
+    evaluate(clips)                 -> Evaluation of the network as it is
+    extra                           what a checkpoint says besides: VAEs, guidance, stage
 
 **Exact resume.** Samples form an endless stream, cut into steps, processes and micro-batches:
 
@@ -29,10 +29,10 @@
 Everything random about a sample, its window, its caption, its noise, is a function of (seed, id);
 what all samples of a step have in common, of (seed, step). So a checkpoint holds no generator
 states: a run that was stopped (Ctrl-C, SIGTERM, even SIGKILL) is continued by the same command from
-the last saved step, and takes the very steps it would have taken; after SIGKILL, steps since
-that one are in log.csv twice. And the gradient of a step is the
-same, to rounding, in one process, in several, and in micro-batches. Two exceptions couple the
-samples of a micro-batch: --ot, and the spectral error of audio-vae.
+the last saved step, and takes the very steps it would have taken; after SIGKILL, steps since then
+are in log.csv twice. And the gradient of a step is the same, to rounding, in one process, in
+several, and in micro-batches. Two exceptions couple the samples of a micro-batch: --ot, and the
+spectral error of audio-vae.
 
 **Written** to --out: `last.pt`, all that resuming needs; `best.pt`, the averaged (EMA) weights of
 the best evaluation in half precision, for sample.py; `log.csv`; strips and an mp4 per evaluation.
@@ -48,10 +48,11 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
-from functools import cache, cached_property, partial
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import data
 import model as networks
@@ -107,7 +107,6 @@ COMMON = dict(
     # was chosen by short runs.
     lr=(5e-3, number(low=1e-12), "peak learning rate; a cosine ends at 2 %% of it"),
     warmup=(100, COUNT_OR_NONE, "steps of linear warm-up"),
-    clip=(1., NOT_NEGATIVE, "largest norm of the gradient; 0 = no clipping"),
     # .998 averages 500 steps, a third of the default run.
     ema=(.998, SHARE, "decay of the averaged weights"),
     optimizer=("muon", ("muon", "adamw"), "Muon for matrices and AdamW for the rest, or AdamW"),
@@ -167,8 +166,7 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
     # kl is the price of information in a latent (vae.video_vae_loss), chosen by short runs, as lr.
     "vae": (COMMON, PICTURES, dict(
         steps=6000, lr=2e-3,
-        kl=(2e-2, NOT_NEGATIVE, "weight of the KL term"),
-        tune_decoder=(None, str, "checkpoint of which the decoder alone is trained on"))),
+        kl=(2e-2, NOT_NEGATIVE, "weight of the KL term"))),
     "audio-vae": (COMMON, dict(
         size=("tiny", autoencoders.AUDIO_VAE_SIZES["waveform"], "size of the network"),
         steps=4000, lr=3e-3,
@@ -183,12 +181,24 @@ PRETRAINED = dict(size="miniflux", steps=33000, batch_size=32, lr=5e-5, ema=.999
 # Its averaged weights lie in the CPU's memory; one copy over the bus in 20 steps is enough.
 EMA_EVERY_PRETRAINED = 20
 
-STAGES = {   # name, share of --lr, batches of so many times --batch-size
+# Larger gradients are scaled down to this norm.
+MAX_NORM = 1.
+
+STAGES = {   # share of --lr, batches of so many times --batch-size, parts that are trained
     # SyncFlow section 3.2. Stage two builds no graph of the video tower, so that twice the batch
     # costs the same; stage three is a fine-tuning. The shares of --lr were chosen by short runs.
-    "t2av": (("video", 1, 1), ("audio", 1, 2), ("joint", .3, 1)),
-    # Harmony section 2, with a video tower from scratch in place of Wan2.2's.
-    "joint": (("video", 1, 1), ("audio", 1, 1), ("timbre", .3, 1), ("joint", .6, 1)),
+    "t2av": {
+        "video": (1, 1, ("video",)),
+        "audio": (1, 2, ("audio",)),
+        "joint": (.3, 1, ("video", "audio"))},
+    # Harmony section 2: the video tower (the paper has Wan2.2's); the audio tower, with references
+    # of the timbre out of the clip itself; with references out of other clips of that voice; both
+    # towers and their bridges.
+    "joint": {
+        "video": (1, 1, ("video",)),
+        "audio": (1, 1, ("audio",)),
+        "timbre": (.3, 1, ("audio",)),
+        "joint": (.6, 1, ("video", "audio", "bridge"))},
 }
 # Streams of random numbers: a generator is seeded by [--seed, its stream, step or sample id], so
 # that no two purposes share numbers. [--seed, epoch] orders the clips of an epoch.
@@ -207,10 +217,10 @@ MAY_DIFFER = {"steps", "accum", "device", "compile", "checkpointing", "out", "da
               "eval_clips"}
 
 
-def settings_of(task, pretrained=False):
+def settings_of(task):
     """-> {name: (default, what it may be, help)}"""
     settings = {}
-    for table in (*TASKS[task], PRETRAINED if pretrained else {}):
+    for table in TASKS[task]:
         for name, value in table.items():
             # A plain value is a new default of a setting that an earlier table has described.
             settings[name] = value if isinstance(value, tuple) else (value, *settings[name][1:])
@@ -225,11 +235,10 @@ def parse_args(argv=None):
     first.add_argument("--task", default="a2v", choices=list(TASKS))
     first.add_argument("--pretrained")
     chosen, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    settings = settings_of(chosen.task, chosen.task == "a2v" and chosen.pretrained is not None)
     # The parser of these settings.
     parser = Parser(__doc__)
     parser.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
-    for name, (default, kind, text) in settings.items():
+    for name, (default, kind, text) in settings_of(chosen.task).items():
         if kind is bool:
             options = dict(action="store_true")
         elif callable(kind):
@@ -237,6 +246,8 @@ def parse_args(argv=None):
         else:
             options = dict(default=default, choices=list(kind))
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
+    if chosen.pretrained:
+        parser.set_defaults(**PRETRAINED)
     args, unknown = parser.parse_known_args(argv)
 
     # What this task does not know may be known to another.
@@ -252,30 +263,29 @@ def parse_args(argv=None):
 
 
 def check(args):
-    """Settings that do not go together -> BadInput."""
-    # Pyramid Flow takes HuBERT's features of real sounds, and latents that can be halved twice.
-    if args.task == "a2v" and args.pretrained:
-        if not args.hubert or args.data == "toybox":
-            raise BadInput(f"--pretrained {args.pretrained}: trains on real clips with HuBERT "
-                           "features; give --data and --hubert facebook/hubert-large-ls960-ft")
-        height, width = data.sides(args.resolution)
-        if height % 64 or width % 64:
-            raise BadInput(f"--resolution {height}x{width}: Pyramid Flow halves the latents twice; "
-                           "sides must be multiples of 64")
-    elif args.task == "a2v" and (args.size == "miniflux" or args.hubert):
-        raise BadInput("--size miniflux and --hubert go with Pyramid Flow's weights; give their "
-                       "folder by --pretrained, or train tiny or small")
-    # FSDP shares what it trains among processes, and Muon needs whole matrices.
-    if getattr(args, "fsdp", False) and (
-            not args.pretrained or args.optimizer != "adamw" or world_size() == 1):
-        raise BadInput("--fsdp: shares a model on Pyramid Flow among the processes of torchrun; "
-                       "give --pretrained and --optimizer adamw, and start it by torchrun")
-    # The rest: what would fail later, or train nothing.
+    """Settings that do not go together, which would fail later or train nothing -> BadInput."""
     if args.data == "toybox" and "resolution" in args:
         data.only_square(args.resolution)
     if args.task == "joint" and not (args.lambda_joint or args.lambda_v or args.lambda_a):
         raise BadInput("--lambda-joint 0 --lambda-v 0 --lambda-a 0: nothing is left to learn; "
                        "leave one of them above 0")
+    if args.task != "a2v":
+        return
+    # FSDP shares what it trains among processes, and Muon needs whole matrices.
+    if args.fsdp and (not args.pretrained or args.optimizer != "adamw" or world_size() == 1):
+        raise BadInput("--fsdp: shares a model on Pyramid Flow among the processes of torchrun; "
+                       "give --pretrained and --optimizer adamw, and start it by torchrun")
+    # Pyramid Flow takes HuBERT's features of real sounds, and latents that can be halved twice.
+    if not args.pretrained and (args.size == "miniflux" or args.hubert):
+        raise BadInput("--size miniflux and --hubert go with Pyramid Flow's weights; give their "
+                       "folder by --pretrained, or train tiny or small")
+    if args.pretrained and (not args.hubert or args.data == "toybox"):
+        raise BadInput(f"--pretrained {args.pretrained}: trains on real clips with HuBERT "
+                       "features; give --data and --hubert facebook/hubert-large-ls960-ft")
+    height, width = data.sides(args.resolution)
+    if args.pretrained and (height % 64 or width % 64):
+        raise BadInput(f"--resolution {height}x{width}: Pyramid Flow halves the latents twice; "
+                       "sides must be multiples of 64")
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -299,45 +309,29 @@ def join_processes(name):
     device, autocast, text = pick_device(name)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
-    # The stages of a task are several runs of one group of processes.
+    # The stages of a task are several runs of one group of processes, which wait while the first
+    # one prepares a dataset: for hours, where PyTorch's limit is minutes.
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        patient_group()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=2))
     return device, autocast, text
 
 
-@cache
-def patient_group():
-    """Where processes wait for rank 0, which prepares a dataset or evaluates for hours. In the
-    collectives of a training step PyTorch's limit of minutes stays: a hung process is an error."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
-
-
-def wait_for_rank0():
+def barrier():
     if world_size() > 1:
-        dist.barrier(patient_group())
-
-
-@contextmanager
-def rank0_first():
-    """Rank 0 runs the block, which leaves files behind; then the others run it and find them."""
-    if rank() > 0:
-        wait_for_rank0()
-    yield
-    if rank() == 0:
-        wait_for_rank0()
+        dist.barrier()
 
 
 def log_rank0(text):
     if rank() == 0:
-        tqdm.write(text)
+        print(text)
 
 
 def any_process(stop, device):
     """Did any process receive a signal? It arrives in different steps of different processes."""
     if world_size() == 1:
-        return bool(stop)
-    count = torch.tensor(float(len(stop)), device=device)
+        return stop
+    count = torch.tensor(float(stop), device=device)
     dist.all_reduce(count)
     return count.item() > 0
 
@@ -359,14 +353,11 @@ class Evaluation(NamedTuple):
 
 def open_caches(args, vae, device, autocast, **audio):
     """-> latents of the training clips and, of real clips, of the test clips (toybox: None)."""
-    # Rank 0 codes what is not cached yet; the others find it.
-    caches = [None, None]
-    with rank0_first():
-        for i, split in enumerate(["train"] if args.data == "toybox" else ["train", "test"]):
-            caches[i] = data.load_or_prepare(
-                args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), device,
-                autocast, args.clips, log=log_rank0, **audio)
-    return caches
+    caches = [data.load_or_prepare(
+        args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), device,
+        autocast, args.clips, log=log_rank0, **audio)
+        for split in (["train"] if args.data == "toybox" else ["train", "test"])]
+    return caches if len(caches) == 2 else (caches[0], None)
 
 
 def step_rng(args, stream, number):
@@ -399,38 +390,11 @@ def drop_text(captions, rngs, share):
     return ["" if rng.random() < share else c for c, rng in zip(captions, rngs)]
 
 
-class Prefetcher:
-    """Makes the samples of the next steps in a thread, while the network trains on this one."""
-
-    def __init__(self, make, args, ahead=4):
-        self.make = make                          # sample id -> array
-        self.args = args
-        self.ahead = ahead
-        self.pool = ThreadPoolExecutor(1)
-        self.futures = {}                         # sample id -> what the thread makes of it
-
-    def __call__(self, step, rows):
-        """-> tensor (len(rows), ...)"""
-        # Ask for the samples of this step and of the next ones.
-        for s in range(step, min(step + self.ahead, self.args.steps)):
-            for sample_id in [s * self.args.batch_size + row for row in rows]:
-                if sample_id not in self.futures:
-                    self.futures[sample_id] = self.pool.submit(self.make, sample_id)
-        # Wait for those of this step.
-        first = step * self.args.batch_size
-        samples = [self.futures.pop(first + row).result() for row in rows]
-        return torch.from_numpy(np.stack(samples))
-
-
-def toybox_held_out(n, resolution=64, video=True):
-    """n clips of seeds that no training draws: those of `cyclesync.py --seed 100`."""
-    return [toybox_clip(HELD_OUT + 10 ** 6 + i, resolution, video=video) for i in range(n)]
-
-
-def held_out_clips(test, n, resolution):
-    """n clips to evaluate on: windows of a test split, evenly chosen, or the toybox's (None)."""
+def held_out_clips(test, n, resolution, video=True):
+    """n clips to evaluate on: windows of a test split, evenly chosen, or of the toybox (test is
+    None) clips of seeds that no training draws: those of `cyclesync.py --seed 100`."""
     if test is None:
-        return toybox_held_out(n, resolution)
+        return [toybox_clip(HELD_OUT + 10 ** 6 + i, resolution, video=video) for i in range(n)]
     clips = []
     for i in np.unique(np.linspace(0, len(test["at"]) - 1, n).astype(int)):
         row = {name: data.gather(test, name, [i])[0] for name in test["arrays"]}
@@ -467,22 +431,20 @@ class A2V:
     def __init__(self, args, device, autocast):
         self.args = args
         self.device = device
+        self.autocast = autocast
         # Latents of all clips, coded by the VAE and cached, and beside them what is needed of sound
         # and text: mels and bytes from scratch, else HuBERT's features and T5's and CLIP's states.
         folder = Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae
         self.vae = load_vae(folder, device)
-        self.cache, self.test = open_caches(
-            args, self.vae, device, autocast,
-            # HuBERT loads at the first waveform, if there is one to encode.
-            audio_encoder=(lambda wave: self.hubert(wave)) if args.hubert else None)
+        hubert = pyramid.load_hubert(args.hubert, device) if args.pretrained else None
+        self.cache, self.test = open_caches(args, self.vae, device, autocast, audio_encoder=hubert)
         if args.pretrained:
             # Caption -> its T5 and CLIP states, which are kept beside the caches.
             self.prompts = {}
-            with rank0_first():
-                for split in (self.cache, self.test):
-                    self.prompts |= pyramid.cached_text_states(
-                        split["folder"], split["captions"], args.pretrained, device)
-            self.net = self.from_pyramid_flow(autocast)
+            for split in (self.cache, self.test):
+                self.prompts |= pyramid.cached_text_states(
+                    split["folder"], split["captions"], args.pretrained, device)
+            self.net = self.from_pyramid_flow()
             self.columns = ("stage 0", "stage 1", "stage 2")
             guidance = GUIDANCE["pretrained"]
         else:
@@ -490,10 +452,6 @@ class A2V:
             self.columns = tuple(f"s<{(b + 1) / BUCKETS:.2f}" for b in range(BUCKETS))
             guidance = GUIDANCE["a2v"]
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), guidance=guidance)
-
-    @cached_property
-    def hubert(self):
-        return pyramid.load_hubert(self.args.hubert, self.device)
 
     def from_scratch(self):
         # Audio steps per latent: 50 per second, and the VAE says how long a latent is.
@@ -505,14 +463,14 @@ class A2V:
                            f"channels, --size {self.args.size} takes {config.latent}")
         return networks.MMDiT(config)
 
-    def from_pyramid_flow(self, autocast):
+    def from_pyramid_flow(self):
         """Pyramid Flow's network with new audio layers. Blocks 0-7 and all that is not in a block
         stay as published (in bfloat16, where that is native); blocks 8-23 and audio are trained."""
         net = pyramid.load_pyramid_flow(
             Path(self.args.pretrained) / "diffusion_transformer_384p",
             audio_dim=self.cache["arrays"]["features"][0].shape[-1],
             audio_rope=not self.args.no_audio_rope)
-        native = not isinstance(autocast(), nullcontext)
+        native = not isinstance(self.autocast(), nullcontext)
         for name, p in net.named_parameters():
             p.requires_grad_(name.startswith("single_transformer_blocks"))
             # What is trained are master weights in float32, no longer in the mapped file.
@@ -566,24 +524,25 @@ class A2V:
     def held_out(self, n):
         return held_out_clips(self.test, n, self.args.resolution)
 
-    def evaluate(self, net, clips, autocast):
+    def evaluate(self, clips):
         """Toybox: events of generated videos. Real clips: the loss on windows of the test split."""
-        make = partial(generate, net, self.vae, autocast=autocast, steps=12, asg=0., cfg=0.)
+        # Of real clips eight videos are shown; at the published size they would take hours.
+        shown = clips[:8] if self.test else clips
+        videos = []
+        if not self.args.pretrained:
+            videos = generate(self.net, self.vae, shown, self.autocast, steps=12, asg=0., cfg=0.)
         if not self.test:
-            videos = make(clips=clips)
             return Evaluation(*video_figures(videos, clips), videos)
         losses = []
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), self.autocast():
             for k in range(0, len(clips), 16):
                 batch = self.windows(self.test, np.array([c["number"] for c in clips[k:k + 16]]))
                 rows = range(len(batch["z"]))
                 # The same noise, and the same target, at every evaluation.
                 latent = 1 + k // 16 % (batch["z"].shape[2] - 1)
-                loss, _ = self.loss(net, seeded_each(rows, k), **batch, rows=rows,
+                loss, _ = self.loss(self.net, seeded_each(rows, k), **batch, rows=rows,
                                     skip_audio=False, latent=latent)
                 losses.append(loss.item())
-        # At the published size a video takes hours.
-        videos = [] if self.args.pretrained else make(clips=clips[:8])
         loss = float(np.mean(losses))
         return Evaluation(dict(test_loss=loss), -loss, videos)
 
@@ -602,21 +561,16 @@ class VideoVAE:
                            "leave --data out")
         self.args = args
         self.device = device
-        if args.tune_decoder:
-            # With its encoder frozen the latents stay what they are, and models of them valid.
-            self.net = load_vae(args.tune_decoder).train()
-            for name, p in self.net.named_parameters():
-                p.requires_grad_(not name.startswith(("encoder", "quant_conv")))
-        else:
-            config = autoencoders.VAEConfig(**autoencoders.TOYBOX_VAE)
-            self.net = autoencoders.CausalVideoVAE(config)
-        # Two things of one kind in the same motion, uint8 (2, F, H, W, 3).
-        self.prefetch = Prefetcher(
-            lambda i: vae_training_pair([args.seed, i], args.resolution), args)
+        self.autocast = autocast
+        config = autoencoders.VAEConfig(**autoencoders.TOYBOX_VAE)
+        self.net = autoencoders.CausalVideoVAE(config)
 
     def batch(self, step, rows):
-        # (B, 2, F, H, W, 3) -> twice (B, 3, F, H, W)
-        source, target = frames_to_tensor(self.prefetch(step, rows), self.device).unbind(1)
+        # Two things of one kind in the same motion, (B, 2, F, H, W, 3) -> twice (B, 3, F, H, W).
+        first = step * self.args.batch_size
+        pairs = np.stack([vae_training_pair([self.args.seed, first + row], self.args.resolution)
+                          for row in rows])
+        source, target = frames_to_tensor(pairs, self.device).unbind(1)
         return dict(source=source, target=target)
 
     def loss(self, net, generators, source, target):
@@ -628,24 +582,22 @@ class VideoVAE:
         return loss, torch.stack([error, rate])
 
     def held_out(self, n):
-        return toybox_held_out(n, self.args.resolution)
+        return held_out_clips(None, n, self.args.resolution)
 
-    def evaluate(self, net, clips, autocast):
-        videos = reconstruct(net, clips, autocast)
+    def evaluate(self, clips):
+        videos = reconstruct(self.net, clips, self.autocast)
         return Evaluation(*video_figures(videos, clips), videos)
 
-    def measure_latent_stats(self, net):
+    @torch.no_grad()
+    def measure_latent_stats(self):
         """Into net.cfg: shift and scale that give latent 0 and the later latents unit variance."""
-        if self.args.tune_decoder:
-            return
         # Of seeds far from those of training and evaluation.
         clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution) for i in range(64)]
-        with torch.no_grad():
-            z = torch.cat([net.encode(frames_to_tensor(c["video"], self.device)[None])[0]
-                           for c in clips])
+        z = torch.cat([self.net.encode(frames_to_tensor(c["video"], self.device)[None])[0]
+                       for c in clips])
         for name, part in (("image", z[:, :, :1]), ("video", z[:, :, 1:])):
-            setattr(net.cfg, f"shift_{name}", part.mean().item())
-            setattr(net.cfg, f"scale_{name}", 1 / part.std().item())
+            setattr(self.net.cfg, f"shift_{name}", part.mean().item())
+            setattr(self.net.cfg, f"scale_{name}", 1 / part.std().item())
 
 
 class AudioVAE:
@@ -657,6 +609,7 @@ class AudioVAE:
     def __init__(self, args, device, autocast):
         self.args = args
         self.device = device
+        self.autocast = autocast
         front = "mel" if args.task == "mel-vae" else "waveform"
         config = autoencoders.AudioVAEConfig(**autoencoders.AUDIO_VAE_SIZES[front][args.size])
         self.columns = ("error", "nats per latent")
@@ -668,14 +621,14 @@ class AudioVAE:
         self.net = autoencoders.AudioVAE(config)
         # Recordings, if there are any; else the toybox's sounds.
         clips = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
-        self.files = [c for c in clips if c["split"] == "train"]
-        self.test_files = [c for c in clips if c["split"] == "test"]
-        self.prefetch = Prefetcher(partial(self.second, files=self.files), args)
+        self.files = {split: [c for c in clips if c["split"] == split]
+                      for split in ("train", "test")}
 
-    def second(self, sample_id, files):
-        """One second of a toybox clip, or of one of the files: float32 (rate,)."""
+    def second(self, sample_id, split="train"):
+        """One second of a toybox clip, or of a recording of the split: float32 (rate,)."""
         rng = step_rng(self.args, "sound", sample_id)
         n = self.net.cfg.rate
+        files = self.files[split]
         if files:
             clip = files[rng.integers(len(files))]
             wave = data.read_audio(clip["sound"] or clip["path"], n)
@@ -686,7 +639,9 @@ class AudioVAE:
         return data.fit_length(wave[start:], n)
 
     def batch(self, step, rows):
-        return dict(wave=self.prefetch(step, rows).to(self.device))   # (B, rate)
+        first = step * self.args.batch_size
+        waves = np.stack([self.second(first + row) for row in rows])
+        return dict(wave=torch.from_numpy(waves).to(self.device))     # (B, rate)
 
     def loss(self, net, generators, wave):
         shape = (net.cfg.latent, math.ceil(wave.shape[1] / net.hop))
@@ -694,35 +649,36 @@ class AudioVAE:
         return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl)
 
     def held_out(self, n):
-        if self.files:
+        if self.args.data != "toybox":
             # Sample ids that no training reaches.
-            return [dict(audio=self.second(10 ** 12 + i, self.test_files)) for i in range(n)]
-        return toybox_held_out(n, video=False)
+            return [dict(audio=self.second(10 ** 12 + i, "test")) for i in range(n)]
+        return held_out_clips(None, n, 64, video=False)
 
-    def evaluate(self, net, clips, autocast):
+    def evaluate(self, clips):
         sounds = []
         errors = []
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), self.autocast():
             # One by one: recordings have different lengths.
             for clip in clips:
                 wave = torch.from_numpy(clip["audio"])[None]
-                mean, _ = net.encode(wave.to(self.device))
-                decoded = net.decode(mean, wave.shape[1]).float().cpu()
+                mean, _ = self.net.encode(wave.to(self.device))
+                decoded = self.net.decode(mean, wave.shape[1]).float().cpu()
                 sounds.append(decoded[0].numpy())
                 errors.append(autoencoders.spectral_error(decoded, wave).item())
         figures = dict(spectral_error=float(np.mean(errors)))
-        if not self.files:
+        if self.args.data == "toybox":
             figures["onset_f1_50"] = onset_f1(sounds, [c["events"] for c in clips])
         return Evaluation(figures, -figures["spectral_error"])
 
-    def measure_latent_stats(self, net):
+    @torch.no_grad()
+    def measure_latent_stats(self):
         """Into net.cfg: shift and scale that give every channel unit variance."""
         # Of the training's kind, by sample ids that no training reaches.
-        waves = [self.second(10 ** 11 + i, self.files) for i in range(64)]
-        with torch.no_grad():
-            z = torch.cat([net.encode(torch.from_numpy(w)[None].to(self.device))[0] for w in waves])
-        net.cfg.shift = tuple(z.mean((0, 2)).tolist())                # z (64, A, S)
-        net.cfg.scale = tuple((1 / z.std((0, 2))).tolist())
+        waves = [self.second(10 ** 11 + i) for i in range(64)]
+        z = torch.cat([self.net.encode(torch.from_numpy(wave)[None].to(self.device))[0]
+                       for wave in waves])
+        self.net.cfg.shift = tuple(z.mean((0, 2)).tolist())           # z (64, A, S)
+        self.net.cfg.scale = tuple((1 / z.std((0, 2))).tolist())
 
 
 # ----------------------------------------------------------------------------- SyncFlow and Harmony
@@ -733,6 +689,8 @@ class TwoTowers:
     def __init__(self, args, device, autocast, sizes, variations=1, **switches):
         self.args = args
         self.device = device
+        self.autocast = autocast
+        self.trains = STAGES[args.task][args.stage][2]
         self.vae = load_vae(args.vae, device)
         self.audio_vae = load_vae(args.audio_vae, device, "audio-vae or mel-vae")
         # Audio latents per video latent: the VAEs say how long each of them is.
@@ -750,7 +708,7 @@ class TwoTowers:
         self.net = towers.DualTower(config)
         self.start_stage()
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), stage=args.stage,
-                          audio_vae=fingerprint(self.audio_vae), guidance=GUIDANCE[args.task])
+                          audio_vae=fingerprint(self.audio_vae), guidance=self.guidance)
 
     def start_stage(self):
         """Weights of --init; which parameters are trained."""
@@ -762,7 +720,7 @@ class TwoTowers:
                 weights = {k: v for k, v in weights.items() if towers.part_of(k) != "audio"}
             data.load_weights(self.net, {**self.net.state_dict(), **weights}, self.args.init)
         for name, p in self.net.named_parameters():
-            p.requires_grad_(towers.part_of(name) in self.TRAINS[self.args.stage])
+            p.requires_grad_(towers.part_of(name) in self.trains)
 
     def encode_waveform(self, wave):
         """Waveform (samples,) -> the mean of its latents, (S, A)."""
@@ -819,49 +777,42 @@ class TwoTowers:
                 clip["z_a"] = torch.from_numpy(self.encode_waveform(clip["audio"])).T[None]
         return clips
 
-    def evaluate(self, net, clips, autocast):
+    def evaluate(self, clips):
         """The loss on held-out clips, which scores; then what the stage can generate."""
-        stage = self.args.stage
         # The inputs of the loss: latents and texts of all clips, no references.
         z = self.latents(*(torch.cat([c[name].to(self.device) for c in clips])
                            for name in ("z_v", "z_a")))
-        text = [networks.text_bytes([c.get(name, "") for c in clips]).to(self.device)
-                for name in ("caption", "speech")]
-        batch = dict(z, text=text[0])
-        if net.cfg.system == "harmony":
-            batch["speech"] = text[1]
+        batch = dict(z, text=networks.text_bytes([c["caption"] for c in clips]).to(self.device))
+        if self.net.cfg.system == "harmony":
+            speech = networks.text_bytes([c.get("speech", "") for c in clips])
+            batch["speech"] = speech.to(self.device)
         # Four draws of noise, the same at every evaluation.
-        with torch.no_grad(), autocast():
-            reports = [self.clip_loss(net, seeded_each(range(len(clips)), k), **batch)[1]
+        with torch.no_grad(), self.autocast():
+            reports = [self.clip_loss(self.net, seeded_each(range(len(clips)), k), **batch)[1]
                        for k in range(4)]
         errors = dict(zip(self.columns, torch.stack(reports).mean(0).tolist()))
-        figures = {f"loss {name}": error for name, error in errors.items()}
         # A stream that is not there has the error nan.
-        score = -np.nansum([errors[s] for s in ("video", "audio") if s in self.TRAINS[stage]])
+        score = -np.nansum([errors[s] for s in ("video", "audio") if s in self.trains])
+        events, *shown = self.evaluate_events(clips, **z)
+        return Evaluation({f"loss {k}": v for k, v in errors.items()} | events, score, *shown)
 
-        # What is generated. Without an audio VAE the video tower runs alone.
-        make = partial(self.generate, net, autocast)
-        if stage == "video":
-            return Evaluation(figures, score, make(None, clips[:8])[0])
-        events, *shown = self.evaluate_events(partial(make, self.audio_vae), clips, **z)
-        return Evaluation(figures | events, score, *shown)
-
-    def generate(self, net, autocast, audio_vae, clips, **given):
-        """Captions, and what else is given -> videos, waveforms."""
+    def generate(self, clips, **given):
+        """Captions, and what else is given -> videos, waveforms. In stage "video" the tower of the
+        video runs alone."""
+        audio_vae = None if self.args.stage == "video" else self.audio_vae
         settings = dict(self.sampling)
-        if net.cfg.system == "harmony" and audio_vae:
+        if self.net.cfg.system == "harmony" and audio_vae:
             settings["speech"] = [c.get("speech", "") for c in clips]
         return generate_audio_video(
-            net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]),
-            self.args.resolution, autocast, steps=25, **settings, **given)
+            self.net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]),
+            self.args.resolution, self.autocast, steps=25, **settings, **given)
 
 
 class SyncFlow(TwoTowers):
     """Text -> video and sound on one noise level; audio attends to the video tower's features."""
 
     columns = ("video", "audio")
-    TRAINS = {"video": ("video",), "audio": ("audio",), "joint": ("video", "audio")}
-    sampling = GUIDANCE["t2av"]
+    guidance = sampling = GUIDANCE["t2av"]
 
     def __init__(self, args, device, autocast):
         super().__init__(args, device, autocast, towers.SYNCFLOW, adaptor=not args.no_adaptor,
@@ -875,34 +826,31 @@ class SyncFlow(TwoTowers):
         return syncflow_loss(net, z_v, z_a, text, generators, args.stage, args.ot, args.sigma,
                              args.shift)
 
-    def evaluate_events(self, make, clips, z_v, z_a):
+    def evaluate_events(self, clips, z_v, z_a):
         """Sounds for true videos -> figures, the first videos and sounds."""
-        _, sounds = make(clips, z_v=None if self.args.no_video else z_v)
+        if self.args.stage == "video":
+            return {}, self.generate(clips[:8])[0]
+        _, sounds = self.generate(clips, z_v=None if self.args.no_video else z_v)
         figures = {}
         if not self.test:
             figures["video_driven"] = onset_f1(sounds, [c["events"] for c in clips])
         if self.args.stage == "audio":
             return figures, [c["video"] for c in clips[:8]], sounds
-        return figures, *make(clips[:8])
+        return figures, *self.generate(clips[:8])
 
 
 class Harmony(TwoTowers):
     """Text -> video and sound, of which either may be given. The network takes one noise level per
-    stream: the same sigma where both are noisy, 0 for a stream that is given.
-
-    Stages: the video tower (the paper has Wan2.2's); the audio tower, with references out of the
-    clip itself; with references out of other clips of that voice; both towers and their bridges."""
+    stream: the same sigma where both are noisy, 0 for a stream that is given."""
 
     columns = ("video", "audio", "audio-driven video", "video-driven audio")
-    TRAINS = {"video": ("video",), "audio": ("audio",), "timbre": ("audio",),
-              "joint": ("video", "audio", "bridge")}
 
     def __init__(self, args, device, autocast):
+        # The shift of training is that of sampling. While training nothing is guided.
+        self.guidance = GUIDANCE["joint"] | dict(shift=args.shift)
+        self.sampling = dict(cfg=1., sync_video=1, sync_audio=1, shift=args.shift)
         super().__init__(args, device, autocast, towers.HARMONY, variations=2,
                          rope_align=not args.no_rope_align, use_gldi=not args.no_gldi)
-        # The shift of training is that of sampling. While training nothing is guided.
-        self.extra["guidance"] = GUIDANCE["joint"] | dict(shift=args.shift)
-        self.sampling = dict(cfg=1., sync_video=1, sync_audio=1, shift=args.shift)
         # Window of the cache -> all windows of its clip, among which references are chosen.
         self.windows_of_clip = {}
         for windows in self.cache["clips"]:
@@ -949,25 +897,27 @@ class Harmony(TwoTowers):
             net, z_v, z_a, text, speech, generators, ref, ref_mask, args.stage, *weights[:2],
             args.shift, args.sigma, lambda_joint=weights[2])
 
-    def evaluate_events(self, make, clips, z_v, z_a):
+    def evaluate_events(self, clips, z_v, z_a):
         """Each stream from the other, and both from a picture -> figures, the first videos and
         sounds."""
+        if self.args.stage == "video":
+            return {}, self.generate(clips[:8])[0]
         # Before the last stage the bridges between the towers are not trained.
         if self.args.stage != "joint":
-            return {}, (), None
+            return {},
         figures = {}
         if not self.test:
             first = np.stack([c["video"][0] for c in clips])
             events = [c["events"] for c in clips]
-            figures["video_driven"] = onset_f1(make(clips, z_v=z_v)[1], events)
+            figures["video_driven"] = onset_f1(self.generate(clips, z_v=z_v)[1], events)
             # Events in videos that were generated for true sounds.
-            driven, _ = make(clips, z_a=z_a, pictures=first)
+            driven, _ = self.generate(clips, z_a=z_a, pictures=first)
             figures["audio_driven"] = video_figures(driven, clips)[0]["f1_50"]
             # Onsets of generated sounds against the events of the videos generated with them.
-            videos, waves = make(clips, pictures=first)
+            videos, waves = self.generate(clips, pictures=first)
             detected = [detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
             figures["pairs"] = onset_f1(waves, detected)
-        return figures, *make(clips[:8])
+        return figures, *self.generate(clips[:8])
 
 
 TASK_CLASSES = {"a2v": A2V, "t2av": SyncFlow, "joint": Harmony, "vae": VideoVAE,
@@ -1019,7 +969,7 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.view_as(p), alpha=-group["lr"] * size)
 
 
-def make_optimisers(net, name, lr, weight_decay=.01, dtype=torch.float32):
+def make_optimisers(net, name, lr, dtype=torch.float32):
     """Muon for the matrices and kernels of the blocks, AdamW for everything else; or AdamW."""
     inside = []
     matrices = []
@@ -1033,6 +983,7 @@ def make_optimisers(net, name, lr, weight_decay=.01, dtype=torch.float32):
     # Weight decay for matrices only: biases and scales have their size for a reason. torch's
     # default of .01, and a second beta below its .999 because runs are short: averages over 50
     # steps instead of 1000.
+    weight_decay = .01
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors)]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(.9, .98), weight_decay=0.,
                               fused=vectors[0].device.type != "mps")
@@ -1118,11 +1069,6 @@ def make_objective(task, args):
     return objective
 
 
-# Dense bfloat16 FLOP/s by the data sheets. The first name that is part of a GPU's name counts; of
-# other GPUs nothing is claimed.
-PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-
-
 def count_flops(task):
     """FLOPs (2 per multiply-add) per clip, forward and backward. Counted on the meta device, which
     computes shapes and no numbers."""
@@ -1141,6 +1087,8 @@ def count_flops(task):
 
 def log_row(path, **row):
     """Append a row to a CSV file, which starts with the names of the columns."""
+    if rank() > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as f:
@@ -1164,24 +1112,6 @@ def write_samples(path, evaluation, clips):
     data.write_video(path.with_suffix(".mp4"), evaluation.videos[0], sounds[0])
 
 
-@contextmanager
-def stop_on_signal():
-    """-> a list that the first Ctrl-C or SIGTERM fills: the run ends after its step, with a
-    checkpoint. The second one ends it at once. Afterwards the old handlers are back."""
-    stop = []
-
-    def handle(number, frame):
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(number)
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
 # ----------------------------------------------------------------------------------------- the loop
 
 class Run:
@@ -1198,14 +1128,18 @@ class Run:
         self.micro_batch = args.batch_size // parts
 
         # The task prepares its data and builds its network, whose initial weights --seed decides.
+        # Process 0 comes first: it leaves files behind, which the others find.
+        if rank() > 0:
+            barrier()
         torch.manual_seed(args.seed)
         self.task = TASK_CLASSES[args.task](args, self.device, self.autocast)
-        self.net = self.task.net.to(self.device)
         if rank() == 0:
-            self.flops = count_flops(self.task) * args.batch_size         # of a step
-            sizes = [p.numel() / 1e6 for p in self.net.parameters()]
-            trained = [p.numel() / 1e6 for p in self.net.parameters() if p.requires_grad]
-            print(f"device      {text}\n"
+            barrier()
+        self.net = self.task.net.to(self.device)
+        self.flops = count_flops(self.task) * args.batch_size             # of a step
+        sizes = [p.numel() / 1e6 for p in self.net.parameters()]
+        trained = [p.numel() / 1e6 for p in self.net.parameters() if p.requires_grad]
+        log_rank0(f"device      {text}\n"
                   f"parameters  {sum(sizes):.2f} M, {sum(trained):.2f} M trained\n"
                   f"compute     {self.flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips")
         # Of a model on Pyramid Flow only what is trained is saved.
@@ -1220,31 +1154,50 @@ class Run:
                     for k, p in self.net.named_parameters() if p.requires_grad}
         # Muon's products are in bfloat16 where that is native, in float32 elsewhere.
         dtype = torch.float32 if isinstance(self.autocast(), nullcontext) else torch.bfloat16
-        self.optimisers = make_optimisers(self.net, args.optimizer, args.lr, dtype=dtype)
+        self.optimisers = make_optimisers(self.net, args.optimizer, args.lr, dtype)
 
         # How states are gathered: complete, in the CPU's memory. The same calls serve one process,
         # several, and the shares of FSDP.
         self.options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False,
                                         ignore_frozen_params=self.published)
 
-        # Steps taken, the score of best.pt, seconds of training in all sessions; what was reported
-        # since the last line of the log, and when that was.
-        self.step = 0
-        self.best = -math.inf
-        self.seconds = 0.
-        self.reports = []
-        self.clock = time.perf_counter()
+        self.step = 0                 # steps taken
+        self.best = -math.inf         # score of best.pt
+        self.seconds = 0.             # of training, in all sessions
+        self.logged = 0.              # seconds at the last line of the log
+        self.reports = []             # since that line
+        self.stop = False             # was a signal received?
 
-    def accumulate_gradients(self):
+    def on_signal(self, number, frame):
+        """Ctrl-C or SIGTERM: the first one ends the run after its step, with a checkpoint; the
+        second one at once."""
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def micro_batches(self):
+        """-> the generators and inputs of every micro-batch from this step on. A thread draws the
+        clips or reads the sounds of the next one while the network trains on this one."""
+        def make(step, i):
+            start = (rank() * self.args.accum + i) * self.micro_batch
+            rows = list(range(start, start + self.micro_batch))
+            ids = [step * self.args.batch_size + row for row in rows]
+            return seeded_each(ids, self.args.seed, STREAMS["noise"]), self.task.batch(step, rows)
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = None
+            for place in product(range(self.step, self.args.steps), range(self.args.accum)):
+                ready = coming
+                coming = thread.submit(make, *place)
+                if ready:
+                    yield ready.result()
+            yield coming.result()
+
+    def accumulate_gradients(self, micro_batches):
         """Gradients of this step, averaged over micro-batches and processes."""
         accum = self.args.accum
         for i in range(accum):
-            # The rows of this micro-batch, their inputs, their noise.
-            start = (rank() * accum + i) * self.micro_batch
-            rows = list(range(start, start + self.micro_batch))
-            batch = self.task.batch(self.step, rows)
-            ids = [self.step * self.args.batch_size + row for row in rows]
-            generators = seeded_each(ids, self.args.seed, STREAMS["noise"])
+            generators, batch = next(micro_batches)
             # Processes exchange gradients at the last micro-batch.
             exchange = nullcontext()
             if self.sharded:
@@ -1260,8 +1213,7 @@ class Run:
     def update(self):
         """One step of the optimisers -> norm of the gradient before clipping."""
         args = self.args
-        # Too large a gradient is scaled down to --clip.
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), args.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), MAX_NORM)
         norm = norm.full_tensor() if self.sharded else norm
         if not torch.isfinite(norm):
             raise BadInput(f"the loss is {self.reports[-1][0].item()} at step {self.step}, the "
@@ -1283,26 +1235,20 @@ class Run:
 
     def log(self, norm):
         """Means since the last report, as a line of text and a row of log.csv."""
-        # Seconds since the last report, and per step.
-        elapsed = time.perf_counter() - self.clock
-        self.seconds += elapsed
-        each = elapsed / (len(self.reports) / self.args.accum)
-        if rank() == 0:
-            # A noise level that no sample had reports nan, which is left out of the mean.
-            loss, *report = torch.stack(self.reports).nanmean(0).tolist()
-            report = dict(zip(self.task.columns, report))
-            lr = learning_rate(self.step - 1, self.args)
-            speed = f"{self.flops / each / 1e9:.0f} GFLOP/s"
-            gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
-            for peak in [f for name, f in PEAK.items() if name in gpu][:1]:
-                speed += f" = {100 * self.flops / each / world_size() / peak:.0f} % of the peak"
-            tqdm.write(f"step {self.step}/{self.args.steps}  loss {loss:.4f}  "
-                       + "  ".join(f"{k} {v:.4g}" for k, v in report.items())
-                       + f"  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * each:.0f} ms  {speed}")
-            log_row(self.out / "log.csv", step=self.step, seconds=round(self.seconds, 1), loss=loss,
-                    **report, lr=lr, ms=1000 * each)
+        # A noise level that no sample had reports nan, which is left out of the mean.
+        loss, *report = torch.stack(self.reports).nanmean(0).tolist()
+        report = dict(zip(self.task.columns, report))
+        lr = learning_rate(self.step - 1, self.args)
+        each = (self.seconds - self.logged) / (len(self.reports) / self.args.accum)
+        left = each * (self.args.steps - self.step) / 60
+        log_rank0(f"step {self.step}/{self.args.steps}  loss {loss:.4f}  "
+                  + "  ".join(f"{k} {v:.4g}" for k, v in report.items())
+                  + f"  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * each:.0f} ms  "
+                  f"{self.flops / each / 1e9:.0f} GFLOP/s  {left:.0f} min left")
+        log_row(self.out / "log.csv", step=self.step, seconds=round(self.seconds, 1), loss=loss,
+                **report, lr=lr, ms=1000 * each)
         self.reports = []
-        self.clock = time.perf_counter()
+        self.logged = self.seconds
 
     def evaluate(self, clips):
         """Evaluate the averaged weights; keep them in best.pt if they are the best so far."""
@@ -1313,21 +1259,20 @@ class Run:
             self.net.eval()
             # Evaluation has other shapes than training: not worth compiling for.
             with torch.compiler.set_stance("force_eager"):
-                evaluation = self.task.evaluate(self.net, clips, self.autocast)
+                evaluation = self.task.evaluate(clips)
             self.net.train()
             score = evaluation.score
-            if rank() == 0:
-                figures = "  ".join(f"{k} {v:.3f}" for k, v in evaluation.figures.items())
-                tqdm.write(f"  evaluation at step {self.step}, {len(clips)} held-out clips: "
-                           + figures)
-                log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
-                if len(evaluation.videos):
-                    write_samples(self.out / f"{self.step:06d}", evaluation, clips)
+            figures = "  ".join(f"{k} {v:.3f}" for k, v in evaluation.figures.items())
+            log_rank0(f"  evaluation at step {self.step}, {len(clips)} held-out clips: {figures}")
+            log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
+            if rank() == 0 and len(evaluation.videos):
+                write_samples(self.out / f"{self.step:06d}", evaluation, clips)
         # The averages, in half precision; of an autoencoder with the statistics of its latents.
         if score >= self.best:
-            self.best = score
+            # A plain number: checkpoints hold no numpy types.
+            self.best = float(score)
             if hasattr(self.task, "measure_latent_stats"):
-                self.task.measure_latent_stats(self.net)
+                self.task.measure_latent_stats()
             weights = get_model_state_dict(self.net, options=self.options)
             self.save("best.pt", ema={k: v.half() for k, v in weights.items()})
         swap_ema(self.net, self.ema)
@@ -1355,7 +1300,9 @@ class Run:
         if not path.is_file():
             return
         ckpt = data.load_checkpoint(path, self.args.task)
-        self.refuse_other_runs(path, ckpt)
+        difference = self.difference(ckpt)
+        if difference:
+            raise BadInput(f"{path}: {difference}, or give another --out to start anew")
         # The averages go through the network, which knows how to share them out.
         set_model_state_dict(self.net, ckpt["ema"], options=self.options)
         swap_ema(self.net, self.ema)
@@ -1369,62 +1316,54 @@ class Run:
                     optimiser.state.pop(p, None)
         self.step = ckpt["step"]
         self.best = ckpt["best"]
-        self.seconds = ckpt["seconds"]
+        self.seconds = self.logged = ckpt["seconds"]
         log_rank0(f"resuming    {path} at step {self.step} (remove it, or give another --out, to "
                   "start anew)")
 
-    def refuse_other_runs(self, path, ckpt):
-        """A checkpoint of other settings or of another version of this file -> BadInput."""
-        anew = "give another --out to start anew"
-        parts = {"args", "model", "ema", "optimisers", "step", "best", "seconds"}
-        if not parts <= set(ckpt) or set(ckpt["ema"]) != set(self.ema):
-            raise BadInput(f"{path}: was written by another version of train.py; {anew}")
+    def difference(self, ckpt):
+        """What keeps this run from continuing a checkpoint, and what to do; None: nothing."""
+        other_version = "was written by another version of train.py; take that one"
+        if not {"args", "model", "ema", "optimisers", "step", "best", "seconds"} <= set(ckpt):
+            return other_version
         for name, value in vars(self.args).items():
             before = ckpt["args"].get(name, value)
             if name not in MAY_DIFFER and before != value:
-                raise BadInput(f"{path}: was trained with --{name.replace('_', '-')} {before}, now "
-                               f"it is {value}; repeat that or {anew}")
+                return f"was trained with --{name.replace('_', '-')} {before}; repeat that"
         for name in ("vae", "audio_vae"):
             if ckpt.get(name) != self.task.extra.get(name):
-                raise BadInput(f"{path}: was trained on latents of another VAE; give that one by "
-                               f"--{name.replace('_', '-')}, or {anew}")
-        # The network's size and ablations. An autoencoder's configuration holds the constants that
-        # were measured for best.pt.
-        if ckpt["config"] != asdict(self.net.cfg) and hasattr(self.net, "all_blocks"):
-            raise BadInput(f"{path}: its network has another configuration; {anew}")
+                flag = name.replace("_", "-")
+                return f"was trained on latents of another VAE; give that one by --{flag}"
+        # The configuration of an autoencoder holds what was measured for best.pt.
+        autoencoder = hasattr(self.task, "measure_latent_stats")
+        same_config = autoencoder or ckpt["config"] == asdict(self.net.cfg)
+        if set(ckpt["ema"]) != set(self.ema) or not same_config:
+            return other_version
+        return None
 
 
 def train(args):
     """Train a task, or a stage of it, from the last checkpoint in --out or from the start."""
     run = Run(args)
     run.resume()
-    # Clips to evaluate on. Rank 0 evaluates and saves; shares of weights take all processes.
-    takes_part = rank() == 0 or run.sharded
-    clips = run.task.held_out(args.eval_clips) if takes_part and args.eval_clips else []
-    wait_for_rank0()
-    bar = tqdm(total=args.steps, initial=run.step, unit="step",
-               disable=None if rank() == 0 else True)
-    with bar, stop_on_signal() as stop:
-        run.clock = time.perf_counter()
-        stopping = False
-        while run.step < args.steps and not stopping:
-            run.accumulate_gradients()
-            norm = run.update()
-            bar.update()
-            # If one process was asked to stop, all stop after this step.
-            stopping = any_process(stop, run.device)
-            if run.due(args.log_every):
-                run.log(norm)
-
-            # The clock counts training alone: evaluations and checkpoints are a pause.
-            pause = time.perf_counter()
-            if run.due(args.sample_every) and takes_part:
-                run.evaluate(clips)
-            if (run.due(args.save_every) or stopping) and takes_part:
-                run.save_last()
-            if run.due(args.sample_every) or run.due(args.save_every) or stopping:
-                wait_for_rank0()
-            run.clock += time.perf_counter() - pause
+    clips = run.task.held_out(args.eval_clips) if args.eval_clips else []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.on_signal)
+    micro_batches = run.micro_batches()
+    stopping = False
+    while run.step < args.steps and not stopping:
+        start = time.perf_counter()
+        run.accumulate_gradients(micro_batches)
+        norm = run.update()
+        run.seconds += time.perf_counter() - start
+        # If one process was asked to stop, all stop after this step.
+        stopping = any_process(run.stop, run.device)
+        if run.due(args.log_every):
+            run.log(norm)
+        # All processes evaluate and gather; the first one writes.
+        if run.due(args.sample_every):
+            run.evaluate(clips)
+        if run.due(args.save_every) or stopping:
+            run.save_last()
     if stopping:
         print(f"stopped at step {run.step}; the same command continues from "
               f"{run.out / 'last.pt'}", file=sys.stderr)
@@ -1438,7 +1377,7 @@ def train_stages(args):
     root = Path(args.out or f"out/{args.task}")
     init = args.init
     # A stage that has taken all its steps resumes at the last one and ends at once.
-    for stage, share, times in STAGES[args.task]:
+    for stage, (share, times, _) in STAGES[args.task].items():
         log_rank0(f"stage {stage}: {root / stage}")
         changes = dict(stage=stage, out=str(root / stage), init=init, lr=share * args.lr,
                        batch_size=times * args.batch_size)
