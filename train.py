@@ -1346,8 +1346,8 @@ def train(args):
     run = Run(args)
     run.resume()
     clips = run.task.held_out(args.eval_clips) if args.eval_clips else []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.on_signal)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, run.on_signal)
     micro_batches = run.micro_batches()
     stopping = False
     while run.step < args.steps and not stopping:
