@@ -1213,7 +1213,7 @@ def score_variant(path, rows, args):
             figures["v2a_f1_50"] = onset_scores["f1_50"]
         return figures
 
-    a2v = data.task_of(path) == "a2v"
+    a2v = data.load_checkpoint(path)["task"] == "a2v"
     system = (AudioToVideo if a2v else Towers)(path, args)
     score = score_a2v if a2v else score_towers
     bar = tqdm(rows, desc="scoring", disable=None, leave=False)
@@ -1272,7 +1272,7 @@ def score_pairs(args):
 def score_clip(args):
     """One video with its sound: where it sounds, how much later it moves, AV-Align."""
     # Optical flow depends on the size of the picture, so it is always the same.
-    frames, wave = data.read_clip(args.clip, 256, 256)
+    frames, wave = data.read_clip(args.clip, 256)
     if len(frames) < FPS // 2:
         raise BadInput(f"{args.clip}: {len(frames) / FPS:.2f} s long; at least 0.5 s are needed")
     found = onsets(wave, RATE)
@@ -1383,7 +1383,7 @@ def main():
     for name, command in commands.items():
         if getattr(args, name):
             return command(args)
-    two_towers = data.task_of(args.ckpt) in ("t2av", "joint")
+    two_towers = data.load_checkpoint(args.ckpt)["task"] in ("t2av", "joint")
     return evaluate_towers(args) if two_towers else evaluate(args)
 
 

@@ -980,7 +980,7 @@ def run_towers(system, job, path, args, bar, settings):
 
     # Audio for a given video, whose file keeps its frames
     if job["video"]:
-        video = data.read_video(job["video"], size)
+        video = data.read_video(job["video"], size)[0]
         wave = video_to_audio(*towers, video, job["prompt"], seed=args.seed, **options)
         data.add_sound(path, job["video"], wave, rate)
         strip = data.film_strip(video[:60 * FPS], wave, rate=rate)
