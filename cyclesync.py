@@ -1310,10 +1310,10 @@ def skip_block_study(args):
     # Of the video, `generate` uses the first frame and the length.
     clip = dict(video=np.repeat(picture[None], frames, 0), audio=wave, caption="")
 
-    def skip(x, y, *_):
-        # Passes its inputs on, and adds no keys and values to the cache.
-        empty = x.new_zeros(len(x), model.cfg.heads, 0, model.cfg.head_dim)
-        return x, y, (empty, empty)
+    def skip(tokens, *_):
+        # Passes its tokens on, and adds no keys and values to the cache.
+        empty = tokens.new_zeros(len(tokens), model.cfg.heads, 0, model.cfg.head_dim)
+        return tokens, (empty, empty)
 
     # The complete network first, then one without block 0, without block 1, and so on.
     strips = []

@@ -437,10 +437,11 @@ def load_checkpoint(path, task=None, hint="check the path, or train one with tra
     return content
 
 
-def load_weights(model, state, path):
-    """Weights (stored as half precision or not) into a model; BadInput if they do not fit."""
+def load_weights(model, state, path, assign=False):
+    """Weights (stored as half precision or not) into a model; BadInput if they do not fit. assign:
+    take the tensors themselves, for a model on the meta device."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=assign)
     except RuntimeError as why:
         reason = str(why).splitlines()[1].strip()         # torch lists all of them
         raise BadInput(f"{path}: does not fit this network, it was made for another size "

@@ -12,21 +12,16 @@ cross-attention in its later blocks (Syncphony, section 3.2 and appendix D).
                      adaLN, linear, unpatchify --> velocity v = eps - z (B, C, L, h, w)
 
 Rotary embeddings (RoPE) of (time, row, column) say where a token is, adaLN says how noisy it is.
-Three calls run these blocks, with the same result where they overlap:
+Three callers run these blocks, and agree where they overlap:
 
-    forward_teacher_forced    training: [text; clean latents; noisy latents] in one pass, so that
-                              every latent of a clip is a target (see `teacher_forcing_mask`)
-    prefill, denoise_step,    sampling, one latent after another: keys and values of the finished
-      append_latent           latents are kept (see `KVCache`), a step runs the noisy latent only
-    forward                   Pyramid Flow's own: clean latents at falling resolutions, then the
-                              noisy one at the resolution of its stage (see pyramid.py)
+    forward_teacher_forced     training: [text; clean latents; noisy latents] in one pass, so that
+                               every latent of a clip is a target (see `teacher_forcing_mask`)
+    KVCache                    sampling, one latent after another: keys and values of the finished
+                               latents are kept, a step runs the noisy latent only
+    pyramid.staged_velocity    Pyramid Flow's own: clean latents at falling resolutions, then the
+                               noisy one at the resolution of its stage
 
-The cache is exact: the context has sigma = 0 (`context_sigma="zero"`) and never attends to the
-noisy latent, a key keeps the rotation of its own time, and the audio window of a finished latent is
-fixed. Up to latent W this equals forward_teacher_forced; beyond it the sink is rotated on, so that
-no key is farther away than in training. Published Pyramid Flow modulates all tokens with the noisy
-latent's sigma ("shared"): there the context is recomputed in every step. Not learned in the audio
-layers:
+Not learned in the audio layers:
 
     window      latent l attends to the audio steps i with |t_i - l| < 1.5          Syncphony eq. 7
     Audio RoPE  queries are rotated by (l, row, column), keys by (t_i, 0, 0), with one table for
@@ -107,15 +102,13 @@ def unpatchify(x, L, h, w, p=2):
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
 
-def position_ids(times, h, w, target_grid=None):
+def position_ids(times, h, w, cell=1.):
     """Ids (time, row, column) of all tokens of latents at `times` -> (len(times) h w, 3).
 
-    h, w: tokens in a column and a row. target_grid: tokens in a column of the latent being
-    generated, over whose grid a coarser history is laid."""
-    # cell i covers r cells of the target grid; their centre is at (i + 0.5) r - 0.5
-    r = 1. if target_grid is None else target_grid / h
-    rows = (torch.arange(h) + .5) * r - .5
-    cols = (torch.arange(w) + .5) * r - .5
+    h, w: tokens in a column and a row. cell: side of a token, in tokens of the latent that is
+    generated; more than 1 for a coarser history, which is laid over the same area."""
+    rows = (torch.arange(h) + .5) * cell - .5
+    cols = (torch.arange(w) + .5) * cell - .5
     grid = torch.meshgrid(torch.as_tensor(times).float(), rows, cols, indexing="ij")
     return torch.stack(grid, -1).flatten(0, 2)
 
@@ -138,10 +131,9 @@ def temporal_window(t_query, t_key, radius):
     return (distance < radius) | (distance <= nearest)
 
 
-def teacher_forcing_mask(n_text, n_clean, n_noisy, first_noisy, tokens_per_latent, context,
-                         device="cpu"):
-    """Who attends to whom when every latent of a clip is a target in one pass -> booleans (M, M),
-    M = n_text + (n_clean + n_noisy) tokens_per_latent.
+def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, device="cpu"):
+    """Who attends to whom when many latents of a clip are targets in one pass -> booleans (M, M),
+    M = n_text + (n_clean + n_noisy) tokens_per_latent. The noisy latents are the last of the clip.
 
                    keys ->  text  clean 0  clean 1  clean 2 | noisy 1  noisy 2
         text, clean 0        x       x                      |
@@ -151,12 +143,11 @@ def teacher_forcing_mask(n_text, n_clean, n_noisy, first_noisy, tokens_per_laten
         noisy 2              x       x        x             |             x
 
     Of the clean latents before it, a latent attends to the last `context` ones, and always to
-    latent 0. With 13 clean and 12 noisy latents (first_noisy = 1) 29 % of the mask is True."""
+    latent 0. With 13 clean and 12 noisy latents 29 % of the mask is True."""
     # of every token: which latent it belongs to (text: latent 0), and whether it is noisy
-    clean = torch.arange(n_clean).repeat_interleave(tokens_per_latent)
-    noisy = torch.arange(first_noisy, first_noisy + n_noisy).repeat_interleave(tokens_per_latent)
-    latent = torch.cat([torch.zeros(n_text).long(), clean, noisy]).to(device)
-    is_noisy = torch.arange(len(latent), device=device) >= n_text + len(clean)
+    latents = torch.tensor([*range(n_clean), *range(n_clean - n_noisy, n_clean)])
+    latent = F.pad(latents.repeat_interleave(tokens_per_latent), (n_text, 0)).to(device)
+    is_noisy = torch.arange(len(latent), device=device) >= n_text + n_clean * tokens_per_latent
     query = latent[:, None]
     key = latent[None]
 
@@ -174,8 +165,7 @@ def rope_table(ids, axes, time_scale=1., device=None):
     signs that `apply_rope` needs: minus for the first channel of each pair."""
     # angles in float64: at latent 100 float32 would be wrong by 1e-5 radians; MPS has no float64
     device = device or ids.device
-    if ids.device.type == "mps":
-        ids = ids.cpu()
+    ids = ids.cpu() if ids.device.type == "mps" else ids
     # one angle for every pair of channels
     angles = []
     for axis, n in enumerate(axes):
@@ -203,13 +193,15 @@ def split_heads(x, K):
     return x.unflatten(2, (K, -1)).transpose(1, 2)                      # (B, N, D) -> (B, K, N, d)
 
 
+def project_qkv(x, K, linears, norms):
+    """x (B, N, D) by three linear layers -> queries, keys, values (B, K, N, d)"""
+    q, k, v = (split_heads(linear(x), K) for linear in linears)
+    # queries and keys are normalised per head, which keeps the scores bounded
+    return norms[0](q), norms[1](k), v
+
+
 def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
-def repeat_rows(t, n):
-    """(B, ...) -> (B + n, ...): the first n rows again, as the off-sync branch of eq. 2."""
-    return t if t is None or n == 0 else torch.cat([t, t[:n]])
 
 
 class RMSNorm(nn.Module):
@@ -258,14 +250,13 @@ class MLP(nn.Module):
 
 @dataclass
 class Conditioning:
-    """What all blocks of one pass share. It is not changed during the pass."""
+    """What all blocks share in one pass over T text tokens and N video tokens behind them."""
     temb: torch.Tensor                  # (B, G, D) embedded noise levels and pooled text
-    rope: tuple                         # rotation of the [text; video] tokens: cos, sin (T+N, d)
+    rope: tuple                         # rotation of the tokens: cos, sin (T+N, d)
+    n_text: int = 0                     # T; 0: the text is in the cache
     sigma_index: torch.Tensor = None    # (T+N,) row of temb of each token; None: G is 1
     mask: torch.Tensor = None           # (B or 1, 1, T+N or 1, keys) booleans; None: all to all
-    audio_rope: tuple = None            # rotation of the video tokens as audio queries: (N, d)
     audio_mask: torch.Tensor = None     # (N, S) booleans: the window of each video token
-    n_off_sync: int = 0                 # rows that run a second time, without audio (eq. 2)
 
 
 def attention_weights(q, k, mask=None):
@@ -305,26 +296,21 @@ class JointAttention(nn.Module):
             self.to_out = nn.ModuleList([nn.Linear(D, D)])
             self.to_add_out = nn.Linear(D, D)
 
-    def forward(self, x, y, cond, cached_kv=None):
-        """x (B, N, D), y (B, T, D) or None, cached_kv: rotated keys and values (B, K, M, d) of the
-        clean context -> (B, T+N, D) before the output projection, and the new keys and values."""
-        # queries and keys are normalised per head, which keeps the scores bounded
-        q = self.norm_q(split_heads(self.to_q(x), self.K))              # (B, K, N, d)
-        k = self.norm_k(split_heads(self.to_k(x), self.K))
-        v = split_heads(self.to_v(x), self.K)
-        # double blocks: the text's own projections, text before video
-        if y is not None:
-            text_q = self.norm_added_q(split_heads(self.add_q_proj(y), self.K))
-            text_k = self.norm_added_k(split_heads(self.add_k_proj(y), self.K))
-            text_v = split_heads(self.add_v_proj(y), self.K)
-            q = torch.cat([text_q, q], 2)                               # (B, K, T+N, d)
-            k = torch.cat([text_k, k], 2)
-            v = torch.cat([text_v, v], 2)
+    def forward(self, x, cond, cached_kv, text=None):
+        """x (B, N, D), text (B, T, D) with projections of its own, cached_kv: rotated keys and
+        values (B, K, M, d) of the clean context -> (B, T+N, D) before the output projection, and
+        the new keys and values."""
+        q, k, v = project_qkv(x, self.K, (self.to_q, self.to_k, self.to_v),
+                              (self.norm_q, self.norm_k))               # (B, K, N, d)
+        if text is not None:
+            linears = self.add_q_proj, self.add_k_proj, self.add_v_proj
+            added = project_qkv(text, self.K, linears, (self.norm_added_q, self.norm_added_k))
+            q, k, v = (torch.cat(pair, 2) for pair in zip(added, (q, k, v)))    # (B, K, T+N, d)
         # a key is rotated before it is cached: the position of its token does not change
         q = apply_rope(q, cond.rope)
         k = apply_rope(k, cond.rope).to(v.dtype)
         new_kv = k, v
-        # the clean context comes first, as in `KVCache.mask`
+        # the clean context comes first, as in the mask of `KVCache`
         if cached_kv is not None:
             k = torch.cat([cached_kv[0], k], 2)                         # (B, K, M+T+N, d)
             v = torch.cat([cached_kv[1], v], 2)
@@ -385,27 +371,28 @@ class DoubleBlock(nn.Module):
         self.attn = JointAttention(cfg, double=True)
         self.ff, self.ff_context = MLP(D), MLP(D)
 
-    def forward(self, x, y, cond, cached_kv=None):
-        """x (B, N, D), y (B, T, D) or None (the text is cached) -> x, y, new keys and values"""
+    def forward(self, tokens, cond, cached_kv=None):
+        """[text; video] (B, T+N, D), of cached text video alone -> the same, new keys and values"""
+        T = cond.n_text
+        text, x = tokens.tensor_split([T], 1)
         # adaLN: shift, scale and gate for attention (1) and MLP (2) of each stream
-        T = 0 if y is None else y.shape[1]
         index = None if cond.sigma_index is None else cond.sigma_index[T:]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(cond.temb, index)
         video_in = modulate(x, shift1, scale1)
         text_in = None
-        if y is not None:
+        if T:
             # row 0 of temb: sigma = 0, or with context_sigma="shared" the one sigma of all tokens
-            text = self.norm1_context(cond.temb[:, :1])
-            text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text
-            text_in = modulate(y, text_shift1, text_scale1)
+            text_adaln = self.norm1_context(cond.temb[:, :1])
+            text_in = modulate(text, *text_adaln[:2])
         # one attention over both, then each stream goes on alone
-        attended, new_kv = self.attn(video_in, text_in, cond, cached_kv)         # (B, T+N, D)
+        attended, new_kv = self.attn(video_in, cond, cached_kv, text_in)         # (B, T+N, D)
         x = x + gate1 * self.attn.to_out[0](attended[:, T:])
         x = x + gate2 * self.ff(modulate(x, shift2, scale2))
-        if y is not None:
-            y = y + text_gate1 * self.attn.to_add_out(attended[:, :T])
-            y = y + text_gate2 * self.ff_context(modulate(y, text_shift2, text_scale2))
-        return x, y, new_kv
+        if T:
+            _, _, gate1, shift2, scale2, gate2 = text_adaln
+            text = text + gate1 * self.attn.to_add_out(attended[:, :T])
+            text = text + gate2 * self.ff_context(modulate(text, shift2, scale2))
+        return torch.cat([text, x], 1), new_kv
 
 
 class SingleBlock(nn.Module):
@@ -423,24 +410,22 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(D, 4 * D)
         self.proj_out = nn.Linear(5 * D, D)
 
-    def forward(self, x, y, cond, cached_kv=None, audio_kv=None):
-        """x (B, N, D), y (B, T, D) or None, audio_kv: keys and values of the audio for the first
-        rows of x, or None -> x, y, new keys and values"""
+    def forward(self, tokens, cond, cached_kv=None, audio_kv=None):
+        """[text; video] (B, T+N, D), audio_kv: keys and values of the audio for the first rows, or
+        None -> the same, new keys and values"""
         if audio_kv is not None:
             # rows beyond those of the audio are the off-sync branch, which skips the layer (eq. 2)
             rows = len(audio_kv[0])
-            synced = self.audio(x[:rows], audio_kv, cond.audio_rope, cond.audio_mask)
-            x = synced if rows == len(x) else torch.cat([synced, x[rows:]])
-        # text and video as one sequence, modulated once for both streams
-        T = 0 if y is None else y.shape[1]
-        tokens = x if y is None else torch.cat([y, x], 1)                        # (B, T+N, D)
+            text, x = tokens.tensor_split([cond.n_text], 1)
+            rope = [table[cond.n_text:] for table in cond.rope]
+            synced = self.audio(x[:rows], audio_kv, rope, cond.audio_mask)
+            tokens = torch.cat([text, torch.cat([synced, x[rows:]])], 1)
+        # attention and MLP side by side, modulated alike, with one output projection
         shift, scale, gate = self.norm(cond.temb, cond.sigma_index)
         normed = modulate(tokens, shift, scale)
-        attended, new_kv = self.attn(normed, None, cond, cached_kv)              # (B, T+N, D)
+        attended, new_kv = self.attn(normed, cond, cached_kv)                    # (B, T+N, D)
         mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")                  # (B, T+N, 4D)
-        # one output projection for [attention, MLP]
-        tokens = tokens + gate * self.proj_out(torch.cat([attended, mlp], 2))    # (B, T+N, D)
-        return tokens[:, T:], None if y is None else tokens[:, :T], new_kv
+        return tokens + gate * self.proj_out(torch.cat([attended, mlp], 2)), new_kv
 
 
 # ------------------------------------------------------------------------------ conditioning inputs
@@ -469,30 +454,33 @@ class TimeTextEmbed(nn.Module):
         return temb if pooled is None else temb + self.text_embedder(pooled)[:, None]
 
 
-def text_bytes(captions, length=TEXT_BYTES):
-    """Captions -> (B, length) int64: UTF-8 bytes + 1, cut or padded with 0 to `length`."""
+def text_bytes(captions):
+    """Captions -> (B, TEXT_BYTES) int64: UTF-8 bytes + 1, cut or padded with 0."""
     # the empty caption, all 0, is the null text of guidance
-    encoded = [caption.encode(errors="replace")[:length] for caption in captions]
-    return torch.tensor([[b + 1 for b in row] + [0] * (length - len(row)) for row in encoded])
+    letters = torch.zeros(len(captions), TEXT_BYTES, dtype=torch.long)
+    for row, caption in zip(letters, captions):
+        encoded = torch.tensor(list(caption.encode(errors="replace")[:TEXT_BYTES]))
+        row[:len(encoded)] = encoded + 1
+    return letters
 
 
 class ByteText(nn.Module):
     """Small text encoder in place of T5 and CLIP: one token for every BYTES_PER_TOKEN bytes."""
 
-    def __init__(self, dim, pooled, length=TEXT_BYTES, width=64):
+    def __init__(self, dim, pooled):
         super().__init__()
-        self.byte_embed = nn.Embedding(257, width)
-        self.pos_embed = nn.Parameter(.02 * torch.randn(length, width))
-        self.conv = nn.Conv1d(width, width, 5, padding=2)
-        self.token_conv = nn.Conv1d(width, dim, BYTES_PER_TOKEN, BYTES_PER_TOKEN)
+        self.byte_embed = nn.Embedding(257, 64)
+        self.pos_embed = nn.Parameter(.02 * torch.randn(TEXT_BYTES, 64))
+        self.conv = nn.Conv1d(64, 64, 5, padding=2)
+        self.token_conv = nn.Conv1d(64, dim, BYTES_PER_TOKEN, BYTES_PER_TOKEN)
         self.pool = nn.Linear(dim, pooled) if pooled else None
 
     def forward(self, letters):
-        """(B, length) -> states (B, length/8, dim), pooled (B, pooled) or None"""
+        """(B, TEXT_BYTES) -> states (B, T, dim), pooled (B, pooled) or None"""
         # bytes and their positions, a residual convolution over 5 of them, then the tokens
-        x = (self.byte_embed(letters) + self.pos_embed).transpose(1, 2)         # (B, 64, length)
+        x = (self.byte_embed(letters) + self.pos_embed).transpose(1, 2)         # (B, 64, bytes)
         x = F.gelu(self.conv(x)) + x
-        x = self.token_conv(x).transpose(1, 2)                                  # (B, length/8, dim)
+        x = self.token_conv(x).transpose(1, 2)                                  # (B, T, dim)
         if self.pool is None:
             return F.layer_norm(x, x.shape[-1:]), None
         # This GELU can die at high learning rates (outputs near 0, no gradient), which is why the
@@ -502,14 +490,14 @@ class ByteText(nn.Module):
 
 
 class MelEncoder(nn.Module):
-    """Small audio encoder in place of HuBERT: log-mels (B, 2S, mels), 100 Hz -> (B, S, A), 50 Hz.
+    """Small audio encoder in place of HuBERT: log-mels (B, 2S, 64), 100 Hz -> (B, S, A), 50 Hz.
 
     It reaches 1.3 s to either side: a ball must start to roll 0.8 s before the sound of its hit,
     and the window of a latent (eq. 7) alone reaches 0.25 s ahead."""
 
-    def __init__(self, A, mels=64):
+    def __init__(self, A):
         super().__init__()
-        self.strided = nn.Conv1d(mels, A, 4, 2, padding=1)
+        self.strided = nn.Conv1d(64, A, 4, 2, padding=1)
         self.norms = nn.ModuleList([nn.LayerNorm(A) for _ in range(7)])
         # 1 + 2 + ... + 32 = 63 steps of 20 ms to either side
         dilations = (1, 2, 4, 8, 16, 32)
@@ -523,66 +511,7 @@ class MelEncoder(nn.Module):
         return self.norms[-1](x)
 
 
-# ------------------------------------------------------------------------------------ cache, output
-
-@dataclass
-class KVCache:
-    """What a roll-out keeps: its conditions, and the keys and values of the clean context.
-
-        | text | latent 0 | 13 | 14 | 15 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 |      W = 12,
-        '------ sink -----'----------- ring: latent l in slot (l - 1) mod W ----'      next: 16
-
-    The ring holds the last W latents: a new one replaces the oldest. Their order does not matter,
-    since the time of a key is in its rotation. The sink stays: attention degrades when its first
-    tokens are dropped (attention sinks, StreamingLLM, Xiao et al. 2023). A mask hides slots that
-    are still empty. So all shapes are constant, and one compiled graph serves clips of any length;
-    on a CPU (size tiny) the empty slots cost at most 3 % of a step."""
-    grid: tuple                         # tokens in a column and a row of a latent
-    n_text: int                         # T
-    n_context: int                      # W
-    pooled: torch.Tensor                # (rows, pooled_dim)
-    audio_features: torch.Tensor        # (rows, S, A) of the whole clip, or None
-    n_off_sync: int
-    # per block: keys and values (rows, K, slots, d); double blocks: without off-sync rows; single
-    # blocks: with
-    kv: list = None
-    sink_keys: list = None              # per block: the sink's keys as first computed
-    mask: torch.Tensor = None           # (1, 1, 1, slots + n): slots in use, a latent's own keys
-    latent: int = 0                     # index of the latent that comes next
-    # what all steps of that latent share, see `begin_latent`
-    rope: tuple = None                  # rotation of its tokens
-    audio_kv: list = None               # per single block: keys and values of the audio around it
-    audio_mask: torch.Tensor = None     # (n, S'): which of these are in its window
-
-    def append(self, new_kv):
-        """Store keys and values (rows, K, n, d) of the next latent; with latent 0 those of text."""
-        n = self.grid[0] * self.grid[1]
-        n_sink = self.n_text + n
-        n_slots = n_sink + self.n_context * n
-        # the newest latent overwrites the oldest one of the ring
-        start = n_sink + (self.latent - 1) % self.n_context * n
-        if self.latent == 0:
-            # zeros, not empty memory: masked values have weight 0, and 0 * nan would be nan
-            def slots(t):
-                return t.new_zeros(*t.shape[:2], n_slots, t.shape[3])
-            self.kv = [(slots(k), slots(v)) for k, v in new_kv]
-            self.sink_keys = [k for k, _ in new_kv]
-            start = 0
-        # no gradient flows through a roll-out
-        for old, new in zip(self.kv, new_kv):
-            for slots, value in zip(old, new):
-                slots[:, :, start:start + value.shape[2]] = value.detach()
-        # the keys of the latent in progress come after all slots
-        slot = torch.arange(n_slots + n, device=self.pooled.device)
-        filled = n_sink + min(self.latent, self.n_context) * n
-        self.mask = ((slot < filled) | (slot >= n_slots))[None, None, None]
-        self.latent += 1
-
-    def rotate_sink(self, table):
-        """Move the sink's keys in time, by a table (1, d): rotations add up."""
-        for (k, _), sink in zip(self.kv, self.sink_keys):
-            k[:, :, :sink.shape[2]] = apply_rope(sink.float(), table).to(k.dtype)
-
+# ------------------------------------------------------------------------------------------- output
 
 def init_weights(module):
     """Xavier for every linear layer, then zero for those that would act at once -> module"""
@@ -645,7 +574,7 @@ class MMDiT(nn.Module):
 
     def encode_text(self, text_inputs):
         """Bytes (B, TEXT_BYTES) of `text_bytes`, or for external encoders what
-        pyramid.t5_clip_states returns -> states (B, T, text_dim), their mask (B, T), pooled"""
+        pyramid.stack_prompts returns -> states (B, T, text_dim), their mask (B, T), pooled"""
         if self.cfg.text_encoder != "bytes":
             return text_inputs
         # no padding mask: the empty letters are learned; the shipped a2v weights were trained so
@@ -656,7 +585,7 @@ class MMDiT(nn.Module):
         """Log-mels (B, 2S, 64) or the features of an external encoder -> features (B, S, A)"""
         return self.mel_encoder(audio_inputs) if self.cfg.audio_encoder == "mel" else audio_inputs
 
-    # ---- parts of all three calls
+    # ---- one pass
 
     def all_blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
@@ -665,12 +594,9 @@ class MMDiT(nn.Module):
         """Tokens in a column and in a row of latents z."""
         return z.shape[3] // self.cfg.patch, z.shape[4] // self.cfg.patch
 
-    def rope(self, ids, device):
-        return rope_table(ids, self.cfg.axes, self.cfg.time_scale, device)
-
-    def embed_latents(self, *clips):
-        """Latents, in the order given -> tokens (B, N, D)"""
-        return self.x_embedder(torch.cat([patchify(z, self.cfg.patch) for z in clips], 1))
+    def rope(self, ids, device, n_text=0):
+        """Rotation of tokens at ids (N, 3), with text at (0, 0, 0) before them."""
+        return rope_table(F.pad(ids, (0, 0, n_text, 0)), self.cfg.axes, self.cfg.time_scale, device)
 
     def project_audio(self, audio_features, times, start=0):
         """Audio features (B, S, A) of steps start .. start + S - 1, times (N,) of the video tokens
@@ -686,175 +612,178 @@ class MMDiT(nn.Module):
         blocks = self.single_transformer_blocks
         return [block.audio.project_kv(audio_features, rope) for block in blocks], audio_mask
 
-    def run_blocks(self, x, y, cond, cached_kv=None, audio_kv=None):
-        """x (B, N, D), y (B, T, D) or None -> x (B + n_off_sync, N, D), new keys, values per block
+    def run_blocks(self, clips, text, cond, audio_kv=None, cached_kv=None, n_off_sync=0):
+        """Output for the last of `clips` (B + n_off_sync, C, L, h, w); [(keys, values) per block].
 
-        cached_kv: per block, those of the clean context; audio_kv: per single block, those of the
-        audio, None: no audio layers."""
+        clips: list of latents (B, C, L_i, h_i, w_i); text (B, T, text_dim), None: it is in the
+        cache; audio_kv: of `project_audio`; cached_kv: per block, those of the clean context;
+        n_off_sync: how many of the first rows run once more, without audio layers (eq. 2)"""
         # a block is given its own ones, not the list: torch.compile then compiles it once for all
         cached_kv = cached_kv or [None] * len(self.all_blocks())
         audio_kv = audio_kv or [None] * len(self.single_transformer_blocks)
         new_kv = []
+        tokens = torch.cat([patchify(z, self.cfg.patch) for z in clips], 1)
+        tokens = self.x_embedder(tokens)                                        # (B, N, D)
+        if text is not None:
+            tokens = torch.cat([self.context_embedder(text), tokens], 1)        # (B, T+N, D)
         for block, past in zip(self.transformer_blocks, cached_kv):
-            x, y, kv = block(x, y, cond, past)
+            tokens, kv = block(tokens, cond, past)
             new_kv.append(kv)
 
         # Full and off-sync branch differ in the audio layers: up to the first of them they are
         # computed once, then the rows are repeated. A mask of one row is broadcast to all.
-        n, mask = cond.n_off_sync, cond.mask
-        if n:
-            x = repeat_rows(x, n)
-            y = repeat_rows(y, n)
-            mask = mask if mask is None or len(mask) == 1 else repeat_rows(mask, n)
-            cond = replace(cond, temb=repeat_rows(cond.temb, n), mask=mask)
+        def repeat(t):
+            return torch.cat([t, t[:n_off_sync]])
 
+        if n_off_sync:
+            mask = cond.mask if cond.mask is None or len(cond.mask) == 1 else repeat(cond.mask)
+            cond = replace(cond, temb=repeat(cond.temb), mask=mask)
+            tokens = repeat(tokens)
         cached_kv = cached_kv[len(self.transformer_blocks):]
         for block, past, audio in zip(self.single_transformer_blocks, cached_kv, audio_kv):
-            x, y, kv = block(x, y, cond, past, audio)
+            tokens, kv = block(tokens, cond, past, audio)
             new_kv.append(kv)
-        return x, new_kv
 
-    def final_layer(self, x, shape, temb, sigma_index=None):
-        """Tokens (B, N, D) -> (B, C, L, h, w), shape = (L, h, w)"""
-        # scale before shift, as in diffusers' AdaLayerNormContinuous
-        scale, shift = self.norm_out(temb, sigma_index)
-        return unpatchify(self.proj_out(modulate(x, shift, scale)), *shape, self.cfg.patch)
+        # the last clip's tokens; scale before shift, as in diffusers' AdaLayerNormContinuous
+        L, h, w = clips[-1].shape[2:]
+        n = L * h * w // self.cfg.patch ** 2
+        index = None if cond.sigma_index is None else cond.sigma_index[-n:]
+        scale, shift = self.norm_out(cond.temb, index)
+        out = self.proj_out(modulate(tokens[:, -n:], shift, scale))             # (B, n, p p C)
+        return unpatchify(out, L, h, w, self.cfg.patch), new_kv
 
     def to_velocity(self, out, x, sigma):
         return velocity_from_output(out, x, sigma) if self.cfg.precondition else out
 
-    # ---- Pyramid Flow's call
+    def forward(self, clips, ids, mask, timestep, text, pooled, audio_features=None,
+                sigma_index=None, n_off_sync=0, audio_start=0):
+        """Output for the last of `clips`, from scratch, that is without a cache.
 
-    def forward(self, clips, timestep, text, text_mask, pooled, audio_features=None, n_off_sync=0,
-                latents_dropped=0):
-        """Velocity of the last, noisy clip, given clean clips before it.
-
-        clips: list of (B, C, L_i, h_i, w_i), oldest and coarsest first; timestep (B,) in 0..1000;
-        text (B, T, text_dim), its mask (B, T); pooled (B, pooled_dim); audio_features (B, S, A) of
-        the whole clip, None: no audio layers; latents_dropped: how many latents were before
-        clips[0] -> (B + n_off_sync, C, L, h, w) like clips[-1], off-sync rows last"""
-        noisy, device = clips[-1], text.device
-        h, w = self.token_grid(noisy)
+        ids (N, 3) of the clips' tokens; mask (B or 1, 1, T+N, T+N); timestep (B, G) in 0..1000;
+        text (B, T, text_dim); pooled (B, pooled_dim); audio_features (B, S, A) from the step
+        `audio_start` on, None: no audio layers; sigma_index: see `Conditioning`; clips,
+        n_off_sync: see `run_blocks`"""
         T = text.shape[1]
-
-        # text stands at (0, 0, 0), the clips one after another, laid over the noisy clip's grid
-        video_ids, t = [], 0
-        for z in clips:
-            video_ids.append(position_ids(range(t, t + z.shape[2]), *self.token_grid(z), h))
-            t += z.shape[2]
-        video_ids = torch.cat(video_ids)                                        # (N, 3)
-        ids = F.pad(video_ids, (0, 0, T, 0))                                    # (T+N, 3)
-
-        # causal in time; padding attends to padding alone, so that no softmax is over nothing
-        times = ids[:, 0].to(device)
-        causal = times[:, None] >= times[None]                                  # (T+N, T+N)
-        real = F.pad(text_mask.bool(), (0, len(video_ids)), value=True)         # (B, T+N)
-        mask = (real[:, None] == real[:, :, None]) & causal                     # (B, T+N, T+N)
-
-        # the audio runs on from the start, whatever part of the history was dropped
-        audio_ids = video_ids + torch.tensor([latents_dropped, 0, 0])
-        audio_kv, audio_mask = self.project_audio(audio_features, audio_ids[:, 0])
-
-        temb = self.time_text_embed(timestep[:, None], pooled)                  # (B, 1, D)
-        cond = Conditioning(
-            temb=temb, rope=self.rope(ids, device), mask=mask[:, None], n_off_sync=n_off_sync,
-            audio_rope=self.rope(audio_ids, device), audio_mask=audio_mask)
-        x = self.embed_latents(*clips)                                          # (B, N, D)
-        y = self.context_embedder(text)                                         # (B, T, D)
-        x, _ = self.run_blocks(x, y, cond, audio_kv=audio_kv)
-        x = x[:, -noisy.shape[2] * h * w:]                                      # the noisy tokens
-        return self.final_layer(x, noisy.shape[2:], repeat_rows(temb, n_off_sync))
+        audio_kv, audio_mask = self.project_audio(audio_features, ids[:, 0], audio_start)
+        temb = self.time_text_embed(timestep, pooled)                           # (B, G, D)
+        rope = self.rope(ids, text.device, T)
+        cond = Conditioning(temb, rope, T, sigma_index, mask, audio_mask)
+        return self.run_blocks(clips, text, cond, audio_kv, n_off_sync=n_off_sync)[0]
 
     # ---- training where clean tokens have sigma = 0 (context_sigma="zero")
 
-    def forward_teacher_forced(self, clean, noisy, sigma, text, pooled, audio_features=None,
-                               start=1):
-        """Velocities of many latents in one pass, as `denoise_step` gives them one by one.
+    def forward_teacher_forced(self, clean, noisy, sigma, text, pooled, audio_features=None):
+        """Velocities of many latents in one pass, as `KVCache` gives them one by one.
 
-        clean (B, C, L, h, w): latents 0 .. L-1; noisy (B, C, M, h, w): latents start .. start+M-1
-        at sigma (B, M); text, pooled, audio_features as in `forward` -> like noisy"""
-        h, w = self.token_grid(noisy)
+        clean (B, C, L, h, w): latents 0 .. L-1; noisy (B, C, M, h, w): the last M of them, at
+        sigma (B, M); text, pooled, audio_features as in `forward` -> like noisy"""
         L = clean.shape[2]
         M = noisy.shape[2]
         T = text.shape[1]
-        n = h * w
-
+        h, w = self.token_grid(noisy)
         # noisy latents stand at the times of the clean latents that they will become
-        video_ids = position_ids([*range(L), *range(start, start + M)], h, w)   # (N, 3)
-        ids = F.pad(video_ids, (0, 0, T, 0))                                    # (T+N, 3)
-        mask = teacher_forcing_mask(T, L, M, start, n, self.cfg.context, noisy.device)
-        audio_kv, audio_mask = self.project_audio(audio_features, video_ids[:, 0])
-
+        ids = position_ids([*range(L), *range(L - M, L)], h, w)                 # (N, 3)
+        mask = teacher_forcing_mask(T, L, M, h * w, self.cfg.context, noisy.device)
         # a noise level for every noisy latent; text and clean latents take row 0, sigma = 0
-        temb = self.time_text_embed(1000 * F.pad(sigma, (1, 0)), pooled)        # (B, 1+M, D)
-        index = torch.arange(1, M + 1).repeat_interleave(n)
-        index = F.pad(index, (T + L * n, 0)).to(noisy.device)                         # (T+N,)
-
-        cond = Conditioning(
-            temb=temb, rope=self.rope(ids, noisy.device), sigma_index=index, mask=mask[None, None],
-            audio_rope=self.rope(video_ids, noisy.device), audio_mask=audio_mask)
-        x = self.embed_latents(clean, noisy)                                    # (B, N, D)
-        y = self.context_embedder(text)                                         # (B, T, D)
-        x, _ = self.run_blocks(x, y, cond, audio_kv=audio_kv)                   # (B, N, D)
-        out = self.final_layer(x[:, L * n:], noisy.shape[2:], temb, index[T + L * n:])
+        timestep = 1000 * F.pad(sigma, (1, 0))                                  # (B, 1+M)
+        index = torch.arange(1, M + 1).repeat_interleave(h * w)
+        index = F.pad(index, (T + L * h * w, 0)).to(noisy.device)               # (T+N,)
+        out = self([clean, noisy], ids, mask[None, None], timestep, text, pooled, audio_features,
+                   index)
         return self.to_velocity(out, noisy, sigma[:, None, :, None, None])
 
-    # ---- sampling with a cache, of the same networks
 
-    def prefill(self, first, text, pooled, audio_features=None, n_off_sync=0):
-        """Start a roll-out: latent 0 (B, C, 1, h, w), text (B, T, text_dim), pooled (B, pooled_dim)
-        and audio features (B, S, A) of the whole clip -> KVCache. The B rows are guidance branches
-        of one or more clips; the first n_off_sync of them get an off-sync row each."""
-        cache = KVCache(self.token_grid(first), text.shape[1], self.cfg.context, pooled,
-                        audio_features, n_off_sync)
-        self.begin_latent(cache)
-        self.append_latent(cache, first, self.context_embedder(text))
-        return cache
+# ---------------------------------------------------------------------------- sampling with a cache
 
-    def begin_latent(self, cache):
-        """What all steps of the next latent share: its rotation, the audio in its window."""
-        ids = position_ids([cache.latent], *cache.grid)                         # (n, 3)
-        audio = cache.audio_features
+class KVCache:
+    """One latent after another: the keys and values of the finished ones, text included.
+
+        | text | latent 0 | 13 | 14 | 15 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 |      W = 12,
+        '------ sink -----'----------- ring: latent l in slot (l - 1) mod W ----'      next: 16
+
+    It is exact: the context has sigma = 0 (`context_sigma="zero"`) and never attends to the noisy
+    latent, a key keeps the rotation of its own time, and the audio window of a finished latent is
+    fixed. The order of keys does not matter, since their time is in their rotation.
+
+    The ring holds the last W latents: a new one replaces the oldest. The sink stays, since
+    attention degrades when its first tokens are dropped (attention sinks, StreamingLLM, Xiao et al.
+    2023); beyond latent W it is rotated on, so that no key is farther away than in training. A mask
+    hides slots that are still empty. So all shapes are constant, and one compiled graph serves
+    clips of any length; on a CPU (size tiny) the empty slots cost at most 3 % of a step."""
+
+    @torch.no_grad()
+    def __init__(self, model, first, text, pooled, audio_features=None, n_off_sync=0):
+        """Latent 0 (B, C, 1, h, w), text (B, T, text_dim), pooled (B, pooled_dim), audio features
+        (B, S, A) of the whole clip. The B rows are guidance branches of one or more clips; the
+        first n_off_sync of them get an off-sync row each."""
+        self.model = model
+        self.grid = model.token_grid(first)
+        self.pooled = pooled
+        self.audio_features = audio_features
+        self.n_off_sync = n_off_sync
+        n = self.grid[0] * self.grid[1]
+        self.n_sink = text.shape[1] + n
+        self.n_slots = self.n_sink + model.cfg.context * n
+        # prefill: text and latent 0, without a context
+        self.kv = None
+        self.begin_latent(0, text.shape[1])
+        _, kv = self.run(first, 0., text)
+        # per block: keys and values (2, rows, K, T + n, d), in single blocks with off-sync rows
+        self.sink = [torch.stack(pair) for pair in kv]
+        # the ring is 0, not empty memory: masked values have weight 0, and 0 * nan would be nan
+        self.kv = [F.pad(sink, (0, 0, 0, self.n_slots - sink.shape[3])) for sink in self.sink]
+        self.begin_latent(1)
+
+    def begin_latent(self, latent, n_text=0):
+        """What all steps of a latent share: its rotation, the keys in use, the audio around it."""
+        model = self.model
+        cfg = model.cfg
+        audio = self.audio_features
+        self.latent = latent
+        ids = position_ids([latent], *self.grid)                                # (n, 3)
+        mask = None
+        if latent:
+            # the sink, the slots of the ring that are filled, and its own keys behind them
+            slot = torch.arange(self.n_slots + len(ids), device=self.pooled.device)
+            filled = self.n_sink + min(latent - 1, cfg.context) * len(ids)
+            mask = ((slot < filled) | (slot >= self.n_slots))[None, None, None]
+        start = 0
         if audio is not None:
             # a slice of constant length that holds the window: t_i = (i + .5)/alpha - .5 > l -
             # radius gives i > (l + .5 - radius) alpha - .5; 2 radius alpha steps follow
-            length = math.ceil(2 * self.cfg.window * self.cfg.alpha) + 1
-            first = math.floor((cache.latent + .5 - self.cfg.window) * self.cfg.alpha)
-            first = max(0, min(first, audio.shape[1] - length))
-            audio = audio[:, first:first + length]
-            cache.audio_kv, cache.audio_mask = self.project_audio(audio, ids[:, 0], first)
-        # the text, at (0, 0, 0), enters with latent 0
-        if cache.latent == 0:
-            ids = F.pad(ids, (0, 0, cache.n_text, 0))
-        cache.rope = self.rope(ids, cache.pooled.device)
+            length = math.ceil(2 * cfg.window * cfg.alpha) + 1
+            start = math.floor((latent + .5 - cfg.window) * cfg.alpha)
+            start = max(0, min(start, audio.shape[1] - length))
+            audio = audio[:, start:start + length]
+        self.audio_kv, audio_mask = model.project_audio(audio, ids[:, 0], start)
+        rope = model.rope(ids, self.pooled.device, n_text)
+        self.cond = Conditioning(None, rope, n_text, mask=mask, audio_mask=audio_mask)
 
-    def run_latent(self, cache, z, sigma, y=None):
-        """One pass of latent z (B, C, 1, h, w) at sigma against the cache -> tokens
-        (B + n_off_sync, n, D), temb of these rows, new keys and values"""
+    def run(self, z, sigma, text=None):
+        """One pass of latent z (B, C, 1, h, w) at sigma, a number: see `run_blocks`."""
         timestep = torch.full((len(z), 1), 1000. * sigma, device=z.device)
-        temb = self.time_text_embed(timestep, cache.pooled)                     # (B, 1, D)
-        x = self.embed_latents(z)                                               # (B, n, D)
-        # audio queries are the video tokens alone; with latent 0 the text's come before them
-        audio_rope = tuple(table[-x.shape[1]:] for table in cache.rope)
-        cond = Conditioning(
-            temb=temb, rope=cache.rope, mask=cache.mask, n_off_sync=cache.n_off_sync,
-            audio_rope=audio_rope, audio_mask=cache.audio_mask)
-        x, new_kv = self.run_blocks(x, y, cond, cache.kv, cache.audio_kv)
-        return x, repeat_rows(temb, cache.n_off_sync), new_kv
+        cond = replace(self.cond, temb=self.model.time_text_embed(timestep, self.pooled))
+        return self.model.run_blocks([z], text, cond, self.audio_kv, self.kv, self.n_off_sync)
 
-    def append_latent(self, cache, z, y=None):
-        """Put the finished latent z (B, C, 1, h, w) into the cache, with latent 0 also text y."""
-        _, _, new_kv = self.run_latent(cache, z, 0., y)
-        cache.append(new_kv)
-        # text and latent 0 are moved in time so that they stay W latents before the next
-        excess = cache.latent - cache.n_context
-        if excess > 0:
-            cache.rotate_sink(self.rope(torch.tensor([[excess, 0., 0.]]), z.device))
-        self.begin_latent(cache)
-
-    def denoise_step(self, cache, x, sigma):
+    def denoise_step(self, x, sigma):
         """Velocity of the noisy latent x (B, C, 1, h, w) at sigma, a number, off-sync rows last ->
         (B + n_off_sync, C, 1, h, w)"""
-        tokens, temb, _ = self.run_latent(cache, x, sigma)
-        out = self.final_layer(tokens, x.shape[2:], temb)
-        return self.to_velocity(out, repeat_rows(x, cache.n_off_sync), sigma)
+        out, _ = self.run(x, sigma)
+        return self.model.to_velocity(out, torch.cat([x, x[:self.n_off_sync]]), sigma)
+
+    @torch.no_grad()
+    def append(self, z):
+        """Go on to the next latent, z (B, C, 1, h, w) being the finished one."""
+        _, kv = self.run(z, 0.)
+        W = self.model.cfg.context
+        # the newest latent overwrites the oldest one of the ring
+        start = self.n_sink + (self.latent - 1) % W * self.grid[0] * self.grid[1]
+        for slots, (k, v) in zip(self.kv, kv):
+            slots[:, :, :, start:start + k.shape[2]] = torch.stack([k, v])
+        # the sink's keys are moved in time so that they stay W latents before the next one
+        excess = self.latent + 1 - W
+        if excess > 0:
+            table = self.model.rope(torch.tensor([[excess, 0., 0.]]), z.device)
+            for slots, sink in zip(self.kv, self.sink):
+                slots[0, :, :, :sink.shape[3]] = apply_rope(sink[0].float(), table).to(sink.dtype)
+        self.begin_latent(self.latent + 1)

@@ -21,6 +21,7 @@ History  the clean latents before: the last one at the stage's resolution, earli
     T text tokens · D width of the text states · P width of the pooled text vector
 """
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,21 +29,59 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, replacing
-from losses import (add_noise, combine_guidance, motion_weight, rand_each, randn_each,
-                    shift_sigma)
-from model import CrossAttention, MMDiT, MMDiTConfig, init_weights
+from data import BadInput, load_weights, replacing
+from losses import add_noise, combine_guidance, motion_weight, rand_each, randn_each
+from model import CrossAttention, MMDiT, MMDiTConfig, init_weights, position_ids
 from vae import CausalVideoVAE, VAEConfig
+
+# Name of the files of weights in a folder of the hub, before .safetensors or .bin.
+WEIGHTS_NAME = "diffusion_pytorch_model"
 
 # Two values of b in one 2x2 block have the correlation -gamma. 1/3 is the largest gamma that four
 # values can have: they sum to zero.
 GAMMA = 1 / 3
+
+# Row r of a training batch trains stage STAGE_OF_ROW[r mod 4]: the stages in the ratio 1 : 2 : 1.
+STAGE_OF_ROW = (0, 1, 1, 2)
+# The published corruption of the history in training: noise of a level in [0, 1/3].
+CONTEXT_NOISE = 1 / 3
 
 # The published inference code appends this to every prompt, and steers away from the other one.
 QUALITY_SUFFIX = ", hyper quality, Ultra HD, 8K"
 NEGATIVE_PROMPT = (
     "cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, "
     "extra limbs, extra digits, misplaced objects, mutated anatomy, monochrome, horror")
+
+
+# ---------------------------------------------------------------------------------- the network
+
+def staged_velocity(model, clips, timestep, text, text_mask, pooled, audio=None, n_off_sync=0,
+                    latents_dropped=0):
+    """Velocity of the last, noisy clip, given clean clips before it -> (B + n_off_sync, C, L, h, w)
+    like clips[-1], off-sync rows last.
+
+    clips: list of (B, C, L_i, h_i, w_i), oldest and coarsest first; timestep (B,) in 0..1000;
+    text (B, T, D), its mask (B, T); pooled (B, P); audio (B, S, A) of the whole clip, None: no
+    audio layers; latents_dropped: how many latents were before clips[0]"""
+    # the clips stand one after another, each laid over the grid of the noisy one
+    h, _ = model.token_grid(clips[-1])
+    ids = []
+    t = 0
+    for z in clips:
+        rows, cols = model.token_grid(z)
+        ids.append(position_ids(range(t, t + z.shape[2]), rows, cols, h / rows))
+        t += z.shape[2]
+    ids = torch.cat(ids)                                                # (N, 3)
+    # causal in time; text stands at 0; padding attends to padding alone, so that no softmax is
+    # over nothing
+    times = F.pad(ids[:, 0], (text.shape[1], 0)).to(text.device)
+    causal = times[:, None] >= times[None]                              # (T+N, T+N)
+    real = F.pad(text_mask.bool(), (0, len(ids)), value=True)           # (B, T+N)
+    mask = (real[:, None] == real[:, :, None]) & causal                 # (B, T+N, T+N)
+    # the audio runs on from the start, whatever part of the history was dropped
+    audio_start = -latents_dropped * model.cfg.alpha
+    return model(clips, ids, mask[:, None], timestep[:, None], text, pooled, audio,
+                 n_off_sync=n_off_sync, audio_start=audio_start)
 
 
 # ------------------------------------------------------------------------------ the staged path
@@ -57,11 +96,11 @@ class Stage:
     beta: float
 
 
-def make_stages(n=3, shift=1.):
-    """The n stages between noise and latent. shift: as in `losses.shift_sigma`; published: 1."""
+def make_stages(n=3):
+    """The n stages between noise and latent."""
     # The published scheduler cuts a grid of 1000 noise levels at the indices 0, 333 and 666, so
     # the stages end at 0.667, 0.334 and 0 rather than at exact thirds.
-    grid = [shift_sigma((1000 - i) / 1000, shift) for i in range(1000)]
+    grid = [(1000 - i) / 1000 for i in range(1000)]
     cuts = np.array([grid[int(1000 * s / n)] for s in range(n)] + [0.])
 
     # The jump, from noise level c. In a 2x2 block up(x) has noise of covariance c^2 (all ones),
@@ -166,7 +205,7 @@ def stage_endpoints(z_levels, eps_levels, stage):
 
 # --------------------------------------------------------------------------------- the objective
 
-def draw_stage_sample(z_levels, latent, stage, context_noise, generators):
+def draw_stage_sample(z_levels, latent, stage, generators):
     """Latent number `latent` of B clips, noisy, after its history -> clips, timestep (B,), velocity
     (B, C, 1, h_k, w_k). z_levels: of `latent_pyramid`; generators: one for each clip."""
     device = z_levels[0].device
@@ -178,9 +217,8 @@ def draw_stage_sample(z_levels, latent, stage, context_noise, generators):
     eps = noise_pyramid(randn_like(target[-1]), len(target))
     start, end = stage_endpoints(target, eps, stage)
 
-    # Context noise augmentation: one level per clip, in [0, context_noise], for its history. The
-    # network is not given this level.
-    level = context_noise * rand_each(generators).to(device)
+    # Context noise augmentation: one level per clip for its history, not given to the network.
+    level = CONTEXT_NOISE * rand_each(generators).to(device)
     history = pyramid_history(z_levels, latent, stage.level)
     history = [add_noise(clip, randn_like(clip), level) for clip in history]
 
@@ -193,27 +231,22 @@ def draw_stage_sample(z_levels, latent, stage, context_noise, generators):
 
 
 def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_latent,
-                 skip_audio=False, lambda_motion=1., context_noise=1 / 3,
-                 stage_of_row=(0, 1, 1, 2)):
+                 skip_audio=False, lambda_motion=1.):
     """Syncphony's objective in Pyramid Flow's layout: ONE latent of every clip, in one stage.
 
     z (B, C, L, h, w) normalised latents; text_inputs, audio_inputs, generators and skip_audio as in
-    `losses.syncphony_loss` -> loss, report: mean squared error of each stage, nan without a clip.
-
-    rows           positions (B,) of these clips in the batch of the step
-    fine_latent    the latent that the finest stage trains, 1 .. L-1, one for the step
-    stage_of_row   row r trains stage_of_row[r mod 4]: stages 0, 1, 2 in the ratio 1 : 2 : 1
-    context_noise  1/3, the published corruption of the history
-    """
+    `losses.syncphony_loss`; rows: positions (B,) of these clips in the batch of the step;
+    fine_latent: the latent that the finest stage trains, 1 .. L-1, one for the step -> loss,
+    report: mean squared error of each stage, nan without a clip."""
     B, _, L = z.shape[:3]
-    n = max(stage_of_row) + 1
+    n = max(STAGE_OF_ROW) + 1
     text, mask, pooled = model.encode_text(text_inputs)                 # (B, T, D), (B, T), (B, P)
     audio = None if skip_audio else model.encode_audio(audio_inputs)    # (B, S, A)
     losses = []
     report = torch.full((n,), float("nan"), device=z.device)
     for stage in make_stages(n):
         s = stage.level
-        members = [b for b, row in enumerate(rows) if stage_of_row[row % len(stage_of_row)] == s]
+        members = [b for b, row in enumerate(rows) if STAGE_OF_ROW[row % len(STAGE_OF_ROW)] == s]
         if not members:
             continue
         # The fine stage costs most, and a late latent has the longest history. So where the fine
@@ -221,9 +254,9 @@ def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_lat
         latent = fine_latent if s == n - 1 else L - fine_latent
         z_levels = latent_pyramid(z[members], n)
         clips, timestep, velocity = draw_stage_sample(
-            z_levels, latent, stage, context_noise, [generators[b] for b in members])
-        v_hat = model(clips, timestep, text[members], mask[members], pooled[members],
-                      None if skip_audio else audio[members])
+            z_levels, latent, stage, [generators[b] for b in members])
+        v_hat = staged_velocity(model, clips, timestep, text[members], mask[members],
+                                pooled[members], None if skip_audio else audio[members])
 
         # Syncphony eq. 1, on clean latents at the stage's resolution. Latent 0, a single frame, is
         # coded by other rules: its difference from latent 1 is not motion and does not weigh.
@@ -238,15 +271,14 @@ def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_lat
 
 # ----------------------------------------------------------------------------------- the sampler
 
-def sample_pyramid(network, z0, n_latents, noise, steps=(10, 10, 10), cfg=3., jump=block_noise,
-                   keep=30, bar=None):
+def sample_pyramid(network, z0, n_latents, noise, steps, jump=block_noise, keep=30, bar=None):
     """Generate latents one after another, each from coarse to fine; yields (B, C, 1, h, w).
 
-    network   of `with_guidance`: (clips, timestep, text scale, latents_dropped) -> velocity
+    network   of `with_guidance`: (clips, timestep, latents_dropped) -> velocity
     z0        the given latent 0 (B, C, 1, h, w), normalised; None: it is generated as well. (The
               published text-to-video call has steps and a scale of its own for it: two calls.)
     noise     (B, C, >= latents to generate, h, w) from N(0, 1)
-    steps     network calls per stage; cfg: w_t, so the text scale is 1 + cfg
+    steps     network calls per stage, published: (10, 10, 10)
     jump      a function from a shape to the noise b
     keep      the history is latent 0 (attention sink) and the last `keep` (sliding window)
     """
@@ -267,7 +299,7 @@ def sample_pyramid(network, z0, n_latents, noise, steps=(10, 10, 10), cfg=3., ju
             history = pyramid_history(past_levels, n_past, stage.level)
             times, sigmas = (grid.tolist() for grid in sampling_grid(stage, n_calls))
             for time, sigma, sigma_next in zip(times, sigmas[:-1], sigmas[1:]):
-                v = network([*history, x], time, 1 + cfg, latent - n_past).to(x)
+                v = network([*history, x], time, latent - n_past).to(x)
                 x = x + (sigma_next - sigma) * v
                 if bar is not None:
                     bar.update()
@@ -278,13 +310,13 @@ def sample_pyramid(network, z0, n_latents, noise, steps=(10, 10, 10), cfg=3., ju
         yield x
 
 
-def with_guidance(model, text, mask, pooled, audio=None, asg=0.):
+def with_guidance(model, text, mask, pooled, audio=None, asg=0., cfg=0.):
     """The network of `sample_pyramid`: all guidance branches in one batch, Syncphony eq. 6.
 
     text (R B, T, D), mask (R B, T), pooled (R B, P): the prompts of B clips and, for guidance by
-    text (R = 2), as many negative prompts behind them. audio (B, S, A) or None; asg: w_a.
+    text (R = 2), as many negative prompts behind them. audio (B, S, A) or None; asg, cfg: w_a, w_t.
     """
-    def network(clips, timestep, text_scale, latents_dropped=0):
+    def network(clips, timestep, latents_dropped=0):
         B = len(clips[-1])
         R = len(text) // B
         off_sync = B if asg > 0 and audio is not None else 0
@@ -293,9 +325,10 @@ def with_guidance(model, text, mask, pooled, audio=None, asg=0.):
         audio_rows = None if audio is None else audio.repeat(R, 1, 1)
 
         # rows of v: prompts, negative prompts (if R = 2), prompts without audio layers (if asg > 0)
-        v = model(clips, timestep, text, mask, pooled, audio_rows, off_sync, latents_dropped)
+        v = staged_velocity(model, clips, timestep, text, mask, pooled, audio_rows, off_sync,
+                            latents_dropped)
         audio_term = (1 + asg if off_sync else 1, v[-B:])
-        text_term = (text_scale if R > 1 else 1, v[B:2 * B])
+        text_term = (1 + cfg if R > 1 else 1, v[B:2 * B])
         return combine_guidance(v[:B], audio_term, text_term)           # Syncphony eq. 6
     return network
 
@@ -316,107 +349,84 @@ def read_weights(path):
                        "it again") from None
 
 
-def read_published(folder, name="diffusion_pytorch_model"):
-    """A folder of a model hub -> config, state dict: config.json beside one .safetensors, several
-    shards, or one .bin. Prefixes of training checkpoints (dit., vae.) are removed."""
-    folder = Path(folder)
+def read_config(folder, make_config):
+    """config.json in a folder of a model hub -> make_config of its dict."""
+    path = Path(folder) / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text())
+        return make_config(json.loads(path.read_text()))
     except FileNotFoundError:
         raise BadInput(f"{folder}: no config.json in it; give the folder that holds config.json "
-                       f"and {name}.safetensors") from None
+                       f"and {WEIGHTS_NAME}.safetensors") from None
     except ValueError as why:
-        raise BadInput(f"{folder}/config.json: cannot be read ({why}); download it again") from None
+        raise BadInput(f"{path}: cannot be read ({why}); download it again") from None
+    except KeyError as why:
+        raise BadInput(f"{path}: no {why}; expected a PyramidFluxTransformer or a CausalVideoVAE "
+                       "(the SD3-based Pyramid Flow is another network)") from None
+
+
+def load_published(kind, cfg, folder, device, new_weights=()):
+    """kind(cfg) with the weights of a folder, one .safetensors, several shards, or one .bin, and
+    with new_weights, a dict of those that the folder does not have."""
     files = []
-    for pattern in (f"{name}.safetensors", f"{name}-*-of-*.safetensors", f"{name}.bin"):
-        files = files or sorted(folder.glob(pattern))
+    for ending in (".safetensors", "-*-of-*.safetensors", ".bin"):
+        files = files or sorted(Path(folder).glob(WEIGHTS_NAME + ending))
     if not files:
-        raise BadInput(f"{folder}: {name}.safetensors is missing; download the folder again")
-
-    state = {}
+        raise BadInput(f"{folder}: {WEIGHTS_NAME}.safetensors is missing; download the folder "
+                       "again")
+    state = dict(new_weights)
     for path in files:
-        state.update(read_weights(path))
-    # Training checkpoints of the VAE hold their discriminator as well, under `loss.`.
-    state = {key: value for key, value in state.items() if not key.startswith("loss.")}
-    return config, {key.removeprefix("dit.").removeprefix("vae."): v for key, v in state.items()}
-
-
-def load_published_state(kind, cfg, state, where, device="cpu", new=()):
-    """kind(cfg) with published weights. Parameters whose name contains one of `new` may be missing,
-    and stay on the meta device. All that does not fit is named, in one line."""
+        for key, value in read_weights(path).items():
+            # Training checkpoints have the prefixes dit. and vae., and hold the discriminator of
+            # the VAE as well, under `loss.`.
+            if not key.startswith("loss."):
+                state[key.removeprefix("dit.").removeprefix("vae.")] = value.to(device)
+    # On the meta device nothing is allocated for the model: the tensors become its parameters.
     with torch.device("meta"):
         model = kind(cfg)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    missing = [key for key in expected if key not in found]
-    problems = {
-        "missing": [key for key in missing if not any(part in key for part in new)],
-        "unexpected": [key for key in found if key not in expected],
-        "of another shape": [f"{key} {found[key]}, not {shape}" for key, shape in expected.items()
-                             if found.get(key, shape) != shape]}
-    parts = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems.items() if keys]
-    if parts:
-        raise BadInput(f"{where}: its weights are not those of this model. {'; '.join(parts)}")
-
-    # Tensors leave `state` one by one, so that no second copy of the model is held meanwhile.
-    loaded = {key: state.pop(key).to(device) for key in found}
-    model.load_state_dict(loaded, strict=False, assign=True)
-    return model
+    return load_weights(model, state, folder, assign=True)
 
 
-def load_pyramid_flow(folder, device="cpu", **changes):
+def load_pyramid_flow(folder, device="cpu", audio_dim=0, audio_rope=True):
     """Published weights (rain1011/pyramid-flow-miniflux, diffusion_transformer_384p) -> MMDiT.
 
-    changes: fields of `MMDiTConfig` that the published configuration does not have, such as
-    audio_dim=1024. Until new audio layers are trained, the result is the published model. On a CPU
-    the weights stay in the mapped file.
-    """
-    config, state = read_published(folder)
-    try:
-        cfg = MMDiTConfig(
-            n_double=config["num_layers"], n_single=config["num_single_layers"],
-            heads=config["num_attention_heads"], head_dim=config["attention_head_dim"],
-            axes=tuple(config["axes_dims_rope"]),
-            latent=config["in_channels"] // 4,  # the file counts the channels of a 2x2 patch
-            text_dim=config["joint_attention_dim"], pooled_dim=config["pooled_projection_dim"],
-            **changes)
-    except KeyError as why:
-        raise BadInput(f"{folder}/config.json: no {why}; expected a PyramidFluxTransformer (the "
-                       "SD3-based Pyramid Flow is another network)") from None
-    net = load_published_state(MMDiT, cfg, state, folder, device, new=(".audio.",))
-
-    # Audio layers are not in the file, so they are on the meta device still: build them, with a
-    # zero output.
-    if cfg.audio_dim:
-        for block in net.single_transformer_blocks:
-            layer = CrossAttention(cfg.heads * cfg.head_dim, cfg.heads, cfg.audio_dim)
-            block.audio = init_weights(layer).to(device)
-    return net
+    With audio_dim, the width of the audio features, it has Syncphony's audio layers: until they are
+    trained, the result is the published model. On a CPU the weights stay in the mapped file."""
+    cfg = read_config(folder, lambda config: MMDiTConfig(
+        n_double=config["num_layers"], n_single=config["num_single_layers"],
+        heads=config["num_attention_heads"], head_dim=config["attention_head_dim"],
+        axes=tuple(config["axes_dims_rope"]),
+        latent=config["in_channels"] // 4,      # the file counts the channels of a 2x2 patch
+        text_dim=config["joint_attention_dim"], pooled_dim=config["pooled_projection_dim"],
+        audio_dim=audio_dim, audio_rope=audio_rope))
+    audio_layers = {}
+    for i in range(cfg.n_single if audio_dim else 0):
+        # Of a zero output (`init_weights`).
+        layer = init_weights(CrossAttention(cfg.heads * cfg.head_dim, cfg.heads, audio_dim))
+        for key, value in layer.to(device).state_dict().items():
+            audio_layers[f"single_transformer_blocks.{i}.audio.{key}"] = value
+    return load_published(MMDiT, cfg, folder, device, audio_layers)
 
 
 def load_pyramid_vae(folder, device="cpu"):
     """The published VAE (rain1011/pyramid-flow-miniflux, causal_video_vae) -> CausalVideoVAE."""
-    config, state = read_published(folder)
     halves = (True, True, True, False)          # published: all levels but the last halve the size
-    try:
-        cfg = VAEConfig(
-            widths=tuple(config["encoder_block_out_channels"]),
-            latent=config["encoder_out_channels"], groups=config["encoder_norm_num_groups"],
-            layers=(config["encoder_layers_per_block"][0], config["decoder_layers_per_block"][0]),
-            space=tuple(map(int, config.get("encoder_spatial_down_sample", halves))),
-            time=tuple(map(int, config.get("encoder_temporal_down_sample", halves))))
-    except KeyError as why:
-        raise BadInput(f"{folder}/config.json: no {why}; expected a CausalVideoVAE") from None
-    return load_published_state(CausalVideoVAE, cfg, state, folder, device).eval()
+    cfg = read_config(folder, lambda config: VAEConfig(
+        widths=tuple(config["encoder_block_out_channels"]),
+        latent=config["encoder_out_channels"], groups=config["encoder_norm_num_groups"],
+        layers=(config["encoder_layers_per_block"][0], config["decoder_layers_per_block"][0]),
+        space=tuple(map(int, config.get("encoder_spatial_down_sample", halves))),
+        time=tuple(map(int, config.get("encoder_temporal_down_sample", halves)))))
+    return load_published(CausalVideoVAE, cfg, folder, device).eval()
 
 
 # ------------------------------------------------------------------ HuBERT, T5 and CLIP (frozen)
 
-def build_with_transformers(flag, name, build):
-    """build(transformers), for the model `name` that a flag asks for; one clear line if not."""
+@contextmanager
+def import_transformers(flag, name):
+    """Yields the package, to load the model `name` that a flag asks for; one clear line if not."""
     try:
         import transformers
-        return build(transformers)
+        yield transformers
     except ImportError as why:
         raise BadInput(f"{flag} needs packages that are not required otherwise: pip install "
                        f"transformers sentencepiece ({str(why).strip().splitlines()[0]})") from None
@@ -427,10 +437,8 @@ def build_with_transformers(flag, name, build):
 def load_hubert(name, device):
     """HuBERT, a folder or a name on the hub -> function: waveform (samples,) at 16 kHz -> its last
     hidden states (samples / 320, 1024), 50 features a second."""
-    def build(transformers):
-        return transformers.HubertModel.from_pretrained(name).to(device).eval()
-
-    net = build_with_transformers("--hubert", name, build)
+    with import_transformers("--hubert", name) as transformers:
+        net = transformers.HubertModel.from_pretrained(name).to(device).eval()
 
     @torch.no_grad()
     def hubert_features(wave):
@@ -444,54 +452,49 @@ def load_hubert(name, device):
     return hubert_features
 
 
-def t5_clip_states(folder, captions, device):
-    """Captions by the text encoders in Pyramid Flow's folder (11 GB) -> numpy arrays: T5-XXL's
-    states (n, 128, 4096) float16, their mask (n, 128), CLIP ViT-L/14's pooled vectors (n, 768)."""
-    def build(transformers):
+def encode_prompts(folder, prompts, device):
+    """Texts by the encoders in Pyramid Flow's folder (11 GB) -> dict: text -> T5-XXL's states
+    (128, 4096) in float16, their mask (128,), CLIP ViT-L/14's pooled vector (768,)."""
+    with import_transformers("--pretrained", folder) as transformers:
         def load(kind, name, **options):
             return getattr(transformers, kind).from_pretrained(folder, subfolder=name, **options)
         half = dict(torch_dtype=torch.bfloat16)
-        return (load("CLIPTokenizer", "tokenizer"), load("T5TokenizerFast", "tokenizer_2"),
-                load("CLIPTextModel", "text_encoder", **half).to(device),
-                load("T5EncoderModel", "text_encoder_2", **half).to(device))
+        clip_tokenizer = load("CLIPTokenizer", "tokenizer")
+        t5_tokenizer = load("T5TokenizerFast", "tokenizer_2")
+        clip = load("CLIPTextModel", "text_encoder", **half).to(device)
+        t5 = load("T5EncoderModel", "text_encoder_2", **half).to(device)
 
-    clip_tokenizer, t5_tokenizer, clip, t5 = build_with_transformers("--pretrained", folder, build)
     options = dict(padding="max_length", truncation=True, return_tensors="pt")
-    rows = []
+    table = {}
     with torch.no_grad():
-        for caption in captions:
+        for prompt in prompts:
             # The lengths of the published pipeline: 77 tokens for CLIP, 128 for T5.
-            tokens = clip_tokenizer([caption], max_length=77, **options).to(device)
-            pooled = clip(tokens.input_ids).pooler_output
-            tokens = t5_tokenizer([caption], max_length=128, **options).to(device)
+            tokens = clip_tokenizer([prompt], max_length=77, **options).to(device)
+            pooled = clip(tokens.input_ids).pooler_output.float()
+            tokens = t5_tokenizer([prompt], max_length=128, **options).to(device)
             mask = tokens.attention_mask
-            states = t5(tokens.input_ids, attention_mask=mask).last_hidden_state
-            rows.append([part[0].float().cpu().numpy() for part in (states, mask, pooled)])
-    states, mask, pooled = (np.stack(column) for column in zip(*rows))
-    return states.astype(np.float16), mask, pooled
+            states = t5(tokens.input_ids, attention_mask=mask).last_hidden_state.half()
+            table[prompt] = tuple(part[0].cpu() for part in (states, mask, pooled))
+    return table
 
 
-def text_table(captions, states, mask, pooled):
-    """Rows of `t5_clip_states` -> dict: caption -> (states (T, D), mask (T,), pooled (P,))."""
-    columns = [torch.from_numpy(array).float() for array in (states, mask, pooled)]
-    return dict(zip(captions, zip(*columns)))
-
-
-def cached_text_states(folder, captions, pretrained, device):
-    """`text_table` of all captions, '' (dropped text) and the negative prompt, kept in `folder`."""
-    path = Path(folder) / "prompts.npz"
-    wanted = sorted({"", NEGATIVE_PROMPT, *captions})
-    arrays = dict(captions=np.array([]))
-    if path.is_file():
-        with np.load(path) as stored:
-            arrays = dict(stored)
-    if not set(wanted) <= set(arrays["captions"].tolist()):
-        states, mask, pooled = t5_clip_states(pretrained, wanted, device)
-        arrays = dict(captions=np.array(wanted), states=states, mask=mask, pooled=pooled)
+def cached_prompts(folder, captions, pretrained, device):
+    """`encode_prompts` of all captions, '' (dropped text) and the negative prompt, which it keeps
+    in `folder`."""
+    path = Path(folder) / "prompts.pt"
+    wanted = {"", NEGATIVE_PROMPT, *captions}
+    table = torch.load(path, weights_only=True) if path.is_file() else {}
+    if not wanted <= table.keys():
+        table = encode_prompts(pretrained, sorted(wanted), device)
         with replacing(path) as part:
-            np.savez(part, **arrays)
-    captions = arrays.pop("captions").tolist()
-    return text_table(captions, **arrays)
+            torch.save(table, part)
+    return table
+
+
+def stack_prompts(table, captions, device):
+    """Rows of `encode_prompts` -> states (B, T, D), mask (B, T), pooled (B, P)."""
+    columns = zip(*(table[caption] for caption in captions))
+    return tuple(torch.stack(column).float().to(device) for column in columns)
 
 
 class ExternalEncoders:
@@ -504,10 +507,10 @@ class ExternalEncoders:
         if not hubert:
             raise BadInput("--hubert is missing: this model was trained on its features; give "
                            "--hubert facebook/hubert-large-ls960-ft")
-        captions = sorted(set(captions))
-        prompts = [caption + QUALITY_SUFFIX if caption else "" for caption in captions]
-        arrays = t5_clip_states(pretrained, [*prompts, NEGATIVE_PROMPT], device)
-        self.text = text_table([*captions, NEGATIVE_PROMPT], *arrays)
+        prompts = {c: c + QUALITY_SUFFIX if c else "" for c in captions}
+        prompts[NEGATIVE_PROMPT] = NEGATIVE_PROMPT
+        table = encode_prompts(pretrained, sorted(set(prompts.values())), device)
+        self.text = {caption: table[prompt] for caption, prompt in prompts.items()}
         self.hubert = load_hubert(hubert, device)
         self.device = device
 
@@ -517,6 +520,4 @@ class ExternalEncoders:
         return torch.from_numpy(features).to(self.device)
 
     def encode_text(self, captions):
-        """B captions -> states (B, T, D), mask (B, T), pooled (B, P)."""
-        columns = zip(*(self.text[caption] for caption in captions))
-        return tuple(torch.stack(column).to(self.device) for column in columns)
+        return stack_prompts(self.text, captions, self.device)

@@ -53,7 +53,7 @@ import data
 import pyramid
 from data import FPS, RATE, BadInput, fit_length, frames_to_tensor, tensor_to_frames
 from losses import combine_guidance, randn_each, shift_sigma
-from model import TEXT_BYTES, MMDiT, MMDiTConfig, text_bytes
+from model import TEXT_BYTES, KVCache, MMDiT, MMDiTConfig, text_bytes
 from towers import DualTower, DualTowerConfig
 from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
 
@@ -248,10 +248,10 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
     # the first B rows: a step runs [full; null] through the double blocks, then + [off-sync].
     audio_rows = None if audio is None else rows(audio)
     n_off_sync = B if asg > 0 else 0
-    cache = model.prefill(rows(z0), states, pooled, audio_rows, n_off_sync=n_off_sync)
+    cache = KVCache(model, rows(z0), states, pooled, audio_rows, n_off_sync)
 
     def velocity(x, sigma):
-        v = model.denoise_step(cache, rows(x["video"]), sigma).to(z0)
+        v = cache.denoise_step(rows(x["video"]), sigma).to(z0)
         full, null, off_sync = v[:B], v[B:2 * B], v[-B:]
         # Syncphony eq. 6
         return {"video": combine_guidance(full, (1 + asg, off_sync), (1 + cfg, null))}
@@ -261,7 +261,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
         x = {"video": randn_each(generators, z0.shape[1:]).to(z0)}
         x = euler(velocity, x, sigma_steps(steps), bar)["video"]
         # The finished latent joins the cache of every branch as a clean one.
-        model.append_latent(cache, rows(x))
+        cache.append(rows(x))
         yield x
 
 
@@ -278,8 +278,8 @@ def sample_stages(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0.,
 
     # `steps` network calls per latent, a third of them at every resolution
     stage_steps = [len(part) for part in np.array_split(range(steps), 3)]
-    call = pyramid.with_guidance(model, *text, audio, asg)
-    return pyramid.sample_pyramid(call, z0, n_latents, noise, stage_steps, cfg, jump=jump_noise,
+    call = pyramid.with_guidance(model, *text, audio, asg, cfg)
+    return pyramid.sample_pyramid(call, z0, n_latents, noise, stage_steps, jump=jump_noise,
                                   keep=model.cfg.context, bar=bar)
 
 
@@ -846,22 +846,22 @@ def context_steps(model, side):
     """Two functions, ten denoising steps at latent 13 each: with the context recomputed, and from
     the cache."""
     device = next(model.parameters()).device
-    z = torch.randn(1, model.cfg.latent, 13, side, side, device=device)
-    x = z[:, :, 12:]
+    z = torch.randn(1, model.cfg.latent, 14, side, side, device=device)
+    x = z[:, :, 13:]
     sigma = torch.full((1, 1), .5, device=device)
     text, _, pooled = model.encode_text(text_bytes(["a ball drops"]).to(device))
     audio = model.encode_audio(torch.zeros(1, 220, 64, device=device))        # mels of 2.2 s
-    cache = model.prefill(z[:, :, :1], text, pooled, audio)
+    cache = KVCache(model, z[:, :, :1], text, pooled, audio)
     for l in range(1, 13):
-        model.append_latent(cache, z[:, :, l:l + 1])
+        cache.append(z[:, :, l:l + 1])
 
     def recomputed():
         for _ in range(10):
-            model.forward_teacher_forced(z, x, sigma, text, pooled, audio, start=13)
+            model.forward_teacher_forced(z, x, sigma, text, pooled, audio)
 
     def cached():
         for _ in range(10):
-            model.denoise_step(cache, x, .5)
+            cache.denoise_step(x, .5)
 
     return recomputed, cached
 

@@ -48,8 +48,7 @@ import towers
 import toybox
 import train
 import vae as vae_module
-from model import MMDiT, MMDiTConfig, apply_rope, patchify, position_ids, rope_table, text_bytes
-from model import unpatchify
+from model import MMDiT, MMDiTConfig, apply_rope, patchify, rope_table, text_bytes, unpatchify
 from pyramid import load_pyramid_flow, load_pyramid_vae
 from towers import DualTower, DualTowerConfig
 from vae import AUDIO_VAE_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE
@@ -154,13 +153,11 @@ def test_the_path_runs_from_data_to_noise_and_its_derivative_is_the_velocity():
     """Rectified flow: x = (1 - sigma) z + sigma eps and v = eps - z, so z = x - sigma v."""
     z, eps = normal(2, 2, 4, 5, 3, 3)
     sigma = torch.rand(2, 5, dtype=torch.float64)       # one level per latent
-    s = losses.expand_sigma(sigma, z)
     x = losses.add_noise(z, eps, sigma)
     v = losses.velocity(z, eps)
-    assert s.shape == (2, 1, 5, 1, 1)
     assert gap(losses.add_noise(z, eps, 0 * sigma), z) == 0
     assert gap(losses.add_noise(z, eps, 0 * sigma + 1), eps) == 0
-    assert gap(x - s * v, z) < 1e-12
+    assert gap(x - sigma.view(2, 1, 5, 1, 1) * v, z) < 1e-12
     assert gap((losses.add_noise(z, eps, sigma + 1e-6) - x) / 1e-6, v) < 1e-6
 
 
@@ -168,13 +165,11 @@ def test_noise_levels_are_shifted_towards_one_or_drawn_from_the_middle():
     """s' = k s / (1 + (k - 1) s), Harmony's k = 5; SD3's logit-normal distribution."""
     s = torch.linspace(0, 1, 11, dtype=torch.float64)
     u = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-
-    def share_in_the_middle(sigma):
-        return ((sigma > .3) & (sigma < .7)).float().mean().item()
+    uniform, middle = (losses.sample_sigma(u, kind) for kind in ("uniform", "logit-normal"))
     assert torch.equal(losses.shift_sigma(s, 1), s)
     assert losses.shift_sigma(s, 5)[[0, 5, 10]].tolist() == pytest.approx([0, 5 / 6, 1])
-    assert share_in_the_middle(losses.sample_sigma(u)) == pytest.approx(.4, abs=.02)
-    assert share_in_the_middle(losses.sample_sigma(u, "logit-normal")) > .55
+    assert ((uniform - .5).abs() < .2).float().mean().item() == pytest.approx(.4, abs=.02)
+    assert ((middle - .5).abs() < .2).float().mean().item() > .55
 
 
 def test_guidance_has_one_form_for_the_rules_of_all_three_papers():
@@ -194,7 +189,6 @@ def test_motion_weight_by_hand():
     assert weight.flatten().tolist() == [1, 1 + .5 ** 2, 1, 1 + 1.5 ** 2]
     assert not weight.requires_grad
     assert losses.motion_weight(z, lambda_motion=0).unique().tolist() == [1]
-    assert losses.motion_weight(z, clip=99).flatten()[3] == 1 + 4.5 ** 2
     assert losses.motion_weight(z, skip=2).flatten()[1] == 1
 
 
@@ -204,7 +198,6 @@ def test_the_error_is_reported_for_four_ranges_of_the_noise_level():
     wrong = v.clone()
     wrong[:, :, 2] += 2                                 # latents at sigma .6 and .7: third range
     loss, report = losses.flow_loss(wrong, v, sigma)
-    assert losses.flow_loss(v, v, sigma)[0] == 0
     assert loss.item() == pytest.approx(1)              # 4 in a quarter of the latents
     assert report.tolist() == pytest.approx([0, 0, 4, 0], abs=1e-5)
     assert losses.flow_loss(v, v, 0 * sigma)[1].isnan().tolist() == [False, True, True, True]
@@ -214,32 +207,27 @@ def test_the_error_is_reported_for_four_ranges_of_the_noise_level():
 
 def test_the_preconditioned_output_is_uncorrelated_with_the_input_and_of_unit_variance():
     """EDM (Karras et al. 2022) on the straight path: what the network has to add to E[z | x]."""
-    z, eps = torch.randn(2, 200_000, dtype=torch.float64)
+    z, eps = normal(2, 200_000)
     for sigma in (0., .3, .8, 1.):
         x, v = (1 - sigma) * z + sigma * eps, eps - z
         # v is affine in the output: v = at_zero + slope * out
         at_zero = networks.velocity_from_output(torch.zeros_like(x), x, sigma)
         slope = networks.velocity_from_output(torch.ones_like(x), x, sigma) - at_zero
         out = (v - at_zero) / slope
-
         assert abs(out.std() - 1) < .01, f"sigma {sigma}: standard deviation {out.std():.4f}"
         assert abs((out * x).mean()) < .01, f"sigma {sigma}: covariance {(out * x).mean():.4f}"
-        assert torch.allclose(networks.velocity_from_output(out, x, sigma), v)
 
 
 def test_patchify_puts_channels_fastest_and_unpatchify_undoes_it():
     z = torch.arange(2 * 3 * 2 * 4 * 6.).view(2, 3, 2, 4, 6)
     x = patchify(z)
     assert x.shape == (2, 2 * 2 * 3, 12)
-    assert torch.equal(x[0, 0, :3], z[0, :, 0, 0, 0])
-    assert torch.equal(x[0, 0, 3:6], z[0, :, 0, 0, 1])
+    assert torch.equal(x[0, 0, :6], z[0, :, 0, 0, :2].T.flatten())
     assert torch.equal(unpatchify(x, 2, 4, 6), z)
-    wide = z.repeat(1, 1, 1, 2, 2)
-    assert torch.equal(unpatchify(patchify(wide, 4), 2, 8, 12, 4), wide)
 
 
 def test_rope_keeps_norms_depends_on_differences_only_and_is_nothing_at_zero():
-    q, k = torch.randn(2, 1, 1, 7, 64).double()
+    q, k = normal(2, 1, 1, 7, 64)
     ids, axes = torch.rand(7, 3) * 9, (16, 24, 24)
 
     def scores(*shift):
@@ -251,25 +239,11 @@ def test_rope_keeps_norms_depends_on_differences_only_and_is_nothing_at_zero():
     assert torch.equal(apply_rope(q, rope_table(torch.zeros(7, 3), axes)), q)
 
 
-def test_ids_of_a_coarse_history_lie_on_the_target_grid():
-    """Cell i of a grid r times coarser is at (i + 0.5) r - 0.5."""
-    assert position_ids([3], 2, 2, 4)[:, 1].unique().tolist() == [.5, 2.5]
-    assert position_ids([3], 1, 1, 4)[0].tolist() == [3, 1.5, 1.5]
-
-
-def test_the_published_size_has_the_published_number_of_parameters():
-    with torch.device("meta"):
-        n = sum(p.numel() for p in MMDiT(MMDiTConfig()).parameters())
-    assert n == 1_972_059_200, f"{n:,} parameters"
-
-
 def test_audio_adds_layers_to_the_single_blocks_and_an_encoder_and_nothing_else():
     """Syncphony section 3.4: audio enters the later blocks only."""
     new = set(small().state_dict()) - set(small(audio_dim=0).state_dict())
     audio = r"single_transformer_blocks\.\d\.audio\.|mel_encoder\."
-    other = [key for key in new if not re.match(audio, key)]
-    assert new
-    assert not other, other
+    assert new and all(re.match(audio, key) for key in new), new
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -284,32 +258,8 @@ def test_the_backbone_agrees_with_pyramid_flow_number_for_number(stage):
     net = regenerated_weights(MMDiT(MMDiTConfig(
         n_double=2, n_single=2, heads=2, latent=4, text_dim=24, pooled_dim=12)))
     with torch.no_grad():
-        v = net(clips, *conditions)
+        v = pyramid.staged_velocity(net, clips, *conditions)
     assert_close(f"velocity of stage {stage}", v, g[f"flux/out/{stage}"], 1e-5)
-
-
-def velocities(net, audio, *, z=None, x=None, sigma=None):
-    """One teacher-forced pass over `inputs`, parts of which may be replaced."""
-    clean, noisy, _ = inputs()
-    z, x = clean if z is None else z, noisy if x is None else x
-    sigma = torch.full((2, 4), .37, dtype=z.dtype) if sigma is None else sigma
-    states, _, pooled = net.encode_text(text_bytes(["a ball", "a bell"]))
-    with torch.no_grad():
-        return net.forward_teacher_forced(z, x, sigma, states, pooled, audio)
-
-
-def change_per_latent(a, b):
-    """Largest change of each latent of (B, C, L, h, w) -> list of L numbers."""
-    return (a - b).abs().amax((0, 1, 3, 4)).tolist()
-
-
-def test_a_fresh_audio_model_is_the_backbone_exactly():
-    """The output of new audio layers is zero (`init_weights`), until it is trained."""
-    net, a = small().double(), inputs()[2]
-    torch.nn.init.normal_(net.proj_out.weight)
-    assert torch.equal(velocities(net, a), velocities(net, None))
-    net = shaken(net)
-    assert max(change_per_latent(velocities(net, a), velocities(net, None))) > 1e-3
 
 
 def audio_layer(net, a, times):
@@ -334,17 +284,16 @@ def test_audio_beyond_the_window_of_a_latent_cannot_change_it():
 
 
 def test_the_temporal_window_is_open_at_its_radius_and_always_has_the_nearest_key():
-    """Syncphony eq. 7, Harmony eq. 5; the nearest key is for queries with nothing in reach."""
+    """Syncphony eq. 7, Harmony eq. 5, at the positions of Syncphony D.2.1: the mean of a latent's
+    steps is its own time. The nearest key is for queries with nothing in reach."""
     steps = networks.audio_positions(40, 5.)
+    assert torch.allclose(steps.view(8, 5).mean(1), torch.arange(8.), atol=1e-5)
     window = networks.temporal_window(torch.arange(8.), steps, 1.5)
     assert window.sum(1).tolist() == [10, 15, 15, 15, 15, 15, 15, 10]
     border = networks.temporal_window(torch.zeros(1), torch.tensor([-1.5, 0., 1.4999, 1.5]), 1.5)
     assert border.tolist() == [[False, True, True, False]]
     late = networks.temporal_window(torch.tensor([30.]), steps, 1.5)
     assert late.nonzero().tolist() == [[0, 39]]
-    # both keys at the same distance count, whatever rounding makes of it
-    tie = networks.temporal_window(torch.tensor([.5]), torch.tensor([0., 1. + 1e-7, 3.]), .1)
-    assert tie.tolist() == [[True, True, False]]
 
 
 def test_shifting_audio_and_video_together_changes_nothing_but_order_in_a_window_counts():
@@ -360,71 +309,70 @@ def test_shifting_audio_and_video_together_changes_nothing_but_order_in_a_window
     assert torch.allclose(audio_layer(net, swapped, [4]), audio_layer(net, a, [4]), atol=1e-12)
 
 
-def test_audio_positions_centre_the_steps_of_every_latent_on_it():
-    """Syncphony D.2.1, step 1: t_i = (i + 0.5)/alpha - 0.5, from any start."""
-    t = networks.audio_positions(48, 6.)
-    assert torch.allclose(t.view(8, 6).mean(1), torch.arange(8.), atol=1e-5)
-    assert torch.equal(networks.audio_positions(8, 6., start=40), t[40:])
-
-
 def test_the_teacher_forcing_mask_is_the_one_that_its_docstring_draws():
-    """With one token of text and one per latent; then with other contexts and first latents."""
+    """With one token of text and one per latent; then with a shorter context."""
     drawn = ["xx....",                  # text       keys: text, clean 0 1 2, noisy 1 2
              "xx....",                  # clean 0
              "xxx...",                  # clean 1
              "xxxx..",                  # clean 2
              "xx..x.",                  # noisy 1
              "xxx..x"]                  # noisy 2
-    mask = networks.teacher_forcing_mask(1, 3, 2, 1, 1, context=12)
+    mask = networks.teacher_forcing_mask(1, 3, 2, 1, context=12)
     assert ["".join(".x"[m] for m in row) for row in mask.tolist()] == drawn
-
-    short = networks.teacher_forcing_mask(1, 4, 1, 4, 1, context=1)
-    assert short[-1].tolist() == [True, True, False, False, True, True]      # 0, 3 and itself
-    from_0 = networks.teacher_forcing_mask(0, 2, 2, 0, 1, context=12)
-    assert from_0.tolist()[2:] == [[True, False, True, False], [True, False, False, True]]
-    pairs = networks.teacher_forcing_mask(0, 13, 12, 1, 4, context=12)
+    short = networks.teacher_forcing_mask(1, 5, 1, 1, context=1)
+    assert "".join(".x"[m] for m in short[-1]) == "xx..x.x"             # text, 0, 3 and itself
+    pairs = networks.teacher_forcing_mask(0, 13, 12, 4, context=12)
     assert pairs.sum() == 181 * 16, f"{pairs.sum() / 16} of 625 pairs of latents"
 
 
+def velocities(net, audio, *, z=None, x=None, sigma=None):
+    """One teacher-forced pass over `inputs`, parts of which may be replaced."""
+    clean, noisy, _ = inputs()
+    z, x = clean if z is None else z, noisy if x is None else x
+    sigma = torch.full((2, x.shape[2]), .37, dtype=z.dtype) if sigma is None else sigma
+    states, _, pooled = net.encode_text(text_bytes(["a ball", "a bell"]))
+    with torch.no_grad():
+        return net.forward_teacher_forced(z, x, sigma, states, pooled, audio)
+
+
+def kv_cache(net, z, audio=None, n_off_sync=0):
+    states, _, pooled = net.encode_text(text_bytes(["a ball", "a bell"]))
+    return networks.KVCache(net, z[:, :, :1], states, pooled, audio, n_off_sync)
+
+
 def test_one_pass_over_all_latents_equals_one_latent_at_a_time():
-    """`forward_teacher_forced`, cached `denoise_step` and its off-sync rows (Syncphony eq. 2).
+    """`forward_teacher_forced`, `KVCache` and its off-sync rows (Syncphony eq. 2).
 
     Latent 4 is the last one for which a context of 4 needs no rotated sink."""
     net = shaken(small(context=4))
     z, x, a = inputs()
-    states, _, pooled = net.encode_text(text_bytes(["a ball", "a bell"]))
     full, off_sync = velocities(net, a), velocities(net, None)
-    with torch.no_grad():
-        cache = net.prefill(z[:, :, :1], states, pooled, a, n_off_sync=2)
-        for l in range(1, 5):
-            noisy, sigma = x[:, :, l - 1:l], torch.full((2, 1), .37, dtype=x.dtype)
-            cached = net.denoise_step(cache, noisy, .37)
-            alone = net.forward_teacher_forced(z[:, :, :l], noisy, sigma, states, pooled, a, l)
-            net.append_latent(cache, z[:, :, l:l + 1])
-
-            for name, v, expected in (("cached", cached[:2], full), ("alone", alone, full),
-                                      ("off-sync", cached[2:], off_sync)):
-                difference = (v - expected[:, :, l - 1:l]).abs().max()
-                assert difference < 1e-10, f"latent {l}, {name}: {difference:.1e}"
-    assert max(change_per_latent(full, off_sync)) > 1e-3
+    cache = kv_cache(net, z, a, n_off_sync=2)
+    for l in range(1, 5):
+        noisy = x[:, :, l - 1:l]
+        cached = cache.denoise_step(noisy, .37)
+        alone = velocities(net, a, z=z[:, :, :l + 1], x=noisy)
+        cache.append(z[:, :, l:l + 1])
+        for name, v, expected in (("cached", cached[:2], full), ("alone", alone, full),
+                                  ("off-sync", cached[2:], off_sync)):
+            assert gap(v, expected[:, :, l - 1:l]) < 1e-10, f"latent {l}, {name}"
+    assert gap(full, off_sync) > 1e-3
 
 
 def test_the_cache_has_one_shape_and_finite_results_however_long_the_clip():
     """Fixed slots: the text, latent 0, a ring of `context` latents; a mask while it fills."""
     net = shaken(small(context=3))
     z, x, a = inputs(L=12, S=100)
-    states, _, pooled = net.encode_text(text_bytes(["a", "b"]))
-    cache = net.prefill(z[:, :, :1], states, pooled, a)
+    cache = kv_cache(net, z, a)
     shapes, audio_shapes, in_use = set(), set(), []
     for l in range(1, 12):
-        shapes |= {k.shape for k, _ in cache.kv}
+        shapes |= {kv.shape for kv in cache.kv}
         audio_shapes |= {k.shape for k, _ in cache.audio_kv}
-        in_use.append(int(cache.mask.sum()))
-        v = net.denoise_step(cache, x[:, :, l - 1:l], .5)
-        net.append_latent(cache, z[:, :, l:l + 1])
-        assert torch.isfinite(v).all(), f"latent {l}"
+        in_use.append(int(cache.cond.mask.sum()))
+        assert torch.isfinite(cache.denoise_step(x[:, :, l - 1:l], .5)).all(), f"latent {l}"
+        cache.append(z[:, :, l:l + 1])
     sink, n = 12 + 4, 4
-    assert shapes == {(2, 2, sink + 3 * n, 64)}
+    assert shapes == {(2, 2, 2, sink + 3 * n, 64)}
     assert len(audio_shapes) == 1, audio_shapes
     # keys in use: the sink, the filled slots and the noisy latent's own
     assert in_use == [sink + min(l, 3) * n + n for l in range(11)]
@@ -436,65 +384,45 @@ def test_beyond_the_ring_text_and_latent_0_keep_the_distance_that_training_had()
     One double block: deeper keys would depend on latents that have left the ring."""
     net = shaken(small(context=3, n_single=0, audio_dim=0))
     z, x, _ = inputs(L=12)
-    states, _, pooled = net.encode_text(text_bytes(["a", "b"]))
 
     def velocity_after(latents):
-        cache = net.prefill(z[:, :, :1], states, pooled)
+        cache = kv_cache(net, z)
         for l in latents:
-            net.append_latent(cache, z[:, :, l:l + 1])
-        return net.denoise_step(cache, x[:, :, :1], .5)
-    with torch.no_grad():
-        # at latent 4 the sink has moved once: the ring then is full, as after latent 9
-        difference = (velocity_after(range(1, 9)) - velocity_after((6, 7, 8))).abs().max()
-        other = (velocity_after((6, 7, 8)) - velocity_after((5, 7, 8))).abs().max()
-    assert difference < 1e-6, f"{difference:.1e}"
-    assert other > 1e-4, f"content of the ring: {other:.1e}"
+            cache.append(z[:, :, l:l + 1])
+        return cache.denoise_step(x[:, :, :1], .5)
+    # at latent 4 the sink has moved once: the ring then is full, as after latent 9
+    assert gap(velocity_after(range(1, 9)), velocity_after((6, 7, 8))) < 1e-6
+    assert gap(velocity_after((6, 7, 8)), velocity_after((5, 7, 8))) > 1e-4
 
 
-def test_a_latent_depends_on_clean_latents_before_it_and_on_its_own_noisy_copy_alone():
+@pytest.mark.parametrize("part, latents, changed", [
+    ("z", [3, 4], [False, False, False, True]), ("z", [0], [True] * 4),
+    ("x", [1], [False, True, False, False]), ("sigma", [2], [False, False, True, False])])
+def test_a_latent_depends_on_clean_latents_before_it_and_on_its_own_noisy_copy_alone(
+        part, latents, changed):
+    """Targets 1 to 4. Target 4 attends to clean latent 3; noisy latent 1 and its level are 2's."""
     net, (z, x, a) = shaken(small()), inputs()
-    before = velocities(net, a)
-
-    later = z.clone()
-    later[:, :, 3:] += 1
-    d = change_per_latent(velocities(net, a, z=later), before)
-    assert d[:3] == [0, 0, 0], d                # targets 1, 2, 3
-    assert d[3] > 0, d                          # target 4 attends to clean latent 3
-
-    other = x.clone()
-    other[:, :, 1] += 1
-    d = change_per_latent(velocities(net, a, x=other), before)
-    assert [change > 0 for change in d] == [False, True, False, False], d
-
-    first = z.clone()
-    first[:, :, 0] += 1
-    d = change_per_latent(velocities(net, a, z=first), before)
-    assert min(d) > 0, d
-
-
-def test_the_noise_level_of_one_latent_changes_that_latent_only():
-    net, a = shaken(small()), inputs()[2]
-    sigma = torch.full((2, 4), .37, dtype=torch.float64)
-    sigma[:, 2] += .1
-    d = change_per_latent(velocities(net, a, sigma=sigma), velocities(net, a))
-    assert [change > 0 for change in d] == [False, False, True, False], d
+    given = dict(z=z, x=x, sigma=torch.full((2, 4), .37, dtype=z.dtype))
+    moved = given[part].clone()
+    moved.movedim(1 if part == "sigma" else 2, 0)[latents] += .1
+    change = velocities(net, a, **given | {part: moved}) - velocities(net, a)
+    assert (change.abs().amax((0, 1, 3, 4)) > 0).tolist() == changed
 
 
 def test_silence_is_not_the_absence_of_audio_layers():
     """Syncphony appendix B.1: silence is a condition of its own."""
     net = shaken(small())
     silence = net.encode_audio(torch.full((2, 90, 64), -1.9).double())       # log-mel of zeros
-    assert max(change_per_latent(velocities(net, silence), velocities(net, None))) > 1e-3
+    assert gap(velocities(net, silence), velocities(net, None)) > 1e-3
 
 
 def test_attention_on_a_cpu_equals_the_fused_kernel_with_and_without_gradients():
-    q, k, v = torch.randn(3, 2, 3, 10, 16).double()
+    q, k, v = normal(3, 2, 3, 10, 16)
     mask = (torch.rand(10, 10) > .3) | torch.eye(10).bool()
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
     fused = fused.transpose(1, 2).flatten(2)
     assert torch.allclose(networks.attention(q, k, v, mask), fused)
-    q.requires_grad_()
-    assert torch.allclose(networks.attention(q, k, v, mask), fused)
+    assert torch.allclose(networks.attention(q.requires_grad_(), k, v, mask), fused)
 
 
 # ------------------------------------------------------------ pyramid.py: the published backbone
@@ -521,8 +449,8 @@ def little_flux(**changes):
     return shaken(MMDiT(MMDiTConfig(**sizes | changes))).float()
 
 
-def flux_inputs(audio_dim=None, dtype=torch.float32):
-    """Two coarse clips of history and the noisy one; timestep, text, mask, pooled; audio."""
+def flux_velocity(net, audio=None, *settings, dtype=torch.float32):
+    """`staged_velocity` of two coarse clips of history and the noisy one, and of padded text."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -530,7 +458,9 @@ def flux_inputs(audio_dim=None, dtype=torch.float32):
     clips = [randn(2, 4, L, side, side) for L, side in ((2, 2), (1, 4), (1, 8))]
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     text = (randn(2, 4, 12), mask, randn(2, 8))
-    return clips, torch.full((2,), 612., dtype=dtype), *text, audio_dim and randn(2, 70, audio_dim)
+    timestep = torch.full((2,), 612., dtype=dtype)
+    with torch.no_grad():
+        return pyramid.staged_velocity(net, clips, timestep, *text, audio, *settings)
 
 
 @pytest.mark.parametrize("name", ["transformer", "vae"])
@@ -539,9 +469,7 @@ def test_every_published_tensor_has_its_name_and_shape(name):
     with torch.device("meta"):
         net = MMDiT(MMDiTConfig()) if name == "transformer" else CausalVideoVAE(VAEConfig())
     tensors = {f"{key} {tuple(value.shape)}" for key, value in net.state_dict().items()}
-    published = {line.decode() for line in golden("published_keys")[name]}
-    assert tensors - published == set(), "not in the published file"
-    assert published - tensors == set(), "no place for these published tensors"
+    assert tensors == {line.decode() for line in golden("published_keys")[name]}
 
 
 @pytest.mark.parametrize("suffixes", [
@@ -557,7 +485,7 @@ def test_published_folders_load_in_every_layout(suffixes, tmp_path):
         for k, suffix in enumerate(suffixes):
             shard = {key: state[key] for key in list(state)[k::len(suffixes)]}
             save_file(shard, folder / WEIGHTS_FILE.replace(".bin", suffix))
-    assert torch.equal(load_pyramid_flow(folder)(*flux_inputs()), net(*flux_inputs()))
+    assert torch.equal(flux_velocity(load_pyramid_flow(folder)), flux_velocity(net))
 
 
 def test_a_published_vae_loads_from_a_training_checkpoint_too(tmp_path):
@@ -573,83 +501,68 @@ def test_a_published_vae_loads_from_a_training_checkpoint_too(tmp_path):
     assert torch.equal(load_pyramid_vae(tmp_path).encode(video)[0], vae.encode(video)[0])
 
 
-def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
-    """Names and shapes, an incomplete file, another network, an incomplete folder."""
+def test_a_folder_that_cannot_be_loaded_is_named_in_one_line(tmp_path, monkeypatch):
+    """Other tensors, damaged or missing files, another network, packages that are not installed."""
     folder = published_folder(tmp_path / "flux", little_flux())
-    state = torch.load(folder / WEIGHTS_FILE, weights_only=True)
+    path = folder / WEIGHTS_FILE
+    state = torch.load(path, weights_only=True)
 
-    def assert_refused(*texts, path=folder):
+    def assert_refused(*texts, load=load_pyramid_flow, folder=folder):
         with pytest.raises(data.BadInput) as caught:
-            load_pyramid_flow(path)
+            load(folder)
         message = str(caught.value)
         assert "\n" not in message and all(text in message for text in texts), message
-    state["x_embedder.odd"] = state.pop("x_embedder.bias")
-    state["proj_out.bias"] = state["proj_out.bias"][:1]
-    torch.save(state, folder / WEIGHTS_FILE)
-    assert_refused("1 missing: x_embedder.bias", "1 unexpected: x_embedder.odd",
-                   "1 of another shape: proj_out.bias (1,), not (16,)")
-    complete = (folder / WEIGHTS_FILE).read_bytes()
-    for size in (0, 100, len(complete) - 4):
-        (folder / WEIGHTS_FILE).write_bytes(complete[:size])
+    complete = path.read_bytes()
+    for size in (0, len(complete) - 4):
+        path.write_bytes(complete[:size])
         assert_refused("not a complete file")
-    (folder / WEIGHTS_FILE).unlink()
+    state["x_embedder.odd"] = state.pop("x_embedder.bias")
+    torch.save(state, path)
+    assert_refused("does not fit this network", "x_embedder.bias")
+    path.rename(path.with_suffix(".safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert_refused("pip install safetensors")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert_refused("pip install transformers", load=lambda name: pyramid.load_hubert(name, "cpu"))
+    path.with_suffix(".safetensors").unlink()
     assert_refused("diffusion_pytorch_model.safetensors is missing")
-    torch.save({}, folder / WEIGHTS_FILE)
     (folder / "config.json").write_text("{}")
     assert_refused("no 'num_layers'", "SD3")
-    assert_refused("no config.json", path=tmp_path / "nowhere")
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    """safetensors and transformers are extras: `pip install` is the answer."""
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(data.BadInput, match="pip install safetensors"):
-        load_pyramid_flow(tmp_path)
-    with pytest.raises(data.BadInput, match="pip install transformers"):
-        pyramid.load_hubert("x", torch.device("cpu"))
+    assert_refused("no config.json", folder=tmp_path / "nowhere")
 
 
 def test_new_audio_layers_leave_the_published_model_as_it_was(tmp_path):
-    """Syncphony section 3.4: audio layers are added to a trained backbone."""
+    """Syncphony section 3.4: audio layers are added to a trained backbone, with a zero output."""
     folder = published_folder(tmp_path / "flux", little_flux())
-    *without, audio = flux_inputs(audio_dim=6)
-    published = load_pyramid_flow(folder)(*without)
+    audio = torch.randn(2, 70, 6)
+    published = flux_velocity(load_pyramid_flow(folder))
     net = load_pyramid_flow(folder, audio_dim=6)
-    assert torch.equal(net(*without, audio), published)
+    assert torch.equal(flux_velocity(net, audio), published)
     for block in net.single_transformer_blocks:
         torch.nn.init.normal_(block.audio.to_out.weight)
-    assert not torch.allclose(net(*without, audio), published)
-    assert torch.equal(net(*without), published)
+    with_audio = flux_velocity(net, audio)
+    assert gap(with_audio, published) > 1e-3
     # Guidance: two rows with audio, then the same two without, in one batch.
-    both = net(*without, audio, 2)
-    assert_close("audio rows", both[:2].detach(), net(*without, audio).detach(), 1e-5)
-    assert_close("off-sync rows", both[2:].detach(), published.detach(), 1e-5)
+    both = flux_velocity(net, audio, 2)
+    assert_close("audio rows", both[:2], with_audio, 1e-5)
+    assert_close("off-sync rows", both[2:], published, 1e-5)
 
 
 # ----------------------------------------------------------------- pyramid.py: the staged path
 
-@pytest.mark.parametrize("shift", [1., 3.])
-def test_stages_and_grids_are_those_of_pyramid_flows_scheduler(shift):
-    """PyramidFlowMatchEulerDiscreteScheduler, commit 3040d71; shift 1 is the published one. The
-    factors of the jump are those of pyramid_dit_for_video_gen_pipeline.py."""
+def test_stages_and_grids_are_those_of_pyramid_flows_scheduler():
+    """PyramidFlowMatchEulerDiscreteScheduler, commit 3040d71. The factors of the jump are those of
+    pyramid_dit_for_video_gen_pipeline.py."""
     g = golden("scheduler")
-    stages = pyramid.make_stages(3, shift)
-    prefix = "stage/" if shift == 1 else "shift3/"
-    assert_close("starts", [stage.start for stage in stages], g[f"{prefix}start_sigma"], 1e-6)
-    assert_close("ends", [stage.end for stage in stages], g[f"{prefix}end_sigma"], 1e-6)
-    prefix = prefix.removeprefix("stage/")
-    for n in (10, 20, 30) if shift == 1 else (20,):
-        for stage in stages:
-            times, sigmas = pyramid.sampling_grid(stage, n)
-            key = f"infer/{n}/timesteps/{stage.level}"
-            assert_close(key, times, g[prefix + key], 1e-4)
-            assert_close(key, sigmas, g[f"infer/{n}/sigmas/{stage.level}"], 1e-9)
-    if shift == 1:
-        assert_close("alpha", [stage.alpha for stage in stages], g["renoise/alpha"], 1e-7)
-        assert_close("beta", [stage.beta for stage in stages], g["renoise/beta"], 1e-7)
+    stages = pyramid.make_stages()
+    for field, key, tolerance in (("start", "stage/start_sigma", 1e-6),
+                                  ("end", "stage/end_sigma", 1e-6),
+                                  ("alpha", "renoise/alpha", 1e-7), ("beta", "renoise/beta", 1e-7)):
+        assert_close(field, [getattr(stage, field) for stage in stages], g[key], tolerance)
+    for n, stage in product((10, 20, 30), stages):
+        times, sigmas = pyramid.sampling_grid(stage, n)
+        assert_close("times", times, g[f"infer/{n}/timesteps/{stage.level}"], 1e-4)
+        assert_close("sigmas", sigmas, g[f"infer/{n}/sigmas/{stage.level}"], 1e-9)
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -675,14 +588,6 @@ def test_a_jump_leads_from_the_end_of_a_stage_to_the_start_of_the_next(level):
         assert abs(((x - signal) * signal).mean()) < .01, f"{name}: noise depends on the signal"
 
 
-def test_the_first_stage_starts_at_noise_and_the_last_ends_at_the_latent():
-    z = pyramid.latent_pyramid(torch.randn(1, 4, 1, 16, 16))
-    eps = pyramid.noise_pyramid(torch.randn(1, 4, 1, 16, 16))
-    first, _, last = pyramid.make_stages()
-    assert_close("start", pyramid.stage_endpoints(z, eps, first)[0], eps[0], 0)
-    assert_close("end", pyramid.stage_endpoints(z, eps, last)[1], z[2], 0)
-
-
 @pytest.mark.parametrize("n_past, level, clips", [
     (5, 2, [([0, 1, 2], 2), ([3], 4), ([4], 8)]), (5, 1, [([0, 1, 2, 3], 2), ([4], 4)]),
     (5, 0, [([0, 1, 2, 3], 2), ([4], 2)]), (2, 2, [([0], 4), ([1], 8)]), (1, 2, [([0], 8)]),
@@ -695,27 +600,28 @@ def test_the_last_latent_of_the_history_is_sharp_and_earlier_ones_coarser(n_past
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_the_sampler_agrees_with_pyramid_flow_number_for_number(kind):
+def test_the_sampler_agrees_with_pyramid_flow_number_for_number(kind, monkeypatch):
     """generate and generate_i2v, commit 3040d71, run with an analytic function as the network. It
     mixes all of its arguments, so that a wrong one in any call shows in the result."""
     g = {key.removeprefix(f"{kind}/"): value for key, value in golden("sampler_toy").items()}
 
-    def analytic_network(clips, t, text, mask, pooled, audio, n_off_sync, latents_dropped):
+    def analytic_velocity(model, clips, t, text, mask, pooled, audio, n_off_sync, latents_dropped):
         text_mean = (text * mask[..., None]).sum((1, 2)) / mask.sum(1) / text.shape[2]
         condition = .2 * t / 1000 + .5 * pooled.mean(1) + .25 * text_mean
         v = .3 * clips[-1] + condition.view(-1, 1, 1, 1, 1)
         for j, clip in enumerate(clips[:-1]):
             v = v + .1 * (j + 1) * clip.mean((2, 3, 4), keepdim=True)
         return v
+    monkeypatch.setattr(pyramid, "staged_velocity", analytic_velocity)
     # The original puts the negative prompt first, `with_guidance` the prompt.
     conditions = [torch.tensor(g[f"in/{key}"]).flip(0) for key in ("text", "text_mask", "pooled")]
-    network = pyramid.with_guidance(analytic_network, *conditions)
     noise = torch.tensor(g["in/init_noise_fullres"])
     stored = iter([torch.tensor(g[key]) for key in sorted(g) if key.startswith("in/block_noise/")])
 
     def sample(z0, n_latents, noise, steps, cfg):
+        network = pyramid.with_guidance(None, *conditions, cfg=cfg)
         return list(pyramid.sample_pyramid(
-            network, z0, n_latents, noise, steps, cfg, jump=lambda shape: next(stored)))
+            network, z0, n_latents, noise, steps, jump=lambda shape: next(stored)))
     # The published scales are 1 + cfg: 7 for a generated latent 0, then 5; 4 with a given one.
     if kind == "t2v":
         z0, = sample(None, 1, noise, (3, 4, 3), 6.)
@@ -732,7 +638,7 @@ def test_the_sampler_drops_old_latents_but_not_the_first_and_the_audio_stays_in_
     the audio: the same as k-1 dropped and audio that begins one latent later."""
     calls = []
 
-    def network(clips, timestep, text_scale, latents_dropped):
+    def network(clips, timestep, latents_dropped):
         calls.append((sum(clip.shape[2] for clip in clips), latents_dropped))
         return torch.zeros_like(clips[-1])
     noise = torch.randn(1, 2, 11, 8, 8)
@@ -741,11 +647,11 @@ def test_the_sampler_drops_old_latents_but_not_the_first_and_the_audio_stays_in_
     assert max(n for n, _ in calls) == 6, "more than the first, the last four and the noisy one"
     assert calls[-1] == (6, 6), "latent 11 follows the first and latents 7 to 10"
 
-    net = little_flux(alpha=8., audio_dim=6).double()
-    *inputs, audio = flux_inputs(6, torch.float64)
-    three_dropped = net(*inputs, audio, 0, 3)
-    assert torch.allclose(three_dropped, net(*inputs, audio[:, 8:], 0, 2))
-    assert not torch.allclose(three_dropped, net(*inputs, audio), atol=1e-3)
+    net, audio = little_flux(alpha=8., audio_dim=6).double(), normal(2, 70, 6)
+    three_dropped = flux_velocity(net, audio, 0, 3, dtype=torch.float64)
+    two_dropped = flux_velocity(net, audio[:, 8:], 0, 2, dtype=torch.float64)
+    assert torch.allclose(three_dropped, two_dropped)
+    assert gap(three_dropped, flux_velocity(net, audio, dtype=torch.float64)) > 1e-3
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -754,7 +660,7 @@ def test_training_draws_a_noise_level_and_its_timestep_from_the_published_grid(l
     g = golden("scheduler")
     stage = pyramid.make_stages()[level]
     z_levels = pyramid.latent_pyramid(torch.zeros(99, 1, 2, 8, 8))
-    clips, timestep, v = pyramid.draw_stage_sample(z_levels, 1, stage, 1 / 3, generators(99))
+    clips, timestep, v = pyramid.draw_stage_sample(z_levels, 1, stage, generators(99))
     # Of a latent of zeros: noisy = (end + sigma (start - end)) eps, v = (start - end) eps.
     ratio = (clips[-1] * v).flatten(1).sum(1) / v.square().flatten(1).sum(1)
     sigma = ratio - stage.end / (stage.start - stage.end)
@@ -766,32 +672,27 @@ def test_training_draws_a_noise_level_and_its_timestep_from_the_published_grid(l
     assert_close("history", clips[0].square().mean(), 1 / 27, .015)
 
 
-def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch():
+@pytest.mark.parametrize("latent", [1, 7, 12])
+def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch(latent, monkeypatch):
     """Pyramid Flow's training batch: stages 1 : 2 : 1, late fine latents with early coarse ones."""
     calls = []
 
-    class Net:
-        def encode_text(self, text_inputs):
-            return torch.zeros(8, 2, 3), torch.ones(8, 2), torch.zeros(8, 3)
-
-        def encode_audio(self, audio_inputs):
-            return audio_inputs
-
-        def __call__(self, clips, timestep, text, mask, pooled, audio):
-            n_past = sum(clip.shape[2] for clip in clips) - 1
-            calls.append((clips[-1].shape[-1], len(timestep), n_past))
-            return torch.zeros_like(clips[-1])
+    def zero_velocity(model, clips, timestep, text, mask, pooled, audio):
+        n_past = sum(clip.shape[2] for clip in clips) - 1
+        calls.append((clips[-1].shape[-1], len(timestep), n_past))
+        return torch.zeros_like(clips[-1])
+    monkeypatch.setattr(pyramid, "staged_velocity", zero_velocity)
+    text = torch.zeros(8, 2, 3), torch.ones(8, 2), torch.zeros(8, 3)
+    net = SimpleNamespace(encode_text=lambda x: text, encode_audio=lambda x: x)
     z, audio = torch.randn(8, 2, 13, 8, 8), torch.zeros(8, 4, 3)
-    for latent in range(1, 13):
-        calls.clear()
-        weighted, plain = (pyramid.pyramid_loss(
-            Net(), z, None, audio, range(8), generators(8, latent), latent, False, lambda_motion)
-            for lambda_motion in (1., 0.))
-        assert calls[:3] == [(2, 2, 13 - latent), (4, 4, 13 - latent), (8, 2, latent)]
-        # Each of the eight clips counts the same. Eq. 1 weighs moving parts more.
-        mean = (torch.tensor([2, 4, 2]) * plain[1]).sum() / 8
-        assert_close("loss without weight", plain[0], mean, 1e-6)
-        assert weighted[0] > 1.1 * plain[0], f"latent {latent}: {weighted[0]}, {plain[0]}"
+    weighted, plain = (pyramid.pyramid_loss(
+        net, z, None, audio, range(8), generators(8), latent, lambda_motion=lambda_motion)
+        for lambda_motion in (1., 0.))
+    assert calls[:3] == [(2, 2, 13 - latent), (4, 4, 13 - latent), (8, 2, latent)]
+    # Each of the eight clips counts the same. Eq. 1 weighs moving parts more.
+    mean = (torch.tensor([2, 4, 2]) * plain[1]).sum() / 8
+    assert_close("loss without weight", plain[0], mean, 1e-6)
+    assert weighted[0] > 1.1 * plain[0]
 
 
 # ---------------------------------------------------------------------------- vae.py
@@ -1238,7 +1139,8 @@ def test_syncphony_guidance_is_one_batch_and_equation_6(asg, cfg, double, single
             for s in (1, .5):
                 sigma = torch.full((1, 1), s, dtype=torch.float64)
                 full, off_sync, no_text = (
-                    net.forward_teacher_forced(clean, x, sigma, *states[::2], features, start=l)
+                    net.forward_teacher_forced(torch.cat([clean, x], 2), x, sigma, *states[::2],
+                                               features)
                     for states, features in ((text, audio), (text, None), (null, audio)))
                 x = x - .5 * (full + asg * (full - off_sync) + cfg * (full - no_text))
             assert gap(x, latents[l - 1]) < 1e-8, l
@@ -2016,12 +1918,10 @@ def pyramid_flow(tmp_path_factory):
     weights = vae_of(PUBLISHED_KIND | dict(layers=(1, 1))).float().state_dict()
     torch.save(weights, vae / WEIGHTS_FILE)
 
-    def text_states(folder, captions, device):
-        """States (n, 128, 12), mask (n, 128), pooled (n, 8): of every caption the same."""
-        n = len(captions)
-        states = np.random.default_rng(0).standard_normal((1, 128, 12)).astype(np.float16)
-        mask = (np.arange(128) < 5).astype(np.float32)
-        return states.repeat(n, 0), np.tile(mask, (n, 1)), np.ones((n, 8), np.float32)
+    def encode_prompts(folder, prompts, device):
+        """States (128, 12), mask (128,), pooled (8,): of every prompt the same."""
+        states = torch.randn(128, 12, generator=torch.Generator().manual_seed(0)).half()
+        return dict.fromkeys(prompts, (states, torch.arange(128) < 5, torch.ones(8)))
 
     def load_hubert(name, device):
         """Six equal features at 50 Hz: the mean loudness."""
@@ -2035,7 +1935,7 @@ def pyramid_flow(tmp_path_factory):
         clip = toybox.toybox_clip(i, 64, kind="lamp")
         data.write_video(path, clip["video"], clip["audio"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pyramid, "t5_clip_states", text_states)
+        patch.setattr(pyramid, "encode_prompts", encode_prompts)
         patch.setattr(pyramid, "load_hubert", load_hubert)
         yield folder, ["--pretrained", folder, "--hubert", "any", "--data", tmp_path / "clips",
                        "--data-root", tmp_path / "data", "--resolution", 64, "--lr", .01,

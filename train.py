@@ -442,7 +442,7 @@ class A2V:
             # Caption -> its T5 and CLIP states, which are kept beside the caches.
             self.prompts = {}
             for split in (self.cache, self.test):
-                self.prompts |= pyramid.cached_text_states(
+                self.prompts |= pyramid.cached_prompts(
                     split["folder"], split["captions"], args.pretrained, device)
             self.net = self.from_pyramid_flow()
             self.columns = ("stage 0", "stage 1", "stage 2")
@@ -504,9 +504,7 @@ class A2V:
         if rngs:
             captions = drop_text(captions, rngs, self.args.drop_text)
         if self.args.pretrained:
-            # States, mask and pooled state of every caption -> one tensor of each.
-            states = zip(*[self.prompts[c] for c in captions])
-            text = tuple(torch.stack(column).to(self.device) for column in states)
+            text = pyramid.stack_prompts(self.prompts, captions, self.device)
         else:
             text = networks.text_bytes(captions).to(self.device)
         audio = data.gather(cache, "features" if self.args.pretrained else "mels", index)
