@@ -2761,7 +2761,7 @@ def towers_on_disk(toy, tmp_path_factory):
 
 def test_the_first_stage_learns_from_single_pictures_beside_the_clips():
     """--pictures 4: the first latents of four clips beside every sample, with their captions."""
-    task = train.SyncFlow.__new__(train.SyncFlow)
+    task = train.TwoTowers.__new__(train.TwoTowers)
     task.args = SimpleNamespace(pictures=4, drop_text=0.)
     task.device = "cpu"
     task.vae = SimpleNamespace(normalise=lambda z: z)
@@ -3145,7 +3145,7 @@ def test_references_are_one_to_three_seconds_of_the_clip_itself_or_of_another_wi
     """Harmony section 2: windows 0 and 1 of the clip overlap, window 2 does not."""
     S = 300                                                           # audio latents: six seconds
     features = np.arange(3 * S, dtype=np.float32).reshape(3, S, 1)    # each names its window
-    task = train.Harmony.__new__(train.Harmony)
+    task = train.TwoTowers.__new__(train.TwoTowers)
     vars(task).update(
         device="cpu", hertz=50, audio_vae=SimpleNamespace(normalise=lambda z: z),
         args=SimpleNamespace(stage=stage, drop_text=0.), windows_of_clip={0: [0, 1, 2]},

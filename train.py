@@ -9,15 +9,7 @@
     python train.py --task joint --help                     the settings of one task
     torchrun --nproc_per_node=2 train.py --task a2v         several processes, the same result
 
-**A task** is a class, of which the loop uses
-
-    net                             the network; net.cfg, a dataclass, is its configuration
-    columns                         names of what is reported beside the loss
-    batch(step, rows)               -> the inputs of the loss, a dict
-    loss(net, generators, **batch)  -> loss, report (len(columns),)
-    held_out(n)                     -> clips to evaluate on
-    evaluate(clips)                 -> Evaluation of the network as it is
-    extra                           what a checkpoint says besides: VAEs, guidance, stage
+**A task** is a class (`Task`): a network, the inputs of its loss, the loss, an evaluation.
 
 **Exact resume.** Samples form an endless stream, cut into steps, processes and micro-batches:
 
@@ -360,6 +352,12 @@ def open_caches(args, vae, device, autocast, **audio):
     return caches if len(caches) == 2 else (caches[0], None)
 
 
+def check_latents(flag, vae, expected, args):
+    if vae.cfg.latent != expected:
+        raise BadInput(f"--{flag}: makes latents of {vae.cfg.latent} channels, --size {args.size} "
+                       f"takes {expected}")
+
+
 def step_rng(args, stream, number):
     """numpy generator of one stream (see STREAMS) of a step or of a sample."""
     return np.random.default_rng([args.seed, STREAMS[stream], number])
@@ -390,22 +388,6 @@ def drop_text(captions, rngs, share):
     return ["" if rng.random() < share else c for c, rng in zip(captions, rngs)]
 
 
-def held_out_clips(test, n, resolution, video=True):
-    """n clips to evaluate on: windows of a test split, evenly chosen, or of the toybox (test is
-    None) clips of seeds that no training draws: those of `cyclesync.py --seed 100`."""
-    if test is None:
-        return [toybox_clip(HELD_OUT + 10 ** 6 + i, resolution, video=video) for i in range(n)]
-    clips = []
-    for i in np.unique(np.linspace(0, len(test["at"]) - 1, n).astype(int)):
-        row = {name: data.gather(test, name, [i])[0] for name in test["arrays"]}
-        # A cache that was prepared without an audio encoder has no features.
-        clips.append(dict(
-            number=i, video=row["videos"].numpy(), audio=row["sounds"].float().numpy(),
-            caption=test["captions"][i], z_v=row["latents"][None, 0].float(),
-            z_a=row["features"].float().T[None] if "features" in row else None))
-    return clips
-
-
 def video_figures(videos, clips):
     """Events of toybox videos against those of their clips -> figures, score.
 
@@ -422,16 +404,50 @@ def onset_f1(sounds, truth):
     return event_scores(truth, [onsets_in_sound(w) for w in sounds])["f1_50"]
 
 
-# ---------------------------------------------------------------------------------------- Syncphony
+class Task:
+    """What the loop uses of every task, beside
 
-class A2V:
-    """Latents, sounds and captions -> velocity loss. From scratch every latent of a clip is a
-    target (`syncphony_loss`); on top of Pyramid Flow one latent, at one of three resolutions."""
+    net                             the network; net.cfg, a dataclass, is its configuration
+    columns                         names of what is reported beside the loss
+    batch(step, rows)               -> the inputs of the loss, a dict
+    loss(net, generators, **batch)  -> loss, report (len(columns),)
+    evaluate(clips)                 -> Evaluation of the network as it is"""
+
+    extra = {}              # what a checkpoint says besides: VAEs, guidance, stage
+    test = None             # cache of test clips; the toybox has none
 
     def __init__(self, args, device, autocast):
         self.args = args
         self.device = device
         self.autocast = autocast
+
+    def held_out(self, n):
+        """n clips to evaluate on: windows of the test split, evenly chosen, or toybox clips of
+        seeds that no training draws: those of `cyclesync.py --seed 100`."""
+        test = self.test
+        if test is None:
+            size = getattr(self.args, "resolution", None)
+            return [toybox_clip(HELD_OUT + 10 ** 6 + i, size, video=size is not None)
+                    for i in range(n)]
+        clips = []
+        for i in np.unique(np.linspace(0, len(test["at"]) - 1, n).astype(int)):
+            row = {name: data.gather(test, name, [i])[0] for name in test["arrays"]}
+            # A cache that was prepared without an audio encoder has no features.
+            clips.append(dict(
+                number=i, video=row["videos"].numpy(), audio=row["sounds"].float().numpy(),
+                caption=test["captions"][i], z_v=row["latents"][None, 0].float(),
+                z_a=row["features"].float().T[None] if "features" in row else None))
+        return clips
+
+
+# ---------------------------------------------------------------------------------------- Syncphony
+
+class A2V(Task):
+    """Latents, sounds and captions -> velocity loss. From scratch every latent of a clip is a
+    target (`syncphony_loss`); on top of Pyramid Flow one latent, at one of three resolutions."""
+
+    def __init__(self, args, device, autocast):
+        super().__init__(args, device, autocast)
         # Latents of all clips, coded by the VAE and cached, and beside them what is needed of sound
         # and text: mels and bytes from scratch, else HuBERT's features and T5's and CLIP's states.
         folder = Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae
@@ -458,9 +474,7 @@ class A2V:
         alpha = data.MEL_RATE / 2 * self.vae.stride_t / data.FPS
         config = networks.MMDiTConfig(**networks.SIZES[self.args.size] | dict(
             alpha=alpha, audio_rope=not self.args.no_audio_rope))
-        if config.latent != self.vae.cfg.latent:
-            raise BadInput(f"--vae {self.args.vae}: makes latents of {self.vae.cfg.latent} "
-                           f"channels, --size {self.args.size} takes {config.latent}")
+        check_latents("vae", self.vae, config.latent, self.args)
         return networks.MMDiT(config)
 
     def from_pyramid_flow(self):
@@ -519,9 +533,6 @@ class A2V:
         return syncphony_loss(net, z, text, audio, generators, skip_audio, args.lambda_motion,
                               args.sigma, args.shift)
 
-    def held_out(self, n):
-        return held_out_clips(self.test, n, self.args.resolution)
-
     def evaluate(self, clips):
         """Toybox: events of generated videos. Real clips: the loss on windows of the test split."""
         # Of real clips eight videos are shown; at the published size they would take hours.
@@ -547,19 +558,16 @@ class A2V:
 
 # --------------------------------------------------------------------------------- the autoencoders
 
-class VideoVAE:
+class VideoVAE(Task):
     """Frames of toybox clips -> their reconstruction. Every sample is a new clip."""
 
     columns = ("error", "nats per latent")
-    extra = {}
 
     def __init__(self, args, device, autocast):
         if args.data != "toybox":
             raise BadInput(f"--data {args.data}: the VAE is trained on the toybox only; "
                            "leave --data out")
-        self.args = args
-        self.device = device
-        self.autocast = autocast
+        super().__init__(args, device, autocast)
         config = autoencoders.VAEConfig(**autoencoders.TOYBOX_VAE)
         self.net = autoencoders.CausalVideoVAE(config)
 
@@ -579,9 +587,6 @@ class VideoVAE:
         loss, error, rate = autoencoders.video_vae_loss(net, source, target, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
-    def held_out(self, n):
-        return held_out_clips(None, n, self.args.resolution)
-
     def evaluate(self, clips):
         videos = reconstruct(self.net, clips, self.autocast)
         return Evaluation(*video_figures(videos, clips), videos)
@@ -598,16 +603,12 @@ class VideoVAE:
             setattr(self.net.cfg, f"scale_{name}", 1 / part.std().item())
 
 
-class AudioVAE:
+class AudioVAE(Task):
     """Sounds of one second -> reconstruction of the waveform (audio-vae) or of its log-mel spectrum
     (mel-vae). From the toybox every sound is a new one; recordings are read as they are."""
 
-    extra = {}
-
     def __init__(self, args, device, autocast):
-        self.args = args
-        self.device = device
-        self.autocast = autocast
+        super().__init__(args, device, autocast)
         front = "mel" if args.task == "mel-vae" else "waveform"
         config = autoencoders.AudioVAEConfig(**autoencoders.AUDIO_VAE_SIZES[front][args.size])
         self.columns = ("error", "nats per latent")
@@ -650,7 +651,7 @@ class AudioVAE:
         if self.args.data != "toybox":
             # Sample ids that no training reaches.
             return [dict(audio=self.second(10 ** 12 + i, "test")) for i in range(n)]
-        return held_out_clips(None, n, 64, video=False)
+        return super().held_out(n)
 
     def evaluate(self, clips):
         sounds = []
@@ -681,32 +682,46 @@ class AudioVAE:
 
 # ----------------------------------------------------------------------------- SyncFlow and Harmony
 
-class TwoTowers:
-    """What SyncFlow and Harmony have in common: VAEs, cache, stages, still pictures, evaluation."""
+class TwoTowers(Task):
+    """SyncFlow (t2av): text -> video and sound on one noise level; audio attends to the features of
+    the video tower. Harmony (joint): either stream may be given as well; the network takes one
+    noise level per stream, the same sigma where both are noisy, 0 for a stream that is given."""
 
-    def __init__(self, args, device, autocast, sizes, variations=1, **switches):
-        self.args = args
-        self.device = device
-        self.autocast = autocast
+    def __init__(self, args, device, autocast):
+        super().__init__(args, device, autocast)
+        self.harmony = args.task == "joint"
         self.trains = STAGES[args.task][args.stage][2]
         self.vae = load_vae(args.vae, device)
         self.audio_vae = load_vae(args.audio_vae, device, "audio-vae or mel-vae")
         # Audio latents per video latent: the VAEs say how long each of them is.
         self.hertz = self.audio_vae.cfg.rate / self.audio_vae.hop
         alpha = self.hertz * self.vae.stride_t / data.FPS
-        config = towers.DualTowerConfig(**sizes[args.size] | dict(alpha=alpha) | switches)
-        for flag, vae, expected in (("vae", self.vae, config.latent),
-                                    ("audio-vae", self.audio_vae, config.audio_latent)):
-            if vae.cfg.latent != expected:
-                raise BadInput(f"--{flag}: makes latents of {vae.cfg.latent} channels, --size "
-                               f"{args.size} takes {expected}")
+        if self.harmony:
+            self.columns = ("video", "audio", "audio-driven video", "video-driven audio")
+            guidance = GUIDANCE["joint"] | dict(shift=args.shift)
+            # While training nothing is guided.
+            self.sampling = dict(cfg=1., sync_video=1, sync_audio=1, shift=args.shift)
+            config = towers.HARMONY[args.size] | dict(
+                rope_align=not args.no_rope_align, use_gldi=not args.no_gldi)
+        else:
+            self.columns = ("video", "audio")
+            guidance = self.sampling = GUIDANCE["t2av"]
+            config = towers.SYNCFLOW[args.size] | dict(
+                adaptor=not args.no_adaptor, audio_only=args.no_video)
+        config = towers.DualTowerConfig(**config | dict(alpha=alpha))
+        check_latents("vae", self.vae, config.latent, args)
+        check_latents("audio-vae", self.audio_vae, config.audio_latent, args)
         self.cache, self.test = open_caches(
             args, self.vae, device, autocast, audio_encoder=self.encode_waveform,
-            audio_tag=fingerprint(self.audio_vae), variations=variations)
+            audio_tag=fingerprint(self.audio_vae), variations=2 if self.harmony else 1)
+        # Window of the cache -> all windows of its clip, among which references are chosen.
+        self.windows_of_clip = {}
+        for windows in self.cache["clips"]:
+            self.windows_of_clip.update(dict.fromkeys(windows, windows))
         self.net = towers.DualTower(config)
         self.start_stage()
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), stage=args.stage,
-                          audio_vae=fingerprint(self.audio_vae), guidance=self.guidance)
+                          audio_vae=fingerprint(self.audio_vae), guidance=guidance)
 
     def start_stage(self):
         """Weights of --init; which parameters are trained."""
@@ -736,13 +751,19 @@ class TwoTowers:
         return networks.text_bytes(texts).to(self.device)
 
     def batch(self, step, rows):
-        """Latents of the samples (the means of their posteriors), captions, what the stage needs
-        besides."""
+        """Latents of the samples (the means of their posteriors), captions, and beside them single
+        pictures (SyncFlow; Harmony's first stage) or transcripts and references (Harmony)."""
         index, rngs = batch_indices(self.cache, self.args, step, rows)
         z_v = data.gather(self.cache, "latents", index)[:, 0].float()         # (B, C, L, h, w)
         z_a = data.gather(self.cache, "features", index).float().mT           # (B, A, S)
         batch = dict(self.latents(z_v, z_a), text=self.text("captions", index, rngs))
-        return batch | self.more_inputs(step, index, rngs)
+        if self.args.stage == "video" or not self.harmony:
+            # They teach the video tower; stage "audio" does not train it.
+            return batch | ({} if self.args.stage == "audio" else self.still_pictures(rngs))
+        batch["speech"] = self.text("speech", index, rngs)
+        # One length in all processes.
+        seconds = step_rng(self.args, "reference", step).uniform(1, 3)
+        return batch | self.references(index, rngs, seconds)
 
     def still_pictures(self, rngs):
         """First latents of --pictures clips per sample, (B * pictures, C, 1, h, w), and text."""
@@ -754,113 +775,6 @@ class TwoTowers:
         text = self.text("captions", index, np.repeat(rngs, n))
         z = data.gather(self.cache, "latents", index)[:, 0, :, :1].float().to(self.device)
         return dict(pictures=self.vae.normalise(z), picture_text=text)
-
-    def loss(self, net, generators, pictures=None, picture_text=None, **batch):
-        """The system's loss, plus that of the still pictures."""
-        args = self.args
-        loss, report = self.clip_loss(net, generators, **batch)
-        if pictures is not None:
-            stills = image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
-            loss = loss + stills
-        return loss, report
-
-    def held_out(self, n):
-        """Held-out clips and their latents z_v (1, C, L, h, w), z_a (1, A, S), not normalised."""
-        clips = held_out_clips(self.test, n, self.args.resolution)
-        # Latents of real clips are in the cache.
-        with torch.no_grad():
-            for clip in [] if self.test else clips:
-                video = frames_to_tensor(clip["video"], self.device)[None]
-                clip["z_v"] = self.vae.encode(video)[0]
-                clip["z_a"] = torch.from_numpy(self.encode_waveform(clip["audio"])).T[None]
-        return clips
-
-    def evaluate(self, clips):
-        """The loss on held-out clips, which scores; then what the stage can generate."""
-        # The inputs of the loss: latents and texts of all clips, no references.
-        z = self.latents(*(torch.cat([c[name].to(self.device) for c in clips])
-                           for name in ("z_v", "z_a")))
-        batch = dict(z, text=networks.text_bytes([c["caption"] for c in clips]).to(self.device))
-        if self.net.cfg.system == "harmony":
-            speech = networks.text_bytes([c.get("speech", "") for c in clips])
-            batch["speech"] = speech.to(self.device)
-        # Four draws of noise, the same at every evaluation.
-        with torch.no_grad(), self.autocast():
-            reports = [self.clip_loss(self.net, seeded_each(range(len(clips)), k), **batch)[1]
-                       for k in range(4)]
-        errors = dict(zip(self.columns, torch.stack(reports).mean(0).tolist()))
-        # A stream that is not there has the error nan.
-        score = -np.nansum([errors[s] for s in ("video", "audio") if s in self.trains])
-        events, *shown = self.evaluate_events(clips, **z)
-        return Evaluation({f"loss {k}": v for k, v in errors.items()} | events, score, *shown)
-
-    def generate(self, clips, **given):
-        """Captions, and what else is given -> videos, waveforms. In stage "video" the tower of the
-        video runs alone."""
-        audio_vae = None if self.args.stage == "video" else self.audio_vae
-        settings = dict(self.sampling)
-        if self.net.cfg.system == "harmony" and audio_vae:
-            settings["speech"] = [c.get("speech", "") for c in clips]
-        return generate_audio_video(
-            self.net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]),
-            self.args.resolution, self.autocast, steps=25, **settings, **given)
-
-
-class SyncFlow(TwoTowers):
-    """Text -> video and sound on one noise level; audio attends to the video tower's features."""
-
-    columns = ("video", "audio")
-    guidance = sampling = GUIDANCE["t2av"]
-
-    def __init__(self, args, device, autocast):
-        super().__init__(args, device, autocast, towers.SYNCFLOW, adaptor=not args.no_adaptor,
-                         audio_only=args.no_video)
-
-    def more_inputs(self, step, index, rngs):
-        return {} if self.args.stage == "audio" else self.still_pictures(rngs)
-
-    def clip_loss(self, net, generators, z_v, z_a, text):
-        args = self.args
-        return syncflow_loss(net, z_v, z_a, text, generators, args.stage, args.ot, args.sigma,
-                             args.shift)
-
-    def evaluate_events(self, clips, z_v, z_a):
-        """Sounds for true videos -> figures, the first videos and sounds."""
-        if self.args.stage == "video":
-            return {}, self.generate(clips[:8])[0]
-        _, sounds = self.generate(clips, z_v=None if self.args.no_video else z_v)
-        figures = {}
-        if not self.test:
-            figures["video_driven"] = onset_f1(sounds, [c["events"] for c in clips])
-        if self.args.stage == "audio":
-            return figures, [c["video"] for c in clips[:8]], sounds
-        return figures, *self.generate(clips[:8])
-
-
-class Harmony(TwoTowers):
-    """Text -> video and sound, of which either may be given. The network takes one noise level per
-    stream: the same sigma where both are noisy, 0 for a stream that is given."""
-
-    columns = ("video", "audio", "audio-driven video", "video-driven audio")
-
-    def __init__(self, args, device, autocast):
-        # The shift of training is that of sampling. While training nothing is guided.
-        self.guidance = GUIDANCE["joint"] | dict(shift=args.shift)
-        self.sampling = dict(cfg=1., sync_video=1, sync_audio=1, shift=args.shift)
-        super().__init__(args, device, autocast, towers.HARMONY, variations=2,
-                         rope_align=not args.no_rope_align, use_gldi=not args.no_gldi)
-        # Window of the cache -> all windows of its clip, among which references are chosen.
-        self.windows_of_clip = {}
-        for windows in self.cache["clips"]:
-            self.windows_of_clip.update(dict.fromkeys(windows, windows))
-
-    def more_inputs(self, step, index, rngs):
-        if self.args.stage == "video":
-            return self.still_pictures(rngs)
-        speech = self.text("speech", index, rngs)
-        # One length in all processes.
-        seconds = step_rng(self.args, "reference", step).uniform(1, 3)
-        return dict(self.references(index, rngs, seconds), speech=speech)
 
     def references(self, index, rngs, seconds):
         """Clean references of the timbre (B, A, R) and their mask (B, R), False for "none".
@@ -888,37 +802,97 @@ class Harmony(TwoTowers):
         return dict(ref=self.audio_vae.normalise(ref), ref_mask=mask)
 
     def clip_loss(self, net, generators, z_v, z_a, text, speech=None, ref=None, ref_mask=None):
+        """The system's loss."""
         args = self.args
+        if not self.harmony:
+            return syncflow_loss(net, z_v, z_a, text, generators, args.stage, args.ot, args.sigma,
+                                 args.shift)
         # Evaluation reports all errors, also those that are not trained.
         weights = (args.lambda_v, args.lambda_a, args.lambda_joint) if net.training else (1, 1, 1)
         return harmony_loss(
             net, z_v, z_a, text, speech, generators, ref, ref_mask, args.stage, *weights[:2],
             args.shift, args.sigma, lambda_joint=weights[2])
 
+    def loss(self, net, generators, pictures=None, picture_text=None, **batch):
+        """The system's loss, plus that of the still pictures."""
+        args = self.args
+        loss, report = self.clip_loss(net, generators, **batch)
+        if pictures is not None:
+            stills = image_loss(net, pictures, picture_text, generators, args.sigma, args.shift)
+            loss = loss + stills
+        return loss, report
+
+    def held_out(self, n):
+        """Held-out clips and their latents z_v (1, C, L, h, w), z_a (1, A, S), not normalised."""
+        clips = super().held_out(n)
+        # Latents of real clips are in the cache.
+        with torch.no_grad():
+            for clip in [] if self.test else clips:
+                video = frames_to_tensor(clip["video"], self.device)[None]
+                clip["z_v"] = self.vae.encode(video)[0]
+                clip["z_a"] = torch.from_numpy(self.encode_waveform(clip["audio"])).T[None]
+        return clips
+
+    def evaluate(self, clips):
+        """The loss on held-out clips, which scores; then what the stage can generate."""
+        # The inputs of the loss: latents and texts of all clips, no references.
+        z = self.latents(*(torch.cat([c[name].to(self.device) for c in clips])
+                           for name in ("z_v", "z_a")))
+        batch = dict(z, text=networks.text_bytes([c["caption"] for c in clips]).to(self.device))
+        if self.harmony:
+            speech = networks.text_bytes([c.get("speech", "") for c in clips])
+            batch["speech"] = speech.to(self.device)
+        # Four draws of noise, the same at every evaluation.
+        with torch.no_grad(), self.autocast():
+            reports = [self.clip_loss(self.net, seeded_each(range(len(clips)), k), **batch)[1]
+                       for k in range(4)]
+        errors = dict(zip(self.columns, torch.stack(reports).mean(0).tolist()))
+        # A stream that is not there has the error nan.
+        score = -np.nansum([errors[s] for s in ("video", "audio") if s in self.trains])
+        events, *shown = self.evaluate_events(clips, **z)
+        return Evaluation({f"loss {k}": v for k, v in errors.items()} | events, score, *shown)
+
+    def generate(self, clips, **given):
+        """Captions, and what else is given -> videos, waveforms. In stage "video" the tower of the
+        video runs alone."""
+        audio_vae = None if self.args.stage == "video" else self.audio_vae
+        settings = dict(self.sampling)
+        if self.harmony and audio_vae:
+            settings["speech"] = [c.get("speech", "") for c in clips]
+        return generate_audio_video(
+            self.net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]),
+            self.args.resolution, self.autocast, steps=25, **settings, **given)
+
     def evaluate_events(self, clips, z_v, z_a):
-        """Each stream from the other, and both from a picture -> figures, the first videos and
-        sounds."""
-        if self.args.stage == "video":
+        """What the stage can generate: figures of the toybox's events, the first videos and sounds.
+
+        Sounds for true videos; of Harmony also videos for true sounds, and both from a picture."""
+        stage = self.args.stage
+        if stage == "video":
             return {}, self.generate(clips[:8])[0]
-        # Before the last stage the bridges between the towers are not trained.
-        if self.args.stage != "joint":
+        # Before the last stage Harmony's bridges between the towers are not trained.
+        if self.harmony and stage != "joint":
             return {},
         figures = {}
+        if not self.test or stage == "audio":
+            _, sounds = self.generate(clips, z_v=None if self.net.cfg.audio_only else z_v)
         if not self.test:
-            first = np.stack([c["video"][0] for c in clips])
-            events = [c["events"] for c in clips]
-            figures["video_driven"] = onset_f1(self.generate(clips, z_v=z_v)[1], events)
+            figures["video_driven"] = onset_f1(sounds, [c["events"] for c in clips])
+        if not self.test and self.harmony:
+            pictures = np.stack([c["video"][0] for c in clips])
             # Events in videos that were generated for true sounds.
-            driven, _ = self.generate(clips, z_a=z_a, pictures=first)
+            driven, _ = self.generate(clips, z_a=z_a, pictures=pictures)
             figures["audio_driven"] = video_figures(driven, clips)[0]["f1_50"]
             # Onsets of generated sounds against the events of the videos generated with them.
-            videos, waves = self.generate(clips, pictures=first)
+            videos, waves = self.generate(clips, pictures=pictures)
             detected = [detect_clip_events(v, c)[0] for v, c in zip(videos, clips)]
             figures["pairs"] = onset_f1(waves, detected)
+        if stage == "audio":
+            return figures, [c["video"] for c in clips[:8]], sounds
         return figures, *self.generate(clips[:8])
 
 
-TASK_CLASSES = {"a2v": A2V, "t2av": SyncFlow, "joint": Harmony, "vae": VideoVAE,
+TASK_CLASSES = {"a2v": A2V, "t2av": TwoTowers, "joint": TwoTowers, "vae": VideoVAE,
                 "audio-vae": AudioVAE, "mel-vae": AudioVAE}
 
 
