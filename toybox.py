@@ -145,8 +145,7 @@ def event_response(kind, u, duration):
         # Lift, wait, strike, return.
         return np.interp(u, [-.42, -.22, -.12, 0, .06, .24], [0, -.55, -.55, 1, .8, 0])
     if kind == "mouth":
-        end = max(duration, .04)
-        return np.interp(u, [-.03, .03, end, end + .08], [0, 1, 1, 0])
+        return np.interp(u, [-.03, .03, duration, duration + .08], [0, 1, 1, 0])
     if kind == "lamp":
         # Lit in the frame nearest to the event, up to half a frame early; then it fades.
         return np.where(u >= -.5 / FPS, np.exp(-np.maximum(u, 0) / .11), 0)
@@ -226,7 +225,7 @@ def hammer_layers(scene, s, x, y, cover):
 def mouth_layers(scene, s, x, y, cover):
     skin, eyes, lips = scene["colours"]
     w = .19 + .05 * scene["size"]
-    h = .02 + .17 * np.clip(s, 0, 1.2)
+    h = .02 + .17 * s
     yield cover(disc(x, y, .5, .5, .40)), skin
     for side in (-1, 1):
         yield cover(disc(x, y, .5 + side * .15, .33, .055)), eyes
@@ -238,13 +237,12 @@ def mouth_layers(scene, s, x, y, cover):
 def lamp_layers(scene, s, x, y, cover):
     glass, pole, _ = scene["colours"]
     light = np.array([1, .97, .8])
-    brightness = np.clip(s, 0, 1.2)
     bulb = disc(x, y, .5, .42, .15 + .05 * scene["size"])
     yield cover(box(x, y, .5, .80, .035, .20)), pole
     # A halo that decays away from the bulb, then the bulb: dark glass, and light over it.
-    yield .75 * brightness * np.exp(-np.maximum(bulb, 0) / .16).astype(np.float32), light
+    yield .75 * s * np.exp(-np.maximum(bulb, 0) / .16).astype(np.float32), light
     yield cover(bulb), .35 * glass
-    yield brightness * cover(bulb), light
+    yield s * cover(bulb), light
 
 
 def roller_layers(scene, s, x, y, cover):
