@@ -82,19 +82,18 @@ def sample_sigma(u, sigma_dist="uniform", shift=1.):
 
 # ------------------------------------------------------------------------------ errors and guidance
 
-def motion_weight(z, lambda_motion=1., clip=1.5, skip=1):
+def motion_weight(z, lambda_motion=1., skip=1):
     """Syncphony eq. 1 as a weight on the squared error: 1 + lambda m^2, m_l = z_l - z_(l-1).
 
     z (B, C, L, h, w) -> weight of the same shape, without gradient. Eq. 1 weighs the error of z,
     z^ - z = -sigma (v^ - v). Its square is sigma^2 |v^ - v|^2; sigma^2 is the same for all values
-    of a latent and is left out, as always in a loss of v; the weight stays. Not in the paper:
-
-    clip   real latents have heavy tails: unclipped, a few values with m^2 in the hundreds make up
-           the loss. |m| is clipped at 1.5 standard deviations.
-    skip   the first `skip` latents get m = 0: latent 0 has no predecessor.
+    of a latent and is left out, as always in a loss of v; the weight stays. The first `skip`
+    latents get m = 0: latent 0 has no predecessor.
     """
-    # A target must not be moved to lower its own weight: no gradient.
-    motion = (z[:, :, 1:] - z[:, :, :-1]).detach().clamp(-clip, clip)   # (B, C, L-1, h, w)
+    # A target must not be moved to lower its own weight: no gradient. Not in the paper: |m| is
+    # clipped at 1.5 standard deviations. Real latents have heavy tails: unclipped, a few values
+    # with m^2 in the hundreds make up the loss.
+    motion = (z[:, :, 1:] - z[:, :, :-1]).detach().clamp(-1.5, 1.5)     # (B, C, L-1, h, w)
     motion = torch.cat([torch.zeros_like(z[:, :, :1]), motion], 2)      # (B, C, L, h, w)
     motion[:, :, :skip] = 0
     return 1 + lambda_motion * motion.square()                          # Syncphony eq. 1
@@ -145,19 +144,16 @@ def combine_guidance(v_pos, *terms):
 # ---------------------------------------------------------------------------------------- Syncphony
 
 def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=False,
-                   lambda_motion=1., sigma_dist="uniform", shift=4., context_noise=.2):
+                   lambda_motion=1., sigma_dist="uniform", shift=4.):
     """Syncphony's objective, with teacher forcing -> loss, report.
 
     Every latent of a clip but the first is a target, given the clean latents before it.
     z (B, C, L, h, w); text_inputs and audio_inputs as `MMDiT.encode_text` and `MMDiT.encode_audio`
     take them.
 
-    skip_audio     skip the audio layers. Guidance evaluates this path (eq. 2); a backbone trained
-                   from scratch has to meet it in training. Audio itself is never dropped: silence
-                   is information (Syncphony appendix B.1).
-    shift          4: see `shift_sigma`.
-    context_noise  the clean latents before a target get noise of a level in [0, context_noise],
-                   unknown to the network: in sampling they carry its own errors (exposure bias).
+    skip_audio: skip the audio layers. Guidance evaluates this path (eq. 2); a backbone trained from
+    scratch has to meet it in training. Audio itself is never dropped: silence is information
+    (Syncphony appendix B.1).
     """
     B, C, L, h, w = z.shape
     # The targets are latents 1 .. L-1, each at a noise level of its own, as in Diffusion Forcing.
@@ -167,8 +163,9 @@ def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=F
     target = z[:, :, 1:]
     noisy = add_noise(target, eps, sigma)                               # (B, C, L-1, h, w)
 
-    # The context: one small noise level per clip.
-    context_sigma = context_noise * rand_each(generators, (1,)).to(z.device)
+    # Context noise augmentation: one small level per clip, in [0, 0.2], unknown to the network. In
+    # sampling the latents before a target carry its own errors (exposure bias).
+    context_sigma = .2 * rand_each(generators, (1,)).to(z.device)
     context_eps = randn_each(generators, (C, L, h, w)).to(z.device)
     context = add_noise(z, context_eps, context_sigma.expand(B, L))     # (B, C, L, h, w)
 

@@ -238,12 +238,11 @@ class MLP(nn.Module):
     def __init__(self, D):
         super().__init__()
         # published weights have the names ff.net.0.proj and ff.net.2
-        first = nn.Module()
-        first.proj = nn.Linear(D, 4 * D)
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * D, D)])
+        first = nn.Sequential(OrderedDict(proj=nn.Linear(D, 4 * D)))
+        self.net = nn.Sequential(first, nn.GELU("tanh"), nn.Linear(4 * D, D))
 
     def forward(self, x):
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net(x)
 
 
 # ---------------------------------------------------------------------------- attention and blocks
@@ -281,7 +280,7 @@ def attention(q, k, v, mask=None):
 
 
 class JointAttention(nn.Module):
-    """Self-attention over [text; video]. Double blocks give the text projections of its own."""
+    """Self-attention over [text; video]. In double blocks text has projections of its own."""
 
     def __init__(self, cfg, double):
         super().__init__()
@@ -297,9 +296,8 @@ class JointAttention(nn.Module):
             self.to_add_out = nn.Linear(D, D)
 
     def forward(self, x, cond, cached_kv, text=None):
-        """x (B, N, D), text (B, T, D) with projections of its own, cached_kv: rotated keys and
-        values (B, K, M, d) of the clean context -> (B, T+N, D) before the output projection, and
-        the new keys and values."""
+        """x (B, N, D), in double blocks text (B, T, D), cached_kv: rotated keys and values
+        (B, K, M, d) of the clean context -> (B, T+N, D) before the output projection, new ones"""
         q, k, v = project_qkv(x, self.K, (self.to_q, self.to_k, self.to_v),
                               (self.norm_q, self.norm_k))               # (B, K, N, d)
         if text is not None:
@@ -371,8 +369,8 @@ class DoubleBlock(nn.Module):
         self.attn = JointAttention(cfg, double=True)
         self.ff, self.ff_context = MLP(D), MLP(D)
 
-    def forward(self, tokens, cond, cached_kv=None):
-        """[text; video] (B, T+N, D), of cached text video alone -> the same, new keys and values"""
+    def forward(self, tokens, cond, cached_kv=None, audio_kv=None):
+        """[text; video] (B, T+N, D) -> the same, new keys and values. No audio in these blocks."""
         T = cond.n_text
         text, x = tokens.tensor_split([T], 1)
         # adaLN: shift, scale and gate for attention (1) and MLP (2) of each stream
@@ -457,11 +455,8 @@ class TimeTextEmbed(nn.Module):
 def text_bytes(captions):
     """Captions -> (B, TEXT_BYTES) int64: UTF-8 bytes + 1, cut or padded with 0."""
     # the empty caption, all 0, is the null text of guidance
-    letters = torch.zeros(len(captions), TEXT_BYTES, dtype=torch.long)
-    for row, caption in zip(letters, captions):
-        encoded = torch.tensor(list(caption.encode(errors="replace")[:TEXT_BYTES]))
-        row[:len(encoded)] = encoded + 1
-    return letters
+    rows = [[b + 1 for b in caption.encode(errors="replace")[:TEXT_BYTES]] for caption in captions]
+    return torch.tensor([row + [0] * (TEXT_BYTES - len(row)) for row in rows])
 
 
 class ByteText(nn.Module):
@@ -582,7 +577,7 @@ class MMDiT(nn.Module):
         return states, torch.ones_like(states[..., 0]), pooled
 
     def encode_audio(self, audio_inputs):
-        """Log-mels (B, 2S, 64) or the features of an external encoder -> features (B, S, A)"""
+        """Log-mels (B, 2S, 64) -> features (B, S, A); those of an external encoder stay"""
         return self.mel_encoder(audio_inputs) if self.cfg.audio_encoder == "mel" else audio_inputs
 
     # ---- one pass
@@ -618,29 +613,27 @@ class MMDiT(nn.Module):
         clips: list of latents (B, C, L_i, h_i, w_i); text (B, T, text_dim), None: it is in the
         cache; audio_kv: of `project_audio`; cached_kv: per block, those of the clean context;
         n_off_sync: how many of the first rows run once more, without audio layers (eq. 2)"""
-        # a block is given its own ones, not the list: torch.compile then compiles it once for all
-        cached_kv = cached_kv or [None] * len(self.all_blocks())
-        audio_kv = audio_kv or [None] * len(self.single_transformer_blocks)
-        new_kv = []
+        # patches to tokens, after those of the text
         tokens = torch.cat([patchify(z, self.cfg.patch) for z in clips], 1)
         tokens = self.x_embedder(tokens)                                        # (B, N, D)
         if text is not None:
             tokens = torch.cat([self.context_embedder(text), tokens], 1)        # (B, T+N, D)
-        for block, past in zip(self.transformer_blocks, cached_kv):
-            tokens, kv = block(tokens, cond, past)
-            new_kv.append(kv)
 
-        # Full and off-sync branch differ in the audio layers: up to the first of them they are
-        # computed once, then the rows are repeated. A mask of one row is broadcast to all.
         def repeat(t):
             return torch.cat([t, t[:n_off_sync]])
 
-        if n_off_sync:
-            mask = cond.mask if cond.mask is None or len(cond.mask) == 1 else repeat(cond.mask)
-            cond = replace(cond, temb=repeat(cond.temb), mask=mask)
-            tokens = repeat(tokens)
-        cached_kv = cached_kv[len(self.transformer_blocks):]
-        for block, past, audio in zip(self.single_transformer_blocks, cached_kv, audio_kv):
+        n_double = len(self.transformer_blocks)
+        new_kv = []
+        for i, block in enumerate(self.all_blocks()):
+            # Full and off-sync branch differ in the audio layers: up to the first of them they are
+            # computed once, then the rows are repeated. A mask of one row is broadcast to all.
+            if i == n_double and n_off_sync:
+                mask = cond.mask if cond.mask is None or len(cond.mask) == 1 else repeat(cond.mask)
+                cond = replace(cond, temb=repeat(cond.temb), mask=mask)
+                tokens = repeat(tokens)
+            # a block is given its own ones of the lists: torch.compile compiles it once for all
+            past = cached_kv[i] if cached_kv else None
+            audio = audio_kv[i - n_double] if audio_kv and i >= n_double else None
             tokens, kv = block(tokens, cond, past, audio)
             new_kv.append(kv)
 
@@ -664,6 +657,7 @@ class MMDiT(nn.Module):
         `audio_start` on, None: no audio layers; sigma_index: see `Conditioning`; clips,
         n_off_sync: see `run_blocks`"""
         T = text.shape[1]
+        # positions, noise levels and audio, then the blocks
         audio_kv, audio_mask = self.project_audio(audio_features, ids[:, 0], audio_start)
         temb = self.time_text_embed(timestep, pooled)                           # (B, G, D)
         rope = self.rope(ids, text.device, T)
@@ -703,7 +697,8 @@ class KVCache:
 
     It is exact: the context has sigma = 0 (`context_sigma="zero"`) and never attends to the noisy
     latent, a key keeps the rotation of its own time, and the audio window of a finished latent is
-    fixed. The order of keys does not matter, since their time is in their rotation.
+    fixed. (Published Pyramid Flow recomputes the context: its sigma is "shared", see
+    `MMDiTConfig`.) The order of keys does not matter, since their time is in their rotation.
 
     The ring holds the last W latents: a new one replaces the oldest. The sink stays, since
     attention degrades when its first tokens are dropped (attention sinks, StreamingLLM, Xiao et al.
@@ -768,6 +763,7 @@ class KVCache:
     def denoise_step(self, x, sigma):
         """Velocity of the noisy latent x (B, C, 1, h, w) at sigma, a number, off-sync rows last ->
         (B + n_off_sync, C, 1, h, w)"""
+        # the precondition needs the input of every row
         out, _ = self.run(x, sigma)
         return self.model.to_velocity(out, torch.cat([x, x[:self.n_off_sync]]), sigma)
 

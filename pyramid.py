@@ -100,8 +100,7 @@ def make_stages(n=3):
     """The n stages between noise and latent."""
     # The published scheduler cuts a grid of 1000 noise levels at the indices 0, 333 and 666, so
     # the stages end at 0.667, 0.334 and 0 rather than at exact thirds.
-    grid = [(1000 - i) / 1000 for i in range(1000)]
-    cuts = np.array([grid[int(1000 * s / n)] for s in range(n)] + [0.])
+    cuts = np.array([1000 - int(1000 * s / n) for s in range(n)] + [0]) / 1000
 
     # The jump, from noise level c. In a 2x2 block up(x) has noise of covariance c^2 (all ones),
     # and b has the covariance (1 + gamma) I - gamma (all ones). alpha^2 c^2 = beta^2 gamma cancels
@@ -117,7 +116,7 @@ def make_stages(n=3):
     # it removes.
     removed = np.cumsum(start - cuts[1:])
     elapsed = [0., *(removed / removed[-1])]
-    times = [1000 * grid[min(int(1000 * part), 999)] for part in elapsed]
+    times = [1000. - min(int(1000 * part), 999) for part in elapsed]
     return [Stage(s, float(start[s]), float(cuts[s + 1]), (times[s], times[s + 1]),
                   float(alpha[s]), float(beta[s])) for s in range(n)]
 
@@ -345,8 +344,7 @@ def read_weights(path):
     except ImportError:
         raise BadInput(f"{path}: needs an extra package: pip install safetensors") from None
     except Exception as why:                    # of many kinds, for a damaged file
-        raise BadInput(f"{path}: not a complete file of weights ({type(why).__name__}); download "
-                       "it again") from None
+        raise BadInput(f"{path}: not complete ({type(why).__name__}); download it again") from None
 
 
 def read_config(folder, make_config):
@@ -371,8 +369,7 @@ def load_published(kind, cfg, folder, device, new_weights=()):
     for ending in (".safetensors", "-*-of-*.safetensors", ".bin"):
         files = files or sorted(Path(folder).glob(WEIGHTS_NAME + ending))
     if not files:
-        raise BadInput(f"{folder}: {WEIGHTS_NAME}.safetensors is missing; download the folder "
-                       "again")
+        raise BadInput(f"{folder}: {WEIGHTS_NAME}.safetensors is missing; download it again")
     state = dict(new_weights)
     for path in files:
         for key, value in read_weights(path).items():
@@ -453,8 +450,8 @@ def load_hubert(name, device):
 
 
 def encode_prompts(folder, prompts, device):
-    """Texts by the encoders in Pyramid Flow's folder (11 GB) -> dict: text -> T5-XXL's states
-    (128, 4096) in float16, their mask (128,), CLIP ViT-L/14's pooled vector (768,)."""
+    """Texts by the encoders in Pyramid Flow's folder (11 GB) -> {text: (T5-XXL's states (128, 4096)
+    in float16, their mask (128,), CLIP ViT-L/14's pooled vector (768,))}."""
     with import_transformers("--pretrained", folder) as transformers:
         def load(kind, name, **options):
             return getattr(transformers, kind).from_pretrained(folder, subfolder=name, **options)
@@ -479,8 +476,7 @@ def encode_prompts(folder, prompts, device):
 
 
 def cached_prompts(folder, captions, pretrained, device):
-    """`encode_prompts` of all captions, '' (dropped text) and the negative prompt, which it keeps
-    in `folder`."""
+    """`encode_prompts` of captions, '' (dropped text), the negative prompt, kept in `folder`."""
     path = Path(folder) / "prompts.pt"
     wanted = {"", NEGATIVE_PROMPT, *captions}
     table = torch.load(path, weights_only=True) if path.is_file() else {}
@@ -498,10 +494,8 @@ def stack_prompts(table, captions, device):
 
 
 class ExternalEncoders:
-    """The frozen encoders of a model on Pyramid Flow: HuBERT for audio, T5-XXL and CLIP for text.
-
-    captions: all that will be asked for. They are encoded at once, then T5 (11 GB) is released.
-    """
+    """HuBERT, T5-XXL and CLIP, for sampling. captions: all that will be asked for. They are encoded
+    at once, then T5 (11 GB) is released."""
 
     def __init__(self, pretrained, hubert, captions, device):
         if not hubert:

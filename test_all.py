@@ -515,7 +515,7 @@ def test_a_folder_that_cannot_be_loaded_is_named_in_one_line(tmp_path, monkeypat
     complete = path.read_bytes()
     for size in (0, len(complete) - 4):
         path.write_bytes(complete[:size])
-        assert_refused("not a complete file")
+        assert_refused("not complete", "download it again")
     state["x_embedder.odd"] = state.pop("x_embedder.bias")
     torch.save(state, path)
     assert_refused("does not fit this network", "x_embedder.bias")
