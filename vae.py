@@ -350,7 +350,7 @@ class CausalVideoVAE(nn.Module):
         cache: a dict, empty for the first chunk of t n + 1 frames; later chunks have t n frames."""
         cache = {} if cache is None else cache
         cache["start"] = not cache
-        first = cache.setdefault("first", video[:, :, :1])          # the clip's first frame
+        first = cache.setdefault("first", video[:, :, :1].clone())  # of the clip
         (mean, logvar), _ = self.moments(video, first, cache)
         if self.cfg.reference:
             # the code of a still clip is the origin
