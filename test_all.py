@@ -2684,16 +2684,17 @@ def test_a_long_video_gets_its_audio_in_overlapping_windows(monkeypatch):
 
 def test_events_of_generated_pairs_are_found_in_the_sound_and_in_the_picture():
     """Generated pairs have no true scene: a fit to frame 0 reads events as well, in noise none."""
-    clips = [toybox.toybox_clip(HELD_OUT_TESTS + i, 32, kind=k) for i, k in enumerate(toybox.KINDS)]
+    clips = [toybox.toybox_clip(HELD_OUT_TESTS, 32, kind=kind) for kind in ("ball", "hammer")]
     noise = np.random.default_rng(0).integers(0, 255, (50, 32, 32, 3), dtype=np.uint8)
 
     def detect(video, kind):
         scene = toybox.fit_scene(video[0], kind)
         return toybox.detect_clip_events(video, dict(kind=kind, scene=scene))[0]
-    truth = [c["events"] for c in clips]
-    for found in ([cyclesync.onsets_in_sound(c["audio"]) for c in clips],
-                  [detect(c["video"], c["kind"]) for c in clips]):
-        assert cyclesync.event_scores(truth, found)["f1_50"] > .95
+    events = [c["events"] for c in clips]
+    onsets = [cyclesync.onsets_in_sound(c["audio"]) for c in clips]
+    fitted = [detect(c["video"], c["kind"]) for c in clips]
+    assert cyclesync.event_scores(events, onsets)["f1_50"] > .95
+    assert cyclesync.event_scores(events, fitted)["f1_50"] > .95
     assert len(detect(noise, "ball")) == 0
 
 
