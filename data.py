@@ -339,12 +339,6 @@ def write_picture(path, picture):
         iio.imwrite(part, picture)
 
 
-def write_sound(path, wave, rate=RATE):
-    import soundfile
-    with replacing(path) as part:
-        soundfile.write(part, wave, rate)
-
-
 def add_sound(path, video, wave, rate=RATE):
     """Write the video file `video` with `wave` (samples,) as its sound to `path` (mp4)."""
     inputs = ["-i", Path(video).resolve(), "-f", "f32le", "-ar", rate, "-ac", 1, "-i", "-",

@@ -15,14 +15,8 @@ Three samplers share `losses.combine_guidance`, and all but sample_stages share 
     sample_joint            SyncFlow and Harmony: all latents of video and audio together
 
 **Guidance** compares the conditional velocity with those of branches in which ONE condition is
-replaced. All branches of a step are rows of one batch; S = 1 leaves a branch out:
-
-    branch     replaces                                           scale S
-    null       the text by the empty caption                      1 + w_t   Syncphony eqs. 5, 6
-                                                                  w         SyncFlow eq. 3
-    off-sync   nothing, but the audio layers are skipped          1 + w_a   Syncphony eqs. 2, 6
-    silent     the audio by silence at sigma = 0, for the video   s_v       Harmony eq. 9
-    static     the video by a still at sigma = 0, for the audio   s_a       Harmony eq. 10
+replaced (table in losses.py): "null" has the empty caption, "off-sync" no audio layers; in "silent"
+and "static" the other stream is silence or a still. All branches of a step are rows of one batch.
 
 **Given streams.** A stream may be known in full, or its beginning (the first frame, the audio so
 far). `impose` puts it into x before every step, at the noise level that the network expects:
@@ -77,6 +71,7 @@ GUIDANCE = {   # train.py writes it into checkpoints; a flag of the same name ha
 BATCH = 16                                    # clips sampled by towers at a time
 WINDOW = 13                                   # latents of a clip in training
 OVERLAP = 3                                   # latents that two windows share, 0.5 s
+MINUTE = 60 * FPS                             # frames of a long video that its strip shows
 
 
 def pick_device(name="auto"):
@@ -85,7 +80,7 @@ def pick_device(name="auto"):
                  "cpu": True}
     if name == "auto":
         name = next(kind for kind in available if available[kind])
-    if not available[name]:
+    if not available.get(name):
         raise BadInput(f"--device {name}: torch finds no such device; leave --device at auto")
 
     # bfloat16 only where the hardware has it: emulated, it is slower than float32. The CPU's
@@ -183,23 +178,22 @@ def find_vae(checkpoint, kind, path, override, device):
     file or folder that has to be it."""
     task = "vae" if kind == "vae" else "audio-vae or mel-vae"
     flag = kind.replace("_", "-")
-    if override:
-        vae = load_vae(override, device, task)
-        if fingerprint(vae) != checkpoint[kind]:
-            raise BadInput(f"{override}: not the {flag} that {path} was trained with; "
-                           "give that one, or leave the flag out")
-        return vae
     # Latents of another VAE of the same size would decode to noise, without any error: so it is
     # the fingerprint that is looked up, never the name.
-    files = [Path(checkpoint.get("args", {}).get(kind) or "none")]
+    files = [checkpoint.get("args", {}).get(kind) or "none"]
     files += sorted(WEIGHTS.glob("*vae*.pt")) + sorted(Path(path).parent.glob("*vae*.pt"))
-    for file in files:
+    for file in [override] if override else files:
         try:
             vae = load_vae(file, device, task)
         except BadInput:                                      # not there, or of another task
+            if override:
+                raise
             continue
         if fingerprint(vae) == checkpoint[kind]:
             return vae
+    if override:
+        raise BadInput(f"{override}: not the {flag} that {path} was trained with; "
+                       "give that one, or leave the flag out")
     raise BadInput(f"{path}: its {flag} (fingerprint {checkpoint[kind]}) is neither in weights/ "
                    f"nor beside it; give it by --{flag}")
 
@@ -283,16 +277,6 @@ def sample_stages(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0.,
                                   keep=model.cfg.context, bar=bar)
 
 
-def impose(x, known, noise, sigma):
-    """Latents x, their beginning replaced by what is `known` of them, at noise level sigma.
-
-    x, noise (B, ·, L, ...), known (B, ·, n <= L, ...). The noise is the same in every step: what is
-    given moves on the straight line from it to `known`, and sigma = 0 is `known` itself."""
-    # dimension 2 is time in both streams
-    n = known.shape[2]
-    return torch.cat([(1 - sigma) * known + sigma * noise[:, :, :n], x[:, :, n:]], 2)
-
-
 def branch_velocities(model, x, sigma, branches, n_clean, reference=None):
     """Velocities of all branches -> {branch: {stream: like x}}, from one batch of R·B rows.
 
@@ -319,14 +303,13 @@ def branch_velocities(model, x, sigma, branches, n_clean, reference=None):
     return {name: {stream: chunks[stream][i] for stream in x} for i, name in enumerate(branches)}
 
 
-def sample_joint(model, noise, sigmas, branches, scales, known, reference=None, bar=None,
-                 pulls=None):
+def sample_joint(model, noise, sigmas, branches, known, reference=None, bar=None, pulls=None):
     """SyncFlow and Harmony: video and audio from noise to clean together -> {stream: latents}.
 
     noise      {"video": (B, C, L, h, w), "audio": (B, A, S)}, or one of them; normalised latents
     branches   {name: {"text": encoded text, "video" or "audio": what replaces that stream at
-               sigma = 0}}; the branch "cond" replaces nothing
-    scales     {stream: {branch: S}}: guidance of the stream, away from the branch
+               sigma = 0, "scale": {stream: S}, guidance away from the branch}}; the branch "cond"
+               replaces nothing
     known      {stream: latents}: its beginning, or all of it
     reference  (B, A, R) clean audio latents of the timbre that is wanted (Harmony)
     pulls      a list that gets of every step how strongly SyncCFG pulls, (B, L, h, w)"""
@@ -338,24 +321,29 @@ def sample_joint(model, noise, sigmas, branches, scales, known, reference=None, 
         if model.cfg.system == "harmony" and (stream == "video" or in_full):
             n_clean[stream] = z.shape[2]
 
-    def impose_known(x, sigma):
+    def impose(x, sigma):
+        # Latents that are not clean have the same noise in every step: they move on the straight
+        # line from it to what is known.
         x = dict(x)
         for stream, z in known.items():
-            x[stream] = impose(x[stream], z, noise[stream], 0. if n_clean[stream] else sigma)
+            n = z.shape[2]                                    # time, in both streams
+            level = 0. if n_clean[stream] else sigma
+            given = (1 - level) * z + level * noise[stream][:, :, :n]
+            x[stream] = torch.cat([given, x[stream][:, :, n:]], 2)
         return x
 
     def velocity(x, sigma):
-        v = branch_velocities(model, impose_known(x, sigma), sigma, branches, n_clean, reference)
+        v = branch_velocities(model, impose(x, sigma), sigma, branches, n_clean, reference)
         if pulls is not None and "silent" in v:
             pulls.append((v["cond"]["video"] - v["silent"]["video"]).abs().mean(1))
         # SyncFlow eq. 3; Harmony eqs. 9, 10
         guided = {}
         for stream in x:
-            terms = [(S, v[branch][stream]) for branch, S in scales[stream].items()]
+            terms = [(branches[name]["scale"].get(stream, 1), v[name][stream]) for name in branches]
             guided[stream] = combine_guidance(v["cond"][stream], *terms)
         return guided
 
-    return impose_known(euler(velocity, noise, sigmas, bar), 0.)
+    return impose(euler(velocity, noise, sigmas, bar), 0.)
 
 
 def n_latents(vae, frames):
@@ -378,7 +366,7 @@ def external_encoders(model, args, captions, device):
     return pyramid.ExternalEncoders(args.pretrained, args.hubert, captions, device)
 
 
-def encode_conditions(model, waves, captions, samples, cfg, encoders):
+def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
     """Waveforms and captions -> audio features (B, S, A), text (states, mask, pooled) of B rows.
 
     With text guidance (cfg > 0) the text of the null branch follows as B rows more. Waveforms are
@@ -508,7 +496,7 @@ def static_video(vae, L, picture):
 
 
 def prepare_conditions(model, vae, audio_vae, request):
-    """Request -> arguments of `sample_joint`: noise, given latents, guidance branches, scales."""
+    """Request -> arguments of `sample_joint`: noise, given latents, guidance branches."""
     device = next(model.parameters()).device
     generators = make_generators(request.seeds)
     noise = {}
@@ -521,8 +509,8 @@ def prepare_conditions(model, vae, audio_vae, request):
     picture = None
     if request.pictures is not None:
         picture = frames_to_tensor(request.pictures[:, None], device)         # (B, 3, 1, H, W)
-    if picture is not None and request.z_v is None:
-        known["video"] = vae.normalise(vae.encode(picture)[0].float())        # (B, C, 1, h, w)
+        if request.z_v is None:
+            known["video"] = vae.normalise(vae.encode(picture)[0].float())    # (B, C, 1, h, w)
     known = {stream: z for stream, z in known.items() if z is not None and stream in noise}
     missing = [s for s in noise if s not in known or known[s].shape[2] < noise[s].shape[2]]
 
@@ -531,30 +519,28 @@ def prepare_conditions(model, vae, audio_vae, request):
     # the one-way tasks of training. A tower alone has no partner.
     text, null_text = encode_prompts(model, request)
     both = len(noise) == 2
-    branches = {"cond": {"text": text}}
-    scales = {"video": {}, "audio": {}}
+    branches = {"cond": dict(text=text, scale={})}
     if both and "video" in missing and request.sync_video != 1:
         silence = silent_audio(audio_vae, request.shape_a[1], device)
-        branches["silent"] = {"text": text, "audio": silence}
-        scales["video"]["silent"] = request.sync_video        # Harmony eq. 9
+        scale = {"video": request.sync_video}                 # Harmony eq. 9
+        branches["silent"] = dict(text=text, audio=silence, scale=scale)
     if both and "audio" in missing and request.sync_audio != 1:
         if picture is None:
             # no first frame is given: a grey one
             sides = [n * vae.stride for n in request.shape_v[2:]]
             picture = torch.zeros(1, 3, 1, *sides, device=device)
-        branches["static"] = {"text": text, "video": static_video(vae, request.shape_v[1], picture)}
-        scales["audio"]["static"] = request.sync_audio        # Harmony eq. 10
+        still = static_video(vae, request.shape_v[1], picture)
+        scale = {"audio": request.sync_audio}                 # Harmony eq. 10
+        branches["static"] = dict(text=text, video=still, scale=scale)
 
     # Text guidance, where there is any text
     texts = [*request.captions, *(request.sound_captions or []), *(request.speech or [])]
     if request.cfg != 1 and any(texts):
-        branches["null"] = {"text": null_text}
-        for stream in scales:
-            scales[stream]["null"] = request.cfg              # SyncFlow eq. 3
+        scale = dict.fromkeys(noise, request.cfg)             # SyncFlow eq. 3
+        branches["null"] = dict(text=null_text, scale=scale)
     # Harmony was trained with more time at high noise; SyncFlow's steps are uniform.
     sigmas = sigma_steps(request.steps, request.shift)
-    return dict(noise=noise, sigmas=sigmas, branches=branches, scales=scales, known=known,
-                reference=request.refs)
+    return dict(noise=noise, sigmas=sigmas, branches=branches, known=known, reference=request.refs)
 
 
 def decode_video(vae, z, frames, pictures):
@@ -730,27 +716,25 @@ def read_jobs(args):
         try:
             record = json.loads(line)
             # The id names the file, so it must be a name, and the only one.
-            stem = str(record.get("id", f"{number:04d}"))
-            job = make_job(record, stem)
-            if not all(isinstance(value, str) for value in job.values()):
-                raise ValueError("a field that is no text")
-            if Path(stem).name != stem or stem in jobs:
-                raise ValueError("an id that is no file name, or occurs twice")
-        except (ValueError, AttributeError) as why:
-            raise BadInput(f"{args.jsonl} line {number}: {why}; expected a JSON object of texts, "
-                           "with the fields that --help names at --jsonl") from why
-        jobs[stem] = job
+            job = make_job(record, record.get("id", f"{number:04d}"))
+            fits = all(isinstance(value, str) for value in job.values())
+        except (ValueError, AttributeError):                  # no JSON, or no object
+            fits = False
+        if not fits or Path(job["stem"]).name != job["stem"] or job["stem"] in jobs:
+            raise BadInput(f"{args.jsonl} line {number}: expected a JSON object of texts, with the "
+                           "fields that --help names at --jsonl and an id of its own, a file name")
+        jobs[job["stem"]] = job
     return list(jobs.values())
 
 
-def output_file(args, job, suffix):
+def output_file(args, job):
     """--out itself, or a file in it named after the record, the given clip or audio, the text."""
-    if Path(args.out).suffix == suffix and not args.jsonl:
+    if Path(args.out).suffix == ".mp4" and not args.jsonl:
         return Path(args.out)
     # The first eight words of the text, without what file systems may not take
     text = "".join(c if c.isalnum() else " " for c in job["prompt"] or job["transcript"])
     name = job["video"] or job["audio"] or "-".join(text.split()[:8]) or "sample"
-    return Path(args.out) / f"{job['stem'] or Path(name).stem}{suffix}"
+    return Path(args.out) / f"{job['stem'] or Path(name).stem}.mp4"
 
 
 def draw_maps(video, attention, sync_pull=None):
@@ -775,21 +759,25 @@ def draw_maps(video, attention, sync_pull=None):
     return strips
 
 
+def write_strip(path, video, wave, rate, maps=()):
+    """Beside a clip, a .png: its frames over the waveform, below the maps of Harmony."""
+    strip = data.film_strip(video, wave, rate=rate)
+    data.write_picture(path.with_suffix(".png"), np.concatenate([*maps, strip]))
+
+
 def write_clip(path, pieces, wave, rate=RATE, maps=()):
-    """Pieces of a video (f, H, W, 3) -> an .mp4 with its sound; beside it a .png: its frames over
-    the waveform, below the `maps` of Harmony."""
+    """Pieces of a video (f, H, W, 3) -> an .mp4 with its sound, and its strip."""
     shown = []
 
     def streamed():
-        # Frames go to the file as they come; the picture shows the first minute.
+        # Frames go to the file as they come; the strip shows the first minute.
         for piece in pieces:
-            if sum(map(len, shown)) < 60 * FPS:
+            if sum(map(len, shown)) < MINUTE:
                 shown.append(piece)
             yield piece
 
     data.write_video(path, streamed(), wave, rate=rate)
-    strip = data.film_strip(np.concatenate(shown), wave, rate=rate)
-    data.write_picture(path.with_suffix(".png"), np.concatenate([*maps, strip]))
+    write_strip(path, np.concatenate(shown), wave, rate, maps)
 
 
 # --------------------------------------------------------------------------------- benchmark
@@ -815,10 +803,10 @@ def benchmark(system, autocast):
             raise BadInput("--bench: measures the cache, which Pyramid Flow's layout does not "
                            "have; give another --ckpt")
         with autocast():
-            steps = context_steps(model, side // vae.stride)
+            recomputed, cached = context_steps(model, side // vae.stride)
         pairs = {"asg_on_off": (partial(video, asg=2., cfg=4.), partial(video, cfg=4.)),
                  "audio_on_off": (video, partial(video, use_audio=False)),
-                 "context_recomputed_cached": steps}
+                 "context_recomputed_cached": (recomputed, cached)}
     else:
         on = dict(sync_video=3., sync_audio=2.) if system.task == "joint" else dict(cfg=2.)
         pairs = {"guidance_on_off": (partial(both, **on), both),
@@ -845,12 +833,11 @@ def benchmark(system, autocast):
 def context_steps(model, side):
     """Two functions, ten denoising steps at latent 13 each: with the context recomputed, and from
     the cache."""
-    device = next(model.parameters()).device
-    z = torch.randn(1, model.cfg.latent, 14, side, side, device=device)
+    wave = np.zeros(round(2.2 * RATE), np.float32)
+    audio, (text, _, pooled) = encode_conditions(model, [wave], ["a ball drops"], len(wave), 0.)
+    z = torch.randn(1, model.cfg.latent, 14, side, side, device=text.device)
     x = z[:, :, 13:]
-    sigma = torch.full((1, 1), .5, device=device)
-    text, _, pooled = model.encode_text(text_bytes(["a ball drops"]).to(device))
-    audio = model.encode_audio(torch.zeros(1, 220, 64, device=device))        # mels of 2.2 s
+    sigma = torch.full((1, 1), .5, device=text.device)
     cache = KVCache(model, z[:, :, :1], text, pooled, audio)
     for l in range(1, 13):
         cache.append(z[:, :, l:l + 1])
@@ -868,61 +855,57 @@ def context_steps(model, side):
 
 # ------------------------------------------------------------------------------- the command
 
-# Inputs that not every system knows, and whose they are. So are those of guidance (GUIDANCE).
-FLAG_TASKS = {"audio": ("a2v", "joint"), "video": ("t2av", "joint"), "ref_audio": ("joint",),
-              "transcript": ("joint",), "maps": ("joint",), "resolution": ("t2av", "joint"),
-              "audio_vae": ("t2av", "joint"), "pretrained": ("a2v",), "hubert": ("a2v",),
-              "tiles": ("a2v",)}
-for rule in GUIDANCE["a2v"] | GUIDANCE["joint"]:
-    FLAG_TASKS[rule] = tuple(task for task in SYSTEMS if rule in GUIDANCE[task])
+ALL = " ".join(SYSTEMS)
+NOT_NEGATIVE = data.number(low=0)
+FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
+    "audio": ("a2v joint", str, "audio that drives the video: any sound file, a clip with sound"),
+    "image": (ALL, str, "the first frame: any picture (cropped to the model's aspect)"),
+    "prompt": (ALL, str, "a caption; alone it generates video and audio"),
+    "video": ("t2av joint", str, "a clip to generate audio for; its frames stay as they are"),
+    "transcript": ("joint", str, "Harmony: what is said"),
+    "ref_audio": ("joint", str, "Harmony: 1 to 3 s of the voice or thing to sound like"),
+    "jsonl": (ALL, str, "many at once: a JSON object a line, with prompt (or "
+              "video_caption, audio_caption), transcript (or spoken_word_en), audio, image, video, "
+              "ref_audio, id; goes on where it was stopped"),
+    "maps": ("joint", bool, "Harmony: draw where the audio attends and where SyncCFG pulls"),
+    # Guidance; of what is not given, the checkpoint's is taken
+    "asg": ("a2v", NOT_NEGATIVE, "Syncphony: w_a, Audio Sync Guidance; 0 = off"),
+    "cfg": (ALL, NOT_NEGATIVE,
+            "text guidance: Syncphony's w_t, 0 = off; of two towers S, 1 = off"),
+    "sync_video": ("joint", NOT_NEGATIVE, "Harmony: s_v of SyncCFG, 1 = off"),
+    "sync_audio": ("joint", NOT_NEGATIVE, "Harmony: s_a of SyncCFG, 1 = off"),
+    "steps": (ALL, data.number(int, 1, 1000),
+              "Euler steps: 30 per latent; of SyncFlow 50, of Harmony 40 for a clip"),
+    "seconds": (ALL, data.number(low=.1), "length of the video: the audio's, or 2 s"),
+    "resolution": ("t2av joint", data.picture_size, "two towers: another than in training"),
+    "shift_audio": ("a2v joint", data.number(), "delay the audio by so many seconds"),
+    "seed": (ALL, data.number(int, 0), "seed of the noise"),
+    "ckpt": (ALL, str, "a checkpoint; default: the one in weights/ for these inputs"),
+    "vae": (ALL, str, "its VAE, if that is neither in weights/ nor beside it"),
+    "audio_vae": ("t2av joint", str, "likewise the audio VAE of two towers"),
+    "pretrained": ("a2v", str, "of a model on Pyramid Flow: that folder"),
+    "hubert": ("a2v", str, "of such a model: its HuBERT, a folder or a name on the hub"),
+    "tiles": ("a2v", bool, "of such a model: decode in tiles, for memory"),
+    "device": (ALL, str, "auto, cuda, mps or cpu"),
+    "compile": (ALL, bool, "torch.compile every block: slow start, fast steps"),
+    "out": (ALL, str, "a folder, or the name of the .mp4"),
+    "bench": (ALL, bool,
+              "measure what guidance, audio and cache cost (with --prompt: two towers), and stop"),
+}
 
 
 def arguments():
     p = data.Parser(__doc__)
-    add = p.add_argument
-    number = data.number
-    add("--audio", help="audio that drives the video: any sound file, or a clip with sound")
-    add("--image", help="the first frame: any picture, of any size (cropped to the model's aspect)")
-    add("--prompt", default="", help="a caption; alone it generates video and audio")
-    add("--video", help="a clip to generate audio for; its frames stay as they are")
-    add("--transcript", default="", help="Harmony: what is said")
-    add("--ref-audio", help="Harmony: 1 to 3 s of the voice or thing that it shall sound like")
-    add("--jsonl", help="two towers, many at once: a JSON object a line, with prompt (or "
-        "video_caption, audio_caption), transcript (or spoken_word_en), audio, image, video, "
-        "ref_audio, id; goes on where it was stopped")
-    add("--maps", action="store_true",
-        help="Harmony: draw where each moment of the audio attends and where SyncCFG pulls")
-    add("--asg", type=number(low=0), help="Syncphony: w_a, Audio Sync Guidance; 0 = off")
-    add("--cfg", type=number(low=0),
-        help="text guidance: Syncphony's w_t, 0 = off; of two towers S, 1 = off")
-    add("--sync-video", type=number(low=0), help="Harmony: s_v of SyncCFG, 1 = off")
-    add("--sync-audio", type=number(low=0), help="Harmony: s_a of SyncCFG, 1 = off. All guidance "
-        "that is not given is as the checkpoint recommends")
-    add("--steps", type=number(int, 1, 1000),
-        help="Euler steps: 30 per latent; of SyncFlow 50, of Harmony 40 for a clip")
-    add("--seconds", type=number(low=.1), help="length of the video: the audio's, or 2 s")
-    add("--resolution", type=data.picture_size, help="two towers: another than in training")
-    add("--shift-audio", type=number(), default=0.,
-        help="delay the audio by so many seconds: the motion follows")
-    add("--seed", type=number(int, 0), default=0, help="seed of the noise")
-    add("--ckpt", help="a checkpoint of train.py; default: the one in weights/ for these inputs")
-    add("--vae", help="its VAE, if that is neither in weights/ nor beside it")
-    add("--audio-vae", help="likewise the audio VAE of two towers")
-    add("--pretrained", help="of a model on Pyramid Flow: that folder")
-    add("--hubert", help="of such a model: its HuBERT, a folder or a name on the hub")
-    add("--tiles", action="store_true", help="of such a model: decode in tiles, for memory")
-    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="where to run")
-    add("--compile", action="store_true", help="torch.compile every block: slow start, fast steps")
-    add("--out", default="out/", help="a folder, or the name of the .mp4")
-    add("--bench", action="store_true",
-        help="measure what guidance, audio and cache cost (with --prompt: two towers), and stop")
+    for name, (_, kind, text) in FLAGS.items():
+        options = dict(action="store_true") if kind is bool else dict(type=kind)
+        p.add_argument("--" + name.replace("_", "-"), help=text, **options)
+    p.set_defaults(device="auto", out="out/", seed=0, shift_audio=0.)
     return p
 
 
 def default_checkpoint(args):
     """The shipped checkpoint that takes these inputs."""
-    # Harmony for what it alone takes, SyncFlow for text or video, Syncphony for audio
-    if args.jsonl or args.transcript or args.ref_audio or args.maps:
+    if args.jsonl or any(getattr(args, name) for name in FLAGS if FLAGS[name][0] == "joint"):
         return str(JOINT_FILE)
     if args.video or (args.prompt and not args.audio):
         return str(T2AV_FILE)
@@ -934,9 +917,10 @@ def check_job(system, job, args):
     task = system.task
     record = f"{args.jsonl} record {job['stem']}: " if args.jsonl else ""
     # Inputs of another system: a flag is never ignored.
-    for name, value in {**vars(args), **job}.items():
-        tasks = FLAG_TASKS.get(name, SYSTEMS)
-        if value and task not in tasks:
+    given = vars(args) | job
+    for name in FLAGS:
+        tasks = FLAGS[name][0].split()
+        if given[name] and task not in tasks:
             raise BadInput(f"{record}--{name.replace('_', '-')} is an input of "
                            f"{' and '.join(SYSTEMS[t] for t in tasks)}, but {args.ckpt} is of "
                            f"{SYSTEMS[task]}; leave it out, or give --ckpt of --task {tasks[0]}")
@@ -945,86 +929,62 @@ def check_job(system, job, args):
         if not (job["audio"] and job["image"]):
             raise BadInput(f"{record}--audio and --image are both needed: python sample.py --audio "
                            "x.wav --image f.png; or give --prompt alone, or --video")
+    elif system.model.cfg.audio_only:
+        raise BadInput(f"{args.ckpt}: of --no-video, an ablation for cyclesync.py; give another")
     elif not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
         raise BadInput(f"{record}--prompt is empty; give a caption, or a --video without sound")
-    elif job["video"] and system.model.cfg.audio_only:
-        raise BadInput(f"{record}--video: {args.ckpt} was trained by --no-video; give another")
     elif job["video"] and (job["audio"] or args.maps):
         raise BadInput(f"{record}--video: nothing but its audio is generated; "
                        f"leave {'--audio' if job['audio'] else '--maps'} out")
 
 
-def run_a2v(system, job, path, args, bar, settings):
-    """Syncphony: write the video of a job, piece for piece, and its strip -> number of frames."""
-    # The video is as long as its audio, unless --seconds says otherwise.
-    wave = read_delayed_audio(job["audio"], args.shift_audio)
-    picture = data.read_image(job["image"], system.checkpoint["size"])
-    frames = max(2, round((args.seconds or len(wave) / RATE) * FPS))
-    bar.reset((n_latents(system.vae, frames) - 1) * settings["steps"])
-    pieces = generate_video(system.model, system.vae, [picture], [wave], [job["prompt"]], frames,
-                            seeds=[args.seed], bar=bar, tiles=args.tiles, **settings)
-    write_clip(path, (piece[0] for piece in pieces), wave)
-    return frames
-
-
-def run_towers(system, job, path, args, bar, settings):
-    """SyncFlow and Harmony: generate what a job does not give, write it -> number of frames."""
-    towers = (system.model, system.vae, system.audio_vae)
-    device = next(system.model.parameters()).device
-    rate = system.audio_vae.cfg.rate
+def run_job(system, job, path, args, bar, settings):
+    """Generate what a job does not give, and write it -> number of frames."""
+    model = system.model
+    audio_vae = system.audio_vae
+    rate = audio_vae.cfg.rate if audio_vae else RATE
     size = args.resolution or system.checkpoint["size"]
-    options = dict(settings, bar=bar, speech=[job["transcript"]],
-                   sound_captions=[job["sound_prompt"]])
-    if job["ref_audio"]:
-        options["refs"] = read_reference(job["ref_audio"], system.audio_vae, device)
+    options = dict(settings, bar=bar)
+    # What is given. The video is as long as its audio, or 2 s, unless --seconds says otherwise.
+    picture = data.read_image(job["image"], size) if job["image"] else None
+    wave = read_delayed_audio(job["audio"], args.shift_audio, rate) if job["audio"] else None
+    seconds = data.FRAMES / FPS if wave is None else len(wave) / rate
+    frames = max(2, round((args.seconds or seconds) * FPS))
 
-    # Audio for a given video, whose file keeps its frames
+    # Syncphony writes piece for piece.
+    if system.task == "a2v":
+        bar.reset((n_latents(system.vae, frames) - 1) * settings["steps"])
+        pieces = generate_video(model, system.vae, [picture], [wave], [job["prompt"]], frames,
+                                seeds=[args.seed], tiles=args.tiles, **options)
+        write_clip(path, (piece[0] for piece in pieces), wave)
+        return frames
+
+    device = next(model.parameters()).device
+    options |= dict(speech=[job["transcript"]], sound_captions=[job["sound_prompt"]])
+    if job["ref_audio"]:
+        options["refs"] = read_reference(job["ref_audio"], audio_vae, device)
+    # Two towers: audio for a given video, whose file keeps its frames ...
     if job["video"]:
         video = data.read_video(job["video"], size)[0]
-        wave = video_to_audio(*towers, video, job["prompt"], seed=args.seed, **options)
+        wave = video_to_audio(model, system.vae, audio_vae, video, job["prompt"], seed=args.seed,
+                              **options)
         data.add_sound(path, job["video"], wave, rate)
-        strip = data.film_strip(video[:60 * FPS], wave, rate=rate)
-        data.write_picture(path.with_suffix(".png"), strip)
+        write_strip(path, video[:MINUTE], wave, rate)
         return len(video)
 
-    # Both streams, or video for given audio, which is cut or padded to the length of the video
-    wave, seconds = None, data.FRAMES / FPS
-    if job["audio"]:
-        wave = read_delayed_audio(job["audio"], args.shift_audio, rate)
-        seconds = len(wave) / rate
-    frames = max(2, round((args.seconds or seconds) * FPS))
-    if job["audio"]:
-        wave = fit_length(wave, audio_length(system.audio_vae, frames)[0])
-        options["z_a"] = encode_sound(system.audio_vae, wave, device)
-    if job["image"]:
-        options["pictures"] = data.read_image(job["image"], size)[None]
+    # ... or both streams, or a video for given audio, which is cut or padded to its length
+    if wave is not None:
+        wave = fit_length(wave, audio_length(audio_vae, frames)[0])
+        options["z_a"] = encode_sound(audio_vae, wave, device)
     maps = [] if args.maps else None
-    video, generated = generate_audio_video(*towers, [job["prompt"]], frames, size,
-                                            seeds=[args.seed], attention_maps=maps, **options)
-    wave = generated[0] if wave is None else wave
-    if video is None:
-        data.write_sound(path, wave, rate)
-        return frames
+    video, waves = generate_audio_video(
+        model, system.vae, audio_vae, [job["prompt"]], frames, size, seeds=[args.seed],
+        pictures=None if picture is None else picture[None], attention_maps=maps, **options)
+    wave = waves[0] if wave is None else wave
     if maps:
         maps = draw_maps(video[0], **{name: cells[0] for name, cells in maps[0].items()})
-    write_clip(path, [video[0]], wave, rate, maps or ())
+    write_clip(path, [video[0]], wave, rate, maps or [])
     return frames
-
-
-def describe(system, args, settings):
-    """Print which weights and settings are used, and what they cannot do."""
-    checkpoint = system.checkpoint
-    stage = f" of stage {checkpoint['stage']}" if "stage" in checkpoint else ""
-    size = "x".join(map(str, data.sides(args.resolution or checkpoint["size"])))
-    numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
-    print(f"{Path(args.ckpt).name}: {SYSTEMS[system.task]}, EMA weights after step "
-          f"{checkpoint['step']}{stage}\n{numbers}, {size} at {FPS} fps")
-    # SyncCFG compares with clean partners, which a model knows from the one-way tasks alone.
-    trained = checkpoint.get("args", {})
-    joint_alone = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
-    if joint_alone and max(settings.get("sync_video", 1), settings.get("sync_audio", 1)) > 1:
-        print("this checkpoint was trained without a one-way task (--lambda-v 0 or --lambda-a 0) "
-              "and does not know the partners of SyncCFG: better --sync-video 1 --sync-audio 1")
 
 
 def main():
@@ -1033,6 +993,8 @@ def main():
     device, autocast, description = pick_device(args.device)
     args.ckpt = args.ckpt or default_checkpoint(args)
     system = load(args.ckpt, device, args.vae, args.audio_vae, args.pretrained)
+    task = system.task
+    checkpoint = system.checkpoint
     if args.compile:
         for block in system.model.all_blocks():
             block.compile(dynamic=True)
@@ -1044,35 +1006,37 @@ def main():
     for job in jobs:
         check_job(system, job, args)
 
-    # Guidance: the system's, unless the checkpoint recommends another, unless a flag is given
-    task = system.task
-    settings = GUIDANCE[task] | system.checkpoint["guidance"] | dict(steps=STEPS[task])
-    for name in settings:
-        flag = getattr(args, name, None)
-        settings[name] = settings[name] if flag is None else flag
-    print(description)
-    describe(system, args, settings)
+    # Guidance: a flag, or else what the checkpoint recommends, or else the system's
+    settings = GUIDANCE[task] | checkpoint["guidance"] | dict(steps=STEPS[task])
+    settings |= {k: v for k, v in vars(args).items() if k in settings and v is not None}
+    numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
+    print(f"{description}\n{Path(args.ckpt).name}: {SYSTEMS[task]}, EMA weights after step "
+          f"{checkpoint['step']}\n{numbers}")
+    # SyncCFG compares with clean partners, which a model knows from the one-way tasks alone.
+    trained = checkpoint.get("args", {})
+    joint_alone = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
+    if joint_alone and max(settings["sync_video"], settings["sync_audio"]) > 1:
+        print("trained without a one-way task (--lambda-v 0 or --lambda-a 0), it does not know the "
+              "partners of SyncCFG: better --sync-video 1 --sync-audio 1")
     settings["autocast"] = autocast
 
     # Encoders of a model on Pyramid Flow encode all prompts at once: T5 takes 11 GB.
     prompts = [job["prompt"] for job in jobs]
-    if system.task == "a2v":
+    if task == "a2v":
         settings["encoders"] = external_encoders(system.model, args, prompts, device)
     if any(len(prompt.encode(errors="replace")) > TEXT_BYTES for prompt in prompts):
         print(f"the trained text encoders read the first {TEXT_BYTES} letters of a prompt")
 
     # One file after the other
-    run = run_a2v if system.task == "a2v" else run_towers
-    suffix = ".wav" if run is run_towers and system.model.cfg.audio_only else ".mp4"
     for job in jobs:
-        path = output_file(args, job, suffix)
+        path = output_file(args, job)
         # A list goes on where it was interrupted.
         if args.jsonl and path.is_file():
             print(f"{path}: exists already")
             continue
         start = time.perf_counter()
         with tqdm(disable=None, leave=False, unit="step") as bar:
-            frames = run(system, job, path, args, bar, settings)
+            frames = run_job(system, job, path, args, bar, settings)
         seconds = time.perf_counter() - start
         print(f"{path}: {seconds:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed}")
 

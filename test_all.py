@@ -1151,27 +1151,27 @@ def test_a_clip_does_not_depend_on_the_batch_around_it(toy):
     """Clip i draws its noise from seeds[i] alone; between frames the caller's grad mode is kept."""
     system = sample.load(toy / "a2v.pt")
     clips = [toybox.toybox_clip(i, 32) for i in range(3)]
+    videos, waves, captions = ([c[k] for c in clips] for k in ("video", "audio", "caption"))
 
-    def run(chosen, seeds):
-        videos, waves, captions = ([c[k] for c in chosen] for k in ("video", "audio", "caption"))
-        pieces = list(sample.generate_video(system.model, system.vae, [v[0] for v in videos], waves,
-                                            captions, 9, steps=1, seeds=seeds, cfg=4.))
+    def run(first, seeds):
+        pieces = list(sample.generate_video(
+            system.model, system.vae, [v[0] for v in videos[first:]], waves[first:],
+            captions[first:], 9, steps=1, seeds=seeds, asg=2., cfg=4.))
         assert torch.is_grad_enabled()
         return np.concatenate(pieces, 1).astype(float)
-    together = run(clips, [4, 5, 6])
 
+    together = run(0, [4, 5, 6])
     assert together.shape == (3, 9, 32, 32, 3)
-    assert_close("alone", run(clips[2:], [6])[0], together[2], 1)
-    assert np.abs(run(clips[2:], [7])[0] - together[2]).max() > 1
-    assert (together[:, 0] == np.stack([c["video"][0] for c in clips])).all()
+    assert (together[:, 0] == np.stack(videos)[:, 0]).all()
+    assert_close("alone", run(2, [6])[0], together[2], 1)
+    assert np.abs(run(2, [7])[0] - together[2]).max() > 1
 
 
 def test_one_seed_gives_one_file_as_long_as_its_audio_or_as_asked_for(toy, tmp_path):
     """The command writes a video and its strip, also beyond the length of training."""
-    flags = ["--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--steps", 1]
-    for name, *more in (("a", "x"), ("b", "x"), ("c", "silent", "--seconds", 3.1)):
-        path = tmp_path / f"{name}.mp4"
-        assert cli(sample, *flags, "--audio", toy / f"{more[0]}.wav", *more[1:], "--out", path) == 0
+    for name, *more in (("a", "x.wav"), ("b", "x.wav"), ("c", "silent.wav", "--seconds", 3.1)):
+        assert cli(sample, "--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--steps", 1, "--out",
+                   tmp_path / f"{name}.mp4", "--audio", toy / more[0], *more[1:]) == 0
 
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     for name, frames in (("a", 49), ("c", 74)):
@@ -1179,19 +1179,15 @@ def test_one_seed_gives_one_file_as_long_as_its_audio_or_as_asked_for(toy, tmp_p
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
-@pytest.mark.parametrize("recommended, cfg", [(dict(asg=.5), 0.), (dict(asg=.5, cfg=4.), 4.)])
-def test_guidance_is_the_flag_s_else_the_checkpoint_s_else_the_system_s(
-        toy, tmp_path, capsys, recommended, cfg):
+def test_guidance_is_the_flag_s_else_the_checkpoint_s_else_the_system_s(toy, tmp_path, capsys):
     """A checkpoint need not name a guidance rule for its flag to count."""
-    content = data.load_checkpoint(toy / "a2v.pt", "a2v") | {"guidance": recommended}
+    content = data.load_checkpoint(toy / "a2v.pt", "a2v") | {"guidance": dict(asg=.5)}
     data.save_checkpoint(tmp_path / "a2v.pt", **content)
     flags = ["--image", toy / "f.png", "--audio", toy / "x.wav", "--ckpt", tmp_path / "a2v.pt",
              "--vae", toy / "vae.pt", "--steps", 1, "--seconds", .3, "--out", tmp_path]
-
-    assert cli(sample, *flags) == cli(sample, *flags, "--cfg", 3) == 0
-
-    out = capsys.readouterr().out
-    assert f"asg 0.5, cfg {cfg:g}, steps 1" in out and "asg 0.5, cfg 3, steps 1" in out, out
+    for more, cfg in ([], 0), (["--cfg", 3], 3):
+        assert cli(sample, *flags, *more) == 0
+        assert f"asg 0.5, cfg {cfg}, steps 1" in capsys.readouterr().out
 
 
 def test_the_video_tower_of_harmony_alone_is_sampled_as_it_was_trained():
@@ -1201,13 +1197,10 @@ def test_the_video_tower_of_harmony_alone_is_sampled_as_it_was_trained():
     net.register_forward_pre_hook(lambda net, inputs: calls.append(inputs))
     first = normal(1, 4, 1, 4, 4).float()
     request = sample.JointRequest(["a ball"], (4, 5, 4, 4), None, z_v=first, steps=2, shift=5.)
-
     with torch.no_grad():
-        conditions = sample.prepare_conditions(net, SimpleNamespace(stride=8), None, request)
-        sample.sample_joint(net, **conditions)
+        sample.sample_joint(net, **sample.prepare_conditions(net, None, None, request))
 
-    assert len(calls) == 2
-    for (x, _, levels, *_), sigma in zip(calls, (1, 5 * .5 / (1 + 4 * .5))):
+    for (x, _, levels, *_), sigma in zip(calls, (1, 5 / 6), strict=True):
         assert levels[0].tolist() == pytest.approx([0] + [sigma] * 4)
         assert gap(x[:, :, :1], first) == 0
 
@@ -3287,21 +3280,37 @@ def test_files_that_readme_and_results_name_exist(page):
 
 # ---------------------------------------------------------------- the shipped weights
 
-def eventful_clips(first, n, **options):
-    """The toybox clips among n held-out seeds in which something happens."""
-    seeds = range(cyclesync.HELD_OUT + first, cyclesync.HELD_OUT + first + n)
-    clips = [toybox.toybox_clip(seed, **options) for seed in seeds]
-    return [c for c in clips if len(c["events"])]
+def shipped_syncphony(clips, **settings):
+    system = sample.load(sample.A2V_FILE)
+    autocast = sample.pick_device("cpu")[1]
+    return cyclesync.generate(system.model, system.vae, clips, autocast, cfg=0., **settings)
 
 
-def shuffled_by_half(values):
-    """Every clip gets the value of a clip half the list away: the level of chance."""
-    half = len(values) // 2
-    return values[half:] + values[:half]
+def shipped_towers(file, clips, **settings):
+    """-> the latents, first frames and events of clips, and a function that generates for them."""
+    system = sample.load(file)
+    towers = (system.model, system.vae, system.audio_vae)
+    captions, videos, sounds, events = (
+        [c[key] for c in clips] for key in ("caption", "video", "audio", "events"))
+
+    def generate(**given):
+        autocast = sample.pick_device("cpu")[1]
+        return sample.generate_audio_video(*towers, captions, 49, 64, autocast, **settings, **given)
+
+    def encode(waves):
+        return torch.cat([sample.encode_sound(system.audio_vae, w, "cpu") for w in waves])
+
+    z_v = torch.cat([sample.encode_video(system.vae, v) for v in videos])
+    return SimpleNamespace(clips=clips, generate=generate, encode=encode, z_v=z_v,
+                           z_a=encode(sounds), first=np.stack(videos)[:, 0], events=events)
 
 
-def event_f1(truth, found):
-    return cyclesync.event_scores(truth, found)["f1_50"]
+def assert_in_time(events, found, least, times_chance=2.):
+    """The events are found, and far better than those of a clip half the list away: chance."""
+    half = len(events) // 2
+    f1, chance = (cyclesync.event_scores(truth, found)["f1_50"]
+                  for truth in (events, events[half:] + events[:half]))
+    assert f1 > least and f1 > times_chance * chance, (f1, chance)
 
 
 def events_drawn_in(videos, clips):
@@ -3312,28 +3321,45 @@ def onsets_of(waves):
     return [cyclesync.onsets_in_sound(w) for w in waves]
 
 
+def held_out_clips(first, kinds):
+    """Toybox clips of these kinds in which something happens."""
+    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + first + i, kind=kind)
+             for i, kind in enumerate(kinds)]
+    return [c for c in clips if len(c["events"])]
+
+
 @slow
 def test_the_shipped_weights_move_things_on_their_sounds():
     """README: objects of every kind move on their sound, far above chance; without audio layers
     they do not (Syncphony section 3.4, off-sync)."""
-    system = sample.load(sample.A2V_FILE)
-    net, vae, ckpt = system.model, system.vae, system.checkpoint
-    _, autocast, _ = sample.pick_device("cpu")
-    kinds = [toybox.KINDS[i % 6] for i in range(12)]
-    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, ckpt["size"], kind=kind)
-             for i, kind in enumerate(kinds)]
+    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, kind=kind)
+             for i, kind in enumerate(toybox.KINDS * 2)]
 
-    videos = cyclesync.generate(net, vae, clips, autocast, steps=10, asg=2., cfg=0.)
-    off_sync = cyclesync.generate(net, vae, clips, autocast, steps=4, asg=0., cfg=0.,
-                                  use_audio=False)
+    videos = shipped_syncphony(clips, steps=10, asg=2.)
+    off_sync = shipped_syncphony(clips, steps=4, use_audio=False)
 
     scores, _, shuffled = cyclesync.score_toybox(videos, clips)
-    assert scores["f1_50"] > .9, scores["f1_50"]
-    assert scores["f1_50"] > 2 * shuffled["f1_50"], (scores["f1_50"], shuffled["f1_50"])
+    assert scores["f1_50"] > max(.9, 2 * shuffled["f1_50"]), (scores, shuffled)
     assert scores["residual"] < .2, scores["residual"]
     assert scores["false_per_quiet_clip"] == 0, scores["false_per_quiet_clip"]
     chance = cyclesync.score_toybox(off_sync, clips)[0]["f1_50"]
     assert chance < .3, chance
+
+
+@slow
+def test_moving_the_sound_moves_the_motion():
+    """Syncphony's demonstration: the same picture, the sound 0.25 s later, events 0.25 s later."""
+    clips = held_out_clips(500, ["lamp"] * 16)
+    delayed = []
+    for c in [c for c in clips if c["events"][-1] < 1.6][:6]:
+        audio = np.pad(c["audio"], (4000, 0))[:len(c["audio"])]
+        delayed.append(dict(c, audio=audio, events=c["events"] + .25))
+    assert len(delayed) == 6
+
+    videos = shipped_syncphony(delayed, steps=10, asg=1.)
+
+    f1 = cyclesync.score_toybox(videos, delayed)[0]["f1_50"]
+    assert f1 > .85, f1
 
 
 @slow
@@ -3347,146 +3373,72 @@ def test_the_shipped_video_vae_draws_motion_in_appearances_its_latents_do_not_ho
         error_same = video_vae_loss(vae, source, source, noise, 0.)[1]
         error_other = video_vae_loss(vae, source, other, noise, 0.)[1]
 
-    assert error_other < .02, error_other
-    assert error_other < 1.3 * error_same, (error_other, error_same)
+    assert error_other < min(.02, 1.3 * error_same), (error_other, error_same)
 
 
 @slow
 def test_a_shipped_two_tower_model_serves_as_the_video_to_audio_model_of_cyclesync():
     """Syncphony section 4: f makes a sound of the video's length from its frames alone."""
     args = SimpleNamespace(device="cpu", vae=None, audio_vae=None)
-    frames = np.zeros((25, 96, 128, 3), np.uint8)
 
     f_v2a = cyclesync.v2a_from_checkpoint(sample.T2AV_FILE, args)
-    wave, rate = f_v2a(frames, 24)
+    wave, rate = f_v2a(np.zeros((25, 96, 128, 3), np.uint8), 24)
 
-    seconds = len(wave) / rate
-    assert abs(seconds - 25 / 24) < 1e-3, seconds
+    assert len(wave) / rate == pytest.approx(25 / 24, abs=1e-3)
     assert np.isfinite(wave).all()
-
-
-@slow
-def test_moving_the_sound_moves_the_motion():
-    """Syncphony's demonstration: the same picture, the sound 0.25 s later, events 0.25 s later."""
-    system = sample.load(sample.A2V_FILE)
-    net, vae, ckpt = system.model, system.vae, system.checkpoint
-    _, autocast, _ = sample.pick_device("cpu")
-    clips = eventful_clips(500, 40, size=ckpt["size"], kind="lamp")
-    clips = [c for c in clips if c["events"][-1] < 1.6][:6]
-    delayed = []
-    for c in clips:
-        audio = np.pad(c["audio"], (4000, 0))[:len(c["audio"])]
-        delayed.append(dict(c, audio=audio, events=c["events"] + .25))
-
-    videos = cyclesync.generate(net, vae, delayed, autocast, steps=10, asg=1., cfg=0.)
-
-    f1 = cyclesync.score_toybox(videos, delayed)[0]["f1_50"]
-    assert f1 > .85, f1
 
 
 @slow
 def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
     """SyncFlow sections 3.2, 3.3: sounds for true videos come when things happen, and a generated
     pair agrees with itself better than with another pair."""
-    system = sample.load(sample.T2AV_FILE)
-    model, vae, audio_vae, ckpt = system.model, system.vae, system.audio_vae, system.checkpoint
-    _, autocast, _ = sample.pick_device("cpu")
-    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + 700 + i, kind=toybox.KINDS[i % 6])
-             for i in range(12)]
-    clips = [c for c in clips if len(c["events"])]
-    captions = [c["caption"] for c in clips]
-    events = [c["events"] for c in clips]
-    truth = np.stack([c["video"] for c in clips])
-    z_v = torch.cat([sample.encode_video(vae, v) for v in truth])
-    settings = dict(steps=12, cfg=ckpt["guidance"]["cfg"])
+    s = shipped_towers(sample.T2AV_FILE, held_out_clips(700, toybox.KINDS * 2), steps=12, cfg=3.)
 
-    def generate(**given):
-        return sample.generate_audio_video(model, vae, audio_vae, captions, 49, 64, autocast,
-                                           **given, **settings)
+    _, sounds = s.generate(z_v=s.z_v)
+    videos, waves = s.generate(pictures=s.first)
 
-    onsets = onsets_of(generate(z_v=z_v)[1])
-    videos, waves = generate(pictures=truth[:, 0])
-
-    f1, chance = event_f1(events, onsets), event_f1(shuffled_by_half(events), onsets)
-    assert f1 > .55, f1
-    assert f1 > 2 * chance, (f1, chance)
-    drawn, onsets = events_drawn_in(videos, clips), onsets_of(waves)
-    f1, chance = event_f1(drawn, onsets), event_f1(shuffled_by_half(drawn), onsets)
-    assert f1 > .35, f1
-    assert f1 > 1.5 * chance, (f1, chance)
+    assert_in_time(s.events, onsets_of(sounds), .55)
+    assert_in_time(events_drawn_in(videos, s.clips), onsets_of(waves), .35, 1.5)
 
 
 @pytest.fixture(scope="module")
-def harmony_clips():
-    """The shipped Harmony model, eight clips, and a function that generates for them."""
-    system = sample.load(sample.JOINT_FILE)
-    model, vae, audio_vae = system.model, system.vae, system.audio_vae
-    _, autocast, _ = sample.pick_device("cpu")
-    clips = eventful_clips(300, 16)[:8]
-    captions = [c["caption"] for c in clips]
+def shipped_harmony():
+    clips = held_out_clips(300, [None] * 16)[:8]
     speech = [c["speech"] for c in clips]
-    truth = np.stack([c["video"] for c in clips])
-
-    def generate(**given):
-        return sample.generate_audio_video(model, vae, audio_vae, captions, 49, 64, autocast,
-                                           speech=speech, steps=10, shift=5., **given)
-
-    def encode(waves):
-        return torch.cat([sample.encode_sound(audio_vae, w, "cpu") for w in waves])
-
-    z_v = torch.cat([sample.encode_video(vae, v) for v in truth])
-    z_a = encode([c["audio"] for c in clips])
-    return SimpleNamespace(clips=clips, generate=generate, encode=encode, z_v=z_v, z_a=z_a,
-                           first=truth[:, 0], events=[c["events"] for c in clips])
+    return shipped_towers(sample.JOINT_FILE, clips, speech=speech, steps=10, shift=5.)
 
 
 @slow
-def test_the_shipped_harmony_draws_a_video_for_a_sound(harmony_clips):
+def test_the_shipped_harmony_draws_a_video_for_a_sound(shipped_harmony):
     """Harmony eq. 3, audio-driven: the events drawn for a true sound are the true events."""
-    h = harmony_clips
-
-    videos = h.generate(z_a=h.z_a, pictures=h.first, sync_video=1., sync_audio=1.)[0]
-
-    drawn = events_drawn_in(videos, h.clips)
-    f1, chance = event_f1(h.events, drawn), event_f1(shuffled_by_half(h.events), drawn)
-    assert f1 > .6, f1
-    assert f1 > 2 * chance, (f1, chance)
+    h = shipped_harmony
+    videos, _ = h.generate(z_a=h.z_a, pictures=h.first)
+    assert_in_time(h.events, events_drawn_in(videos, h.clips), .6)
 
 
 @slow
-def test_a_reference_changes_the_timbre_of_the_shipped_harmony_and_not_its_timing(harmony_clips):
+def test_pairs_of_the_shipped_harmony_agree_with_synccfg(shipped_harmony):
+    """Harmony eqs. 9, 10: pairs made with SyncCFG agree with themselves, above chance."""
+    h = shipped_harmony
+    videos, waves = h.generate(pictures=h.first, sync_video=3., sync_audio=2.)
+    assert_in_time(events_drawn_in(videos, h.clips), onsets_of(waves), .3, 1.5)
+
+
+@slow
+def test_a_reference_changes_the_timbre_of_the_shipped_harmony_and_not_its_timing(shipped_harmony):
     """Harmony eq. 7: with a reference the sound comes closer to that material, as well in time."""
-    h = harmony_clips
+    h = shipped_harmony
     variations = cyclesync.other_variations(h.clips, 5)
-    references = h.encode([v[0] for v in variations])
     timbres = [np.mean([cyclesync.timbre(w) for w in v[1:]], 0) for v in variations]
 
-    plain = h.generate(z_v=h.z_v, sync_audio=2.)[1]
-    cloned = h.generate(z_v=h.z_v, sync_audio=2., refs=references)[1]
+    _, plain = h.generate(z_v=h.z_v, sync_audio=2.)
+    refs = h.encode([v[0] for v in variations])
+    _, cloned = h.generate(z_v=h.z_v, sync_audio=2., refs=refs)
 
-    for name, waves in (("plain", plain), ("cloned", cloned)):
-        onsets = onsets_of(waves)
-        f1, chance = event_f1(h.events, onsets), event_f1(shuffled_by_half(h.events), onsets)
-        assert f1 > .6, (name, f1)
-        assert f1 > 2 * chance, (name, f1, chance)
-
-    def distances(waves):
-        return np.array([np.abs(cyclesync.timbre(w) - t).mean() for w, t in zip(waves, timbres)])
-
-    closer = (distances(cloned) < distances(plain)).mean()
-    assert closer > .7, closer
-    ratio = distances(cloned).mean() / distances(plain).mean()
-    assert ratio < .85, ratio
-
-
-@slow
-def test_pairs_of_the_shipped_harmony_agree_with_synccfg(harmony_clips):
-    """Harmony eqs. 9, 10: pairs made with SyncCFG agree with themselves, above chance."""
-    h = harmony_clips
-
-    videos, waves = h.generate(pictures=h.first, sync_video=3., sync_audio=2.)
-
-    drawn, onsets = events_drawn_in(videos, h.clips), onsets_of(waves)
-    f1, chance = event_f1(drawn, onsets), event_f1(shuffled_by_half(drawn), onsets)
-    assert f1 > .3, f1
-    assert f1 > 1.5 * chance, (f1, chance)
+    for waves in (plain, cloned):
+        assert_in_time(h.events, onsets_of(waves), .6)
+    distance_plain, distance_cloned = (
+        np.array([np.abs(cyclesync.timbre(w) - t).mean() for w, t in zip(waves, timbres)])
+        for waves in (plain, cloned))
+    assert (distance_cloned < distance_plain).mean() > .7
+    assert distance_cloned.mean() < .85 * distance_plain.mean()
