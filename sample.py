@@ -111,8 +111,7 @@ def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" o
 
     vae, audio_vae: files to take instead. pretrained: Pyramid Flow's folder, for a checkpoint that
     holds only what was trained on top of it. task: what the checkpoint must be of."""
-    train_one = f"weights/ has one, or: python train.py --task {task.split()[0]}"
-    checkpoint = data.load_checkpoint(path, task, train_one)
+    checkpoint = data.load_checkpoint(path, task)
     config = checkpoint["config"]
     weights = checkpoint["ema"]
     # The network: two towers, a transformer of this repository, or Pyramid Flow's with the trained
@@ -143,8 +142,7 @@ def load_vae(path=VAE_FILE, device="cpu", task="vae"):
     """A VAE of train.py, of one of the tasks named, or the folder of Pyramid Flow's."""
     if Path(path).is_dir():
         return pyramid.load_pyramid_vae(path, device)
-    train_one = f"weights/ has the toybox's; or train one: python train.py --task {task}"
-    checkpoint = data.load_checkpoint(path, task, train_one)
+    checkpoint = data.load_checkpoint(path, task)
     config = checkpoint["config"]
     if checkpoint["task"] == "vae":
         vae = CausalVideoVAE(VAEConfig(**config))

@@ -1213,8 +1213,8 @@ HARMONY = ("--prompt a --ckpt {towers}/harmony/joint/best.pt --vae {toy}/vae.pt 
 
 @pytest.mark.parametrize("module, inputs, refused, message", [
     (sample, A2V, "--audio {media}/nan.wav | --audio= | --audio none.wav | --image {media}/cut.png"
-     " | --image= | --image none.png", ""),
-    (sample, A2V, "--asg -1 | --steps 0 | --cfg nan | --seconds 0 | --step 3 | --device tpu", ""),
+     " | --image= | --image none.png | --asg -1 | --steps 0 | --cfg nan | --step 3 | --device tpu",
+     ""),
     (sample, A2V, "--ckpt {d}/none.pt | --ckpt {d}/other.pt | --ckpt {d}/pickle.pt | "
      "--ckpt {d}/noise.pt | --ckpt {d}/size.pt | --ckpt {toy}/vae.pt | --vae {toy}/a2v.pt", ".pt"),
     (sample, A2V, "--ckpt {d}/alone.pt", "neither in weights/ nor beside"),
@@ -1242,16 +1242,14 @@ def test_bad_input_is_one_line_on_stderr_exit_code_two_and_nothing_written(
     shutil.copy(toy / "a2v.pt", tmp_path / "alone.pt")
     save_model(tmp_path / "other-vae.pt", "vae", CausalVideoVAE(VAEConfig(**TOY16)))
     soundfile.write(tmp_path / "brief.wav", np.full(3200, .1), 16000)
-    records = ("not json", "[1]", '{"prompt": 3}', '{"prompt": "a", "id": "../x"}')
-    for i, record in enumerate(records):
+    for i, record in enumerate(("not json", "[1]", '{"prompt": 3}', '{"id": "../x"}')):
         (tmp_path / str(i)).write_text(record)
     paths = dict(toy=toy, media=media, towers=harmony_on_disk[0], d=tmp_path, out=tmp_path / "out")
     for flags in refused.split(" | "):
         code = cli(module, *shlex.split(f"{inputs} {flags}".format(**paths)))
         error = capsys.readouterr().err.strip()
         assert code == 2, flags
-        assert error.startswith("error: ") and "\n" not in error, (flags, error)
-        assert message in error, (flags, error)
+        assert re.fullmatch(f"error: .*{message}.*", error), (flags, error)
         assert not paths["out"].exists(), flags
 
 
@@ -3349,7 +3347,7 @@ def test_the_shipped_weights_move_things_on_their_sounds():
 @slow
 def test_moving_the_sound_moves_the_motion():
     """Syncphony's demonstration: the same picture, the sound 0.25 s later, events 0.25 s later."""
-    clips = held_out_clips(500, ["lamp"] * 16)
+    clips = held_out_clips(500, ["lamp"] * 20)
     delayed = []
     for c in [c for c in clips if c["events"][-1] < 1.6][:6]:
         audio = np.pad(c["audio"], (4000, 0))[:len(c["audio"])]
