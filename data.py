@@ -43,6 +43,10 @@ from toybox import FPS, FRAMES, RATE, toybox_clip
 
 MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step), bands up to 8 kHz
 
+# For ffmpeg's aresample: gaps in a track are filled, so that the index of a sample says its time;
+# channels are mixed to their mean.
+MONO = "async=1:ochl=mono:rematrix_maxval=1"
+
 # Seconds that are decoded at most, because a damaged file may claim any length.
 MAX_SOUND = 4 * 3600            # 0.9 GB at 16 kHz; what is longer is cut
 MAX_SECONDS = 600               # of a clip, 180 MB at 64 x 64 pixels; what is longer is skipped
@@ -158,17 +162,11 @@ def last_reason(log):
     return (log.strip().splitlines() or ["no reason given"])[-1].split(": ")[-1]
 
 
-def sound_filter(rate):
-    # Channels are mixed to their mean. async=1 fills gaps in a track, so that the index of a sample
-    # says its time.
-    return f"aresample={rate}:async=1:ochl=mono:rematrix_maxval=1"
-
-
 def read_audio(path, rate=RATE):
     """Any sound file, or clip with sound -> waveform float32 (samples,) at `rate`."""
     path = check_file(path, "audio")
     done, raw, log = run_ffmpeg("-v", "error", "-t", MAX_SOUND, "-i", path.resolve(), "-vn",
-                                "-af", sound_filter(rate), "-f", "f32le", "-")
+                                "-af", f"aresample={rate}:{MONO}", "-f", "f32le", "-")
     wave = np.frombuffer(raw, np.float32)
     if not done or len(wave) == 0:
         raise BadInput(f"{path}: no sound can be read from it ({last_reason(log)}); "
@@ -272,8 +270,8 @@ def read_clip(path, size=64, sound=None):
     """
     video, frame_times, file_times = read_video(path, size)
     video_start = frame_times[0]
-    arguments = ["-map", "0:a:0", "-f", "f32le", "-af", f"{sound_filter(RATE)},"
-                 "aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"]
+    filters = f"aresample={RATE}:{MONO},aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
+    arguments = ["-map", "0:a:0", "-af", filters, "-f", "f32le"]
     try:
         raw, times = decode(path, "sound", *arguments)
     except BadInput:
@@ -283,8 +281,6 @@ def read_clip(path, size=64, sound=None):
         raw, times = decode(sound, "sound", *arguments)
         video_start -= file_times[0]
     wave = np.frombuffer(raw, np.float32)
-    if not np.isfinite(wave).all():
-        raise BadInput(f"{path}: its sound has NaN samples")
 
     # The tracks of a file may begin at different times, and a clip whose sound is 40 ms off teaches
     # the wrong thing. The clip is what both tracks cover, from the first frame with sound on:
@@ -304,11 +300,12 @@ def read_clip(path, size=64, sound=None):
     video = video[first:first + frames]
     wave = fit_length(wave[skip:], round(frames / FPS * RATE))
 
-    # Static: no frame differs from the first by half a step of 255 on average. Silence: -80 dB.
+    # Static: no frame differs from the first by half a step of 255 on average. Silence: -80 dB. NaN
+    # is not above it either.
     if np.abs(video[1:].astype(np.int16) - video[0]).mean((1, 2, 3)).max() < .5:
         raise BadInput(f"{path}: a static picture")
-    if wave.std() < 1e-4:
-        raise BadInput(f"{path}: its sound is silence")
+    if not wave.std() >= 1e-4:
+        raise BadInput(f"{path}: its sound is silence, or has NaN samples")
     return video, wave.clip(-1, 1)
 
 
@@ -398,8 +395,8 @@ def film_strip(video, wave, rate=RATE, events=()):
     loudest = np.array(loudest) / max(*loudest, 1e-3) * (height / 2 - 2)      # (width,)
     # Dark where a pixel is closer to the axis than that.
     distance = np.abs(np.arange(height) - (height - 1) / 2)[:, None]          # (40, 1)
-    plot = np.where(distance <= np.maximum(loudest, .5), 60, 245).astype(np.uint8)
-    plot = np.repeat(plot[..., None], 3, 2)                                   # (40, width, 3)
+    plot = np.full((height, width, 3), 245, np.uint8)
+    plot[distance <= np.maximum(loudest, .5)] = 60
     marks = np.array([t for t in events if 0 <= t < seconds]) / seconds * width
     plot[:, marks.astype(int)] = 220, 40, 40
     return np.concatenate([frames, plot], 0)
@@ -416,15 +413,15 @@ def save_checkpoint(path, **content):
 def load_checkpoint(path, task=None, hint="check the path, or train one with train.py"):
     """A checkpoint of train.py as a dict. task: of which it must be, names joined by " or "."""
     path = check_file(path, "checkpoint", hint)
-    # weights_only: loading never runs code from the file.
+    # weights_only: loading never runs code from the file. What is wrong with one, torch says by
+    # half a dozen kinds of exceptions.
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as why:                              # torch raises half a dozen kinds
+        if not {"task", "config", "ema"} <= content.keys():
+            raise KeyError("task, config, ema")
+    except Exception as why:
         raise BadInput(f"{path}: not a checkpoint that can be loaded safely "
                        f"({type(why).__name__}); expected a .pt written by train.py") from why
-    if not isinstance(content, dict) or not {"task", "config", "ema"} <= set(content):
-        raise BadInput(f"{path}: a torch file, but not a nanosync checkpoint (no task, config, "
-                       "weights); train one with train.py")
     if task and content["task"] not in task.split(" or "):
         raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; "
                        f"give one made by train.py --task {task}")
@@ -483,8 +480,8 @@ def find_clips(name, root="data", toybox_clips=2000):
     chosen, missing = {}, []
     for key, split, label in rows:
         # Where several files have a name: one of this split (Landscapes has the same names in
-        # both), else the best version (denoised), else the one highest up.
-        found = sorted(by_name.get(key, []), key=lambda p: (split not in p.parts, p.stem, p.parts))
+        # both), of these the best version (denoised).
+        found = sorted(by_name.get(key, []), key=lambda p: (split not in p.parts, p.stem))
         if found:
             chosen.setdefault(found[0], (split, label))
         else:
@@ -569,17 +566,16 @@ def split_by_folders(folder, files):
     """Any tree -> {path: (split, None)}, how it was split."""
     # By a folder called train, test or val on the way ...
     names = {path: path.relative_to(folder) for path in files}
-    splits = {p: next((s for s in name.parts if s in SPLITS), None) for p, name in names.items()}
-    if any(splits.values()):
-        chosen = {path: (split or "train", None) for path, split in splits.items()}
-        return chosen, "folders train and test"
+    splits = {p: next((s for s in name.parts if s in SPLITS), "") for p, name in names.items()}
+    source = "folders train and test"
     # ... else one clip in ten is for testing, by a hash of its name, so that clips that are added
     # later change nothing. At least one of several clips, never a single one.
-    hashes = {path: zlib.crc32(str(name).encode()) for path, name in names.items()}
-    test = {p for p in files if hashes[p] % 10 == 0} or {min(files, key=hashes.get)}
-    test = test if len(files) > 1 else set()
-    chosen = {path: ("test" if path in test else "train", None) for path in files}
-    return chosen, "a split invented here: one clip in ten is for testing, drawn by its name"
+    if not any(splits.values()):
+        source = "a split invented here: one clip in ten is for testing, drawn by its name"
+        hashes = {path: zlib.crc32(str(name).encode()) for path, name in names.items()}
+        test = [p for p in files if hashes[p] % 10 == 0] or [min(files, key=hashes.get)]
+        splits |= {path: "test" for path in test if len(files) > 1}
+    return {path: (split or "train", None) for path, split in splits.items()}, source
 
 
 def describe_clip(path, folder, split, label, prompts):
@@ -615,7 +611,8 @@ def parse_hits(text):
 # ------------------------------------------------------------------- windows: what is trained on
 
 def clip_windows(clip, size=64, audio_lead=0.):
-    """A real clip -> its windows of 49 frames, dicts of video, audio, caption, start (seconds).
+    """A real clip -> its windows of 49 frames, dicts of video, audio, caption, speech (none),
+    start (seconds).
 
     audio_lead=0.5 is the protocol of the CycleSync study (Syncphony C.2): the first window begins
     at 0.5 s and each sound 0.5 s before its pictures, so that it can be delayed and stays real.
@@ -645,8 +642,9 @@ def clip_windows(clip, size=64, audio_lead=0.):
     windows = []
     for start in starts.astype(int):
         offset = round((start - first) / FPS * RATE)
-        windows.append(dict(video=video[start:start + FRAMES], caption=clip["prompt"],
-                            audio=fit_length(wave[offset:], samples), start=start / FPS))
+        windows.append(dict(video=video[start:start + FRAMES],
+                            audio=fit_length(wave[offset:], samples),
+                            caption=clip["prompt"], speech="", start=start / FPS))
     return windows
 
 
@@ -663,18 +661,18 @@ def item_windows(item, size, variations=1):
             windows = clip_windows(item, size)
         except BadInput as why:
             return str(why).removeprefix(f"{item['path']}: ")
-    kept = ("video", "audio", "caption", "start", "speech")
-    return [{k: w.get(k, "") for k in kept} | dict(mel=log_mel(w["audio"])) for w in windows]
+    return [dict(window, mel=log_mel(window["audio"])) for window in windows]
 
 
-def prepare(folder, settings, items, vae, device, autocast, audio_encoder=None, raw=False):
-    """Fill a cache with the windows of `items`, or go on filling it; `open_cache` then reads it.
+def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
+    r"""Fill a cache with the windows of `items`, or go on filling it; `open_cache` then reads it.
 
         folder/settings.json        what the cache depends on; a run with others is refused
                00000-latents.npy    (n, 2, C, L, h, w): posterior mean and log-variance
                00000-mels.npy       (n, 2S, 64)
                00000-features.npy   (n, S, A), if there is an `audio_encoder`
-               00000-videos.npy     (n, F, H, W, 3) uint8, and -sounds.npy (n, samples), if `raw`
+               00000-videos.npy     (n, F, H, W, 3) uint8 \  of the split "test":
+               00000-sounds.npy     (n, samples)          /  evaluation compares with them
                00000.json           a row per window, skipped clips, bytes and zlib.crc32 of these
                00001-latents.npy    ...
 
@@ -693,6 +691,8 @@ def prepare(folder, settings, items, vae, device, autocast, audio_encoder=None, 
     shards = [items[a:a + per_shard] for a in range(0, len(items), per_shard)]
     todo = [k for k in range(len(shards)) if not (folder / f"{k:05d}.json").is_file()]
     left = list(chain.from_iterable(shards[k] for k in todo))
+    if not left:
+        return
     # Temporary files of a run that was killed; those of one that is running are younger.
     for leftover in folder.glob(".*"):
         if time.time() - leftover.stat().st_mtime > 3600:
@@ -707,13 +707,11 @@ def prepare(folder, settings, items, vae, device, autocast, audio_encoder=None, 
     results = DataLoader(left, batch_size=None, collate_fn=read, num_workers=workers,
                          multiprocessing_context="spawn" if workers else None,
                          prefetch_factor=1 if workers else None, generator=torch.Generator())
-    results = iter(tqdm(results, f"preparing {folder.parent.name}", len(items), unit="clip",
-                        initial=len(items) - len(left), disable=None if left else True))
+    results = iter(tqdm(results, f"preparing {folder.parent.name}", unit="clip", disable=None))
     try:
         with torch.no_grad(), autocast():
             for k in todo:
-                write_shard(folder, k, zip(shards[k], results), settings["resolution"],
-                            vae, device, audio_encoder, raw)
+                write_shard(folder, k, zip(shards[k], results), settings, vae, audio_encoder)
     except RuntimeError as why:
         if "DataLoader worker" not in str(why):
             raise
@@ -734,12 +732,12 @@ def check_settings(path, settings):
                        "folder, or keep it and give another --data-root")
 
 
-def write_shard(folder, k, results, size, vae, device, audio_encoder, raw):
+def write_shard(folder, k, results, settings, vae, audio_encoder):
     """Code and write shard k. results: pairs of a clip and what `item_windows` makes of it."""
     rows, skipped = [], {}
     arrays = dict(latents=[], mels=[])
     arrays |= dict(features=[]) if audio_encoder else {}
-    arrays |= dict(videos=[], sounds=[]) if raw else {}
+    arrays |= dict(videos=[], sounds=[]) if settings.get("split") == "test" else {}
 
     # A row per window. Skipped clips are remembered with their reasons.
     def usable_windows():
@@ -753,18 +751,16 @@ def write_shard(folder, k, results, size, vae, device, audio_encoder, raw):
 
     # Four windows of up to 256 pixels fit in any memory.
     windows = usable_windows()
-    while batch := list(islice(windows, 4 if sides(size)[0] <= 256 else 1)):
-        video = frames_to_tensor(np.stack([w["video"] for w in batch]), device)  # (n, 3, F, H, W)
-        mean, logvar = vae.encode_chunks(video)
-        latents = torch.stack([mean, logvar], 1).cpu().to(torch.float16)      # (n, 2, C, L, h, w)
-        arrays["latents"].extend(latents.numpy())
-        for window in batch:
-            arrays["mels"].append(window["mel"].astype(np.float16))
+    while batch := list(islice(windows, 4 if sides(settings["resolution"])[0] <= 256 else 1)):
+        video = torch.from_numpy(np.stack([w["video"] for w in batch])).movedim(-1, 1)
+        moments = torch.stack(vae.encode_chunks(video), 1).float().cpu()      # (n, 2, C, L, h, w)
+        for window, latent in zip(batch, moments.numpy()):
+            values = dict(latents=latent, mels=window["mel"], videos=window["video"],
+                          sounds=window["audio"])
             if audio_encoder:
-                arrays["features"].append(audio_encoder(window["audio"]).astype(np.float16))
-            if raw:
-                arrays["videos"].append(window["video"])
-                arrays["sounds"].append(window["audio"].astype(np.float16))
+                values["features"] = audio_encoder(window["audio"])
+            for name, stored in arrays.items():
+                stored.append(values[name].astype(np.uint8 if name == "videos" else np.float16))
 
     files = {}
     for name, values in arrays.items():
@@ -809,8 +805,8 @@ def gather(cache, name, index):
     return torch.from_numpy(np.stack([shards[k][row] for k, row in cache["at"][index]]))
 
 
-def load_or_prepare(name, root, split, size, vae, vae_id, device, autocast, clips=2000,
-                    audio_encoder=None, audio_tag="hubert", variations=1, log=print):
+def load_or_prepare(name, root, split, size, vae, vae_id, autocast, clips=2000, audio_encoder=None,
+                    audio_tag="hubert", variations=1, log=print):
     """The cache of a dataset's split, prepared first where it is absent or unfinished. vae_id names
     the VAE, audio_tag what `audio_encoder` makes of every sound. clips, variations: of the toybox.
     log gets the report: what was found, what was skipped and why."""
@@ -831,9 +827,7 @@ def load_or_prepare(name, root, split, size, vae, vae_id, device, autocast, clip
     pixels = size if isinstance(size, int) else "x".join(map(str, size))
     tag = f"{label}-{pixels}px-{vae_id}" + (f"-{audio_tag}" if audio_encoder else "")
     folder = Path(root) / "cache" / tag / split
-    # Evaluation of real clips compares with the pixels and samples themselves.
-    raw = name != "toybox" and split == "test"
-    prepare(folder, settings, items, vae, device, autocast, audio_encoder, raw)
+    prepare(folder, settings, items, vae, autocast, audio_encoder)
 
     cache = open_cache(folder)
     log(f"{report}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of "
@@ -844,15 +838,15 @@ def load_or_prepare(name, root, split, size, vae, vae_id, device, autocast, clip
     for reason, names in reasons.items():
         log(f"  skipped {len(names)}, such as {names[0]}: {reason}")
     if not cache["clips"]:
-        raise BadInput(f"--data {name}: not one of its {len(items)} {split} clips can be used, such "
-                       f"as {names[0]}: {reason}")
+        raise BadInput(f"--data {name}: not one of its {len(items)} {split} clips can be used; "
+                       f"{names[0]}: {reason}")
     return cache
 
 
 # --------------------------------------------------------------------- the command: a contact sheet
 
-def contact_sheet(name, root, path, rows=8):
-    """Some clips of a dataset, drawn at random, as film strips over their sounds -> a picture, and
+def contact_sheet(name, root, path):
+    """Eight clips of a dataset, drawn at random, as film strips over their sounds -> a picture, and
     a printed line for each."""
     found, report = find_clips(name, root)
     strips = []
@@ -869,7 +863,7 @@ def contact_sheet(name, root, path, rows=8):
         strips.append(film_strip(clip["video"], clip["audio"], events=clip["events"]))
         print(f"row {len(strips)}  {clip['name']}  '{clip.get('caption', clip['prompt'])}'  "
               f"{clip['split']}  {len(clip['video']) / FPS:.1f} s")
-        if len(strips) == rows:
+        if len(strips) == 8:
             break
     if not strips:
         raise BadInput(f"--data {name}: not one of its {len(found)} clips can be read")

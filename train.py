@@ -343,11 +343,11 @@ class Evaluation(NamedTuple):
     sounds: list = None     # waveforms to go with them; None: those of the clips
 
 
-def open_caches(args, vae, device, autocast, **audio):
+def open_caches(args, vae, autocast, **audio):
     """-> latents of the training clips and, of real clips, of the test clips (toybox: None)."""
     caches = [data.load_or_prepare(
-        args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), device,
-        autocast, args.clips, log=log_rank0, **audio)
+        args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), autocast,
+        args.clips, log=log_rank0, **audio)
         for split in (["train"] if args.data == "toybox" else ["train", "test"])]
     return caches if len(caches) == 2 else (caches[0], None)
 
@@ -453,7 +453,7 @@ class A2V(Task):
         folder = Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae
         self.vae = load_vae(folder, device)
         hubert = pyramid.load_hubert(args.hubert, device) if args.pretrained else None
-        self.cache, self.test = open_caches(args, self.vae, device, autocast, audio_encoder=hubert)
+        self.cache, self.test = open_caches(args, self.vae, autocast, audio_encoder=hubert)
         if args.pretrained:
             # Caption -> its T5 and CLIP states, which are kept beside the caches.
             self.prompts = {}
@@ -712,7 +712,7 @@ class TwoTowers(Task):
         check_latents("vae", self.vae, config.latent, args)
         check_latents("audio-vae", self.audio_vae, config.audio_latent, args)
         self.cache, self.test = open_caches(
-            args, self.vae, device, autocast, audio_encoder=self.encode_waveform,
+            args, self.vae, autocast, audio_encoder=self.encode_waveform,
             audio_tag=fingerprint(self.audio_vae), variations=2 if self.harmony else 1)
         # Window of the cache -> all windows of its clip, among which references are chosen.
         self.windows_of_clip = {}
