@@ -174,26 +174,24 @@ class MidBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halving (way "down") or doubling ("up") of space or of time, factor (1, 2) or (2, 1).
+    """Halving (way "down") or doubling ("up") of time by t and of space by p: (1, 2) or (2, 1)."""
 
-    Halving is a convolution with stride; doubling a convolution to more channels, which become
-    pixels or frames."""
-
-    def __init__(self, c, way, factor, kernel_t):
+    def __init__(self, c, way, t, p, kernel_t):
         super().__init__()
-        t, p = factor
-        self.up_factor = factor if way == "up" else None
-        if way == "up":
-            self.conv = CausalConv3d(c, t * p * p * c, (kernel_t, 3, 3))
-        else:
-            self.conv = CausalConv3d(c, c, (kernel_t, 3, 3), (t, p, p))
+        self.factors = t, p
+        self.up = way == "up"
+        # Halving: a convolution with stride. Doubling: a convolution to more channels, which
+        # become pixels or frames.
+        c_out = t * p * p * c if self.up else c
+        stride = (1, 1, 1) if self.up else (t, p, p)
+        self.conv = CausalConv3d(c, c_out, (kernel_t, 3, 3), stride)
 
     def forward(self, x, cache):                                    # (B, c, T, H, W)
         x = self.conv(x, cache)
-        if self.up_factor:
-            x = unpatchify(x, *self.up_factor)
+        if self.up:
+            x = unpatchify(x, *self.factors)
             # latent 0 is one frame: (B, c, 2T - 1, H, W) if it is in this chunk
-            x = x[:, :, self.up_factor[0] - 1:] if cache["start"] else x
+            x = x[:, :, self.factors[0] - 1:] if cache["start"] else x
         return x
 
 
@@ -206,9 +204,9 @@ class Level(nn.Module):
         blocks = [ResBlock(c_in if i == 0 else c_out, c_out, cfg) for i in range(layers)]
         self.resnets = nn.ModuleList(blocks)
         self.resampling = []
-        for name, factor, wanted in (("", (1, 2), space), ("temporal_", (2, 1), time)):
+        for wanted, name, t, p in ((space, "", 1, 2), (time, "temporal_", 2, 1)):
             if wanted:
-                resample = Resample(c_out, way, factor, cfg.kernel_t)
+                resample = Resample(c_out, way, t, p, cfg.kernel_t)
                 setattr(self, f"{name}{way}samplers", nn.ModuleList([resample]))
                 self.resampling.append(resample)
 
@@ -235,8 +233,8 @@ class Encoder(nn.Module):
         w = cfg.widths
         t, p = cfg.patch
         kernel = (cfg.kernel_t, 3, 3)
-        # a patch of t frames, and with `reference` the same patch of the first frame beside it
         self.reference = cfg.reference
+        # a patch of t frames, and with `reference` the same patch of the first frame beside it
         c_in = 3 * p * p * (t + cfg.reference)
         self.conv_in = CausalConv3d(c_in, w[0], kernel)
         self.down_blocks = levels(cfg, w, cfg.layers[0], cfg.time, "down")
@@ -381,7 +379,7 @@ class CausalVideoVAE(nn.Module):
         """Latents (B, C, L, h, w) -> video (B, 3, frames, H, W), about [-1, 1].
 
         cache: as in encode; later chunks of L latents are t L frames. first: the true first frame
-        (B, 3, 1, H, W), with `cfg.reference`, in the first chunk; its default is latent 0."""
+        (B, 3, 1, H, W), for the first chunk with `cfg.reference`; its default is latent 0."""
         cache = {} if cache is None else cache
         cache["start"] = not cache
         features = []
@@ -395,17 +393,16 @@ class CausalVideoVAE(nn.Module):
         x = self.decoder(self.post_quant_conv(z), cache, features)
         if self.cfg.reference:
             return self.composite(x, for_later_frames(first, x.shape[2], cache))
-        # without reference the decoder's output are the pixels
-        return unpatchify(x, *self.cfg.patch)
+        return unpatchify(x, *self.cfg.patch)                       # pixels
 
     def encode_chunks(self, video):
         """`encode` of a video (B, 3, frames, H, W) of any length, uint8 or in [-1, 1], chunk by
-        chunk on the VAE's device. The last frame is repeated until its latent is full."""
-        t = self.stride_t
+        chunk on the VAE's device."""
         # 16 latents of pictures of up to 256 pixels, 2 of larger ones, fit in any memory
-        n = t * (16 if video.shape[3] <= 256 else 2)
-        frames = torch.arange(video.shape[2] + -(video.shape[2] - 1) % t)
-        frames = frames.clamp(max=video.shape[2] - 1)
+        n = self.stride_t * (16 if video.shape[3] <= 256 else 2)
+        # the last frame is repeated until its latent is full
+        last = video.shape[2] - 1
+        frames = torch.arange(last + 1 + -last % self.stride_t).clamp(max=last)
         cache = {}
         moments = []
         for chunk in frames.tensor_split(list(range(n + 1, len(frames), n))):
@@ -416,11 +413,10 @@ class CausalVideoVAE(nn.Module):
         return torch.cat(means, 2), torch.cat(logvars, 2)
 
     def decode_tiles(self, z, caches, tile=32, overlap=8):
-        """`decode` of large frames (without reference) in overlapping tiles, as in Pyramid Flow's
+        """`decode` of large frames in overlapping tiles of so many latents, as in Pyramid Flow's
         pipeline. Close to `decode`, not equal: GroupNorm and attention act on a tile.
 
-        tile, overlap: in latents. caches: a dict, empty for the first chunk; it keeps one cache per
-        tile, so that a video can be decoded latent by latent."""
+        caches: a dict, empty for the first chunk, that keeps one cache per tile."""
         p = self.stride
         # Tiles are averaged. The weight of a pixel rises linearly from the edge of its tile to 1
         # over the overlap.
