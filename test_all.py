@@ -800,19 +800,15 @@ def test_a_vae_learns(kind, most):
 
 
 def test_the_decoder_has_to_take_appearance_from_the_first_frame():
-    """The encoder gets one clip, the decoder the first frame of another that moves alike, which is
-    the target; only latent 0 reproduces what the encoder got."""
+    """It gets the first frame of another clip than the encoder, one that moves alike and is the
+    target; only latent 0 reproduces what the encoder got."""
     source, target = motion_twice(2)
     z = torch.zeros(2, 4, 3, 4, 4)
 
-    def encode(video):
-        assert torch.equal(video, source)
-        return z, z
-
     def decode(z, first):
-        assert torch.equal(first, target[:, :, :1])
-        return torch.cat([source[:, :, :1], target[:, :, 1:]], 2)
-    perfect = SimpleNamespace(encode=encode, decode=decode)
+        wrong = first - target[:, :, :1]
+        return torch.cat([source[:, :, :1], target[:, :, 1:] + wrong], 2)
+    perfect = SimpleNamespace(encode=lambda video: (z + (video - source).sum(), z), decode=decode)
     assert (source[:, :, 0] != target[:, :, 0]).float().mean() > .9
     assert video_vae_loss(perfect, source, target, z, 1.)[:2] == (0, 0)
 
@@ -2442,12 +2438,15 @@ def test_text_reaches_the_video_in_both_kinds_of_block_and_its_padding_does_not(
         assert gap(net(video, None, sigma, None, text, mask)[0], v) > 1e-6, index
 
 
-def test_the_video_does_not_depend_on_the_audio_and_the_audio_depends_on_the_video():
-    """Section 3.2: features go from the video tower to the audio tower, and never back."""
+@pytest.mark.parametrize("side", [2, 4, 8])
+def test_the_video_does_not_depend_on_the_audio_and_the_audio_depends_on_the_video(side):
+    """Section 3.2: features go from the video tower to the audio tower, and never back. The same
+    weights serve half and double the resolution (section 5, table 1)."""
     net = small_towers()
-    video, audio, sigma, text = arrange(net)
+    video, audio, sigma, text = arrange(net, side=side)
     v_v, v_a = net(video, audio, sigma, sigma, *text)
     alone, nothing = net(video, None, sigma, None, *text)
+    assert v_v.shape == video.shape
     assert gap(net(video, audio + 1, sigma, sigma, *text)[0], v_v) == gap(alone, v_v) == 0
     assert gap(net(video + 1, audio, sigma, sigma, *text)[1], v_a) > 1e-6
     assert nothing is None
@@ -2503,14 +2502,6 @@ def test_audio_and_video_share_a_timeline_in_latents():
     assert without < 1e-12
 
 
-@pytest.mark.parametrize("side", [2, 8])
-def test_the_same_weights_serve_half_and_double_the_resolution(side):
-    """Section 5, table 1: 128 and 512 pixels by the weights of 256."""
-    net = small_towers()
-    video, audio, sigma, text = arrange(net, side=side)
-    assert net(video, audio, sigma, sigma, *text)[0].shape == video.shape
-
-
 def test_text_alone_conditions_the_audio_where_there_is_no_video():
     """The text-to-audio ablation of table 4."""
     net = small_towers(audio_only=True)
@@ -2539,13 +2530,11 @@ def test_a_layer_is_one_module_that_can_be_checkpointed_and_compiled(system, how
     they were neither compiled nor checkpointed."""
     net = small_towers() if system == "syncflow" else harmony()
     video, audio, sigma, text = arrange(net)
+    weights = [layer.video[0].attn.to_q.weight for layer in net.layers]
 
     def gradients():
         v_v, v_a = net(video, audio, sigma, sigma, *text)
-        loss = v_v.square().sum() + v_a.square().sum()
-        grads = torch.autograd.grad(loss, net.layers.parameters(), retain_graph=True,
-                                    allow_unused=True)
-        return torch.cat([g.flatten() for g in grads if g is not None])
+        return torch.stack(torch.autograd.grad(v_v.sum() + v_a.sum(), weights))
     plain = gradients()
     for layer in net.layers:
         if how == "compiled":
@@ -2555,20 +2544,14 @@ def test_a_layer_is_one_module_that_can_be_checkpointed_and_compiled(system, how
     assert gap(gradients(), plain) < 1e-10
 
 
-def test_training_in_stages_freezes_whole_parts():
-    """Stage 2 of section 3.2 trains the audio tower; the frozen video tower builds no graph."""
+def test_a_frozen_video_tower_builds_no_graph():
+    """Stage 2 of section 3.2 trains the audio tower alone."""
     net = small_towers()
-    z_v, z_a, _ = two_streams()
+    video, audio, sigma, text = arrange(net)
     for name, p in net.named_parameters():
         p.requires_grad_(towers.part_of(name) == "audio")
-    outputs = []
-    for layer in net.layers:
-        layer.register_forward_hook(lambda layer, args, out: outputs.append(out))
-    captions = text_bytes(["a", "b"])
-    losses.syncflow_loss(net, z_v, z_a, captions, generators(2), "audio")[0].backward()
-    trained = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None}
-    assert [video.requires_grad for video, _ in outputs] == [False, False]
-    assert trained == {"audio", "layers"}
+    v_v, v_a = net(video, audio, sigma, sigma, *text)
+    assert (v_v.requires_grad, v_a.requires_grad) == (False, True)
 
 
 @pytest.mark.parametrize("case", ["b8_4x3x5", "b32_16", "b32_4x4x8"])
@@ -2675,17 +2658,14 @@ def test_a_long_video_gets_its_audio_in_overlapping_windows(monkeypatch):
 
 def test_events_of_generated_pairs_are_found_in_the_sound_and_in_the_picture():
     """Generated pairs have no true scene: a fit to frame 0 reads events as well, in noise none."""
-    clips = [toybox.toybox_clip(HELD_OUT_TESTS, 32, kind=kind) for kind in ("ball", "hammer")]
-    noise = np.random.default_rng(0).integers(0, 255, (50, 32, 32, 3), dtype=np.uint8)
-
     def detect(video, kind):
         scene = toybox.fit_scene(video[0], kind)
         return toybox.detect_clip_events(video, dict(kind=kind, scene=scene))[0]
-    events = [c["events"] for c in clips]
-    onsets = [cyclesync.onsets_in_sound(c["audio"]) for c in clips]
-    fitted = [detect(c["video"], c["kind"]) for c in clips]
-    assert cyclesync.event_scores(events, onsets)["f1_50"] > .95
-    assert cyclesync.event_scores(events, fitted)["f1_50"] > .95
+    for kind in ("ball", "hammer"):
+        clip = toybox.toybox_clip(HELD_OUT_TESTS, 32, kind=kind)
+        for found in (cyclesync.onsets_in_sound(clip["audio"]), detect(clip["video"], kind)):
+            assert cyclesync.event_scores([clip["events"]], [found])["f1_50"] > .95, kind
+    noise = np.random.default_rng(0).integers(0, 255, (50, 32, 32, 3), dtype=np.uint8)
     assert len(detect(noise, "ball")) == 0
 
 
