@@ -2525,9 +2525,9 @@ def test_a_layer_is_one_module_that_can_be_checkpointed_and_compiled(system, how
 def test_a_frozen_video_tower_builds_no_graph():
     """Stage 2 of section 3.2 trains the audio tower alone."""
     net = small_towers()
-    video, audio, sigma, text = arrange(net)
     for name, p in net.named_parameters():
         p.requires_grad_(towers.part_of(name) == "audio")
+    video, audio, sigma, text = arrange(net)
     v_v, v_a = net(video, audio, sigma, sigma, *text)
     assert (v_v.requires_grad, v_a.requires_grad) == (False, True)
 
