@@ -774,9 +774,9 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
 
 
 def open_cache(folder):
-    """A prepared folder -> dict: arrays (name -> list of memory-mapped shards), at (n, 2) the shard
-    and row of every window, captions, starts in seconds, speech, clips (for every clip the indices
-    of its windows), skipped (name -> reason)."""
+    """A prepared folder -> dict: folder, arrays (name -> list of memory-mapped shards), at (n, 2)
+    the shard and row of every window, captions, starts in seconds, speech, clips (for every clip
+    the indices of its windows), skipped (name -> reason)."""
     arrays, skipped, clips, at, rows = {}, {}, {}, [], []
     for k, summary in enumerate(sorted(Path(folder).glob("[0-9]*.json"))):
         shard = json.loads(summary.read_text())
@@ -794,8 +794,8 @@ def open_cache(folder):
     # rows: [clip, caption, start, speech] of every window.
     for i, (clip, *_) in enumerate(rows):
         clips.setdefault(clip, []).append(i)
-    return dict(arrays=arrays, at=np.array(at).reshape(-1, 2), skipped=skipped,
-                clips=list(clips.values()), captions=[row[1] for row in rows],
+    return dict(folder=folder, arrays=arrays, at=np.array(at).reshape(-1, 2),
+                skipped=skipped, clips=list(clips.values()), captions=[row[1] for row in rows],
                 starts=np.array([row[2] for row in rows]), speech=[row[3] for row in rows])
 
 

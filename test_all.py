@@ -845,6 +845,35 @@ def test_a_mel_vae_is_trained_and_loaded_by_its_commands(tmp_path):
     assert len(vae.cfg.shift) == len(vae.cfg.scale) == vae.cfg.latent
 
 
+def test_a_cache_keeps_two_frames_of_every_convolution_and_not_the_chunk_they_came_from():
+    """Else the memory of a long video would grow with its length."""
+    vae = vae_of(PUBLISHED_KIND).float()
+    cache = {}
+    with torch.no_grad():
+        vae.decode(torch.randn(1, 4, 5, 4, 4), cache=cache)
+
+    kept = [x for x in cache.values() if isinstance(x, torch.Tensor)]
+    assert len(kept) > 5 and all(x.shape[2] == 2 for x in kept)
+    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in kept)
+
+
+def test_tiles_are_blended_without_a_seam_and_stream(monkeypatch):
+    """A picture decoded in tiles: two streamed parts are the whole, one tile is no tiling."""
+    vae = vae_of(PUBLISHED_KIND).float()
+    z = torch.randn(1, 4, 2, 6, 10)
+    with torch.no_grad():
+        cache = {}
+        parts = [vae.decode_tiles(part, cache, 4, 2) for part in z.split(1, 2)]
+        assert gap(torch.cat(parts, 2), vae.decode_tiles(z, {}, 4, 2)) < 1e-5
+        assert gap(vae.decode_tiles(z, {}, 32, 8), vae.decode(z)) < 1e-5
+
+    def enlarge(z, cache=None):
+        """A decoder without a view of its neighbours: tiles cannot differ from the whole."""
+        return z[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2)
+    monkeypatch.setattr(vae, "decode", enlarge)
+    assert gap(vae.decode_tiles(z, {}, 4, 2), enlarge(z)) < 1e-5
+
+
 # ---------------------------------------------------------------------------- data.py: the toybox
 
 # Of the first clips: kind, the start of the video's SHA-256, every 4000th sample in units of
@@ -1499,6 +1528,20 @@ def test_an_ablation_trains_what_is_missing_and_scores_every_row(
         assert result["CTS: audio-driven"] == {"100": .1, "200": .2, "300": .3, "400": .4}
 
 
+def test_the_skip_block_study_shows_one_strip_for_every_block(toy, tmp_path, capsys):
+    """Syncphony figures 10, 11: every block left out changes the video."""
+    config = sample.load(toy / "a2v.pt").model.cfg
+    soundfile.write(tmp_path / "x.wav", soundfile.read(toy / "x.wav")[0][:9600], 16000)
+
+    assert cli(cyclesync, "--skip-blocks", "--audio", tmp_path / "x.wav", "--image", toy / "f.png",
+               "--ckpt", toy / "a2v.pt", "--steps", 3, "--out", tmp_path) == 0
+
+    differences = json.loads(capsys.readouterr().out.splitlines()[-1])["skip_blocks"]
+    blocks = config.n_double + config.n_single
+    assert len(differences) == blocks and min(differences) > 0, differences
+    assert iio.imread(tmp_path / "skip-blocks.png").shape[0] == (blocks + 1) * (32 + 40)
+
+
 # --------------------------------------------------------------------------- data.py: real clips
 
 def ffmpeg(*arguments, stdin=None):
@@ -1926,21 +1969,20 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
     """Syncphony section 4.1: from the published folder to a training step, a checkpoint, a video.
     What is frozen stays as it was, bit for bit."""
     folder, flags = pyramid_flow
-
     assert cli(train, *flags, "--steps", 2, "--batch-size", 4, "--eval-clips", 3,
-               "--checkpointing", "--out", tmp_path / "run") == 0
+               "--checkpointing", "--out", tmp_path) == 0
     assert "test_loss" in capsys.readouterr().out
     clip = toybox.toybox_clip(5, 64)
     iio.imwrite(tmp_path / "f.png", clip["video"][0])
     soundfile.write(tmp_path / "x.wav", clip["audio"], 16000)
-    inputs = ["--ckpt", tmp_path / "run/best.pt", "--audio", tmp_path / "x.wav",
+    inputs = ["--ckpt", tmp_path / "best.pt", "--audio", tmp_path / "x.wav",
               "--image", tmp_path / "f.png"]
     assert cli(sample, *inputs, "--pretrained", folder, "--hubert", "any", "--prompt", "lamp",
                "--steps", 6, "--out", tmp_path) == 0
 
-    best = saved(tmp_path / "run", "best.pt")
+    best = saved(tmp_path, "best.pt")
     before = load_pyramid_flow(folder / "diffusion_transformer_384p").state_dict()
-    after = sample.load(tmp_path / "run/best.pt", pretrained=folder).model.state_dict()
+    after = sample.load(tmp_path / "best.pt", pretrained=folder).model.state_dict()
     moved = [k for k in before if not torch.equal(before[k], after[k])]
     assert len(moved) > 15, f"{len(moved)} tensors moved"
     assert all(k.startswith("single_transformer_blocks") for k in (*moved, *best["ema"])), moved
@@ -1955,72 +1997,26 @@ def test_two_processes_that_share_the_weights_go_on_bit_for_bit(pyramid_flow, tm
     """FSDP2 gathers weights, averages and states of the optimiser for a checkpoint, and shares them
     out again."""
     flags = [*pyramid_flow[1], "--fsdp", "--batch-size", 8, "--eval-clips", 1, "--device", "cpu",
-             "--optimizer", "adamw"]
-
-    two_processes(*flags, "--steps", 2, "--warmup", 1, "--out", tmp_path / "whole")
+             "--optimizer", "adamw", "--warmup", 1]
+    two_processes(*flags, "--steps", 2, "--out", tmp_path / "whole")
     for n in (1, 2):
-        two_processes(*flags, "--steps", n, "--warmup", 1, "--out", tmp_path / "stopped")
+        two_processes(*flags, "--steps", n, "--out", tmp_path / "stopped")
 
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    best = saved(tmp_path / "stopped", "best.pt")
-    assert set(best["ema"]) == set(saved(tmp_path / "stopped")["ema"])
-
-
-def test_a_cache_keeps_two_frames_of_every_convolution_and_not_the_chunk_they_came_from():
-    """Else the memory of a long video would grow with its length."""
-    vae = vae_of(PUBLISHED_KIND).float()
-    cache = {}
-    with torch.no_grad():
-        vae.decode(torch.randn(1, 4, 5, 4, 4), cache=cache)
-
-    kept = [x for x in cache.values() if isinstance(x, torch.Tensor)]
-    assert len(kept) > 5 and all(x.shape[2] == 2 for x in kept)
-    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in kept)
-
-
-def test_tiles_are_blended_without_a_seam_and_stream(monkeypatch):
-    """A picture decoded in tiles: two streamed parts are the whole, one tile is no tiling."""
-    vae = vae_of(PUBLISHED_KIND).float()
-    z = torch.randn(1, 4, 2, 6, 10)
-    with torch.no_grad():
-        cache = {}
-        parts = [vae.decode_tiles(part, cache, 4, 2) for part in z.split(1, 2)]
-        assert gap(torch.cat(parts, 2), vae.decode_tiles(z, {}, 4, 2)) < 1e-5
-        assert gap(vae.decode_tiles(z, {}, 32, 8), vae.decode(z)) < 1e-5
-
-    def enlarge(z, cache=None):
-        """A decoder without a view of its neighbours: tiles cannot differ from the whole."""
-        return z[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2)
-    monkeypatch.setattr(vae, "decode", enlarge)
-    assert gap(vae.decode_tiles(z, {}, 4, 2), enlarge(z)) < 1e-5
-
-
-def test_the_skip_block_study_shows_one_strip_for_every_block(toy, tmp_path, capsys):
-    """Syncphony figures 10, 11: every block left out changes the video."""
-    config = sample.load(toy / "a2v.pt").model.cfg
-    soundfile.write(tmp_path / "x.wav", soundfile.read(toy / "x.wav")[0][:9600], 16000)
-
-    assert cli(cyclesync, "--skip-blocks", "--audio", tmp_path / "x.wav", "--image", toy / "f.png",
-               "--ckpt", toy / "a2v.pt", "--steps", 3, "--out", tmp_path) == 0
-
-    differences = json.loads(capsys.readouterr().out.splitlines()[-1])["skip_blocks"]
-    blocks = config.n_double + config.n_single
-    assert len(differences) == blocks and min(differences) > 0, differences
-    assert iio.imread(tmp_path / "skip-blocks.png").shape[0] == (blocks + 1) * (32 + 40)
+    assert set(saved(tmp_path / "stopped", "best.pt")["ema"]) == \
+        set(saved(tmp_path / "stopped")["ema"])
 
 
 @pytest.mark.parametrize("task", train.TASKS)
 def test_help_gives_the_default_of_every_setting_of_a_task(task, capsys, monkeypatch):
-    """`python train.py --task joint --help`"""
+    """`python train.py --task joint --help`: those of the task and no others."""
     monkeypatch.setenv("COLUMNS", "10000")                            # no line breaks in names
-
     assert cli(train, "--task", task, "--help") == 0
 
-    entries = capsys.readouterr().out.split("\n  --")
-    entries = {entry.split()[0]: entry.strip() for entry in entries}
-    for name, (default, *_) in train.settings_of(task).items():
-        entry = entries[name.replace("_", "-")]
-        assert entry.endswith(f"(default: {default})"), entry
+    entries = [entry.strip() for entry in capsys.readouterr().out.split("\n  --")[1:]]
+    defaults = {e.split()[0].replace("-", "_"): e.rsplit("(default: ")[-1] for e in entries}
+    settings = train.settings_of(task) | dict(task=("a2v",))
+    assert defaults == {name: f"{default})" for name, (default, *_) in settings.items()}
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -2034,6 +2030,7 @@ def test_help_gives_the_default_of_every_setting_of_a_task(task, capsys, monkeyp
     (["--fsdp"], "--fsdp: shares a model on Pyramid Flow"),
     (["--batch-size", 5, "--accum", 2], "--batch-size 5 must be a multiple"),
     (["--pretrained", "x"], "give --data and --hubert"),
+    (["--pretrained", "x", "--hubert", "y", "--data", "z", "--resolution", 96], "multiples of 64"),
     (["--size", "miniflux"], "--pretrained"),
 ])
 def test_a_setting_that_does_not_fit_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
@@ -2048,7 +2045,6 @@ def test_a_setting_that_does_not_fit_is_one_line_and_exit_code_2(flags, message,
 def test_pretrained_has_the_papers_number_of_steps_and_clips_as_its_defaults():
     """Syncphony: 33000 steps, total batch 32."""
     args = train.parse_args(["--pretrained", "x", "--hubert", "y", "--data", "z"])
-
     assert (args.steps, args.batch_size, args.size) == (33000, 32, "miniflux")
 
 
@@ -2057,7 +2053,6 @@ def test_text_is_dropped_for_a_tenth_of_the_samples_and_audio_never(runs):
     layers are skipped in a tenth of the steps. Evaluation drops nothing."""
     args = train.parse_args([*runs[1].flags, "--batch-size", 512])
     task = train.A2V(args, torch.device("cpu"), nullcontext)
-
     batch = task.batch(0, range(512))
     skipped = np.mean([task.batch(step, [0])["skip_audio"] for step in range(400)])
     evaluated = task.windows(task.cache, np.arange(24))
@@ -2074,9 +2069,7 @@ def test_every_clip_is_drawn_once_per_epoch_in_an_order_of_its_own():
     """12 clips in batches of 5: epochs do not have to end with a batch."""
     args = train.parse_args(["--batch-size", 5])
     cache = dict(clips=[[i] for i in range(12)])
-
     drawn = [train.batch_indices(cache, args, step, range(5))[0] for step in range(12)]
-
     epochs = np.concatenate(drawn).reshape(5, 12)
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs), epochs
     assert list(epochs[0]) != list(epochs[1])
@@ -2090,12 +2083,14 @@ def test_every_clip_is_drawn_once_per_epoch_in_an_order_of_its_own():
 def test_a_stopped_run_goes_on_bit_for_bit(task, number, request, tmp_path, monkeypatch):
     """SIGTERM in step 2 ends the run after that step, with a checkpoint; SIGKILL in step 3 leaves
     the last one, of step 2. The same command then takes the very steps it would have taken. The
-    data of VAEs come from a thread that runs ahead; stages of two towers freeze parts."""
+    samples come from a thread that runs ahead; stages of two towers freeze parts."""
     flags = [*flags_of(task, request), "--batch-size", 2, "--steps", 3, "--eval-clips", 0,
              "--log-every", 1, "--warmup", 1, "--save-every", 2]
     if task == "a2v":
         # Steps 1 and 2 skip the audio layers, which have no state of the optimiser then.
         flags += ["--seed", 21, "--skip-audio", .3]
+    if task == "t2av":
+        flags += ["--eval-clips", 1, "--sample-every", 2]             # last.pt after a score
     assert cli(train, *flags, "--out", tmp_path / "whole") == 0
     update_ema = train.update_ema
 
@@ -2103,17 +2098,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(task, number, request, tmp_path, monk
         update_ema(ema, net, step, *rest)
         if step == (1 if number == signal.SIGTERM else 2):
             os.kill(os.getpid(), number)
-
-    def session():
-        sys.exit(cli(train, *flags, "--out", tmp_path / "stopped"))
     monkeypatch.setattr(train, "update_ema", interrupted)
-    process = get_context("fork").Process(target=session)
+    process = get_context("fork").Process(
+        target=lambda: sys.exit(cli(train, *flags, "--out", tmp_path / "stopped")))
     process.start()
     process.join(60)
     assert process.exitcode == (130 if number == signal.SIGTERM else -number)
     assert saved(tmp_path / "stopped")["step"] == 2
     monkeypatch.undo()
-
     assert cli(train, *flags, "--out", tmp_path / "stopped") == 0
 
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -2123,9 +2115,7 @@ def test_the_second_signal_ends_a_run_at_once():
     """The first Ctrl-C asks for a checkpoint after the step; who presses again does not wait."""
     run = train.Run.__new__(train.Run)
     run.stop = False
-
     run.on_signal(signal.SIGINT, None)
-
     assert run.stop
     with pytest.raises(KeyboardInterrupt):
         run.on_signal(signal.SIGINT, None)
@@ -2136,19 +2126,16 @@ def test_resuming_with_other_settings_or_from_an_older_format_is_refused(runs, c
     d, run = runs
     assert run("whole", "--steps", 1) == 0
     ckpt = saved(d / "whole")
-    args = train.parse_args([*run.flags, "--steps", 2, "--accum", 2, "--out", d / "whole"])
-    resumed = train.Run(args)
+    resumed = train.Run(train.parse_args(
+        [*run.flags, "--steps", 2, "--accum", 2, "--out", d / "whole"]))
     resumed.resume()
     assert resumed.step == 1
-
-    settings = dict(lr=1., lambda_motion=0, seed=1, clips=12)
-    changes = [(f"--{name.replace('_', '-')} {value}", dict(args=ckpt["args"] | {name: value}))
-               for name, value in settings.items()]
-    renamed = {f"old.{k}": v for k, v in ckpt["ema"].items()}
-    changes += [("another VAE; .* --vae", dict(vae="0123")),
-                ("another version", dict(ema=renamed)),
-                ("another version", dict(config=ckpt["config"] | dict(window=1)))]
-    for message, change in changes:
+    changes = {f"--{name.replace('_', '-')} {value}": dict(args=ckpt["args"] | {name: value})
+               for name, value in dict(lr=1., lambda_motion=0, seed=1, clips=12).items()}
+    changes["another VAE; .* --vae"] = dict(vae="0123")
+    changes["another version"] = dict(ema={f"old.{k}": v for k, v in ckpt["ema"].items()})
+    changes["another version of"] = dict(config=ckpt["config"] | dict(window=1))
+    for message, change in changes.items():
         assert re.search(message, resumed.difference(ckpt | change))
 
     # As the command says it: a checkpoint of other parts.
@@ -2163,12 +2150,13 @@ def test_resuming_with_other_settings_or_from_an_older_format_is_refused(runs, c
 @pytest.mark.parametrize("kind", ["a2v", pytest.param("vae", marks=slow), "mel-vae",
                                   pytest.param("t2av", marks=slow),
                                   pytest.param("joint", marks=slow), "pretrained"])
-def test_micro_batches_have_the_gradient_of_the_whole_batch(kind, request):
+def test_micro_batches_and_checkpointing_have_the_gradient_of_the_whole_batch(kind, request):
     """--accum: losses and noise are per sample, so that the mean of the halves' gradients is the
-    gradient of the whole batch: in float64 to 1e-10."""
+    gradient of the whole batch, in float64 to 1e-10. FLOPs are counted without computing."""
     args = train.parse_args([*flags_of(kind, request), "--batch-size", 8])
     torch.manual_seed(0)
     task = train.TASK_CLASSES[args.task](args, torch.device("cpu"), nullcontext)
+    assert count_flops(task) > 1e6
     shaken(task.net).train()
 
     def double(x):
@@ -2184,6 +2172,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(kind, request):
         grads = [p.grad.flatten() for p in task.net.parameters() if p.grad is not None]
         return torch.cat(grads)
     whole = gradient(list(range(8)))
+    train.make_objective(task, SimpleNamespace(checkpointing=True, compile=False))
     halves = gradient([0, 1, 2, 3], [4, 5, 6, 7])
 
     error = ((whole - halves).norm() / whole.norm()).item()
@@ -2196,7 +2185,8 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(kind, request):
     ids=["DDP", "DDP without audio layers", "FSDP"])
 def test_two_processes_have_the_gradient_of_one(
         kind, skip_audio, flags, request, tmp_path, monkeypatch):
-    """The mean over processes, in steps that skip parameters too; whole weights or shares."""
+    """The mean over processes, and over the micro-batches of one, in steps that skip parameters
+    too; whole weights or shares."""
     clip = torch.nn.utils.clip_grad_norm_
 
     def whole(g):
@@ -2211,8 +2201,7 @@ def test_two_processes_have_the_gradient_of_one(
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
     common = [*flags_of(kind, request), "--steps", 1, "--skip-audio", skip_audio, "--batch-size", 8,
               "--eval-clips", 0, "--device", "cpu"]
-
-    assert cli(train, *common, "--out", tmp_path / "one") == 0
+    assert cli(train, *common, "--accum", 2, "--out", tmp_path / "one") == 0
     two_processes(*common, *flags, "--out", tmp_path / "two")
 
     one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
@@ -2223,29 +2212,14 @@ def test_two_processes_have_the_gradient_of_one(
     assert error < 1e-5, f"relative error {error:.1e}"
 
 
-def test_every_sample_of_a_run_has_noise_of_its_own(runs, monkeypatch):
-    """4 steps of 4 clips: 16 seeds, whatever the micro-batches; --accum 2 averages gradients."""
-    seeds = []
-    norms = []
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def loss(self, net, generators, **batch):
-        """Its gradient is 1 for every weight."""
-        seeds.extend(g.initial_seed() for g in generators)
-        return sum(p.sum() for p in net.parameters()), torch.zeros(losses.BUCKETS)
-
-    def record(parameters, most):
-        norms.append(clip(parameters, most).item())
-        return torch.tensor(norms[-1])
-    monkeypatch.setattr(train.A2V, "loss", loss)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-
-    for accum in (1, 2):
-        assert runs[1](f"accum-{accum}", "--accum", accum) == 0
-
-    whole, halves = seeds[:16], seeds[16:]
-    assert len(set(whole)) == 16 and halves == whole
-    assert norms == pytest.approx([norms[0]] * 8, rel=1e-5)
+def test_every_sample_of_a_run_has_noise_of_its_own(runs):
+    """4 steps of 4 clips: 16 seeds, whatever the micro-batches."""
+    def seeds(accum):
+        run = train.Run(train.parse_args([*runs[1].flags, "--accum", accum]))
+        batches = [generators for generators, _ in run.micro_batches()]
+        assert len(batches) == 4 * accum
+        return [g.initial_seed() for generators in batches for g in generators]
+    assert len(set(seeds(1))) == 16 and seeds(2) == seeds(1)
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_clear_line(runs, monkeypatch, capsys):
@@ -2257,18 +2231,14 @@ def test_a_loss_that_is_not_finite_stops_with_a_clear_line(runs, monkeypatch, ca
         value, report = loss(self, *args, **batch)
         return value * float("nan"), report
     monkeypatch.setattr(train.A2V, "loss", nan_loss)
-
     assert run("nan") == 2
     assert "lower --lr" in capsys.readouterr().err
     assert not (d / "nan/last.pt").exists()
 
 
-@slow
 def test_an_evaluation_is_a_row_of_scores_a_picture_of_strips_and_an_mp4(runs):
     d, run = runs
-
     assert run("evaluated", "--steps", 1, "--eval-clips", 2) == 0
-
     header, row = (d / "evaluated/scores.csv").read_text().splitlines()
     assert header.startswith("step,f1_50,") and row.startswith("1,")
     assert iio.imread(d / "evaluated/000001.png").shape == (4 * (32 + 40), 12 * 32, 3)
@@ -2280,7 +2250,6 @@ def test_the_network_overfits_one_batch():
     net = small()
     batch = (torch.randn(2, 4, 3, 2, 2), text_bytes(["a", "b"]), torch.randn(2, 44, 64))
     history = []
-
     optimisers = train.make_optimisers(net, "muon", .01)
     for _ in range(30):
         loss, _ = losses.syncphony_loss(net, *batch, generators(2))
@@ -2289,18 +2258,34 @@ def test_the_network_overfits_one_batch():
         for optimiser in optimisers:
             optimiser.step()
         history.append(loss.item())
-
     assert history[-1] < history[0] / 2, f"{history[0]:.3f} -> {history[-1]:.3f}"
+
+
+def test_the_rate_warms_up_and_falls_and_averages_forget_the_initial_weights():
+    """Linear warm-up, a cosine down to 2 %; ema <- d ema + (1 - d) w, d = min(ema, (1+k)/(10+k))."""
+    args = SimpleNamespace(lr=1., warmup=4, steps=14)
+    rates = [train.learning_rate(step, args) for step in (0, 3, 4, 9, 14)]
+    assert rates == pytest.approx([.25, 1, 1, .51, .02])
+
+    net = torch.nn.Linear(1, 1)
+    ema = {"weight": torch.zeros(1, 1)}
+    expected = 0.
+    for step in (0, 1, 10 ** 6):
+        torch.nn.init.constant_(net.weight, step + 1)
+        train.update_ema(ema, net, step, .9)
+        d = min(.9, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * (step + 1)
+        assert ema["weight"].item() == pytest.approx(expected)
+    train.swap_ema(net, ema)
+    assert net.weight.item() == pytest.approx(expected) and ema["weight"].item() == 10 ** 6 + 1
 
 
 def test_muon_moves_the_matrices_of_blocks_and_adamw_all_else():
     net = small()
     adamw, muon = train.make_optimisers(net, "muon", .01)
     names = {p: name for name, p in net.named_parameters()}
-
     rest, inside = ({names[p] for group in optimiser.param_groups for p in group["params"]}
                     for optimiser in (adamw, muon))
-
     assert rest | inside == set(names.values()) and not rest & inside
     assert "single_transformer_blocks.0.attn.to_q.weight" in inside
     assert all("block" in name and net.get_parameter(name).dim() > 1 for name in inside)
@@ -2314,14 +2299,12 @@ def test_muons_steps_are_those_of_torch_in_bfloat16():
     torchs = [torch.nn.Parameter(p.detach().clone()) for p in own]
     muon = train.Muon(own, lr=.01, weight_decay=.01, dtype=torch.bfloat16)
     reference = torch.optim.Muon(torchs, lr=.01, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
-
     for _ in range(3):
         for p, q in zip(own, torchs):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
         muon.step()
         reference.step()
-
     for p, q in zip(own, torchs):
         assert torch.equal(p, q), (p - q).abs().max().item()
 
@@ -2336,11 +2319,8 @@ def test_flops_are_counted_on_the_meta_device():
     def loss(net, generators, x):
         assert x.is_meta and net.weight.is_meta
         return net(x).sum(), None
-
-    def batch(step, rows):
-        return dict(x=torch.randn(len(rows), 10, 64))
-    task = SimpleNamespace(net=Linear((64, 32)), loss=loss, batch=batch)
-
+    task = SimpleNamespace(net=Linear((64, 32)), loss=loss,
+                           batch=lambda step, rows: dict(x=torch.randn(len(rows), 10, 64)))
     assert count_flops(task) == 2 * 2 * 10 * 64 * 32
 
 
