@@ -756,7 +756,8 @@ def test_latent_0_is_normalised_by_constants_of_its_own():
     assert torch.equal(vae.denormalise(vae.normalise(z)[:, :, 1:], start=False), z[:, :, 1:])
 
 
-@pytest.mark.parametrize("kind, most", [("video", .65), ("waveform", .7), ("mel", .7)])
+@pytest.mark.parametrize("kind, most", [
+    ("waveform", .7), pytest.param("video", .65, marks=slow), pytest.param("mel", .7, marks=slow)])
 def test_a_vae_learns(kind, most):
     """Thirty steps at a tiny width lower the loss of one batch."""
     if kind == "video":
@@ -836,6 +837,7 @@ def test_the_log_mel_front_end_is_librosas():
     assert front.inverse(torch.full((1, 64, 10), 1e4)).isfinite().all()
 
 
+@slow
 def test_a_mel_vae_is_trained_and_loaded_by_its_commands(tmp_path):
     """--task mel-vae measures a scale per channel and saves its front end."""
     assert cli(train, "--task", "mel-vae", "--steps", 2, "--batch-size", 2, "--eval-clips", 2,
@@ -2076,7 +2078,7 @@ def test_every_clip_is_drawn_once_per_epoch_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize("task, number", [
-    ("a2v", signal.SIGTERM), ("a2v", signal.SIGKILL),
+    ("a2v", signal.SIGKILL), pytest.param("a2v", signal.SIGTERM, marks=slow),
     pytest.param("mel-vae", signal.SIGTERM, marks=slow),
     pytest.param("t2av", signal.SIGTERM, marks=slow),
     pytest.param("joint", signal.SIGTERM, marks=slow)])
@@ -2180,7 +2182,7 @@ def test_micro_batches_and_checkpointing_have_the_gradient_of_the_whole_batch(ki
 
 
 @pytest.mark.parametrize("kind, skip_audio, flags", [
-    ("a2v", 0, []), ("a2v", 1, []),
+    ("a2v", 0, []), pytest.param("a2v", 1, [], marks=slow),
     pytest.param("pretrained", 0, ["--fsdp", "--optimizer", "adamw"], marks=slow)],
     ids=["DDP", "DDP without audio layers", "FSDP"])
 def test_two_processes_have_the_gradient_of_one(
@@ -2245,6 +2247,7 @@ def test_an_evaluation_is_a_row_of_scores_a_picture_of_strips_and_an_mp4(runs):
     assert (d / "evaluated/000001.mp4").is_file() and (d / "evaluated/best.pt").is_file()
 
 
+@slow
 def test_the_network_overfits_one_batch():
     """30 steps with the same noise: the loss falls to less than a half."""
     net = small()
@@ -3126,6 +3129,7 @@ def test_a_map_is_compared_with_the_places_where_the_thing_can_move():
     assert score(1 - moves) == 0
 
 
+@slow
 def test_takes_of_one_thing_are_closer_in_timbre_than_other_things():
     """Harmony's voice clone is measured by `closer`; sounds of another clip's thing score 0.5."""
     clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, video=False) | dict(name=str(i))
