@@ -9,14 +9,11 @@ events of any video of that world back, generated ones too (analysis by synthesi
 
     F1 at 50 ms   detected and true events are paired one to one, closest first, within 50 ms;
                   precision = paired / detected, recall = paired / true; sums over all clips
-    residual      error of the best matching drawing over the variance that the moving part's
-                  states span: 0 = a perfect drawing, 1 = as wrong as the average of all states.
-                  F1 does not notice a smear at the right place and time, this does. Moving frames
-                  only (|state| > 0.15): frames at rest are copies of frame 0 and would flatter
-    shuffled      the same videos against ANOTHER clip's events: the chance level, computed
-    agreement     SyncFlow and Harmony generate both streams, so no true events exist. The scene is
-                  fitted to frame 0 (`fit_scene`), and the events in the picture are compared with
-                  the onsets in the sound (`onsets_in_sound`)
+    residual      error of the closest drawing over the variance that the drawings span, of moving
+                  frames: 0 = perfect. F1 does not notice a smear at the right time, this does
+    shuffled      the same with ANOTHER clip's events or sound: the chance level
+    agreement     where both streams are generated no true events exist: events in the picture, by
+                  a scene fitted to frame 0, against onsets in the sound
 
 **Any video.** CycleSync (Syncphony section 4, eqs. 3, 4): a video-to-audio model f generates a
 sound from the silent video. With A the onsets of the real sound and A' those of the generated one,
@@ -39,9 +36,8 @@ No public code exists. Where the paper contradicts itself or is silent, this fil
 A score means something only beside the ground truth's and that of shuffled sounds, with the SAME f.
 In the toybox f is an `oracle`; elsewhere a program (`--v2a-cmd`) or a checkpoint (`--v2a-ckpt`).
 AV-Align (TempoTokens, as of February 2025) matches peaks of optical flow with onsets; it depends on
-resolution and frame rate, and needs `pip install opencv-python-headless`.
-`lag` is a cross-correlation. Frechet distances compare clouds of features, of this repository's
-VAEs or of the networks of FVD, FID and FAD.
+resolution and frame rate, and needs `pip install opencv-python-headless`. Frechet distances compare
+clouds of features, of this repository's VAEs or of the networks of FVD, FID and FAD.
 
     python cyclesync.py --ckpt weights/a2v-toybox.pt --clips 96    # Syncphony's table
     python cyclesync.py --ckpt weights/t2av-toybox.pt              # SyncFlow's and Harmony's
@@ -58,13 +54,10 @@ import csv
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, islice, product
 from pathlib import Path
@@ -77,14 +70,13 @@ from tqdm import tqdm
 import data
 from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, replacing,
                   tensor_to_frames)
-from sample import (A2V_FILE, ROOT, encode_sound, encode_video, external_encoders,
-                    generate_audio_video, generate_video, load, pick_device,
-                    video_to_audio)
+from sample import (
+    A2V_FILE, ROOT, encode_sound, encode_video, external_encoders, generate_audio_video,
+    generate_video, load, pick_device, video_to_audio)
 from toybox import (
     FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, UNREADABLE, detect_clip_events,
     detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
 
-TORCHSCRIPT = ("fvd", "fid", "fad")      # distances by networks that the user provides
 NAN = float("nan")
 
 
@@ -105,31 +97,32 @@ def resample_clips(figures, rounds=1000):
     return np.divide(over, under, out=np.full(1 + rounds, NAN), where=under > 0)
 
 
-def bootstrap_ratio(figures, minus=None):
-    """Figures of clips -> their mean or ratio of sums, and its 95 % interval over clips: value,
-    low, high. minus: figures of the same clips in another row, for the difference of the two."""
-    ratios = resample_clips(figures)
-    if minus is not None:
-        # Intervals of two rows may overlap although every clip gains: which clips were drawn moves
-        # both rows alike. The same draws cancel in the difference.
-        ratios = ratios - resample_clips(minus)
+def interval(ratios):
+    """What `resample_clips` gives, of a row or the difference of two -> value, low, high (95 %)."""
     if math.isnan(ratios[0]):
-        return NAN, NAN, NAN
-    return float(ratios[0]), *np.nanquantile(ratios[1:], (.025, .975)).tolist()
+        return [NAN] * 3
+    return [float(ratios[0]), *np.nanquantile(ratios[1:], (.025, .975)).tolist()]
 
 
 def summarise(records):
     """Records -> every figure over the clips that have it, its bounds in `interval`, `clips`."""
-    summary, interval = {}, {}
+    summary = dict(interval={}, clips=len(records))
     for key in dict.fromkeys(chain.from_iterable(records)):
         figures = [r[key] for r in records if isinstance(r.get(key), (int, float, tuple))]
         if figures:
-            summary[key], *interval[key] = bootstrap_ratio(figures)
+            summary[key], *summary["interval"][key] = interval(resample_clips(figures))
             # Without any event, true or detected, these are 0; all else without a value is nan.
             counts = any(name in key for name in ("precision", "recall", "f1_"))
             if counts and math.isnan(summary[key]):
                 summary[key] = 0.
-    return summary | dict(interval=interval, clips=len(records))
+    return summary
+
+
+def shuffled(values):
+    """The level of chance: every clip gets the value of the clip half the list away. (Windows of
+    one clip are neighbours.)"""
+    half = len(values) // 2
+    return [*values[half:], *values[:half]]
 
 
 def to_json(value):
@@ -147,45 +140,40 @@ def to_json(value):
 
 class Table:
     """Rows, printed as they are scored; at the end all records as CSV and all rows as JSON.
+    columns: the figures that are printed, and their titles."""
 
-    columns: (title, figure, format). Without a format the 95 % interval is printed too."""
-
-    def __init__(self, *columns):
+    def __init__(self, columns):
         self.result = {}
         self.records = []
-        self.head(*columns)
+        self.head(columns)
 
-    def head(self, *columns):
+    def head(self, columns):
         """Begin a table with other columns below; its rows join the same CSV and JSON."""
         self.columns = columns
-        self.widths = [max(len(title) + 2, 9 if form else 20) for title, _, form in columns]
-        self.start = time.perf_counter()
-        print(" " * 28 + "".join(f"{c[0]:>{w}s}" for c, w in zip(columns, self.widths)))
+        print(" " * 26 + "".join(f" {title:>20s}" for title in columns.values()))
 
     def add(self, key, title, records=(), figures=None):
         """Print a row: the summary of its records, and `figures` that no single clip has."""
         row = (summarise(records) if records else {}) | (figures or {})
         self.result[key] = row
         self.records += [dict(row=key) | record for record in records]
-        # The time is that since the last row, with the sampling before this call.
-        cells = [self.cell(row, name, form) for _, name, form in self.columns]
-        seconds = time.perf_counter() - self.start
-        self.start += seconds
-        cells = "".join(f"{cell:>{width}s}" for cell, width in zip(cells, self.widths))
-        print(f"{title:28s}{cells}{seconds:7.0f} s", flush=True)
+        cells = [self.cell(row, name) for name in self.columns]
+        print(f"{title:26s}" + "".join(f" {cell:>20s}" for cell in cells), flush=True)
 
-    def cell(self, row, name, form):
+    def cell(self, row, name):
         value = row.get(name, NAN)
         if isinstance(value, str):
             return value
-        # A list holds one value per training seed.
+        # One value per training seed, None where it is undefined.
         if isinstance(value, list):
-            spread = f" ± {np.std(value, ddof=1):.3f}" if len(value) > 1 else ""
-            return f"{np.mean(value):.3f}" + spread
-        if not math.isfinite(value):
+            values = np.array(value, float)
+            deviation = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+            return f"{values.mean():.3f}{deviation}"
+        if math.isnan(value):
             return ""
-        if form:
-            return format(value, form)
+        # A figure of the row as a whole has no interval over clips.
+        if name not in row.get("interval", {}):
+            return f"{value:.3g}"
         return "{:.3f} [{:.2f}, {:.2f}]".format(value, *row["interval"][name])
 
     def finish(self, path=None):
@@ -204,32 +192,29 @@ class Table:
 
 def match_events(a, b, tolerance):
     """Times a (n,) and b (m,), paired one to one within `tolerance` seconds, closest first
-    -> how many pairs, their lags b - a."""
+    -> the lags b - a of the pairs."""
     lags = np.asarray(b)[None] - np.asarray(a)[:, None]                      # (n, m)
+    distance = np.abs(lags)
+    paired = []
     # 1e-9: two times that are exactly `tolerance` apart count, whatever their rounding.
-    near = np.argwhere(np.abs(lags) <= tolerance + 1e-9).tolist()
-    # Greedy: the closest pair first, then the closest of what is left.
-    used_a, used_b, paired = set(), set(), []
-    for i, j in sorted(near, key=lambda ij: abs(lags[tuple(ij)])):
-        if i not in used_a and j not in used_b:
-            used_a.add(i)
-            used_b.add(j)
-            paired.append(lags[i, j])
-    return len(paired), paired
+    while distance.min(initial=np.inf) <= tolerance + 1e-9:
+        i, j = np.unravel_index(distance.argmin(), distance.shape)
+        paired.append(lags[i, j])
+        distance[i] = np.inf
+        distance[:, j] = np.inf
+    return paired
 
 
 def event_record(truth, found):
     """True times (n,), detected times (m,) -> precision, recall, F1 within 50 and 100 ms; mean
-    |lag| and lag in ms of what is paired within 100 ms. All are pairs (numerator, denominator)."""
+    |lag| in ms of what is paired within 100 ms. All are pairs (numerator, denominator)."""
     record = {}
     for ms in (50, 100):
-        matched, lags = match_events(truth, found, ms / 1000)
-        record[f"precision_{ms}"] = matched, len(found)
-        record[f"recall_{ms}"] = matched, len(truth)
-        record[f"f1_{ms}"] = 2 * matched, len(truth) + len(found)
-    # |lag|: how imprecise the motion is. The lag is far from 0 only if it is always late or early.
-    record["timing_ms"] = 1000 * float(np.abs(lags).sum()), matched
-    record["lag_ms"] = 1000 * float(np.sum(lags)), matched
+        lags = match_events(truth, found, ms / 1000)
+        record[f"precision_{ms}"] = len(lags), len(found)
+        record[f"recall_{ms}"] = len(lags), len(truth)
+        record[f"f1_{ms}"] = 2 * len(lags), len(truth) + len(found)
+    record["timing_ms"] = 1000 * float(np.abs(lags).sum()), len(lags)
     return record
 
 
@@ -239,48 +224,36 @@ def event_scores(truth, found):
 
 
 def toybox_records(videos, clips):
-    """Videos against the clips they were generated for -> records, and chance: the record of the
-    same video against the events of the next clip that has any (empty for clips without)."""
-    # Chance: clips with events in a ring, each with the events of the next one.
-    eventful = [i for i, c in enumerate(clips) if len(c["events"])]
-    partner = dict(zip(eventful, eventful[1:] + eventful[:1]))
-    records, chance = [], []
-    for i, (video, clip) in enumerate(zip(videos, clips)):
+    """Videos against the clips they were generated for -> records."""
+    records = []
+    for video, clip in zip(videos, clips):
         found, residual, readable = detect_clip_events(video, clip)
-        record = event_record(clip["events"], found)
-        record |= dict(kind=clip["kind"], true_times=clip["events"], detected_times=found,
-                       residual=(float(residual.sum()), len(residual)), readable=readable,
-                       false_per_quiet_clip=NAN if i in partner else len(found))
-        records.append(record)
-        chance.append(event_record(clips[partner[i]]["events"], found) if i in partner else {})
-    return records, chance
+        quiet = len(clip["events"]) == 0
+        records.append(event_record(clip["events"], found) | dict(
+            kind=clip["kind"], true_times=clip["events"], detected_times=found,
+            residual=(float(residual.sum()), len(residual)), readable=readable,
+            false_per_quiet_clip=len(found) if quiet else NAN))
+    return records
 
 
-def score_toybox(videos, clips):
-    """-> the summary of `toybox_records`, the summary of each kind, that of chance."""
-    records, chance = toybox_records(videos, clips)
-    kinds = {k: summarise([r for r in records if r["kind"] == k]) for k in KINDS}
-    return summarise(records), kinds, summarise([c for c in chance if c])
+def shuffled_events(records):
+    """The level of chance of `toybox_records`: every clip with events against those of the next
+    such clip. -> a record for each, empty for clips without events."""
+    eventful = [i for i, r in enumerate(records) if len(r["true_times"])]
+    chance = [{} for _ in records]
+    for i, other in zip(eventful, eventful[1:] + eventful[:1]):
+        chance[i] = event_record(records[other]["true_times"], records[i]["detected_times"])
+    return chance
 
 
 # ---------------------------------------------------------------------- any video and sound
-
-def at_22050(wave, rate):
-    """The rate at which librosa's onset detector was tuned."""
-    import librosa
-    wave = np.asarray(wave, np.float32)
-    return wave if rate == 22050 else librosa.resample(wave, orig_sr=rate, target_sr=22050)
-
 
 def onsets(wave, rate):
     """librosa's onsets of a waveform (samples,) -> times (n,), multiples of 512 / 22 050 s = 23 ms.
     """
     import librosa
     # At 16 kHz the detector's local-maximum test spans no frame, and it reports every hit twice.
-    wave = at_22050(wave, rate)
-    # A sound shorter than one analysis window has no spectrum.
-    if len(wave) < 2048:
-        return np.zeros(0)
+    wave = librosa.resample(np.asarray(wave, np.float32), orig_sr=rate, target_sr=22050)
     return librosa.onset.onset_detect(y=wave, sr=22050, hop_length=512, units="time")
 
 
@@ -319,24 +292,18 @@ def cyclesync(reference, remade, tolerance=.05):
 def av_align(audio_times, video_times, fps):
     """AV-Align (TempoTokens): matched / union of audio and video peaks, nan without any peak."""
     used = set()
-    matched = 0
     for t in audio_times:
         # Each audio peak, in order, takes the first unused video peak less than one frame away.
         near = [j for j, v in enumerate(video_times) if abs(v - t) < 1 / fps]
-        free = [j for j in near if j not in used]
-        used.update(free[:1])
-        matched += len(free[:1])
+        used.update([j for j in near if j not in used][:1])
     # Unlike CycleSync's, this union counts a matched pair once.
-    union = len(audio_times) + len(video_times) - matched
-    return matched / union if union else NAN
+    union = len(audio_times) + len(video_times) - len(used)
+    return len(used) / union if union else NAN
 
 
 def flow_curve(frames):
     """Mean optical flow (Farneback, pixels) from a frame to the next -> (F,), the first twice."""
-    try:
-        import cv2
-    except ImportError:
-        raise BadInput("AV-Align needs OpenCV: pip install opencv-python-headless") from None
+    import cv2
     # Parameters of the published code: pyramid .5, 3 levels, window 15, 3 rounds, poly 5, 1.2.
     grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]
     means = []
@@ -353,12 +320,13 @@ def flow_peaks(curve, fps):
     return (np.flatnonzero(peaks) + 1) / fps
 
 
-def lag(frames, fps, wave, rate, most=.5):
-    """How much later the picture moves than the sound, within +-`most` seconds, for any video
-    -> lag, confidence. Under about 3 there is no single answer (a steady rhythm has several)."""
+def lag(frames, fps, wave, rate):
+    """How much later the picture moves than the sound, within +-0.5 s, for any video -> lag,
+    confidence. Under about 3 there is no single answer (a steady rhythm has several)."""
     import librosa
     motion = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean((1, 2, 3))      # (F - 1,)
-    strength = librosa.onset.onset_strength(y=at_22050(wave, rate), sr=22050, hop_length=220)
+    wave = librosa.resample(wave, orig_sr=rate, target_sr=22050)
+    strength = librosa.onset.onset_strength(y=wave, sr=22050, hop_length=220)
     # Both on one grid of 10 ms. The change from frame k to k + 1 is visible when k + 1 is.
     t = np.arange(0, len(frames) / fps, .01)
     m = np.interp(t, (np.arange(len(motion)) + 1) / fps, motion)
@@ -368,10 +336,10 @@ def lag(frames, fps, wave, rate, most=.5):
     m = (m - m.mean()) / m.std()
     s = (s - s.mean()) / s.std()
     # The correlation over the overlap, for every shift of the sound against the picture.
-    reach = min(round(most / .01), len(t) // 2)
-    shifts = np.arange(-reach, reach + 1)
-    match = np.array([np.mean(m[max(0, k):len(t) + min(0, k)] * s[max(0, -k):len(t) - max(0, k)])
-                      for k in shifts])
+    shifts = np.arange(1 - len(t), len(t))
+    match = np.correlate(m, s, "full") / (len(t) - np.abs(shifts))
+    allowed = np.abs(shifts) <= min(50, len(t) // 2)
+    shifts, match = shifts[allowed], match[allowed]
     best = int(match.argmax())
     # Confidence: the height of the peak over shifts more than 0.1 s from it, in their deviations.
     rest = match[np.abs(shifts - shifts[best]) > 10]
@@ -406,31 +374,27 @@ def v2a_from_checkpoint(path, args):
     """A checkpoint of train.py --task t2av or joint as f."""
     device, autocast, _ = pick_device(args.device)
     system = load(path, device, args.vae, args.audio_vae, task="t2av or joint")
-    model, vae, audio_vae = system.model, system.vae, system.audio_vae
     # Without text there is no text guidance.
     guidance = system.checkpoint["guidance"] | dict(cfg=1.)
 
     def f_v2a(frames, fps):
         # To the size that the towers were trained for.
-        x = torch.tensor(frames).permute(0, 3, 1, 2).float()                 # (F, 3, H, W)
-        x = F.interpolate(x, data.sides(system.checkpoint["size"]), mode="bicubic", antialias=True)
-        frames = x.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        wave = video_to_audio(model, vae, audio_vae, frames, "", autocast, steps=25, **guidance)
-        return wave, audio_vae.cfg.rate
+        x = resize(frames_to_tensor(frames), data.sides(system.checkpoint["size"]))
+        wave = video_to_audio(system.model, system.vae, system.audio_vae, tensor_to_frames(x), "",
+                              autocast, steps=25, **guidance)
+        return wave, system.audio_vae.cfg.rate
     return f_v2a
+
+
+def resize(x, size):
+    """(3, F, H, W) -> (3, F, *size)"""
+    x = F.interpolate(x.transpose(0, 1), size, mode="bicubic", antialias=True)
+    return x.transpose(0, 1)
 
 
 def v2a_from_command(command, least=0.):
     """Any program as f. In `command` {video} becomes the path of an mp4 without sound (H.264),
     {wav} the path at which the program has to leave its sound."""
-    if "{video}" not in command or "{wav}" not in command:
-        raise BadInput(f"--v2a-cmd {command!r}: must contain {{video}} and {{wav}}, where the "
-                       "program finds the video and leaves its sound")
-    try:
-        parts = shlex.split(command)
-    except ValueError as error:
-        raise BadInput(f"--v2a-cmd {command!r}: is no command line ({error})") from None
-
     def f_v2a(frames, fps):
         # Models want a certain length (V-AURA 2.56 s): the last frame is held for so long, and the
         # sound is cut to the length of the video.
@@ -439,17 +403,13 @@ def v2a_from_command(command, least=0.):
             video = f"{folder}/video.mp4"
             wav = f"{folder}/sound.wav"
             data.write_video(video, np.concatenate([frames, held]), None, fps)
-            run = [p.replace("{video}", video).replace("{wav}", wav) for p in parts]
-            try:
-                done = subprocess.run(run, capture_output=True, text=True, errors="replace",
-                                      stdin=subprocess.DEVNULL)
-            except OSError as error:
-                raise BadInput(f"--v2a-cmd: {run[0]} cannot be run ({error.strerror})") from None
+            done = subprocess.run(
+                command.replace("{video}", video).replace("{wav}", wav), shell=True,
+                capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
             if done.returncode or not os.path.isfile(wav):
-                lost = "" if os.path.isfile(wav) else " and left no {wav}"
                 last = (done.stderr.strip().splitlines() or ["it printed no reason"])[-1]
-                raise BadInput(f"--v2a-cmd: {run[0]} ended with code {done.returncode}{lost} "
-                               f"({last})")
+                raise BadInput(f"--v2a-cmd {command!r}: ended with code {done.returncode} "
+                               f"({last}); it has to turn {{video}} into {{wav}}")
             return read_audio(wav, 22050)[:round(len(frames) / fps * 22050)], 22050
     return f_v2a
 
@@ -481,19 +441,12 @@ def frechet(a, b):
     return max(0., float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * cross))
 
 
-def encode_clip(vae, video):
-    """uint8 (F, H, W, 3) -> pixels (1, 3, F, H, W), latents (1, C, L, h, w), not normalised."""
-    x = frames_to_tensor(video, next(vae.parameters()).device)[None]
-    return x, vae.encode_chunks(x)[0]
-
-
-@torch.no_grad()
 def latent_features(vae, videos):
     """Normalised latents averaged to 2x2 -> (videos x latents, 4C), within one VAE comparable."""
     rows = []
-    # Latent 0 codes the given first frame alone.
     for video in videos:
-        z = vae.normalise(encode_clip(vae, video)[1])[0, :, 1:].transpose(0, 1)  # (L - 1, C, h, w)
+        # Latent 0 codes the given first frame alone.
+        z = encode_video(vae, video)[0, :, 1:].transpose(0, 1)               # (L - 1, C, h, w)
         rows.append(F.adaptive_avg_pool2d(z, 2).flatten(1).cpu().numpy())
     return np.concatenate(rows)
 
@@ -505,25 +458,28 @@ def mel_features(waves):
     return np.concatenate([q.mean(1) for q in quarters])
 
 
+# TorchScript files in common use: StyleGAN-V's I3D, StyleGAN's Inception, a VGGish.
+NETWORKS = dict(fvd="i3d_torchscript.pt", fid="inception-2015-12-05.pt", fad="VGGish")
+
+
 def torchscript_features(what, path, videos, sounds):
-    """Features by the TorchScript files in common use -> (n, d). sounds: (waveform, rate) each.
-    'fvd': i3d_torchscript.pt (StyleGAN-V's), a row per clip; 'fid': inception-2015-12-05.pt
-    (StyleGAN's), a row per frame; 'fad': a VGGish, waveform (samples,) at 16 kHz -> (n, 128)."""
-    def features(net, x):
-        if what == "fad":
-            import librosa
-            wave = librosa.resample(x[0], orig_sr=x[1], target_sr=RATE)
-            return net(torch.from_numpy(wave))
-        x = torch.from_numpy(x).permute(0, 3, 1, 2)                          # (F, 3, H, W) uint8
+    """Features by one of NETWORKS -> (n, d): a row per clip (fvd), per frame (fid), per second
+    (fad). sounds: (waveform, rate) each."""
+    import librosa
+
+    def features(net, video, sound):
+        if what == "fvd":
+            x = resize(frames_to_tensor(video), (224, 224))[None]            # (1, 3, F, 224, 224)
+            return net(x, rescale=False, resize=False, return_features=True)
         if what == "fid":
-            return net(x, return_features=True)
-        x = F.interpolate(x.float() / 127.5 - 1, (224, 224), mode="bicubic", antialias=True)
-        return net(x.transpose(0, 1)[None], rescale=False, resize=False, return_features=True)
+            return net(torch.from_numpy(video).permute(0, 3, 1, 2), return_features=True)
+        wave, rate = sound
+        return net(torch.from_numpy(librosa.resample(wave, orig_sr=rate, target_sr=RATE)))
 
     try:
         net = torch.jit.load(path, map_location="cpu").eval()
         with torch.no_grad():
-            rows = [features(net, x) for x in (sounds if what == "fad" else videos)]
+            rows = [features(net, *pair) for pair in zip(videos, sounds)]
     except (RuntimeError, ValueError, OSError) as error:
         last = str(error).strip().splitlines()[-1]
         raise BadInput(f"--{what} {path}: no TorchScript file for these inputs ({last})") from None
@@ -574,7 +530,7 @@ def generate(model, vae, clips, autocast=nullcontext, seed=0, batch=48, **settin
     for i in range(0, len(clips), batch):
         part = clips[i:i + batch]
         pieces = generate_video(
-            model, vae, np.stack([c["video"][0] for c in part]), [c["audio"] for c in part],
+            model, vae, [c["video"][0] for c in part], [c["audio"] for c in part],
             [c["caption"] for c in part], len(part[0]["video"]), autocast,
             seeds=[seed + i + j for j in range(len(part))], **settings)
         videos += list(np.concatenate(list(pieces), 1))
@@ -586,11 +542,12 @@ def reconstruct(vae, clips, autocast=nullcontext):
     """The clips through the VAE alone: the ceiling of everything that is generated with it."""
     videos = []
     for clip in clips:
+        x = frames_to_tensor(clip["video"], next(vae.parameters()).device)[None]
         with autocast():
-            x, z = encode_clip(vae, clip["video"])
+            # Decoded one latent at a time, as in sampling.
             cache = {}
-            # One latent at a time, as in sampling.
-            y = torch.cat([vae.decode(part, x[:, :, :1], cache) for part in z.split(1, 2)], 2)
+            latents = vae.encode_chunks(x)[0].split(1, 2)
+            y = torch.cat([vae.decode(z, x[:, :, :1], cache) for z in latents], 2)
         videos.append(np.concatenate([clip["video"][:1], tensor_to_frames(y[0].float())[1:]]))
     return videos
 
@@ -606,64 +563,124 @@ def write_strips(path, videos, waves, marks, clips):
     data.write_picture(path, np.concatenate(rows or [videos[0][0]]))
 
 
-# ---------------------------------------------------------------------- Syncphony's table
-
-# timing: mean |lag| in ms of events paired within 100 ms. false/quiet: events detected in a clip
-# that has none.
-TOYBOX_COLUMNS = [
-    ("F1 50 ms", "f1_50", ""), ("prec.", "precision_50", ".3f"), ("recall", "recall_50", ".3f"),
-    ("F1 100", "f1_100", ".3f"), ("timing", "timing_ms", ".0f"), ("lag, ms", "lag_ms", ".0f"),
-    ("residual", "residual", ".3f"), ("false/quiet", "false_per_quiet_clip", ".2f")]
-UNIONS = [("CycleSync set", "cyclesync_set", ""), ("merged", "cyclesync_merged", "")]
-COLUMNS = [*UNIONS, ("AV-Align", "av_align", ""), ("Frechet", "frechet_latent", ".3g")]
-
+# ---------------------------------------------------------------------- a checkpoint's table
 
 def analyse_video(video, f_v2a):
     """What of a silent video is compared with sounds: the sound that f generates for it, the onsets
-    of that, the peaks of its optical flow; None where there is no f or no OpenCV."""
+    of that, the peaks of its optical flow; None where there is no f or OpenCV (an extra)."""
     sound = f_v2a(video, FPS) if f_v2a else None
     return dict(sound=sound, onsets=onsets(*sound) if sound else None,
                 peaks=flow_peaks(flow_curve(video), FPS) if find_spec("cv2") else None)
 
 
-def sync_record(audio_onsets, analysis, tolerance=.05):
-    """Onsets (n,) of a sound against an `analyse_video` -> CycleSync, both unions, and AV-Align."""
-    literal, merged, align = NAN, NAN, NAN
-    if analysis["onsets"] is not None:
-        literal, merged = cyclesync(audio_onsets, analysis["onsets"], tolerance)
-    if analysis["peaks"] is not None:
-        align = av_align(audio_onsets, analysis["peaks"], FPS)
-    return dict(cyclesync_set=literal, cyclesync_merged=merged, av_align=align)
+def sync_records(times, analyses, clips, tolerance):
+    """Onsets (n,) of a sound and `analyse_video` of a video for every clip -> records of CycleSync
+    by both unions, and of AV-Align."""
+    records = []
+    for found, analysis, clip in zip(times, analyses, clips):
+        record = dict(clip=clip["name"], kind=clip["kind"])
+        if analysis["onsets"] is not None:
+            literal, merged = cyclesync(found, analysis["onsets"], tolerance)
+            record |= dict(cyclesync_set=literal, cyclesync_merged=merged)
+        if analysis["peaks"] is not None:
+            record["av_align"] = av_align(found, analysis["peaks"], FPS)
+        records.append(record)
+    return records
 
 
-class AudioToVideo:
-    """A checkpoint of Syncphony, its VAE and the held-out clips."""
+class Scorer:
+    """A checkpoint, its VAEs, and the held-out clips that its samples are compared with."""
 
     def __init__(self, path, args):
-        self.device, self.autocast, self.described = pick_device(args.device)
-        system = load(path, self.device, args.vae, pretrained=args.pretrained, task="a2v")
-        self.model, self.vae, self.ckpt = system.model, system.vae, system.checkpoint
         self.args = args
-        self.clips = held_out_clips(args, self.ckpt["size"])
-        captions = [c["caption"] for c in self.clips]
-        self.encoders = external_encoders(self.model, args, captions, self.device)
-        self.v2a, self.v2a_name = v2a_models(args, self.clips)
-        self.networks = {what: getattr(args, what) for what in TORCHSCRIPT if getattr(args, what)}
+        self.device, self.autocast, self.described = pick_device(args.device)
+        system = load(path, self.device, args.vae, args.audio_vae, args.pretrained)
+        self.model, self.vae, self.audio_vae = system.model, system.vae, system.audio_vae
+        self.ckpt = system.checkpoint
+        self.size = args.resolution or self.ckpt["size"]
+        self.clips = held_out_clips(args, self.size)
+        self.captions = [c["caption"] for c in self.clips]
+        self.videos = [c["video"] for c in self.clips]
+        self.sounds = [c["audio"] for c in self.clips]
+
+    def reconstruct(self):
+        """The clips through the VAEs, the bound of what can be generated."""
+        return reconstruct(self.vae, self.clips, self.autocast), self.sounds
+
+    def ablation_row(self, **settings):
+        """Generate and score -> the figures of a row."""
+        records, figures = self.score(*self.generate(**settings))
+        return summarise(records) | figures
+
+
+def open_scorer(path, args):
+    return (AudioToVideo if data.load_checkpoint(path)["task"] == "a2v" else Towers)(path, args)
+
+
+def evaluate(args):
+    """The table of a checkpoint: true clips, reconstructed ones, all that it generates."""
+    scorer = open_scorer(args.ckpt, args)
+    size = "x".join(map(str, data.sides(scorer.size)))
+    print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; {len(scorer.clips)} "
+          f"held-out clips of {len(scorer.videos[0])} frames at {size} px; {args.steps} steps; "
+          f"{scorer.note}; in brackets 95 % intervals over clips")
+    table = Table(scorer.columns)
+    table.add("ground_truth", "ground truth", *scorer.score(scorer.videos, scorer.sounds))
+    table.add("vae", "VAE reconstruction", *scorer.score(*scorer.reconstruct()))
+    for key, title, settings in scorer.rows():
+        videos, waves, known = scorer.generate(**settings)
+        records, figures = scorer.score(videos, waves, known)
+        table.add(key, title, records, figures)
+        # Events in the picture are marked on the sound.
+        marks = [r.get("detected_times", ()) for r in records]
+        write_strips(Path(args.out, f"{key}.png"), videos, waves, marks, scorer.clips)
+    scorer.more_rows(table)
+    print(f"film strips, events in the picture marked: {args.out}/")
+    table.finish(Path(args.out, "clips.csv"))
+
+
+# ---------------------------------------------------------------------- Syncphony's rows
+
+# timing: mean |lag| of events paired within 100 ms. false/quiet: events detected in a clip that has
+# none.
+TOYBOX_COLUMNS = dict(f1_50="F1 50 ms", f1_100="F1 100 ms", timing_ms="timing, ms",
+                      residual="residual", false_per_quiet_clip="false/quiet")
+SYNC_COLUMNS = dict(cyclesync_set="CycleSync set", cyclesync_merged="merged", av_align="AV-Align")
+
+
+class AudioToVideo(Scorer):
+    """Syncphony: a video for the first picture and the sound of every clip."""
+
+    def __init__(self, path, args):
+        super().__init__(path, args)
+        self.encoders = external_encoders(self.model, args, self.captions, self.device)
+        self.v2a, v2a_name = v2a_models(args, self.clips)
+        self.networks = {what: getattr(args, what) for what in NETWORKS if getattr(args, what)}
         if args.fad and not self.v2a[0]:
             raise BadInput(f"--fad {args.fad}: measures sounds generated for the videos; give a "
                            "video-to-audio model by --v2a-cmd")
-        # What every row is compared with.
-        self.sounds = [c["audio"] for c in self.clips]
-        self.videos = [c["video"] for c in self.clips]
-        self.onsets = [onsets(w, RATE) for w in self.sounds]
+        self.note = f"w_t = {self.ckpt['guidance']['cfg']:g}; CycleSync by {v2a_name}"
+        # The true events are known in the toybox alone.
+        self.columns = (TOYBOX_COLUMNS if args.data == "toybox" else {}) | SYNC_COLUMNS
+        self.columns |= dict(frechet_latent="Frechet") | {what: what for what in self.networks}
         self.truth = self.features(self.videos, [(w, RATE) for w in self.sounds])
+        # Of the videos scored last: records with the sounds and events of other clips.
         self.chance = []
 
-    def generate(self, asg, cfg=0.):
-        """asg, cfg: w_a, w_t of Syncphony eq. 6; asg=None: without the audio layers (off-sync)."""
-        return generate(self.model, self.vae, self.clips, self.autocast, self.args.seed,
-                        steps=self.args.steps, asg=asg or 0., cfg=cfg, encoders=self.encoders,
-                        use_audio=asg is not None)
+    def rows(self):
+        """Off-sync, then Audio Sync Guidance of several strengths, last the checkpoint's."""
+        asg, cfg = (float(self.ckpt["guidance"][k]) for k in ("asg", "cfg"))
+        yield "off_sync", "off-sync", dict(cfg=cfg, use_audio=False)
+        for w in sorted({0., 1., 2., 4.} - {asg}):
+            yield f"asg_{w:g}", f"w_a = {w:g}", dict(asg=w, cfg=cfg)
+        yield "generated", f"w_a = {asg:g}, the checkpoint's", dict(asg=asg, cfg=cfg)
+
+    def generate(self, asg=0., cfg=0., use_audio=True):
+        """asg, cfg: w_a, w_t of Syncphony eq. 6; use_audio=False: off-sync."""
+        videos = generate(
+            self.model, self.vae, self.clips, self.autocast, self.args.seed, asg=asg, cfg=cfg,
+            steps=self.args.steps, encoders=self.encoders, use_audio=use_audio)
+        return videos, self.sounds, True
 
     def features(self, videos, sounds):
         """-> {distance: features (n, d)}, for the distances between clouds of them."""
@@ -672,96 +689,54 @@ class AudioToVideo:
             found[what] = torchscript_features(what, path, videos, sounds)
         return found
 
-    def score(self, videos):
-        """-> records, figures of the row. `self.chance` becomes the records of these videos with
-        the sounds and events of other clips."""
+    def score(self, videos, waves, known=True):
+        """-> records, figures of the row."""
         analyses = [analyse_video(v, f) for v, f in zip(videos, self.v2a)]
         # Distances belong to the row, everything else to a clip.
         features = self.features(videos, [a["sound"] for a in analyses])
         figures = {k: frechet(v, self.truth[k]) for k, v in features.items()}
-        records = [{} for _ in videos]
-        self.chance = [{} for _ in videos]
-        if self.args.data == "toybox":
-            records, self.chance = toybox_records(videos, self.clips)
-            kinds = {k: [r for r in records if r["kind"] == k] for k in KINDS}
-            figures["kinds"] = {k: summarise(v) for k, v in kinds.items()}
-        for i, (clip, analysis) in enumerate(zip(self.clips, analyses)):
-            # Windows of one clip are neighbours, so the other sound is half the list away.
-            other = (i + len(videos) // 2) % len(videos)
-            for record, j in ((records[i], i), (self.chance[i], other)):
-                record |= sync_record(self.onsets[j], analysis, self.args.tolerance)
-                record |= dict(clip=clip["name"], kind=clip["kind"])
-        return records, figures
+        times = [onsets(w, RATE) for w in waves]
+        sync, sync_chance = (sync_records(t, analyses, self.clips, self.args.tolerance)
+                             for t in (times, shuffled(times)))
+        if self.args.data != "toybox":
+            self.chance = sync_chance
+            return sync, figures
+        records = toybox_records(videos, self.clips)
+        self.chance = [a | b for a, b in zip(shuffled_events(records), sync_chance)]
+        figures["kinds"] = {k: summarise([r for r in records if r["kind"] == k]) for k in KINDS}
+        return [a | b for a, b in zip(records, sync)], figures
+
+    def more_rows(self, table):
+        table.add("shuffled", "... with shuffled sounds", self.chance)
+        table.result[f"asg_{self.ckpt['guidance']['asg']:g}"] = table.result["generated"]
 
 
-def evaluate(args):
-    """True, reconstructed and generated videos of held-out clips, without audio, and chance."""
-    system = AudioToVideo(args.ckpt, args)
-    ckpt, clips = system.ckpt, system.clips
-    asg, cfg = (float(ckpt["guidance"][k]) for k in ("asg", "cfg"))
-    size = "x".join(map(str, data.sides(ckpt["size"])))
-    print(f"{system.described}\n{args.ckpt}: step {ckpt['step']}; {len(clips)} held-out clips of "
-          f"{len(clips[0]['video'])} frames at {size} px; {args.steps} steps; w_t = {cfg:g}; "
-          f"CycleSync by {system.v2a_name}; in brackets 95 % intervals over clips")
-    # The true events are known in the toybox alone.
-    columns = TOYBOX_COLUMNS if args.data == "toybox" else []
-    extra = [(what.upper(), what, ".4g") for what in system.networks]
-    table = Table(*columns, *COLUMNS, *extra)
-
-    # Bounds: the data, the VAE, and the model that ignores the sound.
-    table.add("ground_truth", "ground truth", *system.score(system.videos))
-    reconstructed = reconstruct(system.vae, clips, system.autocast)
-    table.add("vae", "VAE reconstruction", *system.score(reconstructed))
-    table.add("off_sync", "off-sync", *system.score(system.generate(None, cfg)))
-    # Audio Sync Guidance of several strengths; the checkpoint's is shown, and used for chance.
-    for w in sorted({0., 1., 2., 4., asg}):
-        videos = system.generate(w, cfg)
-        records, figures = system.score(videos)
-        star = "*" if w == asg else ""
-        table.add(f"asg_{w:g}", f"generated, w_a = {w:g}{star}", records, figures)
-        if w == asg:
-            table.result["generated"] = table.result[f"asg_{w:g}"]
-            shuffled = system.chance
-            marks = [r.get("detected_times", ()) for r in records]
-            write_strips(Path(args.out, "strips.png"), videos, system.sounds, marks, clips)
-    table.add("shuffled", "shuffled sounds (chance)", shuffled)
-    print(f"* the checkpoint's guidance, shown in {args.out}/strips.png")
-    table.finish(Path(args.out, "clips.csv"))
-
-
-# ---------------------------------------------------------------------- the table of two towers
+# ---------------------------------------------------------------------- rows of two towers
 
 # onset F1: the sound against the true events, video F1: the picture against them, agreement F1: the
-# two against each other. false: events detected in clips that have none, in the picture of a silent
-# scene or beside a sound from off-screen, and in the sound of a silent scene.
-PAIR_COLUMNS = [
-    ("onset F1", "onsets_f1_50", ""), ("shuffled", "onsets_shuffled", ".3f"),
-    ("CycleSync merged", "cyclesync_merged", ""), ("video F1", "seen_f1_50", ".3f"),
-    ("agreement F1", "agreement_f1_50", ""), ("shuffled", "agreement_shuffled", ".3f"),
-    ("residual", "residual", ".3f"), ("Frechet mels", "frechet_mels", ".3g"),
-    ("latents", "frechet_latent", ".3g"), ("false: silent", "false_silent", ".2f"),
-    ("off-screen", "false_off_screen", ".2f"), ("sounds", "false_heard", ".2f")]
+# two against each other.
+PAIR_COLUMNS = dict(
+    onsets_f1_50="onset F1", onsets_shuffled="shuffled", cyclesync_merged="CycleSync merged",
+    seen_f1_50="video F1", agreement_f1_50="agreement F1", agreement_shuffled="shuffled",
+    residual="residual", frechet_mels="Frechet mels", frechet_latent="latents")
 MODES = dict(v2a="sound for video", a2v="video for sound", i2av="both, from picture",
              t2av="both, from text")
+PLAIN = dict(sync_video=1., sync_audio=1.)             # no SyncCFG
 
 
-class Towers:
-    """Two towers (SyncFlow's or Harmony's), their VAEs and the held-out clips of the toybox."""
+class Towers(Scorer):
+    """SyncFlow's or Harmony's two towers, on clips of the toybox."""
+
+    columns = PAIR_COLUMNS
 
     def __init__(self, path, args):
         if args.data != "toybox":
             raise BadInput(f"--data {args.data}: two towers are scored by the toybox's truth; "
                            "leave --data out")
-        self.device, self.autocast, self.described = pick_device(args.device)
-        system = load(path, self.device, args.vae, args.audio_vae, task="t2av or joint")
-        self.model, self.vae = system.model, system.vae
-        self.audio_vae, self.ckpt = system.audio_vae, system.checkpoint
-        self.args = args
+        super().__init__(path, args)
+        self.note = f"stage {self.ckpt['stage']}"
         self.harmony = self.model.cfg.system == "harmony"
-        self.size = args.resolution or self.ckpt["size"]
-        self.clips = held_out_clips(args, self.size)
-        self.sounds = [c["audio"] for c in self.clips]
-        self.videos = np.stack([c["video"] for c in self.clips])             # (B, F, H, W, 3)
+        self.guidance = self.ckpt["guidance"]
         # What either stream is when it is given: normalised latents (B, C, L, h, w), (B, A, S).
         self.z_v = torch.cat([encode_video(self.vae, v) for v in self.videos])
         self.z_a = torch.cat([encode_sound(self.audio_vae, w, self.device) for w in self.sounds])
@@ -771,123 +746,114 @@ class Towers:
         # Scenes fitted to frame 0, by frame 0: a fit takes about a second.
         self.scenes = {}
 
+    @torch.no_grad()
+    def reconstruct(self):
+        videos, _ = super().reconstruct()
+        self.coded_sounds = []
+        for z, wave in zip(self.audio_vae.denormalise(self.z_a), self.sounds):       # (A, S) each
+            decoded = self.audio_vae.decode(z[None], len(wave))[0]
+            self.coded_sounds.append(decoded.clamp(-1, 1).cpu().numpy())
+        return videos, self.coded_sounds
+
+    def rows(self):
+        """Every task, with the checkpoint's guidance and without (_plain)."""
+        if self.harmony:
+            for mode, title in MODES.items():
+                yield mode, title, dict(mode=mode, **self.guidance)
+                plain = dict(mode=mode, **self.guidance | PLAIN)
+                yield f"{mode}_plain", f"{title}, no SyncCFG", plain
+            return
+        suffixes = {1.: "_plain", float(self.guidance["cfg"]): ""}
+        # From text alone guidance matters most (SyncFlow figure 5): more values of w.
+        sweep = {1., 2., 4., 6., *suffixes}
+        for mode, values in dict(v2a=suffixes, i2av=suffixes, t2av=sweep).items():
+            for w in sorted(values):
+                key = mode + suffixes.get(w, f"_{w:g}")
+                yield key, f"{MODES[mode]}, w = {w:g}", dict(mode=mode, cfg=w)
+
     def generate(self, mode, **settings):
-        """A mode of MODES -> videos (B, F, H, W, 3), waveforms; what is given comes back."""
+        """A mode of MODES -> videos, waveforms, of which a given one comes back; whether they are
+        for these clips' events."""
         given = dict(v2a=dict(z_v=self.z_v), a2v=dict(z_a=self.z_a), i2av={}, t2av={})[mode]
         if mode in ("a2v", "i2av"):
-            given["pictures"] = self.videos[:, 0]
+            given["pictures"] = np.stack([v[0] for v in self.videos])
         # SyncFlow's ablation without a video tower knows the text alone.
         if self.model.cfg.audio_only:
             given = {}
         if self.harmony:
-            given["speech"] = [c["speech"] for c in self.clips]
-            given["shift"] = self.ckpt["guidance"]["shift"]
+            given |= dict(speech=[c["speech"] for c in self.clips], shift=self.guidance["shift"])
         videos, waves = generate_audio_video(
-            self.model, self.vae, self.audio_vae, [c["caption"] for c in self.clips],
-            self.videos.shape[1], self.size, self.autocast, steps=self.args.steps,
-            seeds=[self.args.seed + i for i in range(len(self.clips))], **given, **settings)
-        if videos is None:
-            videos = self.videos
-        return videos, self.sounds if waves is None else waves
+            self.model, self.vae, self.audio_vae, self.captions, len(self.videos[0]), self.size,
+            self.autocast, steps=self.args.steps,
+            seeds=[self.args.seed + i for i in range(len(self.clips))], **given | settings)
+        videos = self.videos if videos is None else videos
+        return videos, self.sounds if waves is None else waves, mode in ("v2a", "a2v")
 
-    @torch.no_grad()
-    def reconstruct(self):
-        """Videos and waveforms through their VAEs."""
-        waves = []
-        for z, wave in zip(self.audio_vae.denormalise(self.z_a), self.sounds):       # (A, S) each
-            decoded = self.audio_vae.decode(z[None], len(wave))[0]
-            waves.append(decoded.clamp(-1, 1).cpu().numpy())
-        return reconstruct(self.vae, self.clips, self.autocast), waves
-
-    def detect(self, video, clip):
-        """-> events by the scene fitted to frame 0 of a video; the residual as a pair."""
+    def fitted(self, clip, video):
+        """The clip with a scene fitted to frame 0 of a video; of the true one only the kind is
+        used."""
         frame = video[0].tobytes()
         if frame not in self.scenes:
             self.scenes[frame] = fit_scene(video[0], clip["kind"])
-        # Of the true scene nothing is used but its kind.
-        scene = dict(kind=clip["kind"], scene=self.scenes[frame])
-        found, residual, _ = detect_clip_events(video, scene)
-        return found, (float(residual.sum()), len(residual))
+        return dict(clip, scene=self.scenes[frame])
 
     def score(self, videos, waves, known=True):
         """-> records, figures of the row. known: generated for these clips' events."""
         def f1(a, b):
             return event_record(a, b)["f1_50"]
 
-        found, residuals = zip(*(self.detect(v, c) for v, c in zip(videos, self.clips)))
+        drawn = toybox_records(videos, [self.fitted(*pair) for pair in zip(self.clips, videos)])
+        found = [r["detected_times"] for r in drawn]
+        truth = [c["events"] for c in self.clips]
+        # Chance: the sound against another clip's picture, or events.
+        other_found, other_truth = shuffled(found), shuffled(truth)
         records = []
         for i, (clip, wave) in enumerate(zip(self.clips, waves)):
-            other = (i + len(videos) // 2) % len(videos)
-            truth = clip["events"]
             sounding = onsets_in_sound(wave)
-            # The streams against each other, and the sound against another clip's picture.
-            record = {"clip": clip["name"], "kind": clip["kind"], "residual": residuals[i],
-                      "false_silent": NAN, "false_off_screen": NAN, "false_heard": NAN,
-                      "agreement_f1_50": f1(found[i], sounding),
-                      "agreement_shuffled": f1(found[other], sounding)}
+            # The streams against each other.
+            record = dict(clip=clip["name"], kind=clip["kind"], detected_times=found[i],
+                          residual=drawn[i]["residual"], agreement_f1_50=f1(found[i], sounding),
+                          agreement_shuffled=f1(other_found[i], sounding))
             # Either stream against the events that it was generated for.
             if known:
-                scores = cyclesync(onsets(clip["audio"], RATE), onsets(wave, RATE))
-                record |= {f"onsets_{k}": v for k, v in event_record(truth, sounding).items()}
-                record |= {"onsets_shuffled": f1(self.clips[other]["events"], sounding),
-                           "seen_f1_50": f1(truth, found[i]), "cyclesync_merged": scores[1]}
+                scores = event_record(truth[i], sounding)
+                record |= {f"onsets_{k}": v for k, v in scores.items()}
+                _, merged = cyclesync(onsets(clip["audio"], RATE), onsets(wave, RATE))
+                record |= dict(onsets_shuffled=f1(other_truth[i], sounding),
+                               seen_f1_50=drawn[i]["f1_50"], cyclesync_merged=merged)
             # False events where nothing happens: a scene without sound, or a sound from off-screen.
-            if len(truth) == 0 and clip["off_screen"]:
+            if len(truth[i]) == 0 and clip["off_screen"]:
                 record["false_off_screen"] = len(found[i])
-            elif len(truth) == 0:
-                record |= {"false_silent": len(found[i]), "false_heard": len(sounding)}
+            elif len(truth[i]) == 0:
+                record |= dict(false_silent=len(found[i]), false_heard=len(sounding))
             records.append(record)
         features = latent_features(self.vae, videos)
         return records, dict(frechet_mels=frechet(mel_features(waves), self.mels),
                              frechet_latent=frechet(features, self.latents))
 
+    def more_rows(self, table):
+        # What guidance adds to the agreement of the same clips. Which clips were drawn moves both
+        # rows alike, so the difference may be significant although their intervals overlap.
+        for mode in [m for m in MODES if f"{m}_plain" in table.result]:
+            first, second = (resample_clips([r["agreement_f1_50"] for r in table.records
+                                             if r["row"] == key])
+                             for key in (mode, f"{mode}_plain"))
+            table.result[f"{mode}_gain"] = value, low, high = interval(first - second)
+            print(f"{MODES[mode]}: guidance adds {value:+.3f} [{low:+.2f}, {high:+.2f}] to the "
+                  "agreement")
+        if self.harmony:
+            add_timbre(table, self)
+            add_maps(table, self)
 
-def evaluate_towers(args):
-    """True clips, both VAEs, and every task of two towers, each with and without its guidance."""
-    towers = Towers(args.ckpt, args)
-    ckpt, clips = towers.ckpt, towers.clips
-    print(f"{towers.described}\n{args.ckpt}: step {ckpt['step']} of stage {ckpt['stage']}; "
-          f"{len(clips)} held-out clips, {sum(len(c['events']) for c in clips)} events; "
-          f"{args.steps} steps; in brackets 95 % intervals over clips")
-    table = Table(*PAIR_COLUMNS)
-    coded = towers.reconstruct()
-    table.add("ground_truth", "ground truth", *towers.score(towers.videos, towers.sounds))
-    table.add("vae", "both VAEs", *towers.score(*coded))
-
-    # Variants (suffix of the key, of the title, guidance): the checkpoint's guidance, then none.
-    if towers.harmony:
-        guided = {k: ckpt["guidance"][k] for k in ("cfg", "sync_video", "sync_audio")}
-        plain = guided | dict(sync_video=1., sync_audio=1.)
-        rows = product([("", "", guided), ("_plain", ", no SyncCFG", plain)], MODES)
-    else:
-        w = ckpt["guidance"]["cfg"]
-        variants = [("", f", w = {w:g}", dict(cfg=w)), ("_plain", ", w = 1", dict(cfg=1.))]
-        # From text alone guidance matters most (SyncFlow figure 5): more values of w.
-        sweep = [("" if v == w else f"_{v:g}", f", w = {v:g}", dict(cfg=v))
-                 for v in sorted({1., 2., 4., 6., w})]
-        rows = chain(product(variants, ("v2a", "i2av")), product(sweep, ("t2av",)))
-    for (suffix, text, guidance), mode in rows:
-        videos, waves = towers.generate(mode, **guidance)
-        scores = towers.score(videos, waves, known=mode in ("v2a", "a2v"))
-        table.add(mode + suffix, MODES[mode] + text, *scores)
-        if not suffix:
-            marks = [onsets_in_sound(wave) for wave in waves]
-            write_strips(Path(args.out, f"{mode}.png"), videos, waves, marks, clips)
-    print(f"strips, onsets marked: {args.out}/v2a.png and so on")
-
-    # What guidance adds to the agreement of the same clips, with a paired interval.
-    for mode in [m for m in MODES if f"{m}_plain" in table.result]:
-        first, second = ([r["agreement_f1_50"] for r in table.records if r["row"] == key]
-                         for key in (mode, f"{mode}_plain"))
-        gain = bootstrap_ratio(first, minus=second)
-        table.result[f"{mode}_gain"] = list(gain)
-        value, low, high = gain
-        print(f"{MODES[mode]}: guidance adds {value:+.3f} [{low:+.2f}, {high:+.2f}] to the "
-              "agreement")
-    if towers.harmony:
-        add_timbre(table, towers, coded[1], guided)
-        add_maps(table, towers, guided)
-    table.finish(Path(args.out, "clips.csv"))
+    def ablation_row(self, **guidance):
+        """SyncFlow: a sound for the true video. Harmony: pairs from the first picture, and either
+        stream for the other one."""
+        row = super().ablation_row
+        if not self.harmony:
+            return row(mode="v2a", **guidance)
+        a2v, v2a = row(mode="a2v", **guidance), row(mode="v2a", **guidance)
+        either = dict(a2v_f1_50=a2v["seen_f1_50"], v2a_f1_50=v2a["onsets_f1_50"])
+        return row(mode="i2av", **guidance) | either
 
 
 # ---------------------------------------------------------------------- Harmony: timbre, maps
@@ -930,15 +896,16 @@ def timbre_records(waves, takes, clips):
     return records
 
 
-def add_timbre(table, towers, coded, guidance):
+def add_timbre(table, towers):
     """Voice clone: do sounds generated with a reference have the timbre of its material?"""
     variations = other_variations(towers.clips)
     takes = [v[1:] for v in variations]
     # The first take is the reference, the others say what its material sounds like.
     refs = torch.cat([encode_sound(towers.audio_vae, v[0], towers.device) for v in variations])
-    rows = dict(true=towers.sounds, vae=coded, no_reference=towers.generate("v2a", **guidance)[1],
-                reference=towers.generate("v2a", refs=refs, **guidance)[1])
-    table.head(("closer in timbre", "closer", ""), ("onset F1", "onsets_f1_50", ""))
+    rows = dict(true=towers.sounds, vae=towers.coded_sounds,
+                no_reference=towers.generate("v2a", **towers.guidance)[1],
+                reference=towers.generate("v2a", refs=refs, **towers.guidance)[1])
+    table.head(dict(closer="closer in timbre", onsets_f1_50="onset F1"))
     for name, waves in rows.items():
         records = timbre_records(waves, takes, towers.clips)
         table.add(f"timbre_{name}", f"timbre, {name.replace('_', ' ')}", records)
@@ -948,38 +915,36 @@ def map_records(maps, clips):
     """Harmony's figures 3 and 5 in numbers: how much more than elsewhere (1) the audio attends,
     while something sounds, to the places where the thing can move, and SyncCFG pulls there."""
     attention = torch.cat([m["attention"] for m in maps]).sum(2)             # (B, S, h, w)
-    cells = dict(attention=attention)
-    if "sync_pull" in maps[0]:
-        cells["SyncCFG"] = torch.cat([m["sync_pull"] for m in maps]).mean(1, keepdim=True)
-    found = {name: [] for name in cells}
-    for name, i in product(cells, range(len(clips))):
-        clip, cell = clips[i], cells[name][i]                                # cell (S or 1, h, w)
+    pull = torch.cat([m["sync_pull"] for m in maps]).mean(1)                 # (B, h, w)
+    S = attention.shape[1]
+    found = dict(attention=[], SyncCFG=[])
+    for i, clip in enumerate(clips):
         events = clip["events"]
         if len(events) == 0 and not clip["off_screen"]:
             continue
-        # Where the thing can move: pixels that differ between its states.
+        # Where the thing can move: pixels that differ between its states, by a tenth of the range.
         states = np.linspace(*STATES[clip["kind"]], 9)
-        drawn = draw_scene(clip["scene"], states, clip["video"].shape[1]).astype(int)
-        moves = torch.from_numpy(drawn.max(0) - drawn.min(0)).amax(-1).gt(24).float()[None]
+        drawn = draw_scene(clip["scene"], states, clip["video"].shape[1])        # (9, H, W, 3)
+        moves = torch.from_numpy(np.ptp(drawn, 0).max(-1) > 24).float()          # (H, W)
         # When something sounds: 0.1 s from every event on; always if it is off-screen.
-        steps = np.arange(attention.shape[1])
+        steps = np.arange(S)
         if len(events):
-            first = (events * len(steps) / (len(clip["video"]) / FPS)).astype(int)
-            steps = (first[:, None] + np.arange(5)).ravel()
-        cell = cell[steps.clip(max=len(cell) - 1)].mean(0)                   # (h, w)
-        # The share of the map on these places, over the share of the picture that they are.
-        inside = (cell / cell.sum() * F.adaptive_avg_pool2d(moves, cell.shape)[0]).sum()
+            first = (events * S / (len(clip["video"]) / FPS)).astype(int)
+            steps = (first[:, None] + np.arange(5)).ravel().clip(max=S - 1)
         group = "things that sound" if len(events) else "off-screen sounds"
-        found[name].append({group: (inside / moves.mean()).item()})
+        for name, cell in (("attention", attention[i, steps].mean(0)), ("SyncCFG", pull[i])):
+            # The share of the map on these places, over the share of the picture that they are.
+            inside = cell / cell.sum() * F.adaptive_avg_pool2d(moves[None], cell.shape)[0]
+            found[name].append({group: (inside.sum() / moves.mean()).item()})
     return found
 
 
-def add_maps(table, towers, guidance):
+def add_maps(table, towers):
     """Rows of `map_records`, of the videos that are generated for the true sounds."""
     maps = []
-    towers.generate("a2v", attention_maps=maps, **guidance)
+    towers.generate("a2v", attention_maps=maps, **towers.guidance)
+    table.head({group: group for group in ("things that sound", "off-screen sounds")})
     found = map_records(maps, towers.clips)
-    table.head(*[(group, group, "") for group in ("things that sound", "off-screen sounds")])
     for name, records in found.items():
         table.add(name, f"map of {name}", records)
     table.result["maps"] = {name: table.result.pop(name) for name in found}
@@ -1015,33 +980,33 @@ def shift_study(args):
     analyses = [analyse_video(c["video"], f) for c, f in zip(bar, models)]
     toybox = args.data == "toybox"
     found = [detect_clip_events(c["video"], c)[0] if toybox else () for c in clips]
-    columns = TOYBOX_COLUMNS[:1] * toybox + COLUMNS[:3]
+    columns = (dict(f1_50="F1 50 ms") if toybox else {}) | SYNC_COLUMNS
     print(f"{len(clips)} true clips; CycleSync by {v2a_name}; in brackets 95 % intervals")
-    table = Table(*columns, ("lag, ms", "lag_ms", ".0f"))
-    for delay in [*delays, None]:
-        # The last row is chance: every video with the sound of the clip half the list away.
-        late, move = (0., len(clips) // 2) if delay is None else (delay, 0)
-        key = "shuffled" if delay is None else f"{delay:.1f}"
-        records = []
-        for i, (clip, analysis) in enumerate(zip(clips, analyses)):
-            other = clips[(i + move) % len(clips)]
-            wave = other["audio"][round((lead - late) * RATE):][:n]
-            record = dict(clip=clip["name"], kind=clip["kind"])
-            record |= sync_record(onsets(wave, RATE), analysis, args.tolerance)
-            record["lag_s"], record["lag_confidence"] = lag(clip["video"], FPS, wave, RATE)
+    table = Table(columns | dict(lag_ms="lag, ms"))
+
+    def add_row(key, title, late, sources):
+        """Every clip with the sound of one of `sources`, `late` seconds late."""
+        waves = [c["audio"][round((lead - late) * RATE):][:n] for c in sources]
+        times = [onsets(w, RATE) for w in waves]
+        records = sync_records(times, analyses, clips, args.tolerance)
+        for i, record in enumerate(records):
+            record["lag_s"], record["lag_confidence"] = lag(clips[i]["video"], FPS, waves[i], RATE)
             # True events are as late as the sound; those after its end do not count.
             if toybox:
-                events = other["events"] + late
+                events = sources[i]["events"] + late
                 record |= event_record(events[events < n / RATE], found[i])
-            records.append(record)
         # The median lag of clips with a clear answer.
         lags = [r["lag_s"] for r in records if r["lag_confidence"] > 3]
-        table.add(key, "another clip's sound" if move else f"{key} s late", records,
-                  dict(lag_ms=1000 * float(np.median(lags)) if lags else NAN))
+        median = 1000 * float(np.median(lags)) if lags else NAN
+        table.add(key, title, records, dict(lag_ms=median))
+
+    for delay in delays:
+        add_row(f"{delay:.1f}", f"{delay:.1f} s late", delay, clips)
+    add_row("shuffled", "another clip's sound", 0., shuffled(clips))
     # The paper's figure: every metric as a share of its value without delay.
     rows = [table.result[f"{d:.1f}"] for d in delays]
-    curves = {title: [r[key] / rows[0][key] for r in rows] for title, key, _ in columns
-              if math.isfinite(rows[0][key])}
+    curves = {title: [r[key] / rows[0][key] for r in rows] for key, title in columns.items()
+              if math.isfinite(rows[0].get(key, NAN))}
     path = Path(args.out, "shift.csv")
     draw_curves(path.with_suffix(".png"), delays, curves, "delay of the sound, seconds",
                 "score / score at 0")
@@ -1050,78 +1015,51 @@ def shift_study(args):
 
 # ---------------------------------------------------------------------- the ablations
 
-@dataclass
-class Row:
-    """A row of a paper's ablation table. Rows with the same flags share one training."""
-    title: str                   # "": trained for its learning curve, not sampled
-    paper: str                   # the figure that the paper reports
-    flags: str                   # of train.py; "": the full model
-    guidance: dict | None        # of sampling; None: without the audio layers (off-sync)
-
-
-@dataclass
-class Ablation:
-    """All rows of a paper and what they have in common."""
-    flags: str                   # of train.py, for every training
-    towers: tuple                # stages that are trained first, each from the one before
-    stage: str                   # of the rows, which start from the last tower
-    paper: str                   # what `Row.paper` is
-    columns: list                # of the table
-    rows: list
-
-
-# Cross-task synergy off; the audio-driven task alone; SyncCFG off and on.
+# flags: of train.py, for every training. towers: stages that come first, each from the one before;
+# stage: that of the rows, which starts from the last tower. paper: what it reports.
+# A row: title, the paper's figure, flags of train.py, guidance. Equal flags share one training.
+# Cross-task synergy off; SyncCFG on.
 NO_CTS = "--lambda-v 0 --lambda-a 0"
-ALONE = "--lambda-joint 0 --lambda-v 1 --lambda-a 0"
-PLAIN = dict(sync_video=1., sync_audio=1.)
 SYNCCFG = dict(sync_video=3., sync_audio=2.)
 ABLATIONS = dict(
     # CycleSync on AVSync15: tables 3, 4, 11.
-    syncphony=Ablation("--task a2v", (), "", "CycleSync", [
-        ("F1 at 50 ms", "f1_50", ""), ("F1 at 100 ms", "f1_100", ""), *UNIONS,
-        ("residual", "residual", ""), ("Frechet", "frechet_latent", "")], [
-            Row("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.)),
-            Row("without Audio RoPE", "14.41 ± 1.40", "--no-audio-rope", dict(asg=0.)),
-            Row("off-sync (audio skipped)", "12.34 ± 1.14", "", None),
-            Row("full model", "15.31 ± 1.49", "", dict(asg=0.)),
-            Row("with ASG, w_a = 1", "15.94 ± 1.56", "", dict(asg=1.)),
-            Row("with ASG, w_a = 2", "16.48 ± 1.28", "", dict(asg=2.)),
-            Row("with ASG, w_a = 4", "16.26 ± 1.40", "", dict(asg=4.))]),
+    syncphony=dict(
+        flags="--task a2v", towers=(), stage="", paper="CycleSync",
+        figures="f1_50 f1_100 cyclesync_set cyclesync_merged residual frechet_latent".split(),
+        rows=[("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.)),
+              ("without Audio RoPE", "14.41 ± 1.40", "--no-audio-rope", dict(asg=0.)),
+              ("off-sync (audio skipped)", "12.34 ± 1.14", "", dict(use_audio=False)),
+              ("full model", "15.31 ± 1.49", "", dict(asg=0.)),
+              ("with ASG, w_a = 1", "15.94 ± 1.56", "", dict(asg=1.)),
+              ("with ASG, w_a = 2", "16.48 ± 1.28", "", dict(asg=2.)),
+              ("with ASG, w_a = 4", "16.26 ± 1.40", "", dict(asg=4.))]),
     # FAD on Greatest Hits, lower is better: table 4; figure 5 sweeps w.
-    syncflow=Ablation("--task t2av", ("video",), "audio", "FAD", [
-        ("onset F1 50 ms", "onsets_f1_50", ""), ("100 ms", "onsets_f1_100", ""),
-        ("shuffled", "onsets_shuffled", ""), ("CycleSync", "cyclesync_merged", ""),
-        ("Frechet mels", "frechet_mels", "")], [
-            Row("full, sound for video, w = 1", "0.92", "", dict(cfg=1.)),
-            Row("without adaptor", "2.34", "--no-adaptor", dict(cfg=1.)),
-            Row("text to sound, no video", "1.01", "--no-video", dict(cfg=1.)),
-            Row("with optimal transport", "(its default)", "--ot", dict(cfg=1.)),
-            Row("full, w = 2", "", "", dict(cfg=2.)),
-            Row("full, w = 4", "", "", dict(cfg=4.)),
-            Row("full, w = 6", "(its default)", "", dict(cfg=6.))]),
+    syncflow=dict(
+        flags="--task t2av", towers=("--stage video",), stage="--stage audio", paper="FAD",
+        figures="onsets_f1_50 onsets_f1_100 onsets_shuffled cyclesync_merged frechet_mels".split(),
+        rows=[("full, sound for video, w = 1", "0.92", "", dict(cfg=1.)),
+              ("without adaptor", "2.34", "--no-adaptor", dict(cfg=1.)),
+              ("text to sound, no video", "1.01", "--no-video", dict(cfg=1.)),
+              ("with optimal transport", "(its default)", "--ot", dict(cfg=1.)),
+              ("full, w = 2", "", "", dict(cfg=2.)),
+              ("full, w = 4", "", "", dict(cfg=4.)),
+              ("full, w = 6", "(its default)", "", dict(cfg=6.))]),
     # Sync-C on speech: one part after the other (main paper), all but one (supplement, table 4).
-    harmony=Ablation("--task joint --batch-size 8", ("video", "audio"), "joint", "Sync-C", [
-        ("agreement F1", "agreement_f1_50", ""), ("shuffled", "agreement_shuffled", ""),
-        ("audio-driven F1", "a2v_f1_50", ""), ("video-driven F1", "v2a_f1_50", ""),
-        ("residual", "residual", "")], [
-            Row("none of it", "4.20", f"{NO_CTS} --no-rope-align --no-gldi", PLAIN),
-            Row("+ GLDI", "4.29", f"{NO_CTS} --no-rope-align", PLAIN),
-            Row("+ RoPE alignment", "4.80", NO_CTS, PLAIN),
-            Row("+ CTS", "5.09", "", PLAIN),
-            Row("+ SyncCFG: full", "6.51", "", SYNCCFG),
-            Row("full but RoPE alignment", "5.60", "--no-rope-align", SYNCCFG),
-            Row("full but GLDI", "5.30", "--no-gldi", SYNCCFG),
-            Row("full but CTS", "1.13", NO_CTS, SYNCCFG),
-            Row("", "", ALONE, PLAIN)]))
-# Harmony's figure 3, how soon a training learns which task: its flags, column of its scores.csv.
-LEARNING = {
-    "audio-driven alone": (ALONE, "audio_driven"), "CTS: audio-driven": ("", "audio_driven"),
-    "joint loss: audio-driven": (NO_CTS, "audio_driven"), "CTS: pairs": ("", "pairs"),
-    "joint loss: pairs": (NO_CTS, "pairs")}
-
-
-def folder_name(flags):
-    return flags.replace("--", "").replace(" ", "-") or "full"
+    harmony=dict(
+        flags="--task joint --batch-size 8", towers=("--stage video", "--stage audio"),
+        stage="--stage joint", paper="Sync-C",
+        figures="agreement_f1_50 agreement_shuffled a2v_f1_50 v2a_f1_50 residual".split(),
+        rows=[("none of it", "4.20", f"{NO_CTS} --no-rope-align --no-gldi", PLAIN),
+              ("+ GLDI", "4.29", f"{NO_CTS} --no-rope-align", PLAIN),
+              ("+ RoPE alignment", "4.80", NO_CTS, PLAIN),
+              ("+ CTS", "5.09", "", PLAIN),
+              ("+ SyncCFG: full", "6.51", "", SYNCCFG),
+              ("full but RoPE alignment", "5.60", "--no-rope-align", SYNCCFG),
+              ("full but GLDI", "5.30", "--no-gldi", SYNCCFG),
+              ("full but CTS", "1.13", NO_CTS, SYNCCFG)]))
+# Harmony's figure 3, how soon a training learns its tasks: the flags of the trainings.
+LEARNING = {"audio-driven alone": "--lambda-joint 0 --lambda-v 1 --lambda-a 0",
+            "joint loss alone": NO_CTS, "CTS": ""}
 
 
 def ablate(args):
@@ -1131,48 +1069,55 @@ def ablate(args):
         raise BadInput(f"--ablate with --data {args.data}: the ablations are scored by the "
                        "toybox's truth; leave --data out")
     ablation = ABLATIONS[args.ablate]
+    towers, stage, rows = (ablation[key] for key in ("towers", "stage", "rows"))
+    learning = LEARNING if args.ablate == "harmony" else {}
     seeds, steps, clips = (1, 400, 800) if args.quick else (3, 800, 1500)
     args.clips = 48 if args.quick else args.clips
     root = Path(args.out, f"ablation-{args.ablate}-{steps}")
+    variants = dict.fromkeys([*[flags for _, _, flags, _ in rows], *learning.values()])
+    trainings = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
 
-    # Trainings in order: folder, stage, flags.
-    trainings = [(f"{t}-tower", t, "") for t in ablation.towers]
-    trainings += [(folder_name(flags), ablation.stage, flags)
-                  for flags in dict.fromkeys(row.flags for row in ablation.rows)]
     # A training that has its scores is skipped; one that was stopped goes on from its last.pt.
-    scores = {row.title: [] for row in ablation.rows}
+    scores = {title: [] for title, *_ in rows}
     for args.seed in range(seeds):
-        init = None
-        for name, stage, flags in trainings:
-            folder = root / f"{name}-{args.seed}"
-            tower = stage in ablation.towers
+        init = []
+        for part, flags in trainings:
+            folder = training_folder(root, part, flags, args.seed)
             scored = folder / f"scores-{args.clips}.json"
             if not scored.is_file():
                 # Learning curves need evaluations on the way, four in all.
-                curve = args.ablate == "harmony" and any(flags == f for f, _ in LEARNING.values())
+                is_curve = part == stage and flags in learning.values()
                 run_training(args, folder, [
-                    *ablation.flags.split(), *(["--stage", stage] if stage else []), *flags.split(),
-                    *(["--init", init] if init else []), "--steps", steps, "--clips", clips,
-                    "--sample-every", steps // 4 if curve and not tower else steps])
-                rows = [row for row in ablation.rows if row.flags == flags and row.title]
-                result = {} if tower else score_variant(folder / "best.pt", rows, args)
+                    *f"{ablation['flags']} {part} {flags}".split(), *init, "--steps", steps,
+                    "--clips", clips, "--sample-every", steps // 4 if is_curve else steps])
+                # Every training seed meets other held-out clips.
+                settings = {title: guidance for title, _, row_flags, guidance in rows
+                            if (part, flags) == (stage, row_flags)}
+                scorer = open_scorer(folder / "best.pt", args) if settings else None
+                bar = tqdm(settings.items(), desc="scoring", disable=None, leave=False)
+                result = {title: scorer.ablation_row(**guidance) for title, guidance in bar}
                 data.write_text(scored, json.dumps(to_json(result)))
             # The next tower starts from this one, all rows from the last.
-            if tower:
-                init = folder / "best.pt"
+            if part in towers:
+                init = ["--init", folder / "best.pt"]
             for title, figures in json.loads(scored.read_text()).items():
                 scores[title].append(figures)
 
     # A list of values, one per seed, is shown as mean ± standard deviation.
     print(f"{steps} steps on {clips} clips, {args.clips} held-out clips, {seeds} training seeds")
-    table = Table(*ablation.columns, (f"paper: {ablation.paper}", "paper", "s"))
-    for row in ablation.rows:
-        if row.title:
-            figures = {key: [s[key] for s in scores[row.title]] for _, key, _ in ablation.columns}
-            table.add(row.title, row.title, figures=figures | dict(paper=row.paper))
-    if args.ablate == "harmony":
-        add_learning(table, root, seeds, [steps * k // 4 for k in (1, 2, 3, 4)])
+    columns = {key: key for key in ablation["figures"]}
+    table = Table(columns | dict(paper=f"paper: {ablation['paper']}"))
+    for title, paper, *_ in rows:
+        figures = {key: [row[key] for row in scores[title]] for key in ablation["figures"]}
+        table.add(title, title, figures=figures | dict(paper=paper))
+    if learning:
+        add_learning(table, root, stage, seeds)
     table.finish()
+
+
+def training_folder(root, stage, flags, seed):
+    name = f"{stage} {flags}".replace("--", "").split() or ["full"]
+    return root / "-".join([*name, str(seed)])
 
 
 def run_training(args, folder, flags):
@@ -1190,50 +1135,23 @@ def run_training(args, folder, flags):
         raise BadInput(f"the training above ended with code {code}; the same command tries again")
 
 
-def score_variant(path, rows, args):
-    """Sample and score the rows of one trained model -> title: figures. Every training seed meets
-    other held-out clips."""
-    def score_a2v(guidance):
-        records, figures = system.score(system.generate(**(guidance or dict(asg=None))))
-        return summarise(records) | figures
-
-    def score_towers(guidance):
-        # SyncFlow: a sound for the true video. Harmony: pairs from the first picture ...
-        mode = "i2av" if system.harmony else "v2a"
-        pair = system.generate(mode, **guidance)
-        records, figures = system.score(*pair, known=not system.harmony)
-        figures |= summarise(records)
-        if system.harmony:
-            # ... and either stream for the other one.
-            events = [c["events"] for c in system.clips]
-            videos, _ = system.generate("a2v", **guidance)
-            _, waves = system.generate("v2a", **guidance)
-            onset_scores = event_scores(events, [onsets_in_sound(w) for w in waves])
-            figures["a2v_f1_50"] = score_toybox(videos, system.clips)[0]["f1_50"]
-            figures["v2a_f1_50"] = onset_scores["f1_50"]
-        return figures
-
-    a2v = data.load_checkpoint(path)["task"] == "a2v"
-    system = (AudioToVideo if a2v else Towers)(path, args)
-    score = score_a2v if a2v else score_towers
-    bar = tqdm(rows, desc="scoring", disable=None, leave=False)
-    return {row.title: score(row.guidance) for row in bar}
-
-
-def add_learning(table, root, seeds, quarters):
-    """Harmony's figure 3: the scores of the trainings at every quarter, from their scores.csv."""
-    table.head(*[(f"step {q}", str(q), ".3f") for q in quarters])
-    # Mean over training seeds.
+def add_learning(table, root, stage, seeds):
+    """Harmony's figure 3: F1 during the trainings of LEARNING, from their scores.csv; means over
+    training seeds."""
     curves = {}
-    for name, (flags, column) in LEARNING.items():
+    for (name, flags), column in product(LEARNING.items(), ("audio_driven", "pairs")):
         found = []
         for seed in range(seeds):
-            with open(root / f"{folder_name(flags)}-{seed}" / "scores.csv") as f:
-                by_step = {int(r["step"]): float(r[column]) for r in csv.DictReader(f)}
-            found.append([by_step[q] for q in quarters])
-        curves[name] = np.mean(found, 0).tolist()
-        table.add(name, name, figures=dict(zip(map(str, quarters), curves[name])))
-    draw_curves(root / "learning.png", quarters, curves, "steps", "F1 at 50 ms, without guidance")
+            with open(training_folder(root, stage, flags, seed) / "scores.csv") as f:
+                # By step: a training that was stopped may have scored a step twice.
+                by_step = {int(row["step"]): float(row[column]) for row in csv.DictReader(f)}
+            found.append(list(by_step.values()))
+        steps = list(by_step)
+        curves[f"{name}: {column}"] = np.mean(found, 0).tolist()
+    table.head({step: f"step {step}" for step in steps})
+    for name, values in curves.items():
+        table.add(name, name, figures=dict(zip(steps, values)))
+    draw_curves(root / "learning.png", steps, curves, "steps", "F1 at 50 ms, without guidance")
 
 
 # ---------------------------------------------------------------------- files, blocks
@@ -1246,26 +1164,20 @@ def score_pairs(args):
         if not folder.is_dir():
             raise BadInput(f"--pairs {folder}: no such folder; give two folders of sound files "
                            "with the same names")
-        files.append({p.stem: p for p in sorted(folder.iterdir())
-                      if p.is_file() and not p.name.startswith(".")})
+        files.append({p.stem: p for p in sorted(folder.glob("[!.]*")) if p.is_file()})
     # The suffix of a file may differ.
     names = [n for n in files[0] if n in files[1]]
     if not names:
         raise BadInput(f"--pairs {' '.join(args.pairs)}: no file name occurs in both (the suffix "
                        f"may differ); they have {len(files[0])} and {len(files[1])} files")
-    true, remade = ([onsets(read_audio(side[n]), RATE) for n in names]
-                  for side in files)
+    true, remade = ([onsets(read_audio(side[n]), RATE) for n in names] for side in files)
     print(f"{len(names)} pairs, {len(files[0]) + len(files[1]) - 2 * len(names)} files without a "
           f"partner; tolerance {1000 * args.tolerance:g} ms")
-    # Chance is every true sound against its neighbour's remade one.
-    table = Table(*UNIONS, ("undefined", "undefined", ".0f"))
-    for key, shift in (("cyclesync", 0), ("shuffled", 1)):
-        records = []
-        for i, name in enumerate(names):
-            scores = cyclesync(true[i], remade[(i + shift) % len(names)], args.tolerance)
-            records.append(dict(clip=name, cyclesync_set=scores[0], cyclesync_merged=scores[1]))
-        undefined = sum(math.isnan(r["cyclesync_set"]) for r in records)
-        table.add(key, key, records, dict(undefined=undefined))
+    table = Table(SYNC_COLUMNS)
+    clips = [dict(name=n, kind="") for n in names]
+    for key, others in (("cyclesync", remade), ("shuffled", shuffled(remade))):
+        analyses = [dict(onsets=found, peaks=None) for found in others]
+        table.add(key, key, sync_records(true, analyses, clips, args.tolerance))
     table.finish()
 
 
@@ -1277,17 +1189,13 @@ def score_clip(args):
         raise BadInput(f"{args.clip}: {len(frames) / FPS:.2f} s long; at least 0.5 s are needed")
     found = onsets(wave, RATE)
     late, confidence = lag(frames, FPS, wave, RATE)
-    times = " ".join(f"{t:.2f}" for t in found) or "no time"
+    peaks = analyse_video(frames, None)["peaks"]
+    align = NAN if peaks is None else av_align(found, peaks, FPS)
     note = "" if confidence > 3 else " (under 3: too little to mean anything)"
-    print(f"{args.clip}: {len(frames) / FPS:.2f} s, sound begins at {times}")
-    print(f"motion is {1000 * late:+.0f} ms after the sound, confidence {confidence:.1f}{note}")
-    result = dict(onsets=found, lag_s=late, confidence=confidence, av_align=None)
-    # AV-Align needs an extra; the rest of the answer does not.
-    try:
-        result["av_align"] = av_align(found, flow_peaks(flow_curve(frames), FPS), FPS)
-        print(f"AV-Align {result['av_align']:.3f} (at {FPS} fps and 256 px: it depends on both)")
-    except BadInput as error:
-        print(error)
+    print(f"{args.clip}: {len(frames) / FPS:.2f} s, sound begins at {found.round(2)}\n"
+          f"motion is {1000 * late:+.0f} ms after the sound, confidence {confidence:.1f}{note}\n"
+          f"AV-Align {align:.3f} at {FPS} fps and 256 px (it depends on both; nan: without OpenCV)")
+    result = dict(onsets=found, lag_s=late, confidence=confidence, av_align=align)
     print(json.dumps(to_json(result)))
 
 
@@ -1302,72 +1210,69 @@ def skip_block_study(args):
     device, autocast, _ = pick_device(args.device)
     system = load(args.ckpt, device, args.vae, pretrained=args.pretrained, task="a2v")
     model = system.model
-    guidance = system.checkpoint["guidance"]
-    encoders = external_encoders(model, args, [""], device)
     wave = read_audio(args.audio)
     picture = data.read_image(args.image, system.checkpoint["size"])
-    frames = max(2, round(len(wave) / RATE * FPS))
     # Of the video, `generate` uses the first frame and the length.
+    frames = max(2, round(len(wave) / RATE * FPS))
     clip = dict(video=np.repeat(picture[None], frames, 0), audio=wave, caption="")
+    settings = dict(system.checkpoint["guidance"], steps=args.steps,
+                    encoders=external_encoders(model, args, [""], device))
 
     def skip(tokens, *_):
         # Passes its tokens on, and adds no keys and values to the cache.
         empty = tokens.new_zeros(len(tokens), model.cfg.heads, 0, model.cfg.head_dim)
         return tokens, (empty, empty)
 
-    # The complete network first, then one without block 0, without block 1, and so on.
-    strips = []
+    complete, = generate(model, system.vae, [clip], autocast, args.seed, **settings)
+    strips = [film_strip(complete, wave)]
     differences = []
-    for i, block in enumerate([None, *model.all_blocks()]):
-        if block is not None:
-            block.forward = skip
-        video = generate(model, system.vae, [clip], autocast, args.seed, steps=args.steps,
-                         encoders=encoders, **guidance)[0].astype(float)
-        # uint8 again for the picture; the difference needs signed numbers.
-        strips.append(film_strip(video.astype(np.uint8), wave))
-        if block is None:
-            complete = video
-            continue
+    for i, block in enumerate(model.all_blocks()):
+        block.forward = skip
+        video, = generate(model, system.vae, [clip], autocast, args.seed, **settings)
         del block.forward
-        differences.append(np.abs(video - complete).mean())
-        kind = "double" if i <= model.cfg.n_double else "single"
-        print(f"without block {i - 1} ({kind}-stream): {differences[-1]:.2f} of 255", flush=True)
+        strips.append(film_strip(video, wave))
+        differences.append(np.abs(video.astype(float) - complete).mean())
+        kind = "double" if i < model.cfg.n_double else "single"
+        print(f"without block {i} ({kind}-stream): {differences[-1]:.2f} of 255", flush=True)
     data.write_picture(Path(args.out) / "skip-blocks.png", np.concatenate(strips))
     print(json.dumps(to_json(dict(skip_blocks=differences))))
 
 
 def arguments():
     p = Parser(__doc__)
+    # what to do; without any of these, the table of --ckpt
     p.add_argument("clip", nargs="?", help="score this one video with its sound")
     p.add_argument("--pairs", nargs=2, metavar=("TRUE", "REMADE"), help="CycleSync of two folders")
-    p.add_argument("--skip-blocks", action="store_true", help="videos without one block of the "
-                   "network each (Syncphony figures 10, 11)")
+    p.add_argument("--shift-study", action="store_true", help="metrics on sounds that are late")
+    p.add_argument("--skip-blocks", action="store_true", help="videos without one block each")
     p.add_argument("--audio", help="--skip-blocks: the sound")
     p.add_argument("--image", help="--skip-blocks: the first frame")
-    p.add_argument("--shift-study", action="store_true", help="metrics on sounds that are late")
     p.add_argument("--ablate", choices=tuple(ABLATIONS), help="train and score a paper's ablation "
                    "tables: an hour or two on 2 cores, harmony's a day")
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings: 20 "
                    "minutes, harmony's an hour")
+    # checkpoints
     p.add_argument("--ckpt", default=str(A2V_FILE), help="of train.py --task a2v, t2av or joint")
     p.add_argument("--vae", help="its VAE, if that is neither in weights/ nor beside it")
     p.add_argument("--audio-vae", help="likewise its audio VAE")
     p.add_argument("--pretrained", help="of a checkpoint on Pyramid Flow: that folder")
     p.add_argument("--hubert", help="of such a checkpoint: its HuBERT, a folder or hub name")
+    # held-out clips and sampling
     p.add_argument("--data", default="toybox", help=f"or {', '.join(data.DATASETS)}, or a folder")
     p.add_argument("--data-root", default="data", help="where datasets and caches are")
     p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips")
-    p.add_argument("--resolution", type=data.picture_size, help="--shift-study, and two towers: "
-                   "side in pixels, or height x width (64; what they were trained for)")
+    p.add_argument("--resolution", type=data.picture_size, help="side in pixels, or height x width "
+                   "(of the checkpoint; --shift-study: 64)")
     p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of held-out clips and noise")
-    p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: how far apart "
-                   "two onsets may be, seconds")
+    # metrics
+    p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: seconds that "
+                   "two onsets may be apart")
     p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: f is this checkpoint of train.py "
                    "--task t2av or joint")
     p.add_argument("--v2a-cmd", help="CycleSync: f is a program, with {video} and {wav} in it")
     p.add_argument("--v2a-seconds", type=number(low=0), default=0., help="its least length")
-    for what, file in zip(TORCHSCRIPT, ("i3d_torchscript.pt", "inception-2015-12-05.pt", "VGGish")):
+    for what, file in NETWORKS.items():
         p.add_argument(f"--{what}", metavar="FILE", help=f"also this distance; TorchScript: {file}")
     p.add_argument("--out", default="out/cyclesync", help="folder for tables, pictures, ablations")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
@@ -1377,14 +1282,11 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    # The first flag that is given says what to do; without any, the table of --ckpt.
+    # The first of these that is given says what to do.
     commands = dict(clip=score_clip, pairs=score_pairs, skip_blocks=skip_block_study,
                     shift_study=shift_study, ablate=ablate)
-    for name, command in commands.items():
-        if getattr(args, name):
-            return command(args)
-    two_towers = data.load_checkpoint(args.ckpt)["task"] in ("t2av", "joint")
-    return evaluate_towers(args) if two_towers else evaluate(args)
+    chosen = [command for name, command in commands.items() if getattr(args, name)]
+    [*chosen, evaluate][0](args)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ import model as networks
 import pyramid
 import towers
 import vae as autoencoders
-from cyclesync import event_scores, generate, onsets_in_sound, reconstruct, score_toybox
+from cyclesync import (
+    event_scores, generate, onsets_in_sound, reconstruct, summarise, toybox_records)
 from data import BadInput, Parser, frames_to_tensor, number, run_cli
 from losses import (
     BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
@@ -393,7 +394,7 @@ def video_figures(videos, clips):
 
     The score is F1 at 100 ms, which varies less than at 50 over so few clips, minus the residual
     of the pictures (1 where no event was found in any)."""
-    scores = score_toybox(videos, clips)[0]
+    scores = summarise(toybox_records(videos, clips))
     names = ("f1_50", "precision_50", "recall_50", "f1_100", "residual", "false_per_quiet_clip")
     residual = scores["residual"] if np.isfinite(scores["residual"]) else 1
     return {name: scores[name] for name in names}, scores["f1_100"] - residual
