@@ -174,9 +174,6 @@ PRETRAINED = dict(size="miniflux", steps=33000, batch_size=32, lr=5e-5, ema=.999
 # Its averaged weights lie in the CPU's memory; one copy over the bus in 20 steps is enough.
 EMA_EVERY_PRETRAINED = 20
 
-# Larger gradients are scaled down to this norm.
-MAX_NORM = 1.
-
 STAGES = {   # share of --lr, batches of so many times --batch-size, parts that are trained
     # SyncFlow section 3.2. Stage two builds no graph of the video tower, so that twice the batch
     # costs the same; stage three is a fine-tuning. The shares of --lr were chosen by short runs.
@@ -346,11 +343,11 @@ class Evaluation(NamedTuple):
 
 def open_caches(args, vae, autocast, **audio):
     """-> latents of the training clips and, of real clips, of the test clips (toybox: None)."""
-    caches = [data.load_or_prepare(
-        args.data, args.data_root, split, args.resolution, vae, fingerprint(vae), autocast,
-        args.clips, log=log_rank0, **audio)
-        for split in (["train"] if args.data == "toybox" else ["train", "test"])]
-    return caches if len(caches) == 2 else (caches[0], None)
+    def load(split):
+        return data.load_or_prepare(args.data, args.data_root, split, args.resolution, vae,
+                                    fingerprint(vae), autocast, args.clips, log=log_rank0,
+                                    **audio)
+    return load("train"), None if args.data == "toybox" else load("test")
 
 
 def check_latents(flag, vae, expected, args):
@@ -1158,12 +1155,12 @@ class Run:
             return seeded_each(ids, self.args.seed, STREAMS["noise"]), self.task.batch(step, rows)
 
         with ThreadPoolExecutor(1) as thread:
-            coming = None
-            for place in product(range(self.step, self.args.steps), range(self.args.accum)):
+            places = product(range(self.step, self.args.steps), range(self.args.accum))
+            coming = thread.submit(make, *next(places))
+            for place in places:
                 ready = coming
                 coming = thread.submit(make, *place)
-                if ready:
-                    yield ready.result()
+                yield ready.result()
             yield coming.result()
 
     def accumulate_gradients(self, micro_batches):
@@ -1186,7 +1183,8 @@ class Run:
     def update(self):
         """One step of the optimisers -> norm of the gradient before clipping."""
         args = self.args
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), MAX_NORM)
+        # Larger gradients are scaled down to a norm of 1.
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.)
         norm = norm.full_tensor() if self.sharded else norm
         if not torch.isfinite(norm):
             raise BadInput(f"the loss is {self.reports[-1][0].item()} at step {self.step}, the "
