@@ -1013,7 +1013,7 @@ def test_sounds_of_any_format_become_16_khz_mono(media):
 
 def test_pictures_of_any_kind_become_square_rgb(media):
     """What is transparent becomes white; 40000 of 65535 is 155 of 255."""
-    pixels = {"rgb": None, "palette": None, "clear": 255, "deep": 155, "one": [255, 0, 0], "wide": 0}
+    pixels = dict(rgb=None, palette=None, clear=255, deep=155, one=[255, 0, 0], wide=0)
     for name, pixel in pixels.items():
         picture = data.read_image(media / f"{name}.png", 32)
         assert picture.shape == (32, 32, 3)
@@ -1176,8 +1176,8 @@ def test_a_clip_does_not_depend_on_the_batch_around_it(toy):
 def test_one_seed_gives_one_file_as_long_as_its_audio_or_as_asked_for(toy, tmp_path):
     """The command writes a video and its strip, also beyond the length of training."""
     for name, *more in (("a", "x.wav"), ("b", "x.wav"), ("c", "silent.wav", "--seconds", 3.1)):
-        assert cli(sample, "--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--steps", 1, "--out",
-                   tmp_path / f"{name}.mp4", "--audio", toy / more[0], *more[1:]) == 0
+        assert cli(sample, "--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--steps", 1,
+                   "--out", tmp_path / f"{name}.mp4", "--audio", toy / more[0], *more[1:]) == 0
 
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     for name, frames in (("a", 49), ("c", 74)):
@@ -2240,7 +2240,7 @@ def test_the_network_overfits_one_batch():
 
 
 def test_the_rate_warms_up_and_falls_and_averages_forget_the_initial_weights():
-    """Linear warm-up, a cosine down to 2 %; ema <- d ema + (1 - d) w, d = min(ema, (1+k)/(10+k))."""
+    """Linear warm-up, cosine to 2 %; ema <- d ema + (1 - d) w, d = min(ema, (1 + k) / (10 + k))."""
     args = SimpleNamespace(lr=1., warmup=4, steps=14)
     rates = [train.learning_rate(step, args) for step in (0, 3, 4, 9, 14)]
     assert rates == pytest.approx([.25, 1, 1, .51, .02])
@@ -2735,18 +2735,18 @@ def test_the_bridges_join_towers_of_either_kind_and_add_nothing_when_fresh(axes)
 
 def test_keys_are_rotated_at_their_place_on_the_queries_timeline():
     """RoPE alignment, section 3.3: j' = j T_v / T_a, and the inverse for the other direction."""
-    def bridges(L, S, **changes):
-        return towers.align_streams(harmony(**changes).cfg, (L, 2, 2), S, "cpu")
+    def bridges(**changes):                             # 5 latents, 40 steps
+        return towers.align_streams(harmony(**changes).cfg, (5, 2, 2), 40, "cpu")
 
-    # 5 latents, 40 steps: step 16 stands at latent 2.
-    (video_q, audio_k, _), (audio_q, video_k, _) = bridges(5, 40)
+    # Step 16 stands at latent 2.
+    (video_q, audio_k, _), (audio_q, video_k, _) = bridges()
     assert gap(video_q[0][2], audio_k[0][16]) < 1e-6
     assert gap(audio_q[0][16], video_k[0][2]) < 1e-6
     # The ablation rotates by raw indices.
-    (video_q, audio_k, _), _ = bridges(5, 40, rope_align=False)
+    (video_q, audio_k, _), _ = bridges(rope_align=False)
     assert gap(video_q[0][2], audio_k[0][2]) < 1e-6
     # Without GLDI every token attends to every token (table 3).
-    assert [mask for _, _, mask in bridges(5, 40, use_gldi=False)] == [None, None]
+    assert [mask for _, _, mask in bridges(use_gldi=False)] == [None, None]
 
 
 def test_frame_wise_attention_stays_in_its_window():
