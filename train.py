@@ -1317,8 +1317,8 @@ def train(args):
     run = Run(args)
     run.resume()
     clips = run.task.held_out(args.eval_clips) if args.eval_clips else []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, run.on_signal)
+    # Until the end of this stage: while the next one prepares, a signal ends the program.
+    handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     micro_batches = run.micro_batches()
     stopping = False
     while run.step < args.steps and not stopping:
@@ -1335,6 +1335,8 @@ def train(args):
             run.evaluate(clips)
         if run.due(args.save_every) or stopping:
             run.save_last()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
     if stopping:
         print(f"stopped at step {run.step}; the same command continues from "
               f"{run.out / 'last.pt'}", file=sys.stderr)
