@@ -275,73 +275,65 @@ def sample_stages(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0.,
                                   keep=model.cfg.context, bar=bar)
 
 
-def branch_velocities(model, x, sigma, branches, n_clean, reference=None):
-    """Velocities of all branches -> {branch: {stream: like x}}, from one batch of R·B rows.
+def impose(x, given, noise, sigma, is_clean):
+    """Latents x with their beginning replaced by what is given -> latents, noise levels (B, L).
 
-    x, branches, reference: of `sample_joint`. n_clean {stream: n}: its first n are clean."""
-    rows, levels = {}, {}
-    for stream, latents in x.items():
-        # Every branch has the stream, at sigma but for its clean beginning, or a clean replacement.
-        level = latents.new_full((len(latents), latents.shape[2]), sigma)
-        level[:, :n_clean[stream]] = 0
-        parts = [branch.get(stream, latents).expand_as(latents) for branch in branches.values()]
-        level = [0 * level if stream in branch else level for branch in branches.values()]
-        rows[stream] = torch.cat(parts)
-        levels[stream] = torch.cat(level)                     # (R·B, L or S)
-        # Harmony's video tower takes a level per latent, all others one per row.
-        if stream == "audio" or model.cfg.system != "harmony":
-            levels[stream] = levels[stream][:, -1]            # (R·B,)
-    # One call for all of them, then one slice of rows per branch
-    text = [torch.cat(parts) for parts in zip(*(branch["text"] for branch in branches.values()))]
-    ref = None if reference is None else torch.cat([reference] * len(branches))
-    v_video, v_audio = model(rows.get("video"), rows.get("audio"), levels.get("video"),
-                             levels.get("audio"), *text, ref=ref)
-    v = {"video": v_video, "audio": v_audio}
-    chunks = {stream: v[stream].float().chunk(len(branches)) for stream in x}
-    return {name: {stream: chunks[stream][i] for stream in x} for i, name in enumerate(branches)}
+    x, noise (B, ·, L, ...), given (B or 1, ·, n <= L, ...) or None. What is not clean has the same
+    noise in every step: it moves on the straight line from that to `given`."""
+    levels = x.new_full((len(x), x.shape[2]), sigma)
+    if given is None:
+        return x, levels
+    n = given.shape[2]                                        # time, in both streams
+    level = 0. if is_clean else sigma
+    levels[:, :n] = level
+    given = (1 - level) * given + level * noise[:, :, :n]
+    return torch.cat([given, x[:, :, n:]], 2), levels
 
 
 def sample_joint(model, noise, sigmas, branches, known, reference=None, bar=None, pulls=None):
     """SyncFlow and Harmony: video and audio from noise to clean together -> {stream: latents}.
 
     noise      {"video": (B, C, L, h, w), "audio": (B, A, S)}, or one of them; normalised latents
-    branches   {name: {"text": encoded text, "video" or "audio": what replaces that stream at
-               sigma = 0, "scale": {stream: S}, guidance away from the branch}}; the branch "cond"
-               replaces nothing
+    branches   {name: {"text": encoded text, "video" or "audio": what replaces that stream, clean,
+               "scale": {stream: S}, guidance away from the branch}}; "cond" replaces nothing
     known      {stream: latents}: its beginning, or all of it
     reference  (B, A, R) clean audio latents of the timbre that is wanted (Harmony)
     pulls      a list that gets of every step how strongly SyncCFG pulls, (B, L, h, w)"""
-    # Which given latents are clean. Harmony's video tower takes a noise level per latent, its audio
-    # tower one per clip, so only audio given in full can be clean. SyncFlow has one for all.
-    n_clean = dict.fromkeys(noise, 0)
-    for stream, z in known.items():
-        in_full = z.shape[2] == noise[stream].shape[2]
-        if model.cfg.system == "harmony" and (stream == "video" or in_full):
-            n_clean[stream] = z.shape[2]
+    harmony = model.cfg.system == "harmony"
+    text = [torch.cat(parts) for parts in zip(*(branch["text"] for branch in branches.values()))]
+    ref = None if reference is None else torch.cat([reference] * len(branches))
 
-    def impose(x, sigma):
-        # Latents that are not clean have the same noise in every step: they move on the straight
-        # line from it to what is known.
-        x = dict(x)
-        for stream, z in known.items():
-            n = z.shape[2]                                    # time, in both streams
-            level = 0. if n_clean[stream] else sigma
-            given = (1 - level) * z + level * noise[stream][:, :, :n]
-            x[stream] = torch.cat([given, x[stream][:, :, n:]], 2)
-        return x
+    def network_input(stream, x, sigma, branch):
+        # Harmony's video tower takes a noise level per latent, its audio tower one per clip, so
+        # only audio given in full can be clean. SyncFlow has one for all.
+        given = branch.get(stream, known.get(stream))
+        in_full = given is not None and given.shape[2] == x.shape[2]
+        is_clean = harmony and (stream == "video" or in_full)
+        return impose(x, given, noise[stream], sigma, is_clean)
 
     def velocity(x, sigma):
-        v = branch_velocities(model, impose(x, sigma), sigma, branches, n_clean, reference)
-        if pulls is not None and "silent" in v:
-            pulls.append((v["cond"]["video"] - v["silent"]["video"]).abs().mean(1))
-        # SyncFlow eq. 3; Harmony eqs. 9, 10
-        guided = {}
+        # All branches are rows of one batch.
+        rows = dict.fromkeys(("video", "audio"))
+        levels = dict.fromkeys(rows)
         for stream in x:
-            terms = [(branches[name]["scale"].get(stream, 1), v[name][stream]) for name in branches]
-            guided[stream] = combine_guidance(v["cond"][stream], *terms)
+            inputs = [network_input(stream, x[stream], sigma, b) for b in branches.values()]
+            rows[stream], levels[stream] = map(torch.cat, zip(*inputs))       # (R·B, L or S)
+            if stream == "audio" or not harmony:
+                levels[stream] = levels[stream][:, -1]                        # (R·B,)
+        v = model(*rows.values(), *levels.values(), *text, ref=ref)
+        guided = {}
+        for stream, v_rows in zip(rows, v):
+            if stream in x:
+                v_of = dict(zip(branches, v_rows.float().chunk(len(branches))))
+                # SyncFlow eq. 3; Harmony eqs. 9, 10
+                terms = [(b["scale"].get(stream, 1), v_of[name]) for name, b in branches.items()]
+                guided[stream] = combine_guidance(v_of["cond"], *terms)
+                if pulls is not None and "silent" in v_of and stream == "video":
+                    pulls.append((v_of["cond"] - v_of["silent"]).abs().mean(1))
         return guided
 
-    return impose(euler(velocity, noise, sigmas, bar), 0.)
+    x = euler(velocity, noise, sigmas, bar)
+    return {stream: network_input(stream, x[stream], 0., {})[0] for stream in x}
 
 
 def n_latents(vae, frames):
