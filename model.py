@@ -716,9 +716,9 @@ class KVCache:
         self.pooled = pooled
         self.audio_features = audio_features
         self.n_off_sync = n_off_sync
-        n = self.grid[0] * self.grid[1]
-        self.n_sink = text.shape[1] + n
-        self.n_slots = self.n_sink + model.cfg.context * n
+        self.n = self.grid[0] * self.grid[1]
+        self.n_sink = text.shape[1] + self.n
+        self.n_slots = self.n_sink + model.cfg.context * self.n
         # prefill: text and latent 0, without a context
         self.kv = None
         self.begin_latent(0, text.shape[1])
@@ -739,8 +739,8 @@ class KVCache:
         mask = None
         if latent:
             # the sink, the slots of the ring that are filled, and its own keys behind them
-            slot = torch.arange(self.n_slots + len(ids), device=self.pooled.device)
-            filled = self.n_sink + min(latent - 1, cfg.context) * len(ids)
+            slot = torch.arange(self.n_slots + self.n, device=self.pooled.device)
+            filled = self.n_sink + min(latent - 1, cfg.context) * self.n
             mask = ((slot < filled) | (slot >= self.n_slots))[None, None, None]
         start = 0
         if audio is not None:
@@ -773,7 +773,7 @@ class KVCache:
         _, kv = self.run(z, 0.)
         W = self.model.cfg.context
         # the newest latent overwrites the oldest one of the ring
-        start = self.n_sink + (self.latent - 1) % W * self.grid[0] * self.grid[1]
+        start = self.n_sink + (self.latent - 1) % W * self.n
         for slots, (k, v) in zip(self.kv, kv):
             slots[:, :, :, start:start + k.shape[2]] = torch.stack([k, v])
         # the sink's keys are moved in time so that they stay W latents before the next one
