@@ -1803,7 +1803,8 @@ def test_workers_prepare_in_order_and_their_death_is_one_line(tmp_path, monkeypa
         data.prepare(tmp_path, dict(resolution=16), items, None, nullcontext)
 
 
-def test_clips_are_shown_and_prepared_with_a_report_of_what_was_skipped(tmp_path, toy, clip, capsys):
+def test_clips_are_shown_and_prepared_with_a_report_of_what_was_skipped(
+        tmp_path, toy, clip, capsys):
     """data.py --show; every split needs a clip."""
     folder = Path(tree(tmp_path / "my clips", {"train/broken.mp4": "x"}))
     shutil.copy(clip["path"], folder / "train")
