@@ -9,7 +9,15 @@
     python train.py --task joint --help                     the settings of one task
     torchrun --nproc_per_node=2 train.py --task a2v         several processes, the same result
 
-**A task** is a class (`Task`): a network, the inputs of its loss, the loss, an evaluation.
+**A task** is a class, of which the loop uses
+
+    net                             the network; net.cfg, a dataclass, is its configuration
+    columns                         names of what is reported beside the loss
+    batch(step, rows)               -> the inputs of the loss, a dict
+    loss(net, generators, **batch)  -> loss, report (len(columns),)
+    held_out(n)                     -> n clips to evaluate on
+    evaluate(clips)                 -> Evaluation of the network as it is
+    extra                           what a checkpoint says besides: VAEs, guidance, stage
 
 **Exact resume.** Samples form an endless stream, cut into steps, processes and micro-batches:
 
@@ -43,7 +51,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -299,17 +307,23 @@ def join_processes(name):
     device, autocast, text = pick_device(name)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
-    # The stages of a task are several runs of one group of processes, which wait while the first
-    # one prepares a dataset: for hours, where PyTorch's limit is minutes.
+    # The stages of a task are several runs of one group of processes.
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=2))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patient_group()
     return device, autocast, text
+
+
+@cache
+def patient_group():
+    """Where processes wait for the first one, which prepares a dataset for hours. In a training
+    step PyTorch's limit of minutes stays: a process that hangs is an error."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
 def barrier():
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(patient_group())
 
 
 def log_rank0(text):
@@ -402,50 +416,33 @@ def onset_f1(sounds, truth):
     return event_scores(truth, [onsets_in_sound(w) for w in sounds])["f1_50"]
 
 
-class Task:
-    """What the loop uses of every task, beside
+def held_out_clips(test, n, resolution=None):
+    """n clips to evaluate on: windows of a cache of test clips, evenly chosen, or (None) toybox
+    clips of seeds that no training draws: those of `cyclesync.py --seed 100`."""
+    if test is None:
+        return [toybox_clip(HELD_OUT + 10 ** 6 + i, resolution, video=resolution is not None)
+                for i in range(n)]
+    clips = []
+    for i in np.unique(np.linspace(0, len(test["at"]) - 1, n).astype(int)):
+        row = {name: data.gather(test, name, [i])[0] for name in test["arrays"]}
+        # A cache that was prepared without an audio encoder has no features.
+        clips.append(dict(
+            number=i, video=row["videos"].numpy(), audio=row["sounds"].float().numpy(),
+            caption=test["captions"][i], z_v=row["latents"][None, 0].float(),
+            z_a=row["features"].float().T[None] if "features" in row else None))
+    return clips
 
-    net                             the network; net.cfg, a dataclass, is its configuration
-    columns                         names of what is reported beside the loss
-    batch(step, rows)               -> the inputs of the loss, a dict
-    loss(net, generators, **batch)  -> loss, report (len(columns),)
-    evaluate(clips)                 -> Evaluation of the network as it is"""
 
-    extra = {}              # what a checkpoint says besides: VAEs, guidance, stage
-    test = None             # cache of test clips; the toybox has none
+# ---------------------------------------------------------------------------------------- Syncphony
+
+class A2V:
+    """Latents, sounds and captions -> velocity loss. From scratch every latent of a clip is a
+    target (`syncphony_loss`); on top of Pyramid Flow one latent, at one of three resolutions."""
 
     def __init__(self, args, device, autocast):
         self.args = args
         self.device = device
         self.autocast = autocast
-
-    def held_out(self, n):
-        """n clips to evaluate on: windows of the test split, evenly chosen, or toybox clips of
-        seeds that no training draws: those of `cyclesync.py --seed 100`."""
-        test = self.test
-        if test is None:
-            size = getattr(self.args, "resolution", None)
-            return [toybox_clip(HELD_OUT + 10 ** 6 + i, size, video=size is not None)
-                    for i in range(n)]
-        clips = []
-        for i in np.unique(np.linspace(0, len(test["at"]) - 1, n).astype(int)):
-            row = {name: data.gather(test, name, [i])[0] for name in test["arrays"]}
-            # A cache that was prepared without an audio encoder has no features.
-            clips.append(dict(
-                number=i, video=row["videos"].numpy(), audio=row["sounds"].float().numpy(),
-                caption=test["captions"][i], z_v=row["latents"][None, 0].float(),
-                z_a=row["features"].float().T[None] if "features" in row else None))
-        return clips
-
-
-# ---------------------------------------------------------------------------------------- Syncphony
-
-class A2V(Task):
-    """Latents, sounds and captions -> velocity loss. From scratch every latent of a clip is a
-    target (`syncphony_loss`); on top of Pyramid Flow one latent, at one of three resolutions."""
-
-    def __init__(self, args, device, autocast):
-        super().__init__(args, device, autocast)
         # Latents of all clips, coded by the VAE and cached, and beside them what is needed of sound
         # and text: mels and bytes from scratch, else HuBERT's features and T5's and CLIP's states.
         folder = Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae
@@ -531,6 +528,9 @@ class A2V(Task):
         return syncphony_loss(net, z, text, audio, generators, skip_audio, args.lambda_motion,
                               args.sigma, args.shift)
 
+    def held_out(self, n):
+        return held_out_clips(self.test, n, self.args.resolution)
+
     def evaluate(self, clips):
         """Toybox: events of generated videos. Real clips: the loss on windows of the test split."""
         # Of real clips eight videos are shown; at the published size they would take hours.
@@ -556,16 +556,19 @@ class A2V(Task):
 
 # --------------------------------------------------------------------------------- the autoencoders
 
-class VideoVAE(Task):
+class VideoVAE:
     """Frames of toybox clips -> their reconstruction. Every sample is a new clip."""
 
     columns = ("error", "nats per latent")
+    extra = {}
 
     def __init__(self, args, device, autocast):
         if args.data != "toybox":
             raise BadInput(f"--data {args.data}: the VAE is trained on the toybox only; "
                            "leave --data out")
-        super().__init__(args, device, autocast)
+        self.args = args
+        self.device = device
+        self.autocast = autocast
         config = autoencoders.VAEConfig(**autoencoders.TOYBOX_VAE)
         self.net = autoencoders.CausalVideoVAE(config)
 
@@ -585,6 +588,9 @@ class VideoVAE(Task):
         loss, error, rate = autoencoders.video_vae_loss(net, source, target, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
+    def held_out(self, n):
+        return held_out_clips(None, n, self.args.resolution)
+
     def evaluate(self, clips):
         videos = reconstruct(self.net, clips, self.autocast)
         return Evaluation(*video_figures(videos, clips), videos)
@@ -601,12 +607,16 @@ class VideoVAE(Task):
             setattr(self.net.cfg, f"scale_{name}", 1 / part.std().item())
 
 
-class AudioVAE(Task):
+class AudioVAE:
     """Sounds of one second -> reconstruction of the waveform (audio-vae) or of its log-mel spectrum
     (mel-vae). From the toybox every sound is a new one; recordings are read as they are."""
 
+    extra = {}
+
     def __init__(self, args, device, autocast):
-        super().__init__(args, device, autocast)
+        self.args = args
+        self.device = device
+        self.autocast = autocast
         front = "mel" if args.task == "mel-vae" else "waveform"
         config = autoencoders.AudioVAEConfig(**autoencoders.AUDIO_VAE_SIZES[front][args.size])
         self.columns = ("error", "nats per latent")
@@ -649,7 +659,7 @@ class AudioVAE(Task):
         if self.args.data != "toybox":
             # Sample ids that no training reaches.
             return [dict(audio=self.second(10 ** 12 + i, "test")) for i in range(n)]
-        return super().held_out(n)
+        return held_out_clips(None, n)
 
     def evaluate(self, clips):
         sounds = []
@@ -680,13 +690,15 @@ class AudioVAE(Task):
 
 # ----------------------------------------------------------------------------- SyncFlow and Harmony
 
-class TwoTowers(Task):
+class TwoTowers:
     """SyncFlow (t2av): text -> video and sound on one noise level; audio attends to the features of
     the video tower. Harmony (joint): either stream may be given as well; the network takes one
     noise level per stream, the same sigma where both are noisy, 0 for a stream that is given."""
 
     def __init__(self, args, device, autocast):
-        super().__init__(args, device, autocast)
+        self.args = args
+        self.device = device
+        self.autocast = autocast
         self.harmony = args.task == "joint"
         self.trains = STAGES[args.task][args.stage][2]
         self.vae = load_vae(args.vae, device)
@@ -822,7 +834,7 @@ class TwoTowers(Task):
 
     def held_out(self, n):
         """Held-out clips and their latents z_v (1, C, L, h, w), z_a (1, A, S), not normalised."""
-        clips = super().held_out(n)
+        clips = held_out_clips(self.test, n, self.args.resolution)
         # Latents of real clips are in the cache.
         with torch.no_grad():
             for clip in [] if self.test else clips:
