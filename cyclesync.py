@@ -1127,9 +1127,9 @@ def run_training(args, folder, flags):
                "--device", args.device, "--data-root", args.data_root, "--out", folder, *flags]
     for flag, path in (("--vae", args.vae), ("--audio-vae", args.audio_vae)):
         command += [flag, path] if path else []
-    # 130: Ctrl-C reached the training, which has saved its state.
+    # Ctrl-C or SIGTERM reached the training, which has saved its state.
     code = subprocess.run([str(part) for part in command]).returncode
-    if code == 130:
+    if code in (130, 143):
         raise KeyboardInterrupt
     if code:
         raise BadInput(f"the training above ended with code {code}; the same command tries again")
@@ -1143,10 +1143,9 @@ def add_learning(table, root, stage, seeds):
         found = []
         for seed in range(seeds):
             with open(training_folder(root, stage, flags, seed) / "scores.csv") as f:
-                # By step: a training that was stopped may have scored a step twice.
-                by_step = {int(row["step"]): float(row[column]) for row in csv.DictReader(f)}
-            found.append(list(by_step.values()))
-        steps = list(by_step)
+                rows = list(csv.DictReader(f))
+            found.append([float(row[column]) for row in rows])
+        steps = [int(row["step"]) for row in rows]
         curves[f"{name}: {column}"] = np.mean(found, 0).tolist()
     table.head({step: f"step {step}" for step in steps})
     for name, values in curves.items():

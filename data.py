@@ -24,12 +24,13 @@ import json
 import math
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
-import time
 import zlib
 from collections import Counter
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -103,8 +104,15 @@ def only_square(size):
         raise BadInput(f"--resolution {size[0]}x{size[1]}: the toybox is square; give one side")
 
 
+def on_sigterm(number, frame):
+    """As Ctrl-C: blocks of `finally` run, so that temporary files are removed."""
+    raise KeyboardInterrupt(number)
+
+
 def run_cli(main):
-    """Run a program's `main`: bad input ends in one line on stderr and exit code 2."""
+    """Run a program's `main`: bad input ends in one line on stderr and exit code 2, Ctrl-C and
+    SIGTERM in one line and 130 or 143."""
+    signal.signal(signal.SIGTERM, on_sigterm)
     # A log file grows while the run goes on; names that are not UTF-8 can be printed.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
@@ -112,9 +120,10 @@ def run_cli(main):
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as why:
         print("stopped; nothing half-written is left behind", file=sys.stderr)
-        sys.exit(130)
+        # 128 + the number of the signal, as shells do.
+        sys.exit(128 + (why.args or [signal.SIGINT])[0])
 
 
 # ----------------------------------------------------------------------------------------- media in
@@ -314,15 +323,50 @@ def read_clip(path, size=64, sound=None):
 @contextmanager
 def replacing(path):
     """Yields a temporary path (same folder and suffix, a hidden name), which becomes `path` when
-    the block ends and is removed when it fails: half a file never carries the real name."""
+    the block ends and is removed when it fails: half a file never carries the real name, not even
+    after a power failure. What killed processes have left in the folder is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    remove_leftovers(path.parent)
+    # Names of files have up to 255 bytes, letters up to 4.
+    part = path.with_name(f".{path.stem[:40]}.{socket.gethostname()}-{os.getpid()}{path.suffix}")
     try:
         yield part
+        flush(part)
         os.replace(part, path)
+        # Some file systems cannot flush a folder.
+        with suppress(OSError):
+            flush(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Remove temporary files of processes of this host that no longer live."""
+    name = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d{{1,9}})(\.\w+)?")
+    for file in folder.glob(".*"):
+        owner = name.fullmatch(file.name)
+        if owner and not is_alive(int(owner[1])):
+            file.unlink(missing_ok=True)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)                                   # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:                               # a process of another user
+        pass
+    return True
+
+
+def flush(path):
+    """Wait until a file, or the list of files in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path, text):
@@ -678,7 +722,8 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
 
     All but videos are float16. A shard's .json is written last and says that the shard is complete.
     A shard depends on its items alone, so a run that was killed at any moment and started again
-    ends with the same bytes as one that was not.
+    ends with the same bytes as one that was not. Of two runs that prepare one cache at a time, the
+    first to finish a shard writes it.
     """
     folder = Path(folder)
     # The items are settings too: a cache is not filled with some of one list, some of another.
@@ -693,10 +738,6 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     left = list(chain.from_iterable(shards[k] for k in todo))
     if not left:
         return
-    # Temporary files of a run that was killed; those of one that is running are younger.
-    for leftover in folder.glob(".*"):
-        if time.time() - leftover.stat().st_mtime > 3600:
-            leftover.unlink(missing_ok=True)
 
     # Processes read ahead, one clip each: videos are large. They take seconds to start (each
     # imports torch, 0.3 GB), so a few clips are read here. A generator of its own: else the loader
@@ -762,15 +803,33 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
             for name, stored in arrays.items():
                 stored.append(values[name].astype(np.uint8 if name == "videos" else np.float16))
 
-    files = {}
-    for name, values in arrays.items():
-        path = folder / f"{k:05d}-{name}.npy"
-        with replacing(path) as part:
-            np.save(part, np.array(values))
-        files[name] = dict(bytes=path.stat().st_size,
-                           crc32=zlib.crc32(np.memmap(path, np.uint8, "r")))
-    summary = dict(rows=rows, skipped=skipped, files=files)
-    write_text(folder / f"{k:05d}.json", json.dumps(summary, sort_keys=True))
+    with locked(folder):
+        summary = folder / f"{k:05d}.json"
+        if summary.is_file():                             # another run was faster
+            return
+        files = {}
+        for name, values in arrays.items():
+            path = folder / f"{k:05d}-{name}.npy"
+            with replacing(path) as part:
+                np.save(part, np.array(values))
+            files[name] = dict(bytes=path.stat().st_size,
+                               crc32=zlib.crc32(np.memmap(path, np.uint8, "r")))
+        shard = dict(rows=rows, skipped=skipped, files=files)
+        write_text(summary, json.dumps(shard, sort_keys=True))
+
+
+@contextmanager
+def locked(folder):
+    """Of the processes that write to a folder, one at a time is in this block."""
+    import fcntl                                          # not on Windows
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # The lock goes with its process. File systems without locks are used without.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def open_cache(folder):

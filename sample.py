@@ -1020,8 +1020,8 @@ def main():
     # One file after the other
     for job in jobs:
         path = output_file(args, job)
-        # A list goes on where it was interrupted.
-        if args.jsonl and path.is_file():
+        # A list goes on where it was interrupted; the strip is written last.
+        if args.jsonl and path.is_file() and path.with_suffix(".png").is_file():
             print(f"{path}: exists already")
             continue
         start = time.perf_counter()

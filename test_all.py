@@ -5,6 +5,7 @@ tests for the wrong reason. Where two computations must agree, they run in float
 network connection or a GPU. Parity with the original programs is checked against assets/golden.
 """
 import ast
+import csv
 import hashlib
 import importlib
 import itertools
@@ -36,6 +37,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.checkpoint import checkpoint
 
 import cyclesync
@@ -1742,12 +1744,12 @@ def test_evaluation_takes_three_evenly_spaced_windows(tmp_path, clip):
 
 
 def test_a_cache_that_was_killed_at_any_moment_ends_as_the_same_bytes(tmp_path, toy, monkeypatch):
-    """What SIGKILL leaves behind is removed; what another run writes just now is not."""
+    """At the settings, within a shard, at its .json."""
     vae = sample.load_vae(toy / "vae.pt")
     complete, killed = tmp_path / "complete", tmp_path / "killed"
     fill(complete, 33, vae)
     replace = os.replace
-    moments = {1, 4, 9, 12}           # at the settings, within either shard, at its .json
+    moments = {1, 4, 9, 12}
     count = itertools.count(1)
 
     def replace_or_die(a, b):
@@ -1758,11 +1760,7 @@ def test_a_cache_that_was_killed_at_any_moment_ends_as_the_same_bytes(tmp_path, 
     for _ in moments:
         with pytest.raises(SystemExit):
             fill(killed, 33, vae)
-    for name, age in ((".1.npy", 4000), (".2.npy", 0)):
-        (killed / name).write_text("half")
-        os.utime(killed / name, (time.time() - age,) * 2)
     fill(killed, 33, vae)
-    (complete / ".2.npy").write_text("half")
     assert contents(killed) == contents(complete)
 
 
@@ -1867,6 +1865,12 @@ def saved(folder, name="last.pt"):
     return torch.load(folder / name, weights_only=True)
 
 
+def table_without_times(path):
+    """Rows of a log, without the columns that no two runs share."""
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    return [{k: v for k, v in row.items() if k not in ("seconds", "ms")} for row in rows]
+
+
 def assert_same_run(a, b):
     """Two folders hold the same steps: weights, averages, and logged losses, bit for bit."""
     one = saved(a)
@@ -1875,9 +1879,7 @@ def assert_same_run(a, b):
     for part in ("model", "ema"):
         different = [k for k in one[part] if not torch.equal(one[part][k], two[part][k])]
         assert not different, f"{part} differs in {len(different)} tensors, such as {different[0]}"
-    # Text of the step and of the loss; a step that a killed session has logged is there twice.
-    logs = [{tuple(row.split(",")[i] for i in (0, 2))
-             for row in (folder / "log.csv").read_text().splitlines()} for folder in (a, b)]
+    logs = [table_without_times(folder / "log.csv") for folder in (a, b)]
     assert logs[0] == logs[1], logs
 
 
@@ -2132,9 +2134,11 @@ def test_resuming_with_other_settings_or_from_an_older_format_is_refused(runs, c
                                   pytest.param("t2av", marks=slow),
                                   pytest.param("joint", marks=slow), "pretrained"])
 def test_micro_batches_and_checkpointing_have_the_gradient_of_the_whole_batch(kind, request):
-    """--accum: losses and noise are per sample, so that the mean of the halves' gradients is the
-    gradient of the whole batch, in float64 to 1e-10. FLOPs are counted without computing."""
+    """--accum: noise, posteriors, dropped text and references are drawn per sample, so that the
+    mean of the parts' gradients is the gradient of the whole batch, in float64 to 1e-10. FLOPs are
+    counted without computing."""
     args = train.parse_args([*flags_of(kind, request), "--batch-size", 8])
+    args.drop_text = .5                                       # of captions and of references
     torch.manual_seed(0)
     task = train.TASK_CLASSES[args.task](args, torch.device("cpu"), nullcontext)
     assert count_flops(task) > 1e6
@@ -2154,10 +2158,10 @@ def test_micro_batches_and_checkpointing_have_the_gradient_of_the_whole_batch(ki
         return torch.cat(grads)
     whole = gradient(list(range(8)))
     train.make_objective(task, SimpleNamespace(checkpointing=True, compile=False))
-    halves = gradient([0, 1, 2, 3], [4, 5, 6, 7])
-
-    error = ((whole - halves).norm() / whole.norm()).item()
-    assert error < 1e-10, f"relative error {error:.1e}"
+    for n in (2, 4):
+        parts = gradient(*np.arange(8).reshape(n, -1).tolist())
+        error = ((whole - parts).norm() / whole.norm()).item()
+        assert error < 1e-10, f"{n} micro-batches: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("kind, skip_audio, flags", [
@@ -2304,6 +2308,256 @@ def test_flops_are_counted_on_the_meta_device():
     task = SimpleNamespace(net=Linear((64, 32)), loss=loss,
                            batch=lambda step, rows: dict(x=torch.randn(len(rows), 10, 64)))
     assert count_flops(task) == 2 * 2 * 10 * 64 * 32
+
+
+# ------------------------------------------------------------------------ kills and neighbours
+
+# Moments at which every command below is killed. KILLS=30 pytest -k killed_at_random: minutes.
+KILLS = int(os.environ.get("KILLS", 3))
+
+
+def forked(run, *args):
+    """Start a function that returns an exit code in a process: nothing is imported again."""
+    process = get_context("fork").Process(target=lambda: sys.exit(run(*args)))
+    process.start()
+    return process
+
+
+def contents_without_times(folder):
+    """{name: content} of all files, hidden ones too, without what no two runs share."""
+    def plain(x):
+        return x.numpy().tobytes() if isinstance(x, torch.Tensor) else repr(x)
+
+    found = {}
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        content = path.read_bytes()
+        if path.suffix == ".pt":
+            content = torch.load(path, weights_only=True) | dict(seconds=0, logged=0)
+            content = {str(k): plain(v) for k, v in tree_flatten_with_path(content)[0]}
+        elif path.suffix == ".csv":
+            content = table_without_times(path)
+        found[str(path.relative_to(folder))] = content
+    return found
+
+
+def random_kills_command(name, request, out):
+    """-> a module and its flags; everything is written to `out`."""
+    toy = request.getfixturevalue("toy")
+    steps = [*request.getfixturevalue("runs")[1].flags, "--out", out / "run", "--steps", 12,
+             "--save-every", 4, "--log-every", 3]
+    if name == "steps":
+        return train, steps
+    if name == "training":
+        return train, [*steps, "--sample-every", 5, "--eval-clips", 2]
+    if name == "preparing":
+        return train, [*steps, "--steps", 1, "--clips", 40, "--data-root", out / "data"]
+    if name == "preparing clips":
+        folder = Path(request.getfixturevalue("clip")["path"]).parent / "clips"
+        for split in ("train", "test"):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            shutil.copy(request.getfixturevalue("clip")["path"], folder / split)
+        return train, [*steps, "--steps", 1, "--eval-clips", 1, "--data", folder,
+                       "--data-root", out / "data"]
+    flags = ["--ckpt", toy / "a2v.pt", "--steps", 4, "--out", out]
+    if name == "sampling":
+        return sample, [*flags, "--audio", toy / "x.wav", "--image", toy / "f.png"]
+    record = json.dumps(dict(audio=str(toy / "x.wav"), image=str(toy / "f.png")))
+    (out.parent / "list.jsonl").write_text(4 * f"{record}\n")
+    return sample, [*flags, "--jsonl", out.parent / "list.jsonl", "--seconds", .5]
+
+
+@pytest.mark.parametrize("name, kills", [("steps", 2)] + [
+    pytest.param(name, KILLS, marks=slow)
+    for name in ("training", "preparing", "preparing clips", "sampling", "--jsonl")])
+def test_what_is_killed_at_random_moments_ends_as_if_it_had_not_been(
+        name, kills, request, tmp_path):
+    """SIGKILL, SIGTERM or SIGINT, again and again; then the same command ends with the same bytes,
+    the same rows of log.csv, and no hidden files."""
+    out = tmp_path / "out"
+    module, flags = random_kills_command(name, request, out)
+    start = time.perf_counter()
+    whole = forked(cli, module, *flags)
+    whole.join()
+    seconds = time.perf_counter() - start
+    assert whole.exitcode == 0
+    expected = contents_without_times(out)
+    out.rename(tmp_path / "whole")
+    rng = np.random.default_rng(kills)
+    codes = []
+    for _ in range(kills):
+        process = forked(cli, module, *flags)
+        process.join(rng.uniform(0, seconds))
+        if process.exitcode is None:
+            number = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[rng.integers(3)]
+            os.kill(process.pid, number)
+        process.join()
+        codes.append(process.exitcode)
+    last = forked(cli, module, *flags)
+    last.join()
+
+    # Negative, or 1: before the program had begun.
+    assert last.exitcode == 0 and set(codes) <= {0, 130, 143, -9, -15, 1}, codes
+    found = contents_without_times(out)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    different = [file for file in found if found[file] != expected[file]]
+    assert not different, (different, codes)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a power failure leaves an empty file of that name. Its name may have 255 bytes."""
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_size))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(a.read_text()))
+    folder_size = tmp_path.stat().st_size
+    data.write_text(tmp_path / ("ä" * 125 + ".json"), "whole")
+    assert done == [5, "whole", folder_size]
+
+
+def test_leftovers_of_dead_processes_of_this_host_are_removed_and_no_others(tmp_path):
+    """By whoever writes to the folder next."""
+    dead = forked(int)
+    dead.join()
+    host = socket.gethostname()
+    removed = f".a.{host}-{dead.pid}.mp4", f"..a.{host}-{dead.pid}.{host}-{dead.pid}.mp4"
+    kept = {f".a.{host}-{os.getppid()}.mp4", f".a.{host}-1.npy", f".a.other-{dead.pid}.mp4",
+            f"a.{host}-{dead.pid}.mp4", ".a.mp4"}
+    for name in (*removed, *kept):
+        (tmp_path / name).touch()
+    data.write_text(tmp_path / "b.json", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"b.json", *kept}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_leaves_no_half_file(number, tmp_path, capsys):
+    """Exit codes as of a shell, 128 + the number of the signal."""
+    def main():
+        with data.replacing(tmp_path / "x.mp4") as part:
+            part.write_text("half")
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+    code = cli(SimpleNamespace(__name__="program", main=main))
+    error = capsys.readouterr().err
+    assert code == 128 + number and error.count("\n") == 1 and "stopped" in error, (code, error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_while_a_run_prepares_is_one_line_and_handlers_end_with_their_stage(
+        runs, tmp_path, monkeypatch, capsys):
+    """Nothing is half-written, in --out there is nothing at all."""
+    flags = [*runs[1].flags, "--steps", 1]
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    train.train(train.parse_args([*flags, "--out", tmp_path / "a"]))
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+    normal_log_mel = data.log_mel
+
+    def killed_log_mel(wave):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return normal_log_mel(wave)
+    monkeypatch.setattr(data, "log_mel", killed_log_mel)
+    capsys.readouterr()
+    code = cli(train, *flags, "--data-root", tmp_path / "data", "--out", tmp_path / "b")
+    error = capsys.readouterr().err
+    assert code == 143 and re.search("^stopped; .*$", error, re.M) and "Traceback" not in error
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file() and "a" not in p.parts] == \
+        ["settings.json"] and not (tmp_path / "b").exists()
+
+
+def test_a_resumed_run_has_the_log_of_one_that_was_not_stopped(runs, tmp_path, monkeypatch):
+    """Rows beyond last.pt and half a row are dropped; a report that is being averaged goes on. An
+    old log does not go on in a new run."""
+    out = tmp_path / "out"
+    flags = [*runs[1].flags, "--log-every", 3, "--sample-every", 2, "--eval-clips", 1, "--out", out]
+    assert cli(train, *flags) == 0
+    expected = contents_without_times(out)
+    out.rename(tmp_path / "whole")
+    out.mkdir()
+    (out / "log.csv").write_text("step,other\n1,2\n")
+    update_ema = train.update_ema
+
+    def stopped_in_step_2(ema, net, step, *rest):
+        update_ema(ema, net, step, *rest)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train, "update_ema", stopped_in_step_2)
+    assert cli(train, *flags) == 130
+    monkeypatch.undo()
+    # As SIGKILL in step 4 leaves them.
+    shutil.copy(tmp_path / "whole/log.csv", out)
+    for name in ("log.csv", "scores.csv"):
+        with open(out / name, "a") as f:
+            f.write("4,0.")
+    assert cli(train, *flags) == 0
+    assert contents_without_times(out) == expected
+
+
+def test_a_step_whose_samples_are_coupled_keeps_its_micro_batches():
+    """--ot pairs noise and data within a micro-batch: other processes x --accum, other steps."""
+    run = train.Run.__new__(train.Run)
+    run.args = train.parse_args(["--task", "t2av", "--ot"])
+    run.micro_batch = 8
+    names = "args model ema optimisers step best seconds logged reports micro_batch".split()
+    ckpt = dict.fromkeys(names, {}) | dict(micro_batch=16)
+    assert "micro-batches of 16 clips, now they have 8" in run.difference(ckpt)
+
+
+def test_of_two_runs_that_prepare_one_cache_the_first_writes_a_shard(tmp_path, toy):
+    """The other finds it when it has coded its own, whose numbers may differ on another device."""
+    vae = sample.load_vae(toy / "vae.pt").requires_grad_(False)
+    fill(tmp_path / "alone", 33, vae)
+
+    def encode(video):
+        fill(tmp_path / "shared", 33, vae)
+        return [x + 1 for x in vae.encode_chunks(video)]
+    fill(tmp_path / "shared", 33, SimpleNamespace(encode_chunks=encode))
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+@slow
+def test_two_runs_that_prepare_one_cache_at_the_same_time_complete_it(tmp_path, toy):
+    """Every shard is of one of them, as its checksums say."""
+    vae = sample.load_vae(toy / "vae.pt").requires_grad_(False)
+
+    def run(k):
+        other = SimpleNamespace(
+            encode_chunks=lambda video: [x + k for x in vae.encode_chunks(video)])
+        fill(tmp_path, 70, other)
+        return 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 0)             # no workers
+        processes = [forked(run, k) for k in range(2)]
+        for process in processes:
+            process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    files = contents(tmp_path)
+    assert not [name for name in files if name.startswith(".")] and len(files) == 1 + 3 * 3
+    for k in range(3):
+        for name, noted in json.loads(files[f"0000{k}.json"])["files"].items():
+            assert zlib.crc32(files[f"0000{k}-{name}.npy"]) == noted["crc32"], (k, name)
+
+
+def test_a_list_goes_on_where_it_was_stopped(request, tmp_path, capsys):
+    """A file without its strip was stopped between the two: both are made again."""
+    module, flags = random_kills_command("--jsonl", request, tmp_path / "out")
+    flags += ["--steps", 1]
+    assert cli(module, *flags) == 0
+    expected = contents(tmp_path / "out")
+    (tmp_path / "out/0002.png").unlink()
+    (tmp_path / "out/0004.mp4").unlink()
+    capsys.readouterr()
+    assert cli(module, *flags) == 0
+    assert capsys.readouterr().out.count("exists already") == 2
+    assert contents(tmp_path / "out") == expected
+
+
+@slow
+def test_a_worker_that_dies_at_its_start_ends_the_run_with_one_line(tmp_path, monkeypatch):
+    """Such as one that cannot import what it needs."""
+    (tmp_path / "data.py").write_text("raise ImportError('no such library')")
+    monkeypatch.syspath_prepend(tmp_path)
+    items, _ = data.find_clips("toybox", toybox_clips=65)
+    with pytest.raises(data.BadInput, match="a worker process died"):
+        data.prepare(tmp_path / "cache", dict(resolution=16), items, None, nullcontext)
 
 
 # -------------------------------------------------------------- SyncFlow: two towers, the audio VAE

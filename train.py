@@ -29,10 +29,10 @@
 Everything random about a sample, its window, its caption, its noise, is a function of (seed, id);
 what all samples of a step have in common, of (seed, step). So a checkpoint holds no generator
 states: a run that was stopped (Ctrl-C, SIGTERM, even SIGKILL) is continued by the same command from
-the last saved step, and takes the very steps it would have taken; after SIGKILL, steps since then
-are in log.csv twice. And the gradient of a step is the same, to rounding, in one process, in
-several, and in micro-batches. Two exceptions couple the samples of a micro-batch: --ot, and the
-spectral error of audio-vae.
+the last saved step, takes the very steps it would have taken, and logs each of them once. And the
+gradient of a step is the same, to rounding, in one process, in several, and in micro-batches. Two
+exceptions couple the samples of a micro-batch, whose size is kept: --ot, and the spectral error of
+audio-vae.
 
 **Written** to --out: `last.pt`, all that resuming needs; `best.pt`, the averaged (EMA) weights of
 the best evaluation in half precision, for sample.py; `log.csv`; strips and an mp4 per evaluation.
@@ -1072,12 +1072,27 @@ def log_row(path, **row):
     if rank() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
     with open(path, "a", newline="") as f:
         writer = csv.DictWriter(f, row)
-        if new:
+        if f.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
+
+
+def trim_log(path, step):
+    """Remove the rows of later steps, which will be taken again, and half a row at the end."""
+    if rank() > 0 or not path.is_file():
+        return
+
+    def is_kept(row):
+        number = row.split(b",")[0]
+        return row.endswith(b"\n") and number.isdigit() and int(number) <= step
+
+    header, *rows = path.read_bytes().splitlines(keepends=True) or [b""]
+    kept = [row for row in rows if is_kept(row)]
+    with data.replacing(path) as part:
+        # Without rows the header goes too: a new run may have other columns.
+        part.write_bytes(b"".join([header, *kept] if kept else []))
 
 
 def write_samples(path, evaluation, clips):
@@ -1275,17 +1290,21 @@ class Run:
         averages = get_model_state_dict(self.net, options=self.options)
         averages = {k: v.clone() for k, v in averages.items() if k in self.ema}
         swap_ema(self.net, self.ema)
-        self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best)
+        self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best,
+                  micro_batch=self.micro_batch, logged=self.logged,
+                  reports=[report.cpu() for report in self.reports])
 
     def resume(self):
         """Continue from last.pt, if a run with these settings has left it."""
         path = self.out / "last.pt"
-        if not path.is_file():
-            return
-        ckpt = data.load_checkpoint(path, self.args.task)
-        difference = self.difference(ckpt)
+        ckpt = data.load_checkpoint(path, self.args.task) if path.is_file() else None
+        difference = ckpt and self.difference(ckpt)
         if difference:
             raise BadInput(f"{path}: {difference}, or give another --out to start anew")
+        for name in ("log.csv", "scores.csv"):
+            trim_log(self.out / name, ckpt["step"] if ckpt else 0)
+        if not ckpt:
+            return
         # The averages go through the network, which knows how to share them out.
         set_model_state_dict(self.net, ckpt["ema"], options=self.options)
         swap_ema(self.net, self.ema)
@@ -1299,19 +1318,27 @@ class Run:
                     optimiser.state.pop(p, None)
         self.step = ckpt["step"]
         self.best = ckpt["best"]
-        self.seconds = self.logged = ckpt["seconds"]
+        self.seconds = ckpt["seconds"]
+        self.logged = ckpt["logged"]
+        self.reports = [report.to(self.device) for report in ckpt["reports"]]
         log_rank0(f"resuming    {path} at step {self.step} (remove it, or give another --out, to "
                   "start anew)")
 
     def difference(self, ckpt):
         """What keeps this run from continuing a checkpoint, and what to do; None: nothing."""
         other_version = "was written by another version of train.py; take that one"
-        if not {"args", "model", "ema", "optimisers", "step", "best", "seconds"} <= set(ckpt):
+        if not {"args", "model", "ema", "optimisers", "step", "best", "seconds", "logged",
+                "reports", "micro_batch"} <= set(ckpt):
             return other_version
         for name, value in vars(self.args).items():
             before = ckpt["args"].get(name, value)
             if name not in MAY_DIFFER and before != value:
                 return f"was trained with --{name.replace('_', '-')} {before}; repeat that"
+        # Where samples of a micro-batch depend on each other, its size has to stay.
+        is_coupled = self.args.task == "audio-vae" or getattr(self.args, "ot", False)
+        if is_coupled and ckpt["micro_batch"] != self.micro_batch:
+            return (f"was trained with micro-batches of {ckpt['micro_batch']} clips, now they have "
+                    f"{self.micro_batch}; take as many processes x --accum")
         for name in ("vae", "audio_vae"):
             if ckpt.get(name) != self.task.extra.get(name):
                 flag = name.replace("_", "-")
