@@ -20,6 +20,7 @@ expected and what to do; `run_cli` prints it as one line and exits with code 2.
 """
 import argparse
 import csv
+import errno
 import json
 import math
 import os
@@ -28,12 +29,15 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 import zlib
 from collections import Counter
 from contextlib import closing, contextmanager, suppress
+from dataclasses import fields
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -49,14 +53,31 @@ MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step)
 MONO = "async=1:ochl=mono:rematrix_maxval=1"
 
 # Seconds that are decoded at most, because a damaged file may claim any length.
-MAX_SOUND = 4 * 3600            # 0.9 GB at 16 kHz; what is longer is cut
+MAX_SOUND = 3600                # 0.7 GB at 48 kHz; what is longer is cut
 MAX_SECONDS = 600               # of a clip, 180 MB at 64 x 64 pixels; what is longer is skipped
+
+# A header may claim any size: looked at before anything is decoded.
+MAX_PIXELS = 10 ** 8            # of a picture or a frame, 0.8 GB; no phone's camera takes more
+PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")        # EPS would run a program
+
+# What a sound or a clip may be for ffmpeg. Playlists (hls, concat, dash) and patterns of file names
+# (image2) are none: they name other files, of this machine or of others.
+FORMATS = ("mov,mp4,m4a,matroska,webm,avi,mpegts,mpeg,flv,asf,wav,w64,flac,ogg,mp3,aac,ac3,aiff,au,"
+           "caf,amr,ape,wv,tta")
 
 
 # -------------------------------------------------------------------------- command-line programs
 
 class BadInput(ValueError):
     """Something a user gave cannot be used; the text says what to do about it."""
+
+    def __str__(self):
+        return one_line(super().__str__())
+
+
+def one_line(text):
+    """Names of files may hold line breaks, terminal codes, and bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,17 +90,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=self.Formatter, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {one_line(message)}; see {self.prog} --help\n")
 
 
-def number(kind=float, low=-math.inf, high=math.inf):
-    """For `type=` of an argument: a finite number in [low, high]."""
+def number(kind=float, low=-1e18, high=1e18):
+    """For `type=` of an argument: a number in [low, high], by default what 64 bits hold."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if low <= value <= high and abs(value) < math.inf:
+        if low <= value <= high:
             return value
         raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text!r}")
     return parse
@@ -87,11 +108,18 @@ def number(kind=float, low=-math.inf, high=math.inf):
 
 def picture_size(text):
     """For `type=` of --resolution: '64' -> 64, '384x640' -> (384, 640): height x width."""
-    size = [int(side) if side.isdecimal() else 0 for side in text.split("x")]
-    if len(size) > 2 or any(side % 32 or not 32 <= side <= 2048 for side in size):
+    size = [int(side) if re.fullmatch(r"\d{1,4}", side) else 0 for side in text.split("x")]
+    size = size[0] if len(set(size)) == 1 and len(size) < 3 else tuple(size)
+    if not is_size(size):
         raise argparse.ArgumentTypeError("expected a side, such as 64, or height x width, such as "
                                          f"384x640, in multiples of 32 up to 2048, got {text!r}")
-    return size[0] if len(set(size)) == 1 else tuple(size)
+    return size
+
+
+def is_size(size):
+    """Is it a side, or (height, width)?"""
+    pair = size if isinstance(size, tuple) else (size, size)
+    return len(pair) == 2 and all(type(n) is int and n % 32 == 0 and 32 <= n <= 2048 for n in pair)
 
 
 def sides(size):
@@ -119,6 +147,12 @@ def run_cli(main):
         main()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        # A full disk, a folder in place of a file, no permission: of any file
+        where = error.filename or "a file could not be read or written"
+        print(f"error: {one_line(where)}: {one_line(error.strerror or error)}; check the path, its "
+              "permissions and the space that is left", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as why:
         print("stopped; nothing half-written is left behind", file=sys.stderr)
@@ -149,9 +183,10 @@ def fit_length(wave, samples):
 
 def check_file(path, what, hint="check the path"):
     path = Path(path)
-    if not path.is_file():
+    # os.path takes every name; Path raises for one that is too long.
+    if not os.path.isfile(path):
         raise BadInput(f"{path}: no such {what}; {hint}")
-    if path.stat().st_size == 0:
+    if os.path.getsize(path) == 0:
         raise BadInput(f"{path}: the file is empty (0 bytes); the {what} should be in it")
     return path
 
@@ -159,11 +194,17 @@ def check_file(path, what, hint="check the path"):
 def run_ffmpeg(*arguments, stdin=b""):
     """Run the ffmpeg of imageio-ffmpeg -> whether it succeeded, its output (bytes), its log."""
     import imageio_ffmpeg
-    # Files are the only protocol of an input: a downloaded "clip" may be a playlist of addresses.
-    flags = ["-hide_banner", "-nostdin", "-nostats", "-y", "-protocol_whitelist", "file"]
+    flags = ["-hide_banner", "-nostdin", "-nostats", "-y"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *flags, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, input=stdin)
     return done.returncode == 0, done.stdout, done.stderr.decode(errors="replace")
+
+
+def input_file(path):
+    """ffmpeg's arguments for a file that may be hostile. file: means that nothing in its name is
+    special; the format is found by its content alone."""
+    return ["-protocol_whitelist", "file", "-format_whitelist", FORMATS, "-max_pixels", MAX_PIXELS,
+            "-i", f"file:{Path(path).resolve()}"]
 
 
 def last_reason(log):
@@ -174,7 +215,7 @@ def last_reason(log):
 def read_audio(path, rate=RATE):
     """Any sound file, or clip with sound -> waveform float32 (samples,) at `rate`."""
     path = check_file(path, "audio")
-    done, raw, log = run_ffmpeg("-v", "error", "-t", MAX_SOUND, "-i", path.resolve(), "-vn",
+    done, raw, log = run_ffmpeg("-v", "error", "-t", MAX_SOUND, *input_file(path), "-vn",
                                 "-af", f"aresample={rate}:{MONO}", "-f", "f32le", "-")
     wave = np.frombuffer(raw, np.float32)
     if not done or len(wave) == 0:
@@ -188,25 +229,33 @@ def read_audio(path, rate=RATE):
 
 
 def read_image(path, size=64):
-    """Any picture -> uint8 (H, W, 3): centre crop to the aspect of `size`, antialiased resize."""
+    """Any picture, the right way up -> uint8 (H, W, 3): centre crop to the aspect of `size`,
+    antialiased resize."""
     from PIL import Image, ImageOps                       # comes with imageio
     path = check_file(path, "image")
-    try:
-        picture = Image.open(path)
-        picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
-        raise BadInput(f"{path}: not a picture that can be read ({str(why).splitlines()[0]}); "
-                       "expected png, jpg, webp or bmp") from why
-    # 16 bits or more per value: scaled by the range that the values use.
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture, np.float64)
-        values = values / (65535 if values.max() > 255 else 255) * 255
-        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    # What is transparent becomes white.
-    picture = picture.convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS                   # PIL warns of more; that becomes an error
     height, width = sides(size)
-    return np.asarray(ImageOps.fit(picture.convert("RGB"), (width, height), Image.LANCZOS))
+    # A damaged file is one of a dozen kinds of exceptions.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=PICTURES)
+            picture.load()
+            # Phones store turned pictures, and how they are turned.
+            picture = ImageOps.exif_transpose(picture)
+            # 16 bits or more per value: scaled by the range that the values use.
+            if picture.mode.startswith("I") or picture.mode == "F":
+                values = np.nan_to_num(np.asarray(picture, np.float32))
+                values *= 255 / (65535 if values.max() > 255 else 255)
+                picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+            picture = ImageOps.fit(picture.convert("RGBA"), (width, height), Image.LANCZOS)
+    except Exception as why:
+        raise BadInput(f"{path}: not a picture that can be read ({why or type(why).__name__}); "
+                       f"expected png, jpg, webp or bmp, of {MAX_PIXELS:,} pixels at most") from why
+    # What is transparent becomes white.
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(picture.convert("RGB"))
 
 
 def log_mel(wave):
@@ -229,7 +278,7 @@ def decode(path, what, *arguments):
     path = check_file(path, what)
     # -copyts keeps the times of the file. Every line of the log has a [level].
     _, raw, log = run_ffmpeg("-loglevel", "repeat+level+info", "-copyts", "-t", MAX_SECONDS + 1,
-                             "-i", path.resolve(), *arguments, "-")
+                             *input_file(path), *arguments, "-")
     if "matches no streams" in log:
         raise BadInput(f"{path}: no {what} in it")
     # ffmpeg goes on after an error, but then what comes out is not what was recorded.
@@ -382,7 +431,7 @@ def write_picture(path, picture):
 
 def add_sound(path, video, wave, rate=RATE):
     """Write the video file `video` with `wave` (samples,) as its sound to `path` (mp4)."""
-    inputs = ["-i", Path(video).resolve(), "-f", "f32le", "-ar", rate, "-ac", 1, "-i", "-",
+    inputs = [*input_file(video), "-f", "f32le", "-ar", rate, "-ac", 1, "-i", "-",
               "-map", "0:V:0", "-map", "1:a:0"]
     outputs = ["-c:a", "aac", "-b:a", "128k", "-movflags", "+faststart"]
     with replacing(path) as part:
@@ -451,25 +500,133 @@ def film_strip(video, wave, rate=RATE, events=()):
 def save_checkpoint(path, **content):
     """content: plain types and tensors only."""
     with replacing(path) as part:
-        torch.save(dict(content, torch=str(torch.__version__)), part)
+        try:
+            torch.save(dict(content, torch=str(torch.__version__)), part)
+        except RuntimeError as why:                       # of its C++ part
+            raise OSError(errno.EIO, f"cannot be written ({why})", str(path)) from None
+
+
+def is_number(value, low=0., high=1e9):
+    return type(value) in (int, float) and low <= value <= high
+
+
+def is_guidance(value):
+    # A shift of 0 would divide by 0.
+    lowest = dict(asg=0., cfg=0., sync_video=0., sync_audio=0., shift=.01)
+    return type(value) is dict and all(
+        name in lowest and is_number(number, lowest[name]) for name, number in value.items())
+
+
+def is_fingerprint(value):
+    return type(value) is str and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
+def is_arguments(value):
+    # Names of files and plain settings; they may be those of another version.
+    plain = (type(None), bool, int, float, str, tuple, list)
+    return type(value) is dict and all(type(setting) in plain for setting in value.values())
+
+
+def is_weights(value):
+    """{name: an ordinary tensor of numbers that are neither infinite nor NaN}"""
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    return type(value) is dict and all(
+        type(name) is str and type(w) is torch.Tensor and w.layout is torch.strided
+        and w.device.type == "cpu" and w.dtype in kinds and bool(w.isfinite().all())
+        for name, w in value.items())
+
+
+def is_dict(value):
+    return type(value) is dict
+
+
+def is_text(value):
+    return type(value) is str
+
+
+# What train.py writes and sample.py reads, for every task: name -> check of the value. All of it
+# has to be there, but for `args`, which says where the VAEs were.
+ANY_TASK = dict(config=is_dict, ema=is_weights, step=is_number, args=is_arguments)
+SYSTEM = dict(ANY_TASK, size=is_size, vae=is_fingerprint, guidance=is_guidance)
+TOWERS = dict(SYSTEM, audio_vae=is_fingerprint, stage=is_text)
+CONTENT = {"a2v": SYSTEM, "t2av": TOWERS, "joint": TOWERS,
+           "vae": ANY_TASK, "audio-vae": ANY_TASK, "mel-vae": ANY_TASK}
 
 
 def load_checkpoint(path, task=None, hint="check the path, or train one with train.py"):
     """A checkpoint of train.py as a dict. task: of which it must be, names joined by " or "."""
     path = check_file(path, "checkpoint", hint)
-    # weights_only: loading never runs code from the file. What is wrong with one, torch says by
-    # half a dozen kinds of exceptions.
+    # weights_only: loading never runs code from the file. mmap: tensors are views of the file, so
+    # that none is larger than it or reads beyond it, whatever the file claims. What is wrong with
+    # one, torch says by half a dozen kinds of exceptions.
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"task", "config", "ema"} <= content.keys():
-            raise KeyError("task, config, ema")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checks = CONTENT[content["task"]]
     except Exception as why:
         raise BadInput(f"{path}: not a checkpoint that can be loaded safely "
                        f"({type(why).__name__}); expected a .pt written by train.py") from why
     if task and content["task"] not in task.split(" or "):
         raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; "
                        f"give one made by train.py --task {task}")
+    content.setdefault("args", {})
+    for name, is_right in checks.items():
+        if name not in content or not is_right(content[name]):
+            raise BadInput(f"{path}: its {name} is missing or not as train.py writes it; take "
+                           "another copy, or train it again")
+    # A tensor may repeat a few bytes of the file to any size.
+    if sum(w.nbytes for w in content["ema"].values()) > path.stat().st_size:
+        raise BadInput(f"{path}: claims more weights than it holds; take another copy")
     return content
+
+
+def fits_number(value, example, most):
+    """Is it a number like `example`: whole or not, and above 0 if that is?"""
+    if isinstance(example, float):
+        return is_number(value, -most, most) and (value > 0 or example <= 0)
+    return type(value) is int and int(example > 0) <= value <= most
+
+
+def fits_field(field, value, most_blocks):
+    """Is it in the range of a field of a configuration, by its name, annotation and default?"""
+    default = field.default
+    if get_args(field.type):                                  # the options of a Literal
+        return type(value) is str and value in get_args(field.type)
+    if field.type is bool:
+        return type(value) is bool
+    # Every block has tensors in the file, and there may be no block of a kind.
+    blocks = field.name in ("n_double", "n_single", "depth", "layers", "lstm")
+    most = most_blocks if blocks else 10 ** 6
+    if field.type is not tuple:
+        return fits_number(value, 0 if blocks else default, most)
+    # A number per level, some of which are switches, or (float) one for every channel.
+    if value in (None, ()):
+        return value == default
+    example = default if isinstance(default, float) else 0
+    many = value if type(value) is tuple else (value,)
+    return len(many) <= (1000 if isinstance(default, float) else 16) and all(
+        fits_number(v, example, most) for v in many)
+
+
+def build(network, config_class, config, weights, path, assign=False):
+    """network(config_class(**config)) with the weights of a file; BadInput if they do not fit.
+
+    Nothing is allocated before names and shapes of all tensors were compared with the file's.
+    assign: the tensors become the network's, as they are; else they are copied, in float32."""
+    known = {field.name: field for field in fields(config_class)}
+    wrong = [str(name) for name in {*known, *config} if name not in config or name not in known
+             or not fits_field(known[name], config[name], len(weights))]
+    if wrong:
+        raise BadInput(f"{path}: its configuration lacks {min(wrong)}, or has it in another range "
+                       "than train.py; take another copy")
+    config = config_class(**config)
+    try:
+        with torch.device("meta"):
+            model = network(config)
+    except Exception as why:
+        raise BadInput(f"{path}: its configuration makes no network ({why}); "
+                       "take another copy") from None
+    model = load_weights(model, weights, path, assign=True)
+    return model if assign else load_weights(network(config), weights, path)
 
 
 def load_weights(model, state, path, assign=False):
@@ -478,7 +635,8 @@ def load_weights(model, state, path, assign=False):
     try:
         model.load_state_dict(state, assign=assign)
     except RuntimeError as why:
-        reason = str(why).splitlines()[1].strip()         # torch lists all of them
+        # torch lists all of them, below a title.
+        reason = " ".join(str(why).splitlines()[1:2]).strip()
         raise BadInput(f"{path}: does not fit this network, it was made for another size "
                        f"({reason[:150]})") from None
     return model
@@ -500,6 +658,9 @@ HIT = re.compile(r"(\d{4}(?:-\d\d){5}.*?)(_denoised_thumb|_denoised|_mic)")
 
 def find_clips(name, root="data", toybox_clips=2000):
     """Everything that --data names, in whatever layout it was downloaded -> list of clips, report.
+
+    Lists and tables choose among the files of the folder, so they cannot name any other. A file in
+    it may be a link to somewhere else: large datasets often are.
 
     A clip is a dict: path, name (relative to the folder), split ("train", "test", "val"), kind (its
     class), prompt, sound (a wav beside it, for when the video has none, or None) and events (times
@@ -538,7 +699,7 @@ def find_clips(name, root="data", toybox_clips=2000):
 
     # ASVA's datasets may hold a table from class folders to prompts.
     mapping = next(folder.rglob("class_mapping.json"), None)
-    prompts = parse_file(mapping, json.loads) if mapping else {}
+    prompts = parse_file(mapping, parse_prompts) if mapping else {}
     clips = [describe_clip(path, folder, *chosen[path], prompts) for path in sorted(chosen)]
     counts = Counter(c["split"] for c in clips)
     counts = ", ".join(f"{counts[split]} {split}" for split in SPLITS if counts[split])
@@ -550,9 +711,15 @@ def find_clips(name, root="data", toybox_clips=2000):
 
 
 def dataset_folder(name, root):
-    """--data -> <root>/<name> of a dataset, else a path."""
+    """--data -> the folder in root that has the name of a dataset, in any spelling (avsync15,
+    AVSync15, avsync_15), else a path."""
     folder = Path(root) / name if name in DATASETS else Path(name)
-    if folder.is_dir():
+    if name in DATASETS and not folder.is_dir():
+        for other in sorted(Path(root).glob("*/")):
+            if "".join(filter(str.isalnum, other.name.lower())) == name:
+                folder = other
+    # os.path takes every name; Path raises for one that is too long.
+    if os.path.isdir(folder):
         return folder
     if name in DATASETS:
         raise BadInput(f"--data {name}: not found. It is {DATASETS[name]}. Unpack it as {folder}/ "
@@ -565,9 +732,15 @@ def parse_file(path, parse):
     """parse(text of a file); BadInput if it is not UTF-8 or not of the expected form."""
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, csv.Error) as why:
-        reason = str(why).splitlines()[0]
-        raise BadInput(f"{path}: cannot be read ({reason}); download it again") from None
+    except Exception as why:                              # of many kinds: lists may hold anything
+        raise BadInput(f"{path}: cannot be read ({why}); download it again") from None
+
+
+def parse_prompts(text):
+    prompts = json.loads(text)
+    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
+        raise ValueError("expected an object of texts")
+    return prompts
 
 
 def read_lists(folder):
@@ -616,7 +789,7 @@ def split_by_folders(folder, files):
     # later change nothing. At least one of several clips, never a single one.
     if not any(splits.values()):
         source = "a split invented here: one clip in ten is for testing, drawn by its name"
-        hashes = {path: zlib.crc32(str(name).encode()) for path, name in names.items()}
+        hashes = {path: zlib.crc32(os.fsencode(name)) for path, name in names.items()}
         test = [p for p in files if hashes[p] % 10 == 0] or [min(files, key=hashes.get)]
         splits |= {path: "test" for path in test if len(files) > 1}
     return {path: (split or "train", None) for path, split in splits.items()}, source
@@ -649,7 +822,8 @@ def parse_hits(text):
     """Lines of time, material, action, reaction -> list of times."""
     # 'None None None' happens, and empty lines.
     rows = [line.split() for line in text.splitlines()]
-    return [float(row[0]) for row in rows if len(row) == 4 and row[2] != "None"]
+    times = [float(row[0]) for row in rows if len(row) == 4 and row[2] != "None"]
+    return [t for t in times if math.isfinite(t)]
 
 
 # ------------------------------------------------------------------- windows: what is trained on
@@ -766,7 +940,12 @@ def check_settings(path, settings):
     if not path.is_file():
         write_text(path, text)
     settings = json.loads(text)                           # tuples are lists in a file
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+        assert isinstance(found, dict)
+    except (ValueError, RecursionError, AssertionError):
+        raise BadInput(f"{path}: damaged; remove the folder {path.parent}, and the same command "
+                       "makes it again") from None
     other = [f"{k} {found.get(k)} (now {v})" for k, v in settings.items() if found.get(k) != v]
     if other:
         raise BadInput(f"{path.parent}: this cache was made with {', '.join(other)}; remove that "
@@ -838,15 +1017,21 @@ def open_cache(folder):
     the indices of its windows), skipped (name -> reason)."""
     arrays, skipped, clips, at, rows = {}, {}, {}, [], []
     for k, summary in enumerate(sorted(Path(folder).glob("[0-9]*.json"))):
-        shard = json.loads(summary.read_text())
-        for name, written in shard["files"].items():
-            # Every file must have the size that was noted when it was written. Its checksum would
-            # take hours for large datasets.
-            path = summary.with_name(f"{summary.stem}-{name}.npy")
-            if not path.is_file() or path.stat().st_size != written["bytes"]:
-                raise BadInput(f"{path}: missing or damaged (not as it was written); remove "
-                               f"{summary} and run the same command: that shard is made again")
-            arrays.setdefault(name, []).append(np.load(path, mmap_mode="r"))
+        path = summary
+        try:
+            shard = json.loads(summary.read_text())
+            for clip, caption, start, speech in shard["rows"]:
+                assert {type(clip), type(caption), type(speech)} == {str} and is_number(start)
+            for clip, reason in shard["skipped"].items():
+                assert type(reason) is str
+            for name, written in shard["files"].items():
+                path = summary.with_name(f"{summary.stem}-{name}.npy")
+                shards = arrays.setdefault(name, [])
+                shards.append(open_array(path, written["bytes"], len(shard["rows"])))
+                assert shards[-1].shape[1:] == shards[0].shape[1:] and len(shards) == k + 1
+        except Exception as why:                              # of many kinds
+            raise BadInput(f"{path}: missing or damaged (not as it was written); remove {summary} "
+                           "and run the same command: that shard is made again") from why
         at += [(k, row) for row in range(len(shard["rows"]))]
         rows += shard["rows"]
         skipped |= shard["skipped"]
@@ -856,6 +1041,15 @@ def open_cache(folder):
     return dict(folder=folder, arrays=arrays, at=np.array(at).reshape(-1, 2),
                 skipped=skipped, clips=list(clips.values()), captions=[row[1] for row in rows],
                 starts=np.array([row[2] for row in rows]), speech=[row[3] for row in rows])
+
+
+def open_array(path, size, rows):
+    """An array of a shard, memory-mapped. It must have the size in bytes that was noted when it was
+    written: its checksum would take hours for large datasets."""
+    assert path.stat().st_size == size
+    array = np.load(path, mmap_mode="r")
+    assert len(array) == rows and array.dtype in (np.float16, np.uint8)
+    return array
 
 
 def gather(cache, name, index):

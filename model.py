@@ -34,6 +34,7 @@ Not learned in the audio layers:
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -52,11 +53,13 @@ class MMDiTConfig:
     patch: int = 2                  # a token is a patch x patch piece of one latent
     text_dim: int = 4096            # width of the text states (T5-XXL)
     pooled_dim: int = 768           # width of the pooled text vector (CLIP-L)
-    context_sigma: str = "shared"   # "zero": clean tokens are modulated with sigma = 0 (cacheable)
+    # "zero": clean tokens are modulated with sigma = 0 (cacheable)
+    context_sigma: Literal["shared", "zero"] = "shared"
     precondition: bool = False      # EDM-style output, see `velocity_from_output`
-    text_encoder: str = "external"  # "bytes": ByteText, trained along with the network
+    # "bytes", "mel": ByteText and MelEncoder, trained along with the network
+    text_encoder: Literal["external", "bytes"] = "external"
     audio_dim: int = 0              # width of the audio features; 0: no audio layers
-    audio_encoder: str = "external" # "mel": MelEncoder, trained along with the network
+    audio_encoder: Literal["external", "mel"] = "external"
     alpha: float = 50 * 8 / 24      # audio steps per latent: 50 a second, 8 frames at 24 a second
     window: float = 1.5             # eq. 7 with Syncphony's Delta = 1: |t_i - l| < Delta + 0.5
     audio_rope: bool = True         # off: the ablation of Syncphony table 11
@@ -177,6 +180,12 @@ def rope_table(ids, axes, time_scale=1., device=None):
     sin = angles.sin().float()                                          # (..., d/2)
     sin = torch.stack([-sin, sin], -1).flatten(-2)                      # (..., d)
     return cos.to(device), sin.to(device)
+
+
+def check_axes(axes, head_dim):
+    """Channels of time, row, column: pairs, and all of a head."""
+    assert len(axes) == 3 and sum(axes) == head_dim and not any(n % 2 for n in axes), \
+        f"axes {axes} must be three even numbers that add up to the head's {head_dim} channels"
 
 
 def apply_rope(x, table):
@@ -542,8 +551,7 @@ def velocity_from_output(out, x, sigma):
 class MMDiT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        assert sum(cfg.axes) == cfg.head_dim, \
-            f"axes {cfg.axes} must add up to the head's {cfg.head_dim} channels"
+        check_axes(cfg.axes, cfg.head_dim)
         self.cfg = cfg
         D = cfg.heads * cfg.head_dim
         token = cfg.patch ** 2 * cfg.latent

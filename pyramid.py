@@ -22,14 +22,14 @@ History  the clean latents before: the last one at the stage's resolution, earli
 """
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, load_weights, replacing
+from data import BadInput, build, replacing
 from losses import add_noise, combine_guidance, motion_weight, rand_each, randn_each
 from model import CrossAttention, MMDiT, MMDiTConfig, init_weights, position_ids
 from vae import CausalVideoVAE, VAEConfig
@@ -338,9 +338,12 @@ def read_weights(path):
     """A .safetensors or .bin file -> state dict, mapped: what is not used is not read."""
     try:
         if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        from safetensors.torch import load_file
-        return load_file(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            from safetensors.torch import load_file
+            state = load_file(path)
+        assert all(w.is_floating_point() for w in state.values())
+        return state
     except ImportError:
         raise BadInput(f"{path}: needs an extra package: pip install safetensors") from None
     except Exception as why:                    # of many kinds, for a damaged file
@@ -352,35 +355,32 @@ def read_config(folder, make_config):
     path = Path(folder) / "config.json"
     try:
         return make_config(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{folder}: no config.json in it; give the folder that holds config.json "
                        f"and {WEIGHTS_NAME}.safetensors") from None
-    except ValueError as why:
-        raise BadInput(f"{path}: cannot be read ({why}); download it again") from None
     except KeyError as why:
         raise BadInput(f"{path}: no {why}; expected a PyramidFluxTransformer or a CausalVideoVAE "
                        "(the SD3-based Pyramid Flow is another network)") from None
+    # No JSON, nested too deep, a text in place of a number: of many kinds
+    except Exception as why:
+        raise BadInput(f"{path}: cannot be read ({why}); download it again") from None
 
 
-def load_published(kind, cfg, folder, device, new_weights=()):
-    """kind(cfg) with the weights of a folder, one .safetensors, several shards, or one .bin, and
-    with new_weights, a dict of those that the folder does not have."""
+def load_published(kind, cfg, folder, device):
+    """kind(cfg) with the weights of a folder: one .safetensors, several shards, or one .bin."""
     files = []
     for ending in (".safetensors", "-*-of-*.safetensors", ".bin"):
         files = files or sorted(Path(folder).glob(WEIGHTS_NAME + ending))
     if not files:
         raise BadInput(f"{folder}: {WEIGHTS_NAME}.safetensors is missing; download it again")
-    state = dict(new_weights)
+    state = {}
     for path in files:
         for key, value in read_weights(path).items():
             # Training checkpoints have the prefixes dit. and vae., and hold the discriminator of
             # the VAE as well, under `loss.`.
             if not key.startswith("loss."):
-                state[key.removeprefix("dit.").removeprefix("vae.")] = value.to(device)
-    # On the meta device nothing is allocated for the model: the tensors become its parameters.
-    with torch.device("meta"):
-        model = kind(cfg)
-    return load_weights(model, state, folder, assign=True)
+                state[key.removeprefix("dit.").removeprefix("vae.")] = value
+    return build(kind, type(cfg), vars(cfg), state, folder, assign=True).to(device)
 
 
 def load_pyramid_flow(folder, device="cpu", audio_dim=0, audio_rope=True):
@@ -393,15 +393,18 @@ def load_pyramid_flow(folder, device="cpu", audio_dim=0, audio_rope=True):
         heads=config["num_attention_heads"], head_dim=config["attention_head_dim"],
         axes=tuple(config["axes_dims_rope"]),
         latent=config["in_channels"] // 4,      # the file counts the channels of a 2x2 patch
-        text_dim=config["joint_attention_dim"], pooled_dim=config["pooled_projection_dim"],
-        audio_dim=audio_dim, audio_rope=audio_rope))
-    audio_layers = {}
-    for i in range(cfg.n_single if audio_dim else 0):
+        text_dim=config["joint_attention_dim"], pooled_dim=config["pooled_projection_dim"]))
+    model = load_published(MMDiT, cfg, folder, device)
+    if not audio_dim:
+        return model
+    state = model.state_dict()
+    for i in range(cfg.n_single):
         # Of a zero output (`init_weights`).
         layer = init_weights(CrossAttention(cfg.heads * cfg.head_dim, cfg.heads, audio_dim))
         for key, value in layer.to(device).state_dict().items():
-            audio_layers[f"single_transformer_blocks.{i}.audio.{key}"] = value
-    return load_published(MMDiT, cfg, folder, device, audio_layers)
+            state[f"single_transformer_blocks.{i}.audio.{key}"] = value
+    cfg = replace(cfg, audio_dim=audio_dim, audio_rope=audio_rope)
+    return build(MMDiT, MMDiTConfig, vars(cfg), state, folder, assign=True)
 
 
 def load_pyramid_vae(folder, device="cpu"):

@@ -32,6 +32,7 @@ trained with clean partners.
 import hashlib
 import json
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -114,26 +115,23 @@ def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" o
     checkpoint = data.load_checkpoint(path, task)
     config = checkpoint["config"]
     weights = checkpoint["ema"]
+    network, config_class = MMDiT, MMDiTConfig
     # The network: two towers, a transformer of this repository, or Pyramid Flow's with the trained
     # blocks and audio layers of the checkpoint put into it
     if checkpoint["task"] != "a2v":
-        model = DualTower(DualTowerConfig(**config))
-    elif config["text_encoder"] == "bytes":
-        model = MMDiT(MMDiTConfig(**config))
-    elif pretrained:
-        folder = Path(pretrained) / "diffusion_transformer_384p"
-        model = pyramid.load_pyramid_flow(folder, audio_dim=config["audio_dim"],
-                                          audio_rope=config["audio_rope"])
-        weights = {**model.state_dict(), **weights}
+        network, config_class = DualTower, DualTowerConfig
+    elif config.get("text_encoder") == "external":
+        if not pretrained:
+            raise BadInput(f"{path}: trained on top of Pyramid Flow; give its downloaded folder by "
+                           "--pretrained, and --hubert facebook/hubert-large-ls960-ft")
+        published = pyramid.load_pyramid_flow(Path(pretrained) / "diffusion_transformer_384p")
+        weights = {**published.state_dict(), **weights}
         vae = Path(pretrained) / "causal_video_vae"
-    else:
-        raise BadInput(f"{path}: trained on top of Pyramid Flow; give its downloaded folder by "
-                       "--pretrained, and --hubert facebook/hubert-large-ls960-ft")
-    model = data.load_weights(model, weights, path).to(device).eval()
+    model = data.build(network, config_class, config, weights, path).to(device).eval()
 
     # Its VAEs; Syncphony takes audio as features
     vae = find_vae(checkpoint, "vae", path, vae, device)
-    has_audio = "audio_vae" in checkpoint
+    has_audio = checkpoint["task"] != "a2v"
     audio_vae = find_vae(checkpoint, "audio_vae", path, audio_vae, device) if has_audio else None
     return System(checkpoint["task"], model, vae, audio_vae, checkpoint)
 
@@ -144,13 +142,13 @@ def load_vae(path=VAE_FILE, device="cpu", task="vae"):
         return pyramid.load_pyramid_vae(path, device)
     checkpoint = data.load_checkpoint(path, task)
     config = checkpoint["config"]
-    if checkpoint["task"] == "vae":
-        vae = CausalVideoVAE(VAEConfig(**config))
-    else:
-        # of waveforms (SyncFlow) or of spectra (Harmony)
+    network, config_class = CausalVideoVAE, VAEConfig
+    if checkpoint["task"] != "vae":
+        network, config_class = AudioVAE, AudioVAEConfig
+        # of waveforms (SyncFlow) or of spectra (Harmony); fields of the other kind may be missing
         front = "mel" if checkpoint["task"] == "mel-vae" else "waveform"
-        vae = AudioVAE(AudioVAEConfig(**{**config, "front": front}))
-    return data.load_weights(vae, checkpoint["ema"], path).to(device).eval()
+        config = {**asdict(AudioVAEConfig()), **config, "front": front}
+    return data.build(network, config_class, config, checkpoint["ema"], path).to(device).eval()
 
 
 def fingerprint(vae):
@@ -178,7 +176,7 @@ def find_vae(checkpoint, kind, path, override, device):
     flag = kind.replace("_", "-")
     # Latents of another VAE of the same size would decode to noise, without any error: so it is
     # the fingerprint that is looked up, never the name.
-    files = [checkpoint.get("args", {}).get(kind) or "none"]
+    files = [str(checkpoint["args"].get(kind) or "none")]
     files += sorted(WEIGHTS.glob("*vae*.pt")) + sorted(Path(path).parent.glob("*vae*.pt"))
     for file in [override] if override else files:
         try:
@@ -207,6 +205,9 @@ def euler(velocity, x, sigmas, bar=None):
         x = {stream: x[stream] + (sigma_next - sigma) * v[stream] for stream in x}
         if bar is not None:
             bar.update()
+    if not all(z.isfinite().all() for z in x.values()):
+        raise BadInput("the network's output is not finite; lower the guidance, or take another "
+                       "copy of the checkpoint")
     return x
 
 
@@ -659,7 +660,7 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
 def read_delayed_audio(path, delay, rate=RATE):
     """Sound file -> waveform of the same length, delayed by so many seconds (earlier if < 0)."""
     wave = data.read_audio(path, rate)
-    n = round(delay * rate)
+    n = max(-len(wave), min(len(wave), round(delay * rate)))
     moved = np.pad(wave, (n, 0)) if n > 0 else wave[-n:]
     return fit_length(moved, len(wave))
 
@@ -708,7 +709,9 @@ def read_jobs(args):
             # The id names the file, so it must be a name, and the only one.
             job = make_job(record, record.get("id", f"{number:04d}"))
             fits = all(isinstance(value, str) for value in job.values())
-        except (ValueError, AttributeError):                  # no JSON, or no object
+            # 200 bytes leave room for the rest of a file's name, which may have 255.
+            fits = fits and 0 < len(os.fsencode(job["stem"])) <= 200 and job["stem"].isprintable()
+        except (ValueError, AttributeError, RecursionError):  # no JSON, or no object
             fits = False
         if not fits or Path(job["stem"]).name != job["stem"] or job["stem"] in jobs:
             raise BadInput(f"{args.jsonl} line {number}: expected a JSON object of texts, with the "
@@ -723,7 +726,7 @@ def output_file(args, job):
         return Path(args.out)
     # The first eight words of the text, without what file systems may not take
     text = "".join(c if c.isalnum() else " " for c in job["prompt"] or job["transcript"])
-    name = job["video"] or job["audio"] or "-".join(text.split()[:8]) or "sample"
+    name = job["video"] or job["audio"] or "-".join(text.split()[:8])[:50] or "sample"
     return Path(args.out) / f"{job['stem'] or Path(name).stem}.mp4"
 
 
@@ -866,7 +869,8 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "sync_audio": ("joint", NOT_NEGATIVE, "Harmony: s_a of SyncCFG, 1 = off"),
     "steps": (ALL, data.number(int, 1, 1000),
               "Euler steps: 30 per latent; of SyncFlow 50, of Harmony 40 for a clip"),
-    "seconds": (ALL, data.number(low=.1), "length of the video: the audio's, or 2 s"),
+    "seconds": (ALL, data.number(low=.1, high=data.MAX_SOUND),
+                "length of the video: the audio's, or 2 s"),
     "resolution": ("t2av joint", data.picture_size, "two towers: another than in training"),
     "shift_audio": ("a2v joint", data.number(), "delay the audio by so many seconds"),
     "seed": (ALL, data.number(int, 0), "seed of the noise"),
@@ -997,13 +1001,14 @@ def main():
         check_job(system, job, args)
 
     # Guidance: a flag, or else what the checkpoint recommends, or else the system's
-    settings = GUIDANCE[task] | checkpoint["guidance"] | dict(steps=STEPS[task])
+    settings = GUIDANCE[task] | dict(steps=STEPS[task])
+    settings |= {k: v for k, v in checkpoint["guidance"].items() if k in settings}
     settings |= {k: v for k, v in vars(args).items() if k in settings and v is not None}
     numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
     print(f"{description}\n{Path(args.ckpt).name}: {SYSTEMS[task]}, EMA weights after step "
           f"{checkpoint['step']}\n{numbers}")
     # SyncCFG compares with clean partners, which a model knows from the one-way tasks alone.
-    trained = checkpoint.get("args", {})
+    trained = checkpoint["args"]
     joint_alone = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
     if joint_alone and max(settings["sync_video"], settings["sync_audio"]) > 1:
         print("trained without a one-way task (--lambda-v 0 or --lambda-a 0), it does not know the "

@@ -24,6 +24,7 @@ module: embed (latents -> tokens and their conditioning), unembed (tokens -> lat
     S audio steps · A audio channels · R reference steps · T text tokens · D width · K heads x d
 """
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 
 from losses import expand_sigma
 from model import (BYTES_PER_TOKEN, MLP, Attention, ByteText, CrossAttention, Modulation,
-                   TimeTextEmbed, audio_positions, init_weights, modulate, rope_table,
+                   TimeTextEmbed, audio_positions, check_axes, init_weights, modulate, rope_table,
                    temporal_window, unpatchify, velocity_from_output)
 
 
@@ -46,14 +47,16 @@ class DualTowerConfig:
     train_grid: int = 16          # tokens per side in training; other sizes span the same range
     alpha: float = 50 * 4 / 16    # audio steps per video latent: 50 Hz, 4 frames at 16 fps
     text_dim: int = 4096          # width of the text states (T5-XXL)
-    text_encoder: str = "external"  # "bytes": ByteText, trained along with the towers
+    # "bytes": ByteText, trained along with the towers
+    text_encoder: Literal["external", "bytes"] = "external"
     adaptor: bool = True          # False: the ablation of SyncFlow table 4
     cross_rope: bool = True       # False: an ablation, the audio loses the order of the video
     audio_only: bool = False      # SyncFlow table 4: no video, the audio tower reads the text
     precondition: bool = False    # the output is a residual, see `velocity_from_output`
     time_scale: float = 1.        # radians per latent at the highest frequency
     axes: tuple = ()              # full attention: channels of time, row, column; (): space, time
-    system: str = "syncflow"      # or "harmony": which layers and which audio stream
+    # which layers and which audio stream
+    system: Literal["syncflow", "harmony"] = "syncflow"
     window: float = 1.5           # frame-wise attention (Harmony eq. 5): radius in video latents
     rope_align: bool = True       # False: an ablation, positions in time are not rescaled
     use_gldi: bool = True         # False: an ablation, see `HarmonyLayer`
@@ -459,6 +462,9 @@ class DualTower(nn.Module):
         super().__init__()
         self.cfg = cfg
         harmony = cfg.system == "harmony"
+        assert cfg.width % cfg.heads == 0, f"{cfg.width} channels are not {cfg.heads} heads"
+        if cfg.axes:
+            check_axes(cfg.axes, cfg.width // cfg.heads)
         self.video = VideoStream(cfg)
         self.audio = HarmonyAudioStream(cfg) if harmony else SyncFlowAudioStream(cfg)
         layer = HarmonyLayer if harmony else SyncFlowLayer

@@ -120,7 +120,7 @@ COMMON = dict(
 PICTURES = dict(resolution=(64, data.picture_size, "side in pixels, or height x width: 384x640"))
 LATENTS = dict(   # of the tasks that train on latents, which are coded once and cached
     PICTURES,
-    clips=(2000, COUNT, "toybox clips to render and cache"),
+    clips=(2000, number(int, 1, 10 ** 6), "toybox clips to render and cache"),
     vae=(str(VAE_FILE), str, "the VAE that makes the latents"),
     # They teach the null text, which text guidance subtracts. Audio is never dropped.
     drop_text=(.1, SHARE, "share of captions replaced by the null text"),
@@ -1306,10 +1306,14 @@ class Run:
         if not ckpt:
             return
         # The averages go through the network, which knows how to share them out.
-        set_model_state_dict(self.net, ckpt["ema"], options=self.options)
-        swap_ema(self.net, self.ema)
-        set_state_dict(self.net, self.optimisers, model_state_dict=ckpt["model"],
-                       optim_state_dict=ckpt["optimisers"], options=self.options)
+        try:
+            set_model_state_dict(self.net, ckpt["ema"], options=self.options)
+            swap_ema(self.net, self.ema)
+            set_state_dict(self.net, self.optimisers, model_state_dict=ckpt["model"],
+                           optim_state_dict=ckpt["optimisers"], options=self.options)
+        except Exception as why:
+            raise BadInput(f"{path}: damaged ({type(why).__name__}); remove it, or give another "
+                           "--out, to start anew") from why
         # That call starts a state for every parameter. Those that had none, because all steps so
         # far have skipped the audio layers, have none again.
         for name, p in self.net.named_parameters():

@@ -38,6 +38,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -318,6 +319,8 @@ class CausalVideoVAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        levels = {len(cfg.widths), len(cfg.space), len(cfg.time), len(cfg.time_up or cfg.time)}
+        assert len(levels) == 1, "widths, space, time and time_up must have an entry per level"
         self.cfg = cfg
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
@@ -501,7 +504,7 @@ def video_vae_loss(vae, source, target, noise, kl):
 @dataclass
 class AudioVAEConfig:
     """The defaults are SyncFlow's VAE, of 15 M parameters: 48 kHz, 50 latents a second."""
-    front: str = "waveform"                   # "waveform", or "mel" for log-mel spectra
+    front: Literal["waveform", "mel"] = "waveform"      # "mel": log-mel spectra
     rate: int = 48000                         # samples per second
     width: int = 32                           # channels; of "waveform", each level doubles them
     latent: int = 128                         # channels of the latent
@@ -652,6 +655,7 @@ class LogMel(nn.Module):
     def __init__(self, rate, bands):
         super().__init__()
         import librosa
+        assert bands <= 257, f"{bands} bands of a spectrum of 257 frequencies"
         self.hop = rate // 100
         self.stft = dict(n_fft=512, hop_length=self.hop, win_length=rate // 40)
         filters = torch.from_numpy(librosa.filters.mel(sr=rate, n_fft=512, n_mels=bands, fmin=40))
@@ -711,6 +715,7 @@ class AudioVAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        assert 8000 <= cfg.rate <= 192000, f"no sound has {cfg.rate} samples per second"
         self.cfg = cfg
         if cfg.front == "mel":
             self.encoder, self.decoder = mel_layers(cfg)
