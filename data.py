@@ -29,6 +29,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
 import zlib
 from collections import Counter
@@ -53,7 +54,8 @@ MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step)
 MONO = "async=1:ochl=mono:rematrix_maxval=1"
 
 # Seconds that are decoded at most, because a damaged file may claim any length.
-MAX_SOUND = 3600                # 0.7 GB at 48 kHz; what is longer is cut
+MAX_SOUND = 3600                # 0.7 GB at 48 kHz; what is longer is cut. Of a video to dub, too
+PIECE = 2 ** 24                 # bytes of such a video that are in memory at a time
 MAX_SECONDS = 600               # of a clip, 180 MB at 64 x 64 pixels; what is longer is skipped
 
 # A header may claim any size: looked at before anything is decoded.
@@ -191,12 +193,16 @@ def check_file(path, what, hint="check the path"):
     return path
 
 
-def run_ffmpeg(*arguments, stdin=b""):
-    """Run the ffmpeg of imageio-ffmpeg -> whether it succeeded, its output (bytes), its log."""
+def ffmpeg_command(*arguments):
+    """The command line of the ffmpeg of imageio-ffmpeg."""
     import imageio_ffmpeg
     flags = ["-hide_banner", "-nostdin", "-nostats", "-y"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *flags, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, input=stdin)
+    return [imageio_ffmpeg.get_ffmpeg_exe(), *flags, *map(str, arguments)]
+
+
+def run_ffmpeg(*arguments, stdin=b""):
+    """Run ffmpeg -> whether it succeeded, its output (bytes), its log."""
+    done = subprocess.run(ffmpeg_command(*arguments), capture_output=True, input=stdin)
     return done.returncode == 0, done.stdout, done.stderr.decode(errors="replace")
 
 
@@ -262,40 +268,71 @@ def log_mel(wave):
     """Waveform (samples,) at 16 kHz -> float32 (frames at 100 Hz, 64): log energies of windows of
     25 ms, about zero mean and unit variance."""
     import librosa
-    mel = librosa.feature.melspectrogram(y=wave, sr=RATE, n_fft=512, win_length=400,
-                                         hop_length=RATE // MEL_RATE, n_mels=MELS, fmin=40)
-    # The floor (1e-6) and the scale are constants, not the clip's: loud and soft stay different,
-    # and silence stays silence however long it lasts.
+    hop = RATE // MEL_RATE
     frames = len(wave) * MEL_RATE // RATE
-    return ((np.log10(mel.T[:frames] + 1e-6) + 3.) / 1.6).astype(np.float32)
+    # A minute at a time: the spectrum of a long sound would be large. A window reaches less than
+    # two frames to either side.
+    minute = 60 * MEL_RATE
+    pieces = []
+    for start in range(0, max(1, frames), minute):
+        first = max(0, start - 2)
+        mel = librosa.feature.melspectrogram(
+            y=wave[first * hop:(start + minute + 2) * hop], sr=RATE, n_fft=512, win_length=400,
+            hop_length=hop, n_mels=MELS, fmin=40)
+        mel = mel.T[start - first:][:minute]
+        # The floor (1e-6) and the scale are constants, not the clip's: loud and soft stay
+        # different, and silence stays silence however long it lasts.
+        pieces.append(((np.log10(mel + 1e-6) + 3.) / 1.6).astype(np.float32))
+    return np.concatenate(pieces)[:frames]
 
 
 # ----------------------------------------------------------- media in: two streams on one clock
 
-def decode(path, what, *arguments):
-    """One stream of a file -> its samples (bytes), and the times in seconds of its frames as each
-    filter called showinfo or ashowinfo printed them: {"showinfo_0": [0.0, ...]}."""
+def decode(path, what, times, block, limit, *arguments):
+    """Yields one stream of a file in blocks of so many bytes, and then fills `times`: first and
+    last time in seconds and number of the frames as each filter called showinfo or ashowinfo
+    printed them, {"showinfo_0": (0.0, 2.0, 49)}."""
     path = check_file(path, what)
-    # -copyts keeps the times of the file. Every line of the log has a [level].
-    _, raw, log = run_ffmpeg("-loglevel", "repeat+level+info", "-copyts", "-t", MAX_SECONDS + 1,
-                             *input_file(path), *arguments, "-")
-    if "matches no streams" in log:
-        raise BadInput(f"{path}: no {what} in it")
-    # ffmpeg goes on after an error, but then what comes out is not what was recorded.
-    errors = re.findall(r"\[(?:error|fatal|panic)\] (.*)", log)
-    if errors:
-        raise BadInput(f"{path}: its {what} is damaged or not of a known kind "
-                       f"({last_reason(errors[0])})")
-    times = {}
-    for name, seconds in re.findall(r"Parsed_(\w+) .*pts_time:\s*(-?[\d.]+)", log):
-        times.setdefault(name, []).append(float(seconds))
-    return raw, times
+    # Times count from the beginning of the file, of any stream. Every line of the log has a
+    # [level].
+    command = ffmpeg_command("-loglevel", "repeat+level+info", "-copyts", "-start_at_zero",
+                             "-t", limit + 1, *input_file(path), *arguments, "-")
+    # The log has a line per frame: it would fill a pipe while nobody reads it.
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
+            while raw := ffmpeg.stdout.read(block):
+                yield raw
+        log.seek(0)
+        for line in log:
+            if "matches no streams" in line:
+                raise BadInput(f"{path}: no {what} in it")
+            # ffmpeg goes on after an error, but then what comes out is not what was recorded.
+            error = re.search(r"\[(?:error|fatal|panic)\] (.*)", line)
+            if error:
+                raise BadInput(f"{path}: its {what} is damaged or not of a known kind "
+                               f"({last_reason(error[1])})")
+            frame = re.search(r"Parsed_(\w+) .*pts_time:\s*(-?[\d.]+)", line)
+            if frame:
+                seconds = float(frame[2])
+                first, _, n = times.get(frame[1], (seconds, seconds, 0))
+                times[frame[1]] = (first, seconds, n + 1)
 
 
 def read_video(path, size=64):
-    """The pictures of a clip -> video uint8 (F, H, W, 3) at 24 fps, times of its frames, times of
-    the file's frames. Centre crop to the aspect of `size`, antialiased resize; rotation and pixel
-    shape are honoured."""
+    """The pictures of a clip -> video uint8 (F, H, W, 3), times of its first frame, here and in the
+    file; see `stream_video`."""
+    times = {}
+    video = np.concatenate(list(stream_video(path, size, times, MAX_SECONDS)))
+    return video, times["showinfo_6"][0], times["showinfo_0"][0]
+
+
+def stream_video(path, size=64, times=None, limit=MAX_SOUND):
+    """Yields the pictures of a video at 24 fps as uint8 (f, H, W, 3), in pieces, so that
+    memory does not grow with its length. Centre crop to the aspect of `size`, antialiased
+    resize; rotation and pixel shape are honoured.
+
+    times: see `decode`. limit: in seconds. What is wrong is found at the end at the latest."""
+    times = {} if times is None else times
     # sar: width of a pixel over its height, 0 if unknown. One showinfo before and one after the
     # change of the frame rate.
     height, width = sides(size)
@@ -303,20 +340,23 @@ def read_video(path, size=64):
             f":h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1")
     filters = (f"showinfo=checksum=0,fps={FPS},format=rgb24,{crop},"
                f"scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0")
-    raw, times = decode(path, "picture", "-map", "0:V:0", "-vf", filters,
-                        "-f", "rawvideo", "-fps_mode", "passthrough")
-    video = np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
-    if len(video) < 2:
-        raise BadInput(f"{path}: {len(video)} frames; at least 2 are needed")
-    if len(video) > MAX_SECONDS * FPS:
-        raise BadInput(f"{path}: longer than {MAX_SECONDS / 60:g} minutes; cut it into clips")
+    arguments = ["-map", "0:V:0", "-vf", filters, "-f", "rawvideo", "-fps_mode", "passthrough"]
+    block = max(1, PIECE // (3 * height * width)) * 3 * height * width
+    frames = 0
+    with closing(decode(path, "picture", times, block, limit, *arguments)) as blocks:
+        for raw in blocks:
+            piece = np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+            frames += len(piece)
+            if frames > limit * FPS:
+                raise BadInput(f"{path}: longer than {limit / 60:g} minutes; cut it into clips")
+            yield piece
+    if frames < 2:
+        raise BadInput(f"{path}: {frames} frames; at least 2 are needed")
     # At a low rate frames repeat, and motion is shown later than it happened.
-    file_times = times["showinfo_0"]
-    steps = len(file_times) - 1
-    seconds = file_times[-1] - file_times[0]
-    if steps < FPS / 2 * seconds:
-        raise BadInput(f"{path}: {steps / seconds:.1f} frames per second; {FPS / 2:g} are needed")
-    return video, times["showinfo_6"], file_times
+    first, last, n = times["showinfo_0"]
+    if n - 1 < FPS / 2 * (last - first):
+        raise BadInput(f"{path}: {(n - 1) / (last - first):.1f} frames per second; {FPS / 2:g} are "
+                       "needed")
 
 
 def read_clip(path, size=64, sound=None):
@@ -326,18 +366,19 @@ def read_clip(path, size=64, sound=None):
     sound: a wav for a video without a sound track. Raises BadInput for what cannot be trusted:
     damaged, still, silent, below 12 fps, longer than ten minutes.
     """
-    video, frame_times, file_times = read_video(path, size)
-    video_start = frame_times[0]
+    video, video_start, file_start = read_video(path, size)
     filters = f"aresample={RATE}:{MONO},aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
     arguments = ["-map", "0:a:0", "-af", filters, "-f", "f32le"]
+    times = {}
     try:
-        raw, times = decode(path, "sound", *arguments)
+        raw = b"".join(decode(path, "sound", times, PIECE, MAX_SECONDS, *arguments))
     except BadInput:
         if not sound:
             raise
         # Time 0 of a wav that stands in is that of the first picture in the file.
-        raw, times = decode(sound, "sound", *arguments)
-        video_start -= file_times[0]
+        times = {}
+        raw = b"".join(decode(sound, "sound", times, PIECE, MAX_SECONDS, *arguments))
+        video_start -= file_start
     wave = np.frombuffer(raw, np.float32)
 
     # The tracks of a file may begin at different times, and a clip whose sound is 40 ms off teaches
@@ -349,7 +390,7 @@ def read_clip(path, size=64, sound=None):
     #
     # ffmpeg prints times rounded, so a thousandth of a frame counts as nothing. The last frame may
     # have sound for a part of it: the rest is silence.
-    wave_start = times.get("ashowinfo_2", [video_start])[0]
+    wave_start, _, _ = times.get("ashowinfo_2", (video_start, 0, 0))
     first = max(0, math.ceil((wave_start - video_start) * FPS - 1e-3))
     skip = round((video_start + first / FPS - wave_start) * RATE)
     frames = min(len(video) - first, math.ceil((len(wave) - skip) / RATE * FPS - 1e-3))
@@ -434,11 +475,12 @@ def add_sound(path, video, wave, rate=RATE):
     inputs = [*input_file(video), "-f", "f32le", "-ar", rate, "-ac", 1, "-i", "-",
               "-map", "0:V:0", "-map", "1:a:0"]
     outputs = ["-c:a", "aac", "-b:a", "128k", "-movflags", "+faststart"]
+    wave = np.ascontiguousarray(wave, np.float32)
     with replacing(path) as part:
         # Pictures are copied as they are. What an mp4 cannot hold is coded again.
         for codec in (["copy"], ["libx264", "-crf", "12", "-pix_fmt", "yuv420p"]):
             done, _, log = run_ffmpeg("-v", "error", *inputs, "-c:v", *codec, *outputs, part,
-                                      stdin=np.asarray(wave, np.float32).tobytes())
+                                      stdin=memoryview(wave).cast("B"))
             if done:
                 return
         raise BadInput(f"{video}: cannot be written as mp4 ({last_reason(log)})")

@@ -60,7 +60,8 @@ class MMDiTConfig:
     text_encoder: Literal["external", "bytes"] = "external"
     audio_dim: int = 0              # width of the audio features; 0: no audio layers
     audio_encoder: Literal["external", "mel"] = "external"
-    alpha: float = 50 * 8 / 24      # audio steps per latent: 50 a second, 8 frames at 24 a second
+    # audio steps per latent, of the VAE (`sample.steps_per_latent`): 50 a second, 8 frames at 24
+    alpha: float = 50 * 8 / 24
     window: float = 1.5             # eq. 7 with Syncphony's Delta = 1: |t_i - l| < Delta + 0.5
     audio_rope: bool = True         # off: the ablation of Syncphony table 11
     time_scale: float = 1.          # radians per latent of the fastest pair on the time axis
@@ -77,7 +78,6 @@ TOYBOX = dict(
     precondition=True,
     text_encoder="bytes",           # short captions
     audio_encoder="mel",
-    alpha=50 * 4 / 24,              # the toybox VAE has 4 frames in a latent
     time_scale=4.,                  # a step of 20 ms turns the fastest pair by 0.48, not 0.12 rad
     context=12,                     # clips of 49 frames are latent 0 and 12 more
 )

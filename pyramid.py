@@ -383,11 +383,12 @@ def load_published(kind, cfg, folder, device):
     return build(kind, type(cfg), vars(cfg), state, folder, assign=True).to(device)
 
 
-def load_pyramid_flow(folder, device="cpu", audio_dim=0, audio_rope=True):
+def load_pyramid_flow(folder, device="cpu", audio_dim=0, **audio):
     """Published weights (rain1011/pyramid-flow-miniflux, diffusion_transformer_384p) -> MMDiT.
 
     With audio_dim, the width of the audio features, it has Syncphony's audio layers: until they are
-    trained, the result is the published model. On a CPU the weights stay in the mapped file."""
+    trained, the result is the published model. audio: further fields of `MMDiTConfig`. On a CPU the
+    weights stay in the mapped file."""
     cfg = read_config(folder, lambda config: MMDiTConfig(
         n_double=config["num_layers"], n_single=config["num_single_layers"],
         heads=config["num_attention_heads"], head_dim=config["attention_head_dim"],
@@ -403,7 +404,7 @@ def load_pyramid_flow(folder, device="cpu", audio_dim=0, audio_rope=True):
         layer = init_weights(CrossAttention(cfg.heads * cfg.head_dim, cfg.heads, audio_dim))
         for key, value in layer.to(device).state_dict().items():
             state[f"single_transformer_blocks.{i}.audio.{key}"] = value
-    cfg = replace(cfg, audio_dim=audio_dim, audio_rope=audio_rope)
+    cfg = replace(cfg, audio_dim=audio_dim, **audio)
     return build(MMDiT, MMDiTConfig, vars(cfg), state, folder, assign=True)
 
 

@@ -37,6 +37,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,8 @@ BATCH = 16                                    # clips sampled by towers at a tim
 WINDOW = 13                                   # latents of a clip in training
 OVERLAP = 3                                   # latents that two windows share, 0.5 s
 MINUTE = 60 * FPS                             # frames of a long video that its strip shows
+# Frames of a clip that towers generate as a whole: attention takes memory by the square of it
+LONGEST = 5 * MINUTE
 
 
 def pick_device(name="auto"):
@@ -133,6 +136,11 @@ def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" o
     vae = find_vae(checkpoint, "vae", path, vae, device)
     has_audio = checkpoint["task"] != "a2v"
     audio_vae = find_vae(checkpoint, "audio_vae", path, audio_vae, device) if has_audio else None
+    # On another clock than that of training, audio and video drift apart without any error.
+    alpha = steps_per_latent(vae, audio_vae)
+    if abs(model.cfg.alpha - alpha) > 1e-6 * alpha:
+        raise BadInput(f"{path}: made for {model.cfg.alpha:g} audio steps in a video latent, but "
+                       f"with its VAEs there are {alpha:g}; train it again on these VAEs")
     return System(checkpoint["task"], model, vae, audio_vae, checkpoint)
 
 
@@ -342,10 +350,22 @@ def n_latents(vae, frames):
     return math.ceil((frames - 1) / vae.stride_t) + 1
 
 
+def steps_per_latent(vae, audio_vae=None):
+    """alpha: latents of an audio VAE, or features at 50 Hz, in the time of a video latent."""
+    hertz = audio_vae.cfg.rate / audio_vae.hop if audio_vae else data.MEL_RATE / 2
+    return hertz * vae.stride_t / FPS
+
+
 def audio_length(audio_vae, frames):
     """How long the audio of so many frames is -> samples, latents."""
     samples = round(frames / FPS * audio_vae.cfg.rate)
     return samples, math.ceil(samples / audio_vae.hop)
+
+
+def complete_frames(vae, frames):
+    """Frames of complete latents: what is generated. The alignment of audio and video is that of
+    training only for these; then both are cut to `frames`."""
+    return (n_latents(vae, frames) - 1) * vae.stride_t + 1
 
 
 # --------------------------------------------------------------- Syncphony: audio to video
@@ -392,7 +412,7 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     Flow. settings: of `sample_autoregressive`."""
     L = n_latents(vae, frames)
     # Audio for complete latents, and 20 ms more, so that the last frame has full windows of mels
-    samples = math.ceil(((L - 1) * vae.stride_t + 1) / FPS * RATE) + RATE // 50
+    samples = math.ceil(complete_frames(vae, frames) / FPS * RATE) + RATE // 50
     pictures = np.stack(pictures)
     first = frames_to_tensor(pictures[:, None], next(model.parameters()).device)
     vae_cache = {}
@@ -563,7 +583,8 @@ def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast
         sides = [n // vae.stride for n in data.sides(size)]
         shape_v = (model.cfg.latent, n_latents(vae, frames), *sides)
     if audio_vae is not None:
-        shape_a = (model.cfg.audio_latent, audio_length(audio_vae, frames)[1])
+        _, S = audio_length(audio_vae, complete_frames(vae, frames))
+        shape_a = (model.cfg.audio_latent, S)
     request = JointRequest(captions, shape_v, shape_a, **options)
 
     # A batch at a time: conditions, sampling, decoding
@@ -600,9 +621,11 @@ def attention_map(model, x, branches, reference, **_):
 
 
 def encode_video(vae, frames):
-    """uint8 (frames, H, W, 3) -> normalised latents (1, C, L, h, w)."""
+    """uint8 (frames, H, W, 3), or an iterator of such pieces of a video -> normalised latents
+    (1, C, L, h, w)."""
+    pieces = [frames] if isinstance(frames, np.ndarray) else frames
     with torch.no_grad():
-        z = vae.encode_chunks(torch.tensor(frames).movedim(-1, 0)[None])[0]
+        z = vae.encode_chunks(torch.tensor(piece).movedim(-1, 0)[None] for piece in pieces)[0]
         return vae.normalise(z)
 
 
@@ -615,7 +638,7 @@ def encode_sound(audio_vae, wave, device):
 
 def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, seed=0, bar=None,
                    **options):
-    """A waveform for a video uint8 (frames, H, W, 3) of any length.
+    """A waveform for a video uint8 (frames, H, W, 3), or an iterator of its pieces, of any length.
 
     The towers were trained on 13 latents. A longer video goes through windows of latent 0 (the
     first frame) and WINDOW - 1 consecutive ones; audio where two windows overlap is given to the
@@ -628,8 +651,20 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
 
     g: given. The last window ends with the video."""
     device = next(model.parameters()).device
-    z = encode_video(vae, frames)
-    _, S = audio_length(audio_vae, len(frames))
+    # Of the frames no more is kept than the first one and how many there are.
+    pieces = iter([frames] if isinstance(frames, np.ndarray) else frames)
+    piece = next(pieces)
+    picture = piece[:1]
+    lengths = []
+
+    def counted():
+        for part in chain([piece], pieces):
+            lengths.append(len(part))
+            yield part
+
+    z = encode_video(vae, counted())
+    n_frames = sum(lengths)
+    _, S = audio_length(audio_vae, complete_frames(vae, n_frames))
     # Where the windows begin; a short video has one of its length
     last_start = max(1, z.shape[2] - WINDOW + 1)
     starts = [*range(1, last_start, WINDOW - 1 - OVERLAP), last_start]
@@ -637,22 +672,25 @@ def video_to_audio(model, vae, audio_vae, frames, prompt, autocast=nullcontext, 
     for k, start in enumerate(starts):
         # The window: latent 0, then latents from `start` on
         z_window = torch.cat([z[:, :, :1], z[:, :, start:start + WINDOW - 1]], 2)
-        # Latent `start` is latent 1 of the window, so its audio begins one latent earlier. The
-        # frames are t (L - 1) + 1, and the one frame more is 50 / 24 = 2.1 audio latents.
+        # Latent `start` is latent 1 of the window, so its audio begins one latent earlier. A window
+        # has as many audio latents as a clip of training; the last one reaches to the end, which
+        # may be one more, since `offset` is rounded.
         offset = round((start - 1) * model.cfg.alpha)
-        n_audio = math.ceil((z_window.shape[2] - 1) * model.cfg.alpha) + 3
-        shape_a = (model.cfg.audio_latent, min(S - offset, n_audio))
+        _, n_audio = audio_length(audio_vae, (z_window.shape[2] - 1) * vae.stride_t + 1)
+        if start == last_start:
+            n_audio = max(n_audio, S - offset)
+        shape_a = (model.cfg.audio_latent, n_audio)
         # Audio that the windows before have generated is given. Seeds of windows are so far apart
         # that no other clip has them.
         request = JointRequest([prompt], z_window.shape[1:], shape_a, seeds=[seed + 10 ** 6 * k],
                                z_v=z_window, z_a=audio[:, :, offset:] if k else None,
-                               pictures=frames[None, 0], **options)
+                               pictures=picture, **options)
         with torch.no_grad(), autocast():
             conditions = prepare_conditions(model, vae, audio_vae, request)
             x = sample_joint(model, **conditions, bar=bar)["audio"]
         audio = torch.cat([audio[:, :, :offset], x.to(audio)], 2)
     with torch.no_grad():
-        return decode_audio(audio_vae, audio, len(frames))[0]
+        return decode_audio(audio_vae, audio, n_frames)[0]
 
 
 # ------------------------------------------------------------------------ inputs and outputs
@@ -758,18 +796,19 @@ def write_strip(path, video, wave, rate, maps=()):
     data.write_picture(path.with_suffix(".png"), np.concatenate([*maps, strip]))
 
 
+def keep_minute(pieces, shown):
+    """The pieces of a video (f, H, W, 3) as they come; the first minute is added to a list."""
+    for piece in pieces:
+        left = MINUTE - sum(map(len, shown))
+        if left > 0:
+            shown.append(piece[:left])
+        yield piece
+
+
 def write_clip(path, pieces, wave, rate=RATE, maps=()):
     """Pieces of a video (f, H, W, 3) -> an .mp4 with its sound, and its strip."""
     shown = []
-
-    def streamed():
-        # Frames go to the file as they come; the strip shows the first minute.
-        for piece in pieces:
-            if sum(map(len, shown)) < MINUTE:
-                shown.append(piece)
-            yield piece
-
-    data.write_video(path, streamed(), wave, rate=rate)
+    data.write_video(path, keep_minute(pieces, shown), wave, rate=rate)
     write_strip(path, np.concatenate(shown), wave, rate, maps)
 
 
@@ -944,6 +983,9 @@ def run_job(system, job, path, args, bar, settings):
     wave = read_delayed_audio(job["audio"], args.shift_audio, rate) if job["audio"] else None
     seconds = data.FRAMES / FPS if wave is None else len(wave) / rate
     frames = max(2, round((args.seconds or seconds) * FPS))
+    if frames > LONGEST and system.task != "a2v" and not job["video"]:
+        raise BadInput(f"{frames / FPS:.0f} s: two towers generate a clip as a whole, of up to "
+                       f"{LONGEST // FPS} s; give --seconds, or another --ckpt")
 
     # Syncphony writes piece for piece.
     if system.task == "a2v":
@@ -959,17 +1001,20 @@ def run_job(system, job, path, args, bar, settings):
         options["refs"] = read_reference(job["ref_audio"], audio_vae, device)
     # Two towers: audio for a given video, whose file keeps its frames ...
     if job["video"]:
-        video = data.read_video(job["video"], size)[0]
-        wave = video_to_audio(model, system.vae, audio_vae, video, job["prompt"], seed=args.seed,
+        shown, times = [], {}
+        pieces = keep_minute(data.stream_video(job["video"], size, times), shown)
+        wave = video_to_audio(model, system.vae, audio_vae, pieces, job["prompt"], seed=args.seed,
                               **options)
-        data.add_sound(path, job["video"], wave, rate)
-        write_strip(path, video[:MINUTE], wave, rate)
-        return len(video)
+        # In the file there may be silence before the first picture.
+        silence = max(0, round(times["showinfo_6"][0] * rate))
+        data.add_sound(path, job["video"], np.pad(wave, (silence, 0)), rate)
+        write_strip(path, np.concatenate(shown), wave, rate)
+        return round(len(wave) / rate * FPS)
 
     # ... or both streams, or a video for given audio, which is cut or padded to its length
     if wave is not None:
-        wave = fit_length(wave, audio_length(audio_vae, frames)[0])
-        options["z_a"] = encode_sound(audio_vae, wave, device)
+        samples, _ = audio_length(audio_vae, complete_frames(system.vae, frames))
+        options["z_a"] = encode_sound(audio_vae, fit_length(wave, samples), device)
     maps = [] if args.maps else None
     video, waves = generate_audio_video(
         model, system.vae, audio_vae, [job["prompt"]], frames, size, seeds=[args.seed],

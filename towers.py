@@ -45,7 +45,9 @@ class DualTowerConfig:
     audio_latent: int = 128       # Encodec's; the paper gives the towers' width, surely a slip
     patch: int = 2                # a token is 1 x patch x patch of the video latent
     train_grid: int = 16          # tokens per side in training; other sizes span the same range
-    alpha: float = 50 * 4 / 16    # audio steps per video latent: 50 Hz, 4 frames at 16 fps
+    # audio steps per video latent, of the VAEs (`sample.steps_per_latent`); in the paper 50 Hz, and
+    # 4 frames at 16 fps
+    alpha: float = 50 * 4 / 16
     text_dim: int = 4096          # width of the text states (T5-XXL)
     # "bytes": ByteText, trained along with the towers
     text_encoder: Literal["external", "bytes"] = "external"
@@ -64,8 +66,8 @@ class DualTowerConfig:
 
 # The toybox: 4 frames at 24 a second in a latent, 2 x 2 tokens. A step of 20 ms turns the fastest
 # pair of channels by 0.48 rad, not 0.12.
-TOYBOX = dict(latent=16, audio_latent=16, train_grid=2, alpha=50 * 4 / 24, text_encoder="bytes",
-              precondition=True, time_scale=4.)
+TOYBOX = dict(latent=16, audio_latent=16, train_grid=2, text_encoder="bytes", precondition=True,
+              time_scale=4.)
 SYNCFLOW = {
     "tiny": dict(TOYBOX, depth=4, width=160, heads=4, text_dim=128),
     "small": dict(TOYBOX, depth=8, width=512, heads=8, text_dim=256),
@@ -77,7 +79,7 @@ HARMONY = {
     # Depth, width and heads of Wan2.2-5B (its MLPs are 14336 wide, these 4 x 3072), latents of its
     # 4x16x16 VAE, audio latents of MMAudio at 31.25 Hz.
     "harmony": dict(depth=30, width=3072, heads=24, latent=48, audio_latent=20, train_grid=22,
-                    alpha=31.25 * 4 / 24, axes=(44, 42, 42), system="harmony"),
+                    axes=(44, 42, 42), system="harmony"),
 }
 
 

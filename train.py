@@ -80,7 +80,7 @@ from losses import (
     BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
 from sample import (
     AUDIO_VAE_FILE, GUIDANCE, MEL_VAE_FILE, VAE_FILE, fingerprint, generate_audio_video, load_vae,
-    pick_device)
+    pick_device, steps_per_latent)
 from toybox import HELD_OUT, detect_clip_events, toybox_clip, vae_training_pair
 
 COUNT = number(int, 1)
@@ -465,10 +465,8 @@ class A2V:
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), guidance=guidance)
 
     def from_scratch(self):
-        # Audio steps per latent: 50 per second, and the VAE says how long a latent is.
-        alpha = data.MEL_RATE / 2 * self.vae.stride_t / data.FPS
         config = networks.MMDiTConfig(**networks.SIZES[self.args.size] | dict(
-            alpha=alpha, audio_rope=not self.args.no_audio_rope))
+            alpha=steps_per_latent(self.vae), audio_rope=not self.args.no_audio_rope))
         check_latents("vae", self.vae, config.latent, self.args)
         return networks.MMDiT(config)
 
@@ -478,7 +476,7 @@ class A2V:
         net = pyramid.load_pyramid_flow(
             Path(self.args.pretrained) / "diffusion_transformer_384p",
             audio_dim=self.cache["arrays"]["features"][0].shape[-1],
-            audio_rope=not self.args.no_audio_rope)
+            alpha=steps_per_latent(self.vae), audio_rope=not self.args.no_audio_rope)
         native = not isinstance(self.autocast(), nullcontext)
         for name, p in net.named_parameters():
             p.requires_grad_(name.startswith("single_transformer_blocks"))
@@ -703,9 +701,8 @@ class TwoTowers:
         self.trains = STAGES[args.task][args.stage][2]
         self.vae = load_vae(args.vae, device)
         self.audio_vae = load_vae(args.audio_vae, device, "audio-vae or mel-vae")
-        # Audio latents per video latent: the VAEs say how long each of them is.
         self.hertz = self.audio_vae.cfg.rate / self.audio_vae.hop
-        alpha = self.hertz * self.vae.stride_t / data.FPS
+        alpha = steps_per_latent(self.vae, self.audio_vae)
         if self.harmony:
             self.columns = ("video", "audio", "audio-driven video", "video-driven audio")
             guidance = GUIDANCE["joint"] | dict(shift=args.shift)

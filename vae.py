@@ -399,19 +399,29 @@ class CausalVideoVAE(nn.Module):
         return unpatchify(x, *self.cfg.patch)                       # pixels
 
     def encode_chunks(self, video):
-        """`encode` of a video (B, 3, frames, H, W) of any length, uint8 or in [-1, 1], chunk by
-        chunk on the VAE's device."""
-        # 16 latents of pictures of up to 256 pixels, 2 of larger ones, fit in any memory
-        n = self.stride_t * (16 if video.shape[3] <= 256 else 2)
-        # the last frame is repeated until its latent is full
-        last = video.shape[2] - 1
-        frames = torch.arange(last + 1 + -last % self.stride_t).clamp(max=last)
+        """`encode` of a video of any length, uint8 or in [-1, 1], chunk by chunk on the VAE's
+        device. video: (B, 3, frames, H, W), or an iterator of such pieces of one."""
         cache = {}
         moments = []
-        for chunk in frames.tensor_split(list(range(n + 1, len(frames), n))):
-            x = video[:, :, chunk].to(self.quant_conv.conv.weight.device)
+
+        def encode(x):
+            # contiguous: other strides may be summed in another order
+            x = x.to(self.quant_conv.conv.weight.device).contiguous()
             x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
             moments.append(self.encode(x, cache))
+
+        rest = None
+        for piece in [video] if isinstance(video, torch.Tensor) else video:
+            rest = piece if rest is None else torch.cat([rest, piece], 2)
+            # 16 latents of pictures of up to 256 pixels, 2 of larger ones, fit in any memory
+            n = self.stride_t * (16 if piece.shape[3] <= 256 else 2)
+            # the first chunk has frame 0, too
+            while rest.shape[2] > n + (not cache):
+                chunk, rest = rest.tensor_split([n + (not cache)], 2)
+                encode(chunk)
+        # the last frame is repeated until its latent is full
+        lacking = ((not cache) - rest.shape[2]) % self.stride_t
+        encode(torch.cat([rest, *[rest[:, :, -1:]] * lacking], 2))
         means, logvars = zip(*moments)
         return torch.cat(means, 2), torch.cat(logvars, 2)
 
@@ -742,17 +752,25 @@ class AudioVAE(nn.Module):
     def decode(self, z, samples=None, piece=500):
         """Latents (B, A, S) -> waveform (B, samples), S hop if not given. Long sounds are decoded
         in pieces of `piece` latents (10 s), in bounded memory."""
-        if self.cfg.front == "mel":
-            # ten minutes are 60 000 frames of 64 bands: no need of pieces
-            return self.log_mel.inverse(self.decoder(z))[:, :samples]
-        # A sample depends on fewer than 16 latents on either side: with this margin the pieces are
+        # An output depends on fewer than 16 latents on either side: with this margin the pieces are
         # the same as one. Only an LSTM has no such bound: with one they are approximate.
         margin = 16
         pieces = []
         for start in range(0, z.shape[2], piece):
             before = min(start, margin)
-            output = self.decoder(z[:, :, start - before:start + piece + margin])[:, 0]
-            pieces.append(output[:, before * self.hop:(before + piece) * self.hop])
+            output = self.decoder(z[:, :, start - before:start + piece + margin])
+            if self.cfg.front == "waveform":
+                pieces.append(output[:, 0, before * self.hop:(before + piece) * self.hop])
+                continue
+            # Griffin-Lim finds other phases in every piece: one fades into the next.
+            wave = self.log_mel.inverse(output)
+            if pieces:
+                overlap = (before + min(margin, z.shape[2] - start)) * self.hop
+                old = pieces[-1][:, -overlap:]
+                new = torch.lerp(old, wave[:, :overlap], torch.linspace(0, 1, overlap).to(wave))
+                pieces[-1] = pieces[-1][:, :-overlap]
+                wave = torch.cat([new, wave[:, overlap:]], 1)
+            pieces.append(wave)
         return torch.cat(pieces, 1)[:, :samples]
 
     def normalise(self, z):
