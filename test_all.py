@@ -809,8 +809,18 @@ def test_an_audio_vae_makes_fifty_latents_a_second_and_sounds_of_exact_length(fr
     assert .3 < mean.std() < 3
     assert logvar.mean().item() == pytest.approx(-6, abs=.3)
     assert torch.allclose(vae.denormalise(vae.normalise(mean)), mean)
-    z = normal(1, 3, 130)
-    assert_close("a sound in pieces", vae.decode(z, piece=40), vae.decode(z), 1e-12)
+    if front == "waveform":
+        z = normal(1, 3, 130)
+        assert_close("a sound in pieces", vae.decode(z, piece=40), vae.decode(z), 1e-12)
+        return
+    # Griffin-Lim invents phases, in pieces others: the spectra stay.
+    wave = torch.from_numpy(toybox.toybox_clip(1, video=False)["audio"])[None].double()
+    vae.decoder = torch.nn.Upsample(scale_factor=2, mode="linear")
+    z = vae.features(wave)[..., ::2]
+    for piece in (500, 50):
+        sound = vae.decode(z, piece=piece)
+        assert sound.shape[1] == z.shape[2] * 320
+        assert (vae.features(sound) - vae.decoder(z)).abs().mean() < .04, f"pieces of {piece}"
 
 
 def test_the_terms_of_the_losses_by_hand():

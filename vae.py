@@ -762,14 +762,15 @@ class AudioVAE(nn.Module):
             if self.cfg.front == "waveform":
                 pieces.append(output[:, 0, before * self.hop:(before + piece) * self.hop])
                 continue
-            # Griffin-Lim finds other phases in every piece: one fades into the next.
+            # Griffin-Lim finds other phases in every piece: one fades into the next within 40 ms.
             wave = self.log_mel.inverse(output)
             if pieces:
                 overlap = (before + min(margin, z.shape[2] - start)) * self.hop
-                old = pieces[-1][:, -overlap:]
-                new = torch.lerp(old, wave[:, :overlap], torch.linspace(0, 1, overlap).to(wave))
+                rising = (torch.arange(overlap) - overlap / 2) / (2 * self.hop) + .5
+                rising = rising.clamp(0, 1).to(wave)
+                wave[:, :overlap] *= rising.sqrt()
+                wave[:, :overlap] += pieces[-1][:, -overlap:] * (1 - rising).sqrt()
                 pieces[-1] = pieces[-1][:, :-overlap]
-                wave = torch.cat([new, wave[:, overlap:]], 1)
             pieces.append(wave)
         return torch.cat(pieces, 1)[:, :samples]
 
