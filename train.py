@@ -96,7 +96,7 @@ COMMON = dict(
     # what and where
     data=("toybox", str, f"toybox, {', '.join(data.DATASETS)}, or a folder of clips"),
     data_root=("data", str, "folder of datasets and of caches of latents"),
-    out=(None, str, "folder of checkpoints and logs; None: out/TASK"),
+    out=(None, str, "folder of checkpoints and logs; None: out/TASK, or out/TASK-DATA"),
     seed=(0, COUNT_OR_NONE, "of everything that is random"),
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
     compile=(False, bool, "torch.compile: half a minute to start, then faster steps"),
@@ -257,6 +257,9 @@ def parse_args(argv=None):
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     check(args)
+    # Trainings on other clips are other runs.
+    name = "" if args.data == "toybox" else f"-{Path(args.data).resolve().name}"
+    args.out = args.out or f"out/{args.task}{name}"
     return args
 
 
@@ -1043,8 +1046,7 @@ def make_objective(task, args):
             module.compile()
     if world_size() > 1 and not fsdp:
         # In steps without audio layers their parameters get no gradient, in all processes alike.
-        objective = DistributedDataParallel(objective, broadcast_buffers=False,
-                                            find_unused_parameters=len(blocks) > 0)
+        objective = DistributedDataParallel(objective, find_unused_parameters=len(blocks) > 0)
     return objective
 
 
@@ -1113,7 +1115,7 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        self.out = Path(args.out or f"out/{args.task}")
+        self.out = Path(args.out)
         self.device, self.autocast, text = join_processes(args.device)
         parts = world_size() * args.accum
         if args.batch_size % parts:
@@ -1387,7 +1389,7 @@ def train(args):
 
 def train_stages(args):
     """All stages of a task, each from the best checkpoint of the one before."""
-    root = Path(args.out or f"out/{args.task}")
+    root = Path(args.out)
     init = args.init
     # A stage that has taken all its steps resumes at the last one and ends at once.
     for stage, (share, times, _) in STAGES[args.task].items():
