@@ -567,7 +567,7 @@ def decode_video(vae, z, frames, pictures):
 def decode_audio(audio_vae, z, frames):
     """Latents (B, A, S) -> waveforms (B, samples) as long as so many frames."""
     wave = audio_vae.decode(audio_vae.denormalise(z), audio_length(audio_vae, frames)[0])
-    return wave.float().clamp(-1, 1).cpu().numpy()
+    return wave.float().clamp_(-1, 1).cpu().numpy()
 
 
 def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast=nullcontext,

@@ -522,7 +522,8 @@ def test_new_audio_layers_leave_the_published_model_as_it_was(tmp_path):
     folder = published_folder(tmp_path / "flux", little_flux())
     audio = torch.randn(2, 70, 6)
     published = flux_velocity(load_pyramid_flow(folder))
-    net = load_pyramid_flow(folder, audio_dim=6)
+    net = load_pyramid_flow(folder, audio_dim=6, alpha=5.)
+    assert net.cfg.alpha == 5
     assert torch.equal(flux_velocity(net, audio), published)
     for block in net.single_transformer_blocks:
         torch.nn.init.normal_(block.audio.to_out.weight)
@@ -2333,6 +2334,262 @@ def test_flops_are_counted_on_the_meta_device():
     task = SimpleNamespace(net=Linear((64, 32)), loss=loss,
                            batch=lambda step, rows: dict(x=torch.randn(len(rows), 10, 64)))
     assert count_flops(task) == 2 * 2 * 10 * 64 * 32
+
+
+# -------------------------------------------------------------------------------------------- time
+
+def test_audio_steps_per_latent_come_from_the_vaes_and_from_no_size(toy, tmp_path, capsys):
+    """Hertz times the frames of a latent over 24. A checkpoint with another clock is refused."""
+    toy_vae = vae_of(TOY16)
+    published = SimpleNamespace(stride_t=8, cfg=SimpleNamespace(latent=16))
+    slower = little_audio_vae(patch=32)                             # 31.25 latents a second
+    pairs = ((published,), (toy_vae,), (toy_vae, little_audio_vae()), (toy_vae, slower))
+    alphas = [sample.steps_per_latent(*pair) for pair in pairs]
+    assert alphas == pytest.approx([50 / 3, 25 / 3, 25 / 3, 31.25 / 6])
+    for sizes in (networks.SIZES, towers.SYNCFLOW, towers.HARMONY):
+        assert not any("alpha" in size for size in sizes.values())
+    task = train.A2V.__new__(train.A2V)
+    task.args = SimpleNamespace(size="tiny", no_audio_rope=False)
+    for task.vae, alpha in ((published, 50 / 3), (toy_vae, 25 / 3)):
+        assert task.from_scratch().cfg.alpha == pytest.approx(alpha)
+
+    content = data.load_checkpoint(toy / "a2v.pt", "a2v")
+    content["config"]["alpha"] = 50 / 3
+    data.save_checkpoint(tmp_path / "a2v.pt", **content)
+    flags = ["--image", toy / "f.png", "--audio", toy / "x.wav", "--out", tmp_path / "a.mp4"]
+    assert cli(sample, *flags, "--ckpt", tmp_path / "a2v.pt", "--vae", toy / "vae.pt") == 2
+    assert "16.6667 audio steps in a video latent" in capsys.readouterr().err
+
+
+def flashing_clip(path, fps, n):
+    """n frames at a rate: a flash of 3 frames every 0.9 s, each begins with a click."""
+    f = float(Fraction(fps))
+    lit = np.round(np.arange(.4, n / f - .2, .9) * f).astype(int)
+    pictures = np.full((n, 48, 64, 3), 40, np.uint8)
+    pictures[:, :6] = (np.arange(n) % 7 * 20)[:, None, None, None]
+    sound = np.random.default_rng(0).normal(0, .002, round(n / f * 44100))
+    for frame in lit:
+        pictures[frame:frame + 3] = 230
+        sound[round(frame / f * 44100):][:441] += .8
+    soundfile.write(path.with_suffix(".wav"), sound.astype(np.float32), 44100)
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "64x48", "-r", fps, "-i", "-",
+           "-i", path.with_suffix(".wav"), "-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", 12,
+           "-c:a", "aac", path, stdin=pictures.tobytes())
+    return len(lit)
+
+
+def flashes_and_clicks(video, wave):
+    """Times at which frames become bright, and the sound loud after 0.3 s that were not."""
+    bright = video.mean((1, 2, 3)) > 130
+    loud = np.flatnonzero(np.abs(wave) > .2) / 16000
+    flashes = np.flatnonzero(bright[1:] & ~bright[:-1]) + 1
+    return flashes / 24, loud[np.diff(loud, prepend=-1) > .3]
+
+
+def packets(path):
+    """Time, duration, size and checksum of every packet of the pictures, with the time base."""
+    done, raw, _ = data.run_ffmpeg("-v", "error", "-i", path, "-map", "0:v", "-c", "copy",
+                                   "-f", "framemd5", "-")
+    assert done
+    return raw
+
+
+@pytest.mark.parametrize("fps, n", [
+    ("24000/1001", 103), pytest.param("24", 95, marks=slow), pytest.param("25", 111, marks=slow),
+    ("30000/1001", 127), pytest.param("30", 133, marks=slow)])
+def test_clips_of_any_rate_are_on_one_clock_from_end_to_end(tmp_path, fps, n):
+    """Every flash has its click within half a frame, in the clip, in its windows and after dubbing,
+    which keeps the frames of the file and their times."""
+    path = tmp_path / "a.mp4"
+    count = flashing_clip(path, fps, n)
+    seconds = n / float(Fraction(fps))
+    video, wave = data.read_clip(path, (32, 48))
+    flashes, clicks = flashes_and_clicks(video, wave)
+    assert len(flashes) == len(clicks) == count
+    assert_close("clip", flashes, clicks, .5 / 24)
+    assert len(video) == pytest.approx(seconds * 24, abs=1)
+    for window in data.clip_windows(dict(path=path, sound=None, split="test", prompt=""), 32):
+        assert len(window["video"]) == 49 and len(window["audio"]) == round(49 / 24 * 16000)
+        assert_close("window", *flashes_and_clicks(window["video"], window["audio"]), .5 / 24)
+
+    dubbed = tmp_path / "dubbed.mp4"
+    data.add_sound(dubbed, path, wave)
+    assert packets(dubbed) == packets(path)
+    assert_close("dubbed", *flashes_and_clicks(*data.read_clip(dubbed, (32, 48))), .5 / 24)
+    assert len(wave) / 16000 == pytest.approx(seconds, abs=1 / 24)
+    assert len(data.read_audio(dubbed)) / 16000 == pytest.approx(seconds, abs=1 / 24 + 1024 / 16000)
+
+
+def test_dubbing_begins_with_the_first_picture(towers_on_disk, tmp_path, monkeypatch):
+    """Also where pictures begin half a second late in their file."""
+    flashing_clip(tmp_path / "a.mp4", "24", 71)
+    ffmpeg("-itsoffset", .5, "-i", tmp_path / "a.mp4", "-i", tmp_path / "a.mp4", "-map", "0:v",
+           "-map", "1:a", "-c", "copy", tmp_path / "late.mp4")
+
+    def true_sound(model, vae, audio_vae, pieces, *args, **options):
+        assert sum(map(len, pieces)) == 71
+        return data.read_audio(tmp_path / "a.wav")
+    monkeypatch.setattr(sample, "video_to_audio", true_sound)
+    assert cli(sample, "--ckpt", towers_on_disk[0] / "t2av/joint/best.pt", "--video",
+               tmp_path / "late.mp4", "--out", tmp_path / "out.mp4") == 0
+    clip = data.read_clip(tmp_path / "out.mp4", (32, 48))
+    assert_close("dubbed", *flashes_and_clicks(*clip), .5 / 24)
+    assert packets(tmp_path / "out.mp4") == packets(tmp_path / "late.mp4")
+
+
+def ones_for_noise(shapes):
+    """In place of sample_joint: ones; lists the shapes of what is generated."""
+    def sample_ones(model, noise, **conditions):
+        shapes.append({stream: tuple(z.shape[2:]) for stream, z in noise.items()})
+        return {stream: torch.ones_like(z) for stream, z in noise.items()}
+    return sample_ones
+
+
+@pytest.mark.parametrize("t, patch", [(4, 20), (8, 20), (4, 32)])
+def test_the_last_frame_of_any_length_has_its_whole_sound(t, patch, monkeypatch):
+    """1, 2, t, t + 1 frames behind a latent: towers see as many audio latents in a clip of L as in
+    training, since Harmony aligns L with S end to end; then the sound is cut to the frames."""
+    audio_vae = little_audio_vae(patch=patch).float()
+    vae = SimpleNamespace(stride_t=t)
+    model = small_towers(alpha=sample.steps_per_latent(vae, audio_vae)).float()
+    shapes, coded = [], []
+    decode = audio_vae.decode
+    monkeypatch.setattr(audio_vae, "decode", lambda z, n: coded.append(z) or decode(z, n))
+    monkeypatch.setattr(sample, "sample_joint", ones_for_noise(shapes))
+    for latents, extra in itertools.product((2, 13, 14, 23), (1, 2, t, t + 1)):
+        frames = (latents - 1) * t + extra
+        z = torch.zeros(1, 4, sample.n_latents(vae, frames), 4, 4)
+        monkeypatch.setattr(sample, "encode_video", lambda vae, pieces: [*pieces] and z)
+        shapes.clear()
+        wave = sample.video_to_audio(model, vae, audio_vae, np.zeros((frames, 8, 8, 3), np.uint8),
+                                     "", steps=1)
+        assert len(wave) == round(frames / 24 * 16000), frames
+        assert coded[-1].shape[2] * audio_vae.hop >= len(wave) and coded[-1].min() == 1, frames
+        for shape in shapes:
+            L = shape["video"][0]
+            S = math.ceil(round(((L - 1) * t + 1) / 24 * 16000) / audio_vae.hop)
+            assert shape["audio"][0] - S in (0, 1 if len(shapes) > 1 else 0), (frames, shape)
+
+
+def test_pictures_and_sound_of_odd_lengths_are_cut_from_whole_latents(toy, monkeypatch):
+    """Two towers, and Syncphony, whose audio features reach to the end of the last frame."""
+    shapes, features = [], []
+    monkeypatch.setattr(sample, "sample_joint", ones_for_noise(shapes))
+    for frames in (5, 6, 8, 9):
+        video, wave = sample.generate_audio_video(
+            small_towers().float(), vae_of(TOY_KIND).float(), little_audio_vae().float(), [""],
+            frames, 32)
+        assert video.shape[1] == frames and wave.shape[1] == round(frames / 24 * 16000)
+    S = [shape["audio"][0] for shape in shapes]
+    assert S == [math.ceil(round(n / 24 * 16000) / 320) for n in (5, 9, 9, 9)]
+
+    system = sample.load(toy / "a2v.pt")
+    encode = sample.encode_conditions
+    monkeypatch.setattr(sample, "encode_conditions",
+                        lambda *args: features.append(encode(*args)) or features[-1])
+    for frames in (2, 5, 6, 8):
+        picture = np.zeros((32, 32, 3), np.uint8)
+        pieces = sample.generate_video(system.model, system.vae, [picture], [np.ones(99)], [""],
+                                       frames, steps=1)
+        assert sum(piece.shape[1] for piece in pieces) == frames
+        assert features[-1][0].shape[1] >= frames / 24 * 50
+
+
+def test_positions_are_rotated_in_float32_whatever_the_network_computes_in(monkeypatch):
+    """Under autocast, and where the weights are bfloat16, as published ones are."""
+    tables = []
+    rotate = networks.apply_rope
+    monkeypatch.setattr(networks, "apply_rope",
+                        lambda x, table: tables.append(table) or rotate(x, table))
+
+    def tables_of(net, run, dtype, cast):
+        tables.clear()
+        with torch.no_grad(), cast:
+            run(net.to(dtype))
+        assert all(part.dtype == torch.float32 for table in tables for part in table)
+        return [torch.cat(table) for table in tables]
+
+    def run_mmdit(net):
+        dtype = next(net.parameters()).dtype
+        clean, noisy, audio = (x.to(dtype) for x in inputs())
+        text = torch.zeros(2, 3, 16, dtype=dtype)
+        net.forward_teacher_forced(clean, noisy, torch.ones(2, 4), text, text[:, 0], audio)
+
+    def run_towers(net):
+        dtype = next(net.parameters()).dtype
+        video, audio, s, text = arrange(net)
+        text = [x.to(dtype) if x.is_floating_point() else x for x in text]
+        net(video.to(dtype), audio.to(dtype), s.float(), s.float(), *text)
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+    for make, run in ((small, run_mmdit), (harmony, run_towers)):
+        exact = tables_of(make(), run, torch.float32, nullcontext())
+        for dtype, cast in ((torch.float32, autocast()), (torch.bfloat16, nullcontext()),
+                            (torch.bfloat16, autocast())):
+            other = tables_of(make(), run, dtype, cast)
+            assert all(torch.equal(a, b) for a, b in zip(exact, other, strict=True)), dtype
+
+
+def test_each_tower_is_told_the_noise_level_of_its_own_stream():
+    """One given, the other noisy: 0 for one of them, sigma for the other."""
+    for net in (small_towers(), harmony()):
+        heard = {}
+        for name in ("video", "audio"):
+            embed = getattr(net, name).time_embed
+            embed.register_forward_pre_hook(
+                lambda module, args, name=name: heard.update({name: args[0][:, -1].tolist()}))
+        video, audio, s, text = arrange(net)
+        net(video, audio, 0 * s, s, *text)
+        assert heard["video"] == [0, 0] and heard["audio"] == (1000 * s).tolist()
+
+
+# ------------------------------------------------------------------------- long sounds and videos
+
+def test_a_long_video_is_read_as_a_stream(tmp_path, monkeypatch):
+    """Memory does not grow with its length, and its sound is bit for bit that of the whole video,
+    however it is cut into pieces. An interrupted reader leaves no ffmpeg behind."""
+    import tracemalloc
+    monkeypatch.setattr(data, "PIECE", 40 * 3 * 32 * 32)
+    monkeypatch.setattr(data, "MAX_SECONDS", 5)                     # only of clips
+    peaks = []
+    for seconds in (6, 36):
+        path = tmp_path / f"{seconds}.mp4"
+        ffmpeg("-f", "lavfi", "-i", f"testsrc=size=48x32:rate=24:duration={seconds}", path)
+        tracemalloc.start()
+        assert sum(map(len, data.stream_video(path, 32))) == 24 * seconds
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 4 * 24 * 6 * 3 * 32 * 32, peaks
+
+    vae = vae_of(TOY_KIND).float()
+    model, audio_vae = small_towers().float(), little_audio_vae().float()
+
+    def dub(frames):
+        return sample.video_to_audio(model, vae, audio_vae, frames, "", steps=1)
+    whole = np.concatenate(list(data.stream_video(tmp_path / "6.mp4", 32)))
+    assert np.array_equal(dub(whole), dub(data.stream_video(tmp_path / "6.mp4", 32)))
+    pieces = data.stream_video(tmp_path / "36.mp4", 32)
+    next(pieces)
+    pieces.close()
+    with pytest.raises(data.BadInput, match="longer than"):
+        data.read_video(tmp_path / "6.mp4", 32)
+
+
+def test_log_mels_of_a_long_sound_are_made_minute_by_minute(monkeypatch):
+    """The same numbers as at once."""
+    wave = np.random.default_rng(0).normal(0, .1, 16000 * 5 + 77).astype(np.float32)
+    whole = data.log_mel(wave)
+    monkeypatch.setattr(data, "MINUTE", 130)
+    assert_close("log-mels in pieces", data.log_mel(wave), whole, 1e-5)
+
+
+def test_two_towers_refuse_what_their_attention_cannot_hold(towers_on_disk, tmp_path, capsys):
+    """A clip is generated as a whole; a given video goes through windows and may have any length"""
+    flags = ["--ckpt", towers_on_disk[0] / "t2av/joint/best.pt", "--out", tmp_path / "a.mp4"]
+    assert cli(sample, *flags, "--prompt", "a", "--seconds", 1800) == 2
+    assert "up to 300 s; give --seconds" in capsys.readouterr().err
+    assert not (tmp_path / "a.mp4").exists()
 
 
 # ------------------------------------------------------------------------ kills and neighbours

@@ -755,24 +755,22 @@ class AudioVAE(nn.Module):
         # An output depends on fewer than 16 latents on either side: with this margin the pieces are
         # the same as one. Only an LSTM has no such bound: with one they are approximate.
         margin = 16
-        pieces = []
+        wave = z.new_zeros(len(z), z.shape[2] * self.hop)
         for start in range(0, z.shape[2], piece):
             before = min(start, margin)
-            output = self.decoder(z[:, :, start - before:start + piece + margin])
-            if self.cfg.front == "waveform":
-                pieces.append(output[:, 0, before * self.hop:(before + piece) * self.hop])
-                continue
-            # Griffin-Lim finds other phases in every piece: one fades into the next within 40 ms.
-            wave = self.log_mel.inverse(output)
-            if pieces:
-                overlap = (before + min(margin, z.shape[2] - start)) * self.hop
-                rising = (torch.arange(overlap) - overlap / 2) / (2 * self.hop) + .5
-                rising = rising.clamp(0, 1).to(wave)
-                wave[:, :overlap] *= rising.sqrt()
-                wave[:, :overlap] += pieces[-1][:, -overlap:] * (1 - rising).sqrt()
-                pieces[-1] = pieces[-1][:, :-overlap]
-            pieces.append(wave)
-        return torch.cat(pieces, 1)[:, :samples]
+            part = self.decoder(z[:, :, start - before:start + piece + margin])
+            if self.cfg.front == "mel":
+                part = self.log_mel.inverse(part)
+            else:
+                part = part[:, 0]
+            # The weight of the new piece steps from 0 to 1 where the old one ends. Griffin-Lim
+            # finds other phases in every piece, so that its pieces fade, within 40 ms.
+            fade = 2 * self.hop if self.cfg.front == "mel" else 1
+            time = torch.arange(part.shape[1], device=z.device) - before * self.hop + .5
+            weight = (time / fade + .5).clamp(0, 1) if start else torch.ones_like(time)
+            place = wave[:, (start - before) * self.hop:][:, :part.shape[1]]
+            place.copy_(place * (1 - weight).sqrt() + part * weight.sqrt())
+        return wave[:, :samples]
 
     def normalise(self, z):
         """Latents (B, A, S) -> about unit variance in every channel."""
