@@ -199,10 +199,12 @@ def ot_permutation(noise, data):
     # cost[i, j]: squared distance of noise i and sample j per value, summed over the streams.
     cost = 0.
     for eps, z in zip(noise, data):
-        distance = torch.cdist(eps.flatten(1).double(), z.flatten(1).double())      # (B, B)
+        # On the CPU, because a Mac's GPU has no float64, and the solver needs it there.
+        eps = eps.flatten(1).cpu().double()
+        distance = torch.cdist(eps, z.flatten(1).cpu().double())        # (B, B)
         cost = cost + distance.square() / eps[0].numel()
     # columns[i] is the sample of noise i; argsort inverts this permutation.
-    _, columns = linear_sum_assignment(cost.cpu().numpy())
+    _, columns = linear_sum_assignment(cost.numpy())
     return torch.as_tensor(columns).argsort()
 
 

@@ -70,6 +70,7 @@ class MMDiTConfig:
 
 TEXT_BYTES = 96                     # what ByteText reads of a text; longer ones are cut
 BYTES_PER_TOKEN = 8                 # so a text is 12 tokens
+WITHOUT_FLOAT64 = ("mps",)          # types of devices: the GPU of a Mac
 
 # What the sizes for the toybox have in common
 TOYBOX = dict(
@@ -166,9 +167,9 @@ def rope_table(ids, axes, time_scale=1., device=None):
     axes[a] channels rotate with axis a, pair j of them by 10000^(-2j / axes[a]) radians per unit,
     on the time axis times `time_scale`. Ids may be fractions; id 0 is no rotation. The sine has the
     signs that `apply_rope` needs: minus for the first channel of each pair."""
-    # angles in float64: at latent 100 float32 would be wrong by 1e-5 radians; MPS has no float64
+    # angles in float64: at latent 100 float32 would be wrong by 1e-5 radians
     device = device or ids.device
-    ids = ids.cpu() if ids.device.type == "mps" else ids
+    ids = ids.cpu() if ids.device.type in WITHOUT_FLOAT64 else ids
     # one angle for every pair of channels
     angles = []
     for axis, n in enumerate(axes):

@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -37,7 +37,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch.utils._pytree import tree_flatten_with_path
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import cyclesync
@@ -2334,6 +2336,125 @@ def test_flops_are_counted_on_the_meta_device():
     task = SimpleNamespace(net=Linear((64, 32)), loss=loss,
                            batch=lambda step, rows: dict(x=torch.randn(len(rows), 10, 64)))
     assert count_flops(task) == 2 * 2 * 10 * 64 * 32
+
+
+# ------------------------------------------------------------------------------------------ devices
+
+class NoFloat64(TorchDispatchMode):
+    """While it is entered an operation that makes float64 on a GPU fails, as on a Mac."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.device.type == "lazy":
+                assert x.dtype != torch.float64, f"{function} makes float64 on the GPU"
+        return result
+
+
+class NoThread:
+    """ThreadPoolExecutor without a thread: modes of torch are those of a thread."""
+
+    def __init__(self, workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *args):
+        result = function(*args)
+        return SimpleNamespace(result=lambda: result)
+
+
+@contextmanager
+def fake_gpu():
+    """-> the device of a GPU that there is not. While the context is entered tensors have no data,
+    only shapes, types and devices, which torch refuses to mix; numbers that leave the CPU alone are
+    constants. The GPU is called "lazy": of "cuda", a build of torch without CUDA cannot even take a
+    slice."""
+    autocast = torch.autocast
+    device = torch.device("lazy", 0)
+    torch_load = torch.load
+    kept = []
+
+    def array(x):
+        assert x.device.type == "cpu", f"a tensor on {x.device} is turned into an array"
+        return np.full(tuple(x.shape), .25, str(x.dtype).removeprefix("torch."))
+
+    def move(module, convert, recurse=True):
+        # As nn.Module does, with new parameters instead of new contents of the old ones.
+        for part in module.modules():
+            for name, p in [*part.named_parameters(recurse=False)]:
+                setattr(part, name, torch.nn.Parameter(convert(p.detach()), p.requires_grad))
+            for name, b in [*part.named_buffers(recurse=False)]:
+                setattr(part, name, convert(b))
+        return module
+
+    def save(content, path):
+        kept.append(content)
+        Path(path).write_text(f"fake {len(kept) - 1}")
+
+    def load(path, **options):
+        text = Path(path).read_bytes()[:9]
+        if text.startswith(b"fake"):
+            return kept[int(text.split()[1])]
+        return torch_load(path, **options)
+
+    def istft(spectrum, *args, length, **kwargs):
+        # The original compares numbers.
+        return spectrum.real.new_zeros(*spectrum.shape[:-2], length)
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with pytest.MonkeyPatch.context() as patch, fake, NoFloat64():
+        numbers = dict(item=.5, __float__=.5, __bool__=True, __format__="0.5")
+        for name, number in numbers.items():
+            patch.setattr(torch.Tensor, name, Mock(return_value=number))
+        patch.setattr(torch.Tensor, "numpy", array)
+        patch.setattr(torch.Tensor, "tolist", lambda x: np.full(tuple(x.shape), .5).tolist())
+        patch.setattr(torch.nn.Module, "_apply", move)
+        patch.setattr(torch, "autocast", lambda kind, *args, **kwargs: nullcontext()
+                      if kind == "lazy" else autocast(kind, *args, **kwargs))
+        patch.setattr(torch, "istft", istft)
+        patch.setattr(torch, "save", save)
+        patch.setattr(torch, "load", load)
+        # Without its checks of the values.
+        patch.setattr(data, "load_checkpoint", lambda path, *args: load(path, map_location="cpu"))
+        patch.setattr(networks, "WITHOUT_FLOAT64", ("lazy",))
+        patch.setattr(train, "ThreadPoolExecutor", NoThread)
+        patch.setattr(train, "join_processes", lambda name: (device, nullcontext, "fake"))
+        yield device
+
+
+@pytest.mark.parametrize("kind", [
+    "a2v", *(pytest.param(kind, marks=slow) for kind in (
+        "pretrained", "t2av", "joint", "joint of real clips", "vae", "audio-vae", "mel-vae"))])
+def test_a_run_of_every_task_stays_on_its_gpu(kind, request, tmp_path, monkeypatch):
+    """The command on a GPU that there is not: preparing, steps of both optimisers, averages,
+    evaluation, checkpoints, resuming. No tensor of the CPU meets one of the GPU, none is float64
+    there."""
+    name, *real = kind.split(" of ")
+    flags = flags_of(name, request)
+    clips = ["--clips", 2] if name in ("a2v", "t2av", "joint") else []
+    data_flags = request.getfixturevalue("pyramid_flow")[1][4:6] if real else []
+    flags = [*flags, *clips, *data_flags, "--data-root", tmp_path, "--batch-size", 2,
+             "--eval-clips", 2, "--steps", 1, "--out", tmp_path]
+    # The first three latents of a clip.
+    clip = toybox.toybox_clip(5, 32)
+    clip.update(video=clip["video"][:9], audio=clip["audio"][:6000])
+    monkeypatch.setattr(train, "toybox_clip", lambda *args, **options: dict(clip))
+    monkeypatch.setattr(train, "STATISTICS", 2)
+    with fake_gpu() as device:
+        train.train(train.parse_args(flags))
+        run = train.Run(train.parse_args([*flags, "--steps", 2]))
+        run.resume()
+        run.accumulate_gradients(run.micro_batches())
+        run.update()
+    assert run.step == 2
+    assert {p.device for p in [*run.net.parameters(), *run.reports]} == {device}
+    averages = "cpu" if name == "pretrained" else "lazy"
+    assert {p.device.type for p in run.ema.values()} == {averages}
 
 
 # -------------------------------------------------------------------------------------------- time

@@ -207,6 +207,8 @@ STREAMS = dict(
     sound=4,          # by sample id: which second of which recording
     noise=5,          # by sample id, torch: noise and noise levels of the loss
 )
+# Clips whose latents give the statistics of an autoencoder.
+STATISTICS = 64
 # Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
 # cosine) leave samples and objective as they are; --device, --compile and --accum change rounding.
 # VAEs are compared by fingerprint, wherever they lie.
@@ -600,7 +602,7 @@ class VideoVAE:
     def measure_latent_stats(self):
         """Into net.cfg: shift and scale that give latent 0 and the later latents unit variance."""
         # Of seeds far from those of training and evaluation.
-        clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution) for i in range(64)]
+        clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution) for i in range(STATISTICS)]
         z = torch.cat([self.net.encode(frames_to_tensor(c["video"], self.device)[None])[0]
                        for c in clips])
         for name, part in (("image", z[:, :, :1]), ("video", z[:, :, 1:])):
@@ -682,10 +684,10 @@ class AudioVAE:
     def measure_latent_stats(self):
         """Into net.cfg: shift and scale that give every channel unit variance."""
         # Of the training's kind, by sample ids that no training reaches.
-        waves = [self.second(10 ** 11 + i) for i in range(64)]
+        waves = [self.second(10 ** 11 + i) for i in range(STATISTICS)]
         z = torch.cat([self.net.encode(torch.from_numpy(wave)[None].to(self.device))[0]
                        for wave in waves])
-        self.net.cfg.shift = tuple(z.mean((0, 2)).tolist())           # z (64, A, S)
+        self.net.cfg.shift = tuple(z.mean((0, 2)).tolist())           # z (clips, A, S)
         self.net.cfg.scale = tuple((1 / z.std((0, 2))).tolist())
 
 
@@ -968,7 +970,7 @@ def make_optimisers(net, name, lr, dtype=torch.float32):
     weight_decay = .01
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors)]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(.9, .98), weight_decay=0.,
-                              fused=vectors[0].device.type != "mps")
+                              fused=vectors[0].device.type in ("cpu", "cuda"))
     return [adamw, Muon(inside, lr, weight_decay, dtype)] if inside else [adamw]
 
 
