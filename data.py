@@ -563,10 +563,24 @@ def is_fingerprint(value):
     return type(value) is str and re.fullmatch("[0-9a-f]{16}", value) is not None
 
 
-def is_arguments(value):
-    # Names of files and plain settings; they may be those of another version.
-    plain = (type(None), bool, int, float, str, tuple, list)
-    return type(value) is dict and all(type(setting) in plain for setting in value.values())
+def is_count(value):
+    return type(value) is int and 0 <= value <= 1e9
+
+
+def is_score(value):
+    return value == -math.inf or is_number(value, -1e9)       # of a run without an evaluation
+
+
+def is_settings(value):
+    """{name: a number, a text, None, or a tuple of such}"""
+    plain = {type(None), bool, int, float, str}
+    return type(value) is dict and all(
+        {*map(type, setting)} <= plain if type(setting) in (tuple, list) else type(setting) in plain
+        for setting in value.values())
+
+
+def is_reports(value):
+    return type(value) is list and all(type(report) is torch.Tensor for report in value)
 
 
 def is_weights(value):
@@ -574,7 +588,9 @@ def is_weights(value):
     kinds = (torch.float16, torch.bfloat16, torch.float32)
     return type(value) is dict and all(
         type(name) is str and type(w) is torch.Tensor and w.layout is torch.strided
-        and w.device.type == "cpu" and w.dtype in kinds and bool(w.isfinite().all())
+        and w.device.type == "cpu" and w.dtype in kinds
+        # A tensor may repeat a few bytes to any size.
+        and w.nbytes <= w.untyped_storage().nbytes() and bool(w.isfinite().all())
         for name, w in value.items())
 
 
@@ -586,13 +602,15 @@ def is_text(value):
     return type(value) is str
 
 
-# What train.py writes and sample.py reads, for every task: name -> check of the value. All of it
-# has to be there, but for `args`, which says where the VAEs were.
-ANY_TASK = dict(config=is_dict, ema=is_weights, step=is_number, args=is_arguments)
+# What train.py writes and sample.py reads, for every task: name -> check of the value.
+ANY_TASK = dict(config=is_settings, ema=is_weights, step=is_count)
 SYSTEM = dict(ANY_TASK, size=is_size, vae=is_fingerprint, guidance=is_guidance)
 TOWERS = dict(SYSTEM, audio_vae=is_fingerprint, stage=is_text)
 CONTENT = {"a2v": SYSTEM, "t2av": TOWERS, "joint": TOWERS,
            "vae": ANY_TASK, "audio-vae": ANY_TASK, "mel-vae": ANY_TASK}
+# What may be there: where the VAEs were, and what a run that is resumed needs
+MORE_CONTENT = dict(args=is_settings, model=is_weights, optimisers=is_dict, best=is_score,
+                    seconds=is_number, logged=is_number, micro_batch=is_count, reports=is_reports)
 
 
 def load_checkpoint(path, task=None, hint="check the path, or train one with train.py"):
@@ -611,11 +629,12 @@ def load_checkpoint(path, task=None, hint="check the path, or train one with tra
         raise BadInput(f"{path}: a checkpoint of task {content['task']}, but {task} is needed; "
                        f"give one made by train.py --task {task}")
     content.setdefault("args", {})
-    for name, is_right in checks.items():
+    optional = {name: check for name, check in MORE_CONTENT.items() if name in content}
+    for name, is_right in {**checks, **optional}.items():
         if name not in content or not is_right(content[name]):
             raise BadInput(f"{path}: its {name} is missing or not as train.py writes it; take "
                            "another copy, or train it again")
-    # A tensor may repeat a few bytes of the file to any size.
+    # So may many tensors.
     if sum(w.nbytes for w in content["ema"].values()) > path.stat().st_size:
         raise BadInput(f"{path}: claims more weights than it holds; take another copy")
     return content

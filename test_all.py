@@ -5,14 +5,17 @@ tests for the wrong reason. Where two computations must agree, they run in float
 network connection or a GPU. Parity with the original programs is checked against assets/golden.
 """
 import ast
+import contextlib
 import csv
 import hashlib
-import importlib
+import importlib.util
+import io
 import itertools
 import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -20,8 +23,10 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zlib
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fractions import Fraction
@@ -2713,6 +2718,487 @@ def test_two_towers_refuse_what_their_attention_cannot_hold(towers_on_disk, tmp_
     assert cli(sample, *flags, "--prompt", "a", "--seconds", 1800) == 2
     assert "up to 300 s; give --seconds" in capsys.readouterr().err
     assert not (tmp_path / "a.mp4").exists()
+
+
+# -------------------------------------------------------------------------------- hostile files
+
+# How many cases the long run has. HOSTILE=10000 pytest -k hostile_files: minutes.
+HOSTILE = int(os.environ.get("HOSTILE", 1000))
+ODD_NUMBERS = (0, -7, 1, 3, 10 ** 5, 10 ** 30, .5, -.5, 1e-30, math.nan, math.inf, True)
+ODD_VALUES = (*ODD_NUMBERS, None, "", "x", "x" * 10 ** 4, "a\nb\0\ud800", [1], (), (2, 2), {},
+              {"x": {1: [None]}}, torch.zeros(2))
+
+
+def any_of(rng, values):
+    return values[rng.integers(len(values))]
+
+
+def odd_tensor(x, rng):
+    """Another type, shape or place; NaN; far larger than what is stored; not dense."""
+    kinds = [x.double, x.int, x.to_sparse, partial(x.to, "meta"), partial(x.mul, math.nan),
+             partial(x.unsqueeze, 0), partial(x.ravel()[:1].expand, 10 ** 12), x.bfloat16]
+    return any_of(rng, kinds)()
+
+
+def mutated(value, rng):
+    """A copy of nested dicts, lists and tensors, of which one place, at any depth, is odd."""
+    if isinstance(value, (dict, list, tuple)) and len(value) > 0 and rng.random() < .9:
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        key = any_of(rng, list(value) if isinstance(value, dict) else range(len(value)))
+        if rng.random() < .15:
+            del copy[key]
+        else:
+            copy[key] = mutated(copy[key], rng)
+        return tuple(copy) if isinstance(value, tuple) else copy
+    if isinstance(value, torch.Tensor) and rng.random() < .8:
+        return odd_tensor(value, rng)
+    if type(value) in (int, float) and rng.random() < .5:
+        return any_of(rng, ODD_NUMBERS) if rng.random() < .5 else value * any_of(rng, (2, 4, .5))
+    return any_of(rng, ODD_VALUES)
+
+
+def damaged(content, rng, other=b""):
+    """Bytes with some of them flipped, cut off, repeated, set to 255 or taken from another file."""
+    content = bytearray(content)
+    n = len(content)
+    # Half of all damage is in the header.
+    start = int(rng.integers(n if rng.random() < .5 else min(n, 100)))
+    stop = min(n, start + int(rng.integers(1, 9)))
+    how = rng.integers(6)
+    if how == 0:
+        return bytes(content[:start])
+    if how == 1:
+        return bytes(content[:stop] + content[start:])
+    if how == 2:
+        content[start:stop] = b"\xff" * (stop - start)
+    elif how == 3:
+        content[:len(other[:start])] = other[:start]
+    for i in rng.integers(start, n, 2 ** how if how > 3 else 1):
+        content[i] ^= 1 << rng.integers(8)
+    return bytes(content)
+
+
+class Evil:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def odd_name(rng, suffix):
+    """Names that ffmpeg, the shell or UTF-8 take for something else."""
+    return os.fsdecode(any_of(rng, [b"a", b"a", b"a", b"-a", b"a%03d", b"a:b", b"\xff\xfe", b"a\nb",
+                                    b"x" * 250, "ä".encode(), b"a'b c"])) + suffix
+
+
+def sounds(rng, good, d):
+    names = [f"a.{kind}" for kind in ("wav", "flac", "ogg", "mp3")]
+    name = any_of(rng, names)
+    path = d / odd_name(rng, Path(name).suffix)
+    path.write_bytes(damaged(good[name], rng, good[any_of(rng, names)]))
+    rate = any_of(rng, (16000, 48000))
+
+    def check():
+        wave = data.read_audio(path, rate)
+        assert wave.dtype == np.float32 and wave.ndim == 1 and len(wave) >= rate // 10
+        assert np.abs(wave).max() <= 1
+    return check
+
+
+def pictures(rng, good, d):
+    name = any_of(rng, [n for n in good if n.startswith("p.")])
+    content = good[name]
+    if name == "p.png" and rng.random() < .2:
+        # A header of any size, with the right sum
+        sides = rng.integers(1, 2 ** any_of(rng, (8, 14, 20, 31)), 2).astype(">u4").tobytes()
+        header = b"IHDR" + sides + content[24:29]
+        content = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+    else:
+        content = damaged(content, rng, good["p.jpg"])
+    path = d / odd_name(rng, ".png")
+    path.write_bytes(content)
+
+    def check():
+        picture = data.read_image(path, 32)
+        assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+    return check
+
+
+def clips(rng, good, d):
+    name = any_of(rng, ("c.mp4", "c.mkv"))
+    (d / "secret.mp4").write_bytes(good["c.mp4"])
+    scripts = ["ffconcat version 1.0\nfile secret.mp4\n", "#EXTM3U\n#EXTINF:2,\nsecret.mp4\n",
+               f"#EXTM3U\n#EXTINF:2,\nfile://{d}/secret.mp4\n", "concat:secret.mp4|secret.mp4"]
+    script = rng.random() < .3
+    content = any_of(rng, scripts).encode() if script else damaged(good[name], rng, good["a.wav"])
+    path = d / odd_name(rng, Path(name).suffix)
+    path.write_bytes(content)
+
+    def check():
+        video, wave = data.read_clip(path, 32)
+        assert not script, "another file was read"
+        assert video.shape[1:] == (32, 32, 3) and len(video) > 1
+        assert len(wave) == round(len(video) / 24 * 16000) and np.abs(wave).max() <= 1
+    return check
+
+
+def checkpoint_file(rng, good, d, task):
+    """A damaged checkpoint of a task: its content, its bytes, or with code in it."""
+    path = d / f"{task}.pt"
+    content = dict(good[task])
+    how = rng.random()
+    if how < .1:
+        content[any_of(rng, list(content))] = Evil(d / "executed")
+    elif how < .5:
+        content["config"] = mutated(content["config"], rng)
+    elif how < .75:
+        content = mutated(content, rng)
+    torch.save(content, path)
+    if how >= .75:
+        path.write_bytes(damaged(path.read_bytes(), rng, good["a.wav"]))
+    return path
+
+
+def checkpoints(rng, good, d):
+    """Of a system: a clip is sampled from it. Of a VAE: something is coded by it."""
+    task = any_of(rng, list(train.TASKS))
+    path = checkpoint_file(rng, good, d, task)
+    inputs = dict(a2v=["--audio", good["folder"] / "a.wav", "--image", good["folder"] / "p.png",
+                       "--vae", good["folder"] / "vae.pt"],
+                  t2av=["--prompt", "a ball", "--vae", good["folder"] / "vae.pt", "--audio-vae",
+                        good["folder"] / "audio-vae.pt"])
+    inputs["joint"] = inputs["t2av"]
+
+    def check():
+        if task in inputs:
+            sys.argv = ["sample.py", "--ckpt", str(path), *map(str, inputs[task]), "--steps", "1",
+                        "--seconds", ".4", "--out", str(d)]
+            return sample.main()
+        vae = sample.load_vae(path, task=task)
+        x = torch.zeros(1, 3, 5, 32, 32) if task == "vae" else torch.zeros(1, 3200)
+        with torch.no_grad():
+            decoded = vae.decode(vae.denormalise(vae.normalise(vae.encode(x)[0])))
+        assert decoded.shape == x.shape and decoded.isfinite().all()
+    return check
+
+
+def resumed_runs(rng, good, d):
+    checkpoint_file(rng, good, d, "last")
+    run = good["run"]
+    run.out = d
+
+    def check():
+        run.resume()
+        assert all(torch.isfinite(p).all() for p in run.net.parameters())
+        assert isinstance(run.step, int) and math.isfinite(run.seconds + run.best)
+    return check
+
+
+def caches(rng, good, d):
+    shutil.copytree(good["folder"] / "cache", d, dirs_exist_ok=True)
+    path = any_of(rng, sorted(d.iterdir()))
+    how = rng.integers(4)
+    if how == 0:
+        path.unlink()
+    elif how == 1:
+        path.unlink()
+        path.mkdir()
+    elif how == 2 or path.suffix != ".json":
+        path.write_bytes(damaged(path.read_bytes(), rng))
+    else:
+        content = mutated(json.loads(path.read_text()), rng)
+        path.write_text(json.dumps(content, default=str))
+    settings = json.loads((good["folder"] / "cache/settings.json").read_text())
+
+    def check():
+        if (d / "settings.json").exists():
+            data.check_settings(d / "settings.json", settings)
+        cache = data.open_cache(d)
+        for name in cache["arrays"]:
+            assert len(data.gather(cache, name, np.arange(len(cache["at"])))) == len(cache["at"])
+        sample.text_bytes(cache["captions"] + cache["speech"])
+    return check
+
+
+def datasets(rng, good, d):
+    root = d / "data"
+    names = ["train/a/0.mp4", "test/b/1.mp4", odd_name(rng, ".mp4"), "2015-02-16-16-49-06_mic.mp4"]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(good["c.mp4"])
+    (d / "secret.mp4").write_bytes(good["c.mp4"])
+    (root / "link").symlink_to(root)
+    (root / "gone.mp4").symlink_to(d / "nowhere")
+    # Lines of lists, rows of tables, JSON tables and event times
+    odd = [b"/etc/passwd", b"../secret.mp4", f"{d}/secret.mp4".encode(), b"a/0.mp4", b"\0", b"\xff",
+           b"x" * 10 ** 4, b"a,1,b,train", b"a,inf,b,train", b"a,nan,b,test", b'"', b"1e999 a b c",
+           b"nan a b c", b"1 2 3 4", b"[" * 10 ** 5, b'{"a": 3}', b'{"a": "p"}', b"[1]"]
+    lines = [any_of(rng, odd) for _ in range(rng.integers(1, 5))]
+    name = any_of(rng, ["train.txt", "test.txt", "x.csv", "class_mapping.json",
+                        "2015-02-16-16-49-06_times.txt"])
+    (root / name).write_bytes(b"\n".join(lines))
+    where = any_of(rng, [root, root, root, root, root / name, "x" * 5000, "a\0b", "avsync15"])
+
+    def check():
+        clips, report = data.find_clips(where, d)
+        assert all(Path(c["path"]).is_relative_to(root) and ".." not in c["path"] for c in clips)
+        assert {c["split"] for c in clips} <= set(data.SPLITS) and clips
+        assert all(isinstance(c["prompt"], str) for c in clips)
+        assert all(math.isfinite(t) for c in clips for t in c["events"])
+    return check
+
+
+def pyramid_folders(rng, good, d):
+    shutil.copytree(good["folder"] / "flux", d, dirs_exist_ok=True)
+    config, weights = d / "config.json", d / WEIGHTS_FILE
+    how = rng.random()
+    if how < .5:
+        content = mutated(json.loads(config.read_text()), rng)
+        config.write_text("[" * 10 ** 5 if how < .05 else json.dumps(content, default=str))
+    elif how < .7:
+        torch.save(mutated(good["flux"], rng), weights)
+    else:
+        if importlib.util.find_spec("safetensors") and how < .9:
+            from safetensors.torch import save_file
+            weights.unlink()
+            weights = weights.with_suffix(".safetensors")
+            save_file(good["flux"], weights)
+        weights.write_bytes(damaged(weights.read_bytes(), rng))
+    return lambda: load_pyramid_flow(d, audio_dim=any_of(rng, (0, 6)))
+
+
+def job_lists(rng, good, d):
+    def line():
+        fields = [*itertools.chain(*sample.INPUTS.values()), "id"]
+        values = [*ODD_VALUES[:-1], "a.wav", "../a", "..", ".", "a/b", "/", "x" * 300, "ä" * 130]
+        record = {any_of(rng, fields): any_of(rng, values) for _ in range(3)}
+        if rng.random() < .2:
+            return any_of(rng, ["[" * 10 ** 5, '{"id": ' + "9" * 5000 + "}", "{", "\0", "null"])
+        return json.dumps(record if rng.random() < .5 else {k: str(v) for k, v in record.items()})
+    (d / "jobs").write_text("\n".join(line() for _ in range(rng.integers(1, 3))))
+    args = sample.arguments().parse_args(["--jsonl", str(d / "jobs"), "--out", str(d / "out")])
+
+    def check():
+        for job in sample.read_jobs(args):
+            path = sample.output_file(args, job)
+            assert path.parent == d / "out"
+            with data.replacing(path) as part:
+                part.write_text("a video")
+            path.unlink()
+            path.parent.rmdir()
+            if job["audio"]:
+                data.check_file(job["audio"], "audio")
+    return check
+
+
+def command_lines(rng, good, d):
+    module = any_of(rng, (sample, train, cyclesync, data))
+    if module is train:
+        task = any_of(rng, list(train.TASKS))
+        flags = ["task", *train.settings_of(task)]
+    else:
+        flags = [a.dest for a in module.arguments()._actions if a.dest != "help"]
+    values = ["", "x", "-1", "0", "1", "nan", "inf", "1e999", "9" * 5000, "64x64x64", "³x³",
+              "a\nb", "\udcff", "a\0b", "x" * 10 ** 4, str(d), "%d", "-"]
+    argv = []
+    for _ in range(rng.integers(1, 4)):
+        argv.append(f"--{any_of(rng, flags).replace('_', '-')}={any_of(rng, values)}")
+
+    def check():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{module.__name__}.py", *argv])
+            if module is train:
+                train.parse_args([f"--task={task}", *argv])
+            elif module is data:
+                args = data.arguments().parse_args()
+                data.find_clips(args.data, args.data_root)
+            elif module is sample:
+                args = sample.arguments().parse_args()
+                sample.read_jobs(args)
+                sample.read_delayed_audio(good["folder"] / "a.wav", args.shift_audio)
+                sample.make_generators([args.seed])
+            else:
+                cyclesync.arguments().parse_args()
+    return check
+
+
+def full_disks(rng, good, d):
+    """Files of more than 20 kB cannot be written, and some places are folders, or in files."""
+    (d / "file").write_text("a file")
+    (d / "folder/x").mkdir(parents=True)
+    path = any_of(rng, [d / "new", d / "new", d / "file/new", d / "folder"])
+    picture = rng.integers(0, 256, (100, 100, 3), np.uint8)
+    video = rng.integers(0, 256, (9, 64, 64, 3), np.uint8)
+    wave = rng.uniform(-1, 1, 6000).astype(np.float32)
+    writers = [
+        partial(data.save_checkpoint, path, ema=torch.zeros(10 ** 4)),
+        partial(data.write_text, path, "x" * 10 ** 5),
+        partial(data.write_picture, path.with_suffix(".png"), picture),
+        partial(data.write_video, path.with_suffix(".mp4"), video, wave),
+        partial(data.check_settings, path, dict(x="x" * 10 ** 5)),
+        partial(data.load_checkpoint, d / "folder"), partial(data.read_audio, d / "folder"),
+        partial(data.read_image, d / "folder"), partial(data.find_clips, d / "file")]
+    write = any_of(rng, writers)
+
+    def check():
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, unlimited[1]))
+        try:
+            write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        raise AssertionError("no complaint")
+    return check
+
+
+KINDS = {   # of 100 cases
+    sounds: 8, pictures: 23, clips: 4, checkpoints: 20, resumed_runs: 4, caches: 9, datasets: 7,
+    pyramid_folders: 5, job_lists: 8, command_lines: 8, full_disks: 4}
+
+
+@pytest.fixture(scope="module")
+def good(toy, tmp_path_factory):
+    """What is damaged: small files of every kind, and the content of small checkpoints."""
+    from PIL import Image
+    d = tmp_path_factory.mktemp("good")
+    tone = .5 * np.sin(np.arange(8000) / 5)
+    for kind in ("wav", "flac", "ogg", "mp3"):
+        soundfile.write(d / f"a.{kind}", tone, 16000)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6                                             # orientation
+    for kind in ("png", "jpg", "webp", "bmp", "gif", "tif"):
+        picture.save(d / f"p.{kind}", **(dict(exif=exif) if kind in ("jpg", "png") else {}))
+    Image.fromarray(np.full((40, 50), 40000, np.uint16)).save(d / "p.deep.png")
+    flash_clip(d / "c.mp4", seconds=1.2)
+    ffmpeg("-i", d / "c.mp4", "-c", "copy", d / "c.mkv")
+    good = {path.name: path.read_bytes() for path in d.iterdir()}
+    # Networks as small as possible, as best.pt
+    net = little_flux()
+    published_folder(d / "flux", net)
+    vae = vae_of(TOY_KIND).float()
+    audio_vae = little_audio_vae().float()
+    save_model(d / "vae.pt", "vae", vae)
+    save_model(d / "audio-vae.pt", "audio-vae", audio_vae)
+    save_model(d / "mel-vae.pt", "mel-vae", little_audio_vae("mel").float())
+    more = dict(size=32, vae=sample.fingerprint(vae), args=dict(vae="x.pt", lr=.1))
+    save_model(d / "a2v.pt", "a2v", small().float(), guidance=dict(asg=1., cfg=1.), **more)
+    more |= dict(audio_vae=sample.fingerprint(audio_vae), stage="joint", guidance=dict(cfg=2.))
+    save_model(d / "t2av.pt", "t2av", small_towers().float(), **more)
+    save_model(d / "joint.pt", "joint", harmony().float(), **more)
+    good |= {path.stem: torch.load(path) for path in d.glob("*.pt")}
+    fill(d / "cache", 2, sample.load_vae(toy / "vae.pt"), split="test")
+    # A run that can be resumed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(AUDIO_VAE_SIZES["waveform"], "little", vars(audio_vae.cfg))
+        args = train.parse_args(["--task", "audio-vae", "--size", "little", "--out", d / "run"])
+        run = train.Run(args)
+        for p in run.net.parameters():
+            p.grad = torch.ones_like(p)
+        run.update()
+        run.best = 0.
+        run.save_last()
+    return good | dict(folder=d, flux=net.state_dict(), run=run,
+                       last=torch.load(d / "run/last.pt"))
+
+
+def run_case(make, seed, good, d):
+    """One hostile input -> "right" (a right result), "refused" (one clear line), or what fell
+    short."""
+    rng = np.random.default_rng([seed, zlib.crc32(make.__name__.encode())])
+    d.mkdir()
+    stdout, stderr = io.TextIOWrapper(io.BytesIO()), io.StringIO()
+    outcome = "right"
+    try:
+        action = make(rng, good, d)
+        before = sorted(d.rglob("*"))
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            data.run_cli(action)
+    except SystemExit as stop:
+        outcome = "refused"
+        if stop.code != 2 or not re.fullmatch("error: [^\n]+\n", stderr.getvalue()):
+            outcome = f"exit code {stop.code}, {stderr.getvalue()[:300]!r}"
+    except BaseException as why:
+        where = traceback.extract_tb(why.__traceback__)[-1]
+        outcome = f"{type(why).__name__}: {why!s:.200} at {where.name}:{where.lineno}"
+    if sorted(d.rglob("*")) != before:
+        outcome += f", left behind {set(d.rglob('*')) ^ set(before)}"
+    shutil.rmtree(d)
+    return outcome
+
+
+def run_cases(cases, good, folder, report):
+    """In a process of its own, with 2 GB more than it has: a file cannot take the machine along."""
+    memory = int(re.search(r"VmSize:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (memory + 2 ** 31,) * 2)
+
+    def written(path, pieces, *_, **__):
+        for piece in pieces:
+            assert piece.dtype == np.uint8 and piece.shape[1:] == (32, 32, 3)
+    sample.write_clip = written
+    with open(report, "w") as file:
+        for make, seed in cases:
+            # What is followed by no outcome has ended the process.
+            file.write(f"{make.__name__} {seed} ")
+            file.flush()
+            file.write(json.dumps(run_case(make, seed, good, folder / "case")) + "\n")
+    return 0
+
+
+def hostile_cases(n):
+    """n cases, as many of every kind as KINDS says."""
+    return [(make, seed) for make, share in KINDS.items() for seed in range(-(-n * share // 100))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and fork")
+@pytest.mark.parametrize("n", [100, pytest.param(HOSTILE, marks=slow)])
+def test_hostile_files_get_one_clear_line_or_a_right_result(n, good, tmp_path):
+    """Damaged, forged and evil files of every kind that the programs read: no traceback, nothing
+    half-written, nothing executed, memory bounded."""
+    cases = hostile_cases(n)
+    process = forked(run_cases, cases, good, tmp_path, tmp_path / "report")
+    process.join()
+    lines = (tmp_path / "report").read_text().splitlines()
+    outcomes = Counter(re.sub(r" \d+", "", line) for line in lines)
+    problems = [line for line in lines if not line.endswith(('"right"', '"refused"'))]
+    assert not problems, "\n".join([f"{len(problems)} of {len(lines)}", *problems[:60]])
+    assert process.exitcode == 0 and len(lines) == len(cases)
+    # Damage of all degrees: both happen with every kind, but for a full disk.
+    for make in KINDS if n >= 1000 else ():
+        assert outcomes[f'{make.__name__} "refused"'], make
+        assert outcomes[f'{make.__name__} "right"'] or make is full_disks, make
+
+
+def test_a_phone_s_photo_is_turned_upright(tmp_path):
+    """Orientation 6: the camera was turned, so that the picture's left side is the scene's top."""
+    from PIL import Image
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, :4] = 255
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    picture = data.read_image(tmp_path / "a.png", 8)
+    assert (picture[:4] == 255).all() and (picture[4:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["AVSync15", "avsync_15", "AV Sync 15"])
+def test_the_folder_of_a_dataset_is_found_in_any_spelling(tmp_path, name):
+    tree(tmp_path / name, {"train/a.mp4": ""})
+    (clip,), _ = data.find_clips("avsync15", tmp_path)
+    assert clip["path"] == str(tmp_path / name / "train/a.mp4")
+
+
+def test_a_playlist_does_not_read_another_file(media, tmp_path):
+    """A "sound" that names another file of this machine, in three kinds of scripts."""
+    shutil.copy(media / "a.wav", tmp_path / "secret.wav")
+    for script in ("ffconcat version 1.0\nfile secret.wav\n", "#EXTM3U\n#EXTINF:2,\nsecret.wav\n",
+                   "[playlist]\nFile1=secret.wav\n"):
+        (tmp_path / "a.wav").write_text(script)
+        with pytest.raises(data.BadInput, match="no sound can be read"):
+            data.read_audio(tmp_path / "a.wav")
 
 
 # ------------------------------------------------------------------------ kills and neighbours

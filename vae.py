@@ -665,7 +665,8 @@ class LogMel(nn.Module):
     def __init__(self, rate, bands):
         super().__init__()
         import librosa
-        assert bands <= 257, f"{bands} bands of a spectrum of 257 frequencies"
+        # 257 frequencies; windows of 25 ms are 512 samples at most
+        assert bands <= 257 and rate <= 20480, f"no spectrum of {bands} bands at {rate} Hz"
         self.hop = rate // 100
         self.stft = dict(n_fft=512, hop_length=self.hop, win_length=rate // 40)
         filters = torch.from_numpy(librosa.filters.mel(sr=rate, n_fft=512, n_mels=bands, fmin=40))
