@@ -2445,6 +2445,7 @@ def test_a_run_of_every_task_stays_on_its_gpu(kind, request, tmp_path, monkeypat
     data_flags = request.getfixturevalue("pyramid_flow")[1][4:6] if real else []
     flags = [*flags, *clips, *data_flags, "--data-root", tmp_path, "--batch-size", 2,
              "--eval-clips", 2, "--steps", 1, "--out", tmp_path]
+    flags += ["--ot"] if name == "t2av" else []
     # The first three latents of a clip.
     clip = toybox.toybox_clip(5, 32)
     clip.update(video=clip["video"][:9], audio=clip["audio"][:6000])
@@ -2460,6 +2461,229 @@ def test_a_run_of_every_task_stays_on_its_gpu(kind, request, tmp_path, monkeypat
     assert {p.device for p in [*run.net.parameters(), *run.reports]} == {device}
     averages = "cpu" if name == "pretrained" else "lazy"
     assert {p.device.type for p in run.ema.values()} == {averages}
+
+
+@slow
+@pytest.mark.parametrize("system", ["syncphony", "pyramid flow", "syncflow", "harmony"])
+def test_every_sampler_stays_on_its_gpu(system):
+    """With all branches of guidance, and what else may be given."""
+    pictures = np.zeros((1, 32, 32, 3), np.uint8)
+    sound = np.zeros(8000, np.float32)
+    with fake_gpu() as device:
+        vae = vae_of(TOY_KIND).float().to(device)
+        if system == "syncphony":
+            net = small().to(device)
+            pieces = [*sample.generate_video(net, vae, pictures, [sound], ["a"], 9, steps=2, asg=1.,
+                                             cfg=1.)]
+            assert [piece.shape[1] for piece in pieces] == [1, 4, 4]
+        elif system == "pyramid flow":
+            net = little_flux(audio_dim=6).to(device)
+            encoders = SimpleNamespace(
+                encode_audio=lambda waves: torch.zeros(1, 60, 6).to(device),
+                encode_text=lambda texts: tuple(x.to(device) for x in (
+                    torch.zeros(1, 5, 12), torch.ones(1, 5).long(), torch.zeros(1, 8))))
+            published = vae_of(PUBLISHED_KIND).float().to(device)
+            pieces = [*sample.generate_video(net, published, np.zeros((1, 64, 64, 3), np.uint8),
+                                             [sound], ["a"], 17, steps=3, asg=1., cfg=1.,
+                                             tiles=True, encoders=encoders)]
+            assert [piece.shape[1] for piece in pieces] == [1, 8, 8]
+        else:
+            net = (small_towers() if system == "syncflow" else harmony()).float().to(device)
+            audio_vae = little_audio_vae("waveform" if system == "syncflow" else "mel")
+            audio_vae = audio_vae.float().to(device)
+            given = {}
+            if system == "harmony":
+                ref = sample.encode_sound(audio_vae, sound, device)
+                given = dict(speech=["u"], refs=ref, sync_video=2., sync_audio=2.)
+            maps = []
+            video, waves = sample.generate_audio_video(
+                net, vae, audio_vae, ["a"], 9, 32, steps=2, cfg=2., pictures=pictures,
+                attention_maps=maps if given else None, **given)
+            assert video.shape == (1, 9, 32, 32, 3) and waves.shape == (1, 6000)
+            # Three windows of a longer video.
+            wave = sample.video_to_audio(net, vae, audio_vae, np.zeros((97, 32, 32, 3), np.uint8),
+                                         "a", steps=1, cfg=2., **given)
+            assert len(wave) == round(97 / 24 * 16000)
+
+
+def test_bfloat16_is_used_where_the_hardware_has_it(monkeypatch):
+    """A Mac's build of torch has no mkldnn to ask; a T4 has bfloat16 by slow emulation alone."""
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert sample.pick_device("cpu")[1] is nullcontext
+    for name, native in (("Tesla T4", False), ("NVIDIA L4", True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: native or including_emulation)
+        device, autocast, text = sample.pick_device("cuda")
+        assert (autocast is not nullcontext) == native and name in text
+
+
+def test_a_process_takes_its_gpu_before_anything_touches_cuda(monkeypatch):
+    """Else all processes open a context on GPU 0, and FSDP puts all shares there."""
+    calls = Mock()
+    for name in ("set_device", "is_bf16_supported", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, getattr(calls, name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train.dist, "init_process_group", calls.init_process_group)
+    monkeypatch.setattr(train, "patient_group", Mock())
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", Mock())
+    device, _, _ = train.join_processes("auto")
+    assert device == torch.device("cuda", 1)
+    names = [call[0] for call in calls.mock_calls]
+    assert names[0] == "set_device" and names[-1] == "init_process_group", names
+    calls.set_device.assert_called_once_with(1)
+    calls.init_process_group.assert_called_once_with("nccl")
+
+
+# Names of the standard library that Python 3.10 does not have.
+LATER = set("tomllib StrEnum ReprEnum UTC file_digest ExceptionGroup BaseExceptionGroup Self "
+            "TaskGroup assert_never assert_type LiteralString Never Unpack add_note cbrt exp2 "
+            "batched walk_up sumprod".split())
+
+
+@pytest.mark.parametrize("name", ["data", "sample", "cyclesync", "train", "toybox", "losses",
+                                  "model", "towers", "vae", "pyramid", "test_all"])
+def test_every_file_runs_on_python_3_10(name):
+    """Ubuntu 22.04 has it. `x[a, *b]` is the one novelty of 3.11 that the parser lets pass."""
+    tree = ast.parse((HERE / f"{name}.py").read_text(), feature_version=(3, 10))
+    for node in ast.walk(tree):
+        names = {getattr(node, field, None) for field in ("id", "attr", "name", "module")}
+        assert not LATER & {n for n in names if isinstance(n, str)}, names
+        if isinstance(node, ast.Subscript):
+            parts = getattr(node.slice, "elts", [])
+            assert not any(isinstance(x, ast.Starred) for x in parts), f"line {node.lineno}"
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, but on the meta device."""
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and not x.is_meta:
+                self.total += x.nbytes
+        return result
+
+
+@slow
+def test_counting_the_flops_of_the_paper_takes_no_memory():
+    """The published network on clips of 384 x 640: activations of gigabytes are not made, no more
+    than the noise of the loss is."""
+    with torch.device("meta"):
+        net = MMDiT(MMDiTConfig(audio_dim=1024))
+
+    def batch(step, rows):
+        n = len(rows)
+        text = (torch.zeros(n, 128, 4096), torch.ones(n, 128).long(), torch.zeros(n, 768))
+        return dict(z=torch.zeros(n, 16, 7, 48, 80), text=text, audio=torch.zeros(n, 120, 1024),
+                    rows=rows)
+
+    def loss(net, generators, z, text, audio, rows):
+        return pyramid.pyramid_loss(net, z, text, audio, rows, generators, 3, False, 1.)
+    with Allocated() as allocated:
+        flops = count_flops(SimpleNamespace(net=net, batch=batch, loss=loss))
+    assert flops > 1e12
+    assert allocated.total < 200e6, f"{allocated.total / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("kind", ["a2v", *(pytest.param(kind, marks=slow) for kind in (
+    "t2av", "joint", "pretrained"))])
+def test_checkpointing_keeps_less_than_half(kind, request):
+    """Tensors that the forward pass leaves for the backward pass, outside of blocks."""
+    args = train.parse_args([*flags_of(kind, request), "--batch-size", 4])
+    torch.manual_seed(0)
+    task = train.TASK_CLASSES[args.task](args, torch.device("cpu"), nullcontext)
+    objective = train.make_objective(task, args)
+
+    def kept_bytes():
+        sizes = {}
+
+        def keep(x):
+            sizes[x.data_ptr()] = x.nbytes
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            objective(task.batch(0, [0, 1, 2, 3]), train.seeded_each([0, 1, 2, 3]))
+        return sum(sizes.values())
+    plain = kept_bytes()
+    train.make_objective(task, SimpleNamespace(checkpointing=True, compile=False))
+    checkpointed = kept_bytes()
+    assert checkpointed < plain / 2, f"{checkpointed / 1e6:.1f} of {plain / 1e6:.1f} MB"
+
+
+# What follows needs the real thing.
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+GPU = torch.device("cuda")
+
+
+def loss_and_gradient(kind, request, device, autocast=nullcontext, compiled=False):
+    """Of one batch of a task, whose weights follow from a seed -> loss, gradient, on the CPU."""
+    args = train.parse_args([*flags_of(kind, request), "--batch-size", 4])
+    torch.manual_seed(0)
+    task = train.TASK_CLASSES[args.task](args, device, autocast)
+    shaken(task.net.cpu()).float().to(device).train()
+    objective = train.make_objective(task, SimpleNamespace(compile=compiled))
+    with autocast():
+        loss, _ = objective(task.batch(0, [0, 1, 2, 3]), train.seeded_each([0, 1, 2, 3]))
+    loss.backward()
+    grads = [p.grad.flatten() for p in task.net.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(grads).double().cpu()
+
+
+def assert_same_step(one, two, tolerance):
+    assert one[0] == pytest.approx(two[0], rel=tolerance)
+    error = ((one[1] - two[1]).norm() / two[1].norm()).item()
+    assert error < tolerance, f"relative error of the gradient {error:.1e}"
+
+
+ALL_KINDS = ["a2v", "pretrained", "t2av", "joint", "vae", "audio-vae", "mel-vae"]
+
+
+@gpu
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_step_on_a_gpu_is_that_of_a_cpu(kind, request):
+    """In float32 without TF32: sums in another order, over graphs of a hundred operations."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        on_gpu = loss_and_gradient(kind, request, GPU)
+    torch.set_float32_matmul_precision(precision)
+    assert_same_step(on_gpu, loss_and_gradient(kind, request, torch.device("cpu")), 1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_autocast_is_near_float32(kind, request):
+    """bfloat16 has 8 bits, a rounding error of 0.4 %: 5 % of the gradient's norm is ten of them."""
+    autocast = partial(torch.autocast, GPU.type, torch.bfloat16)
+    plain = loss_and_gradient(kind, request, GPU)
+    assert_same_step(loss_and_gradient(kind, request, GPU, autocast), plain, .05)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_compiled_is_eager(kind, request):
+    plain = loss_and_gradient(kind, request, GPU)
+    assert_same_step(loss_and_gradient(kind, request, GPU, compiled=True), plain, 1e-3)
+
+
+@gpu
+def test_the_cache_on_a_gpu_equals_the_whole_pass():
+    """As on the CPU, in float64, with the GPU's attention kernels."""
+    net = shaken(small(context=4)).to(GPU)
+    z, x, a = (t.to(GPU) for t in inputs())
+    sigma = torch.full((2, 4), .37, dtype=z.dtype, device=GPU)
+    states, _, pooled = net.encode_text(text_bytes(["a ball", "a bell"]).to(GPU))
+    with torch.no_grad():
+        whole = net.forward_teacher_forced(z, x, sigma, states, pooled, a)
+    cache = networks.KVCache(net, z[:, :, :1], states, pooled, a)
+    for l in range(1, 5):
+        cached = cache.denoise_step(x[:, :, l - 1:l], .37)
+        assert gap(cached, whole[:, :, l - 1:l]) < 1e-10, f"latent {l}"
+        cache.append(z[:, :, l:l + 1])
 
 
 # -------------------------------------------------------------------------------------------- time
