@@ -493,8 +493,9 @@ def cached_prompts(folder, captions, pretrained, device):
 
 def stack_prompts(table, captions, device):
     """Rows of `encode_prompts` -> states (B, T, D), mask (B, T), pooled (B, P)."""
-    columns = zip(*(table[caption] for caption in captions))
-    return tuple(torch.stack(column).float().to(device) for column in columns)
+    # float32 first: under bfloat16 autocast a CPU refuses to stack float16.
+    columns = zip(*([x.float() for x in table[caption]] for caption in captions))
+    return tuple(torch.stack(column).to(device) for column in columns)
 
 
 class ExternalEncoders:

@@ -2519,6 +2519,14 @@ def test_bfloat16_is_used_where_the_hardware_has_it(monkeypatch):
         assert (autocast is not nullcontext) == native and name in text
 
 
+def test_prompts_kept_in_float16_are_stacked_under_autocast():
+    """As evaluation and sampling do it, also where bfloat16 is native to the CPU."""
+    table = dict(a=(torch.ones(3, 4).half(), torch.ones(3).bool(), torch.ones(2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        states, mask, pooled = pyramid.stack_prompts(table, ["a", "a"], "cpu")
+    assert (states.shape, states.dtype) == ((2, 3, 4), torch.float32)
+
+
 def test_a_process_takes_its_gpu_before_anything_touches_cuda(monkeypatch):
     """Else all processes open a context on GPU 0, and FSDP puts all shares there."""
     calls = Mock()
