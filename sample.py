@@ -382,9 +382,9 @@ def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
 
     With text guidance (cfg > 0) the text of the null branch follows as B rows more. Waveforms are
     cut, or padded with silence, to `samples`; encoders: of a model on Pyramid Flow."""
-    # Equally long waveforms make a batch of features.
+    # Equally long waveforms make a batch of features; of long ones no copies are kept.
     device = next(model.parameters()).device
-    waves = [fit_length(wave, samples) for wave in waves]
+    waves = (fit_length(wave, samples) for wave in waves)
     if encoders is not None:
         audio = encoders.encode_audio(waves)
         text = encoders.encode_text(captions)
