@@ -37,6 +37,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from itertools import chain, islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import get_args
 
@@ -137,6 +138,8 @@ def only_square(size):
 
 def on_sigterm(number, frame):
     """As Ctrl-C: blocks of `finally` run, so that temporary files are removed."""
+    # Workers may have been sent the signal too: that they end is no error of theirs.
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     raise KeyboardInterrupt(number)
 
 
@@ -203,7 +206,9 @@ def ffmpeg_command(*arguments):
 
 def run_ffmpeg(*arguments, stdin=b""):
     """Run ffmpeg -> whether it succeeded, its output (bytes), its log."""
-    done = subprocess.run(ffmpeg_command(*arguments), capture_output=True, input=stdin)
+    # A session of its own: Ctrl-C does not reach it, and a training takes its step to the end.
+    done = subprocess.run(ffmpeg_command(*arguments), capture_output=True, input=stdin,
+                          start_new_session=True)
     return done.returncode == 0, done.stdout, done.stderr.decode(errors="replace")
 
 
@@ -299,7 +304,8 @@ def decode(path, what, times, block, limit, *arguments):
                              "-t", limit + 1, *input_file(path), *arguments, "-")
     # The log has a line per frame: it would fill a pipe while nobody reads it.
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log,
+                              start_new_session=True) as ffmpeg:
             while raw := ffmpeg.stdout.read(block):
                 yield raw
         log.seek(0)
@@ -983,8 +989,10 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     results = DataLoader(left, batch_size=None, collate_fn=read, num_workers=workers,
                          multiprocessing_context="spawn" if workers else None,
                          prefetch_factor=1 if workers else None, generator=torch.Generator())
-    results = iter(tqdm(results, f"preparing {folder.parent.name}", unit="clip", disable=None))
     try:
+        results = tqdm(start_workers(results), f"preparing {folder.parent.name}", len(left),
+                       unit="clip", disable=None)
+        results = iter(results)
         with torch.no_grad(), autocast():
             for k in todo:
                 write_shard(folder, k, zip(shards[k], results), settings, vae, audio_encoder)
@@ -993,6 +1001,18 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
             raise
         raise BadInput("a worker process died while it prepared clips, probably for lack of "
                        "memory; free some and run the same command again") from None
+
+
+def start_workers(loader):
+    """-> iterator of a loader. Ctrl-C, which reaches its processes as well, is left to this one."""
+    # Processes inherit which signals are blocked. Python's resource tracker, where it starts,
+    # unblocks them.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_settings(path, settings):

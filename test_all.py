@@ -27,6 +27,7 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fractions import Fraction
@@ -1119,7 +1120,8 @@ def toy(tmp_path_factory):
 
 def cli(module, *argv):
     """Run a program's main in this process -> exit code."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+    handlers = {s: signal.getsignal(s) for s in handled}
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
@@ -3673,6 +3675,49 @@ def test_a_list_goes_on_where_it_was_stopped(request, tmp_path, capsys):
     assert cli(module, *flags) == 0
     assert capsys.readouterr().out.count("exists already") == 1
     assert contents(tmp_path / "out") == expected
+
+
+@slow
+@pytest.mark.parametrize("number, seconds", [(signal.SIGINT, .5), (signal.SIGTERM, 2)])
+def test_a_signal_to_all_processes_of_a_preparation_is_one_line(
+        number, seconds, tmp_path, monkeypatch, capfd):
+    """Ctrl-C in a terminal reaches workers too, while they import for seconds."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    items, _ = data.find_clips("toybox", toybox_clips=65)
+
+    def encode(video):
+        time.sleep(1)
+        return [torch.zeros(len(video), 4, 3, 2, 2)] * 2
+
+    def main():
+        os.setpgrp()
+        vae = SimpleNamespace(encode_chunks=encode)
+        data.prepare(tmp_path / "cache", dict(resolution=16), items, vae, nullcontext)
+    process = forked(cli, SimpleNamespace(__name__="program", main=main))
+    time.sleep(seconds)
+    os.killpg(process.pid, number)
+    process.join()
+    error = capfd.readouterr().err
+    assert process.exitcode == 128 + number and error.count("\n") == 1, (process.exitcode, error)
+
+
+def test_ctrl_c_does_not_reach_ffmpeg(tmp_path):
+    """A training that has to read recordings to the end of its step can."""
+    soundfile.write(tmp_path / "x.wav", np.zeros(16000), 16000)
+
+    def run():
+        os.setpgrp()
+        signal.signal(signal.SIGINT, lambda *_: None)
+        with ThreadPoolExecutor(1) as thread:
+            reading = thread.submit(data.run_ffmpeg, "-re", "-i", tmp_path / "x.wav", "-f", "null",
+                                    "-")
+            time.sleep(.5)
+            os.killpg(os.getpid(), signal.SIGINT)
+            done, *_ = reading.result()
+        return 0 if done else 1
+    process = forked(run)
+    process.join()
+    assert process.exitcode == 0
 
 
 @slow
