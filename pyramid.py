@@ -342,7 +342,7 @@ def read_weights(path):
         else:
             from safetensors.torch import load_file
             state = load_file(path)
-        assert all(w.is_floating_point() for w in state.values())
+        assert all(w.is_floating_point() and w.device.type == "cpu" for w in state.values())
         return state
     except ImportError:
         raise BadInput(f"{path}: needs an extra package: pip install safetensors") from None
