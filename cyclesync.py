@@ -695,12 +695,14 @@ class AudioToVideo(Scorer):
         # Distances belong to the row, everything else to a clip.
         features = self.features(videos, [a["sound"] for a in analyses])
         figures = {k: frechet(v, self.truth[k]) for k, v in features.items()}
+        # CycleSync and AV-Align, with each clip's sound and with another clip's.
         times = [onsets(w, RATE) for w in waves]
         sync, sync_chance = (sync_records(t, analyses, self.clips, self.args.tolerance)
                              for t in (times, shuffled(times)))
         if self.args.data != "toybox":
             self.chance = sync_chance
             return sync, figures
+        # In the toybox also the events in the picture against the true ones.
         records = toybox_records(videos, self.clips)
         self.chance = [a | b for a, b in zip(shuffled_events(records), sync_chance)]
         figures["kinds"] = {k: summarise([r for r in records if r["kind"] == k]) for k in KINDS}
@@ -749,6 +751,7 @@ class Towers(Scorer):
     @torch.no_grad()
     def reconstruct(self):
         videos, _ = super().reconstruct()
+        # The sounds one by one: they may differ in length.
         self.coded_sounds = []
         for z, wave in zip(self.audio_vae.denormalise(self.z_a), self.sounds):       # (A, S) each
             decoded = self.audio_vae.decode(z[None], len(wave))[0]

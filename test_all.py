@@ -4487,6 +4487,7 @@ def test_a_list_of_records_goes_on_where_it_was_stopped(harmony_on_disk, tmp_pat
     bench = dict(video_caption="a face", audio_caption="a voice", spoken_word_en="u")
     records.write_text(json.dumps(bench) + "\n\n" + '{"prompt": "a bell rings", "id": "bell"}')
     (tmp_path / "bell.mp4").write_text("finished before")
+    (tmp_path / "bell.png").write_text("its strip")
     assert cli(sample, *harmony_on_disk[2], "--jsonl", records, "--out", tmp_path) == 0
 
     jobs = sample.read_jobs(SimpleNamespace(jsonl=records))

@@ -1075,7 +1075,7 @@ def log_row(path, **row):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as f:
         writer = csv.DictWriter(f, row)
-        if f.tell() == 0:
+        if path.stat().st_size == 0:
             writer.writeheader()
         writer.writerow(row)
 
