@@ -680,11 +680,12 @@ def build(network, config_class, config, weights, path, assign=False):
     Nothing is allocated before names and shapes of all tensors were compared with the file's.
     assign: the tensors become the network's, as they are; else they are copied, in float32."""
     known = {field.name: field for field in fields(config_class)}
-    wrong = [str(name) for name in {*known, *config} if name not in config or name not in known
-             or not fits_field(known[name], config[name], len(weights))]
+    # A field that came after the file was written has its default.
+    wrong = [str(name) for name, value in config.items()
+             if name not in known or not fits_field(known[name], value, len(weights))]
     if wrong:
-        raise BadInput(f"{path}: its configuration lacks {min(wrong)}, or has it in another range "
-                       "than train.py; take another copy")
+        raise BadInput(f"{path}: {min(wrong)} of its configuration is unknown, or not as train.py "
+                       "writes it; take another copy")
     config = config_class(**config)
     try:
         with torch.device("meta"):

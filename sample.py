@@ -153,9 +153,9 @@ def load_vae(path=VAE_FILE, device="cpu", task="vae"):
     network, config_class = CausalVideoVAE, VAEConfig
     if checkpoint["task"] != "vae":
         network, config_class = AudioVAE, AudioVAEConfig
-        # of waveforms (SyncFlow) or of spectra (Harmony); fields of the other kind may be missing
+        # of waveforms (SyncFlow) or of spectra (Harmony)
         front = "mel" if checkpoint["task"] == "mel-vae" else "waveform"
-        config = {**asdict(AudioVAEConfig()), **config, "front": front}
+        config = {**config, "front": front}
     return data.build(network, config_class, config, checkpoint["ema"], path).to(device).eval()
 
 
