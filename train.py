@@ -209,6 +209,7 @@ STREAMS = dict(
 )
 # Clips whose latents give the statistics of an autoencoder.
 STATISTICS = 64
+EVALUATION_DRAWS = 4        # of noise, in the evaluation of two towers
 # Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
 # cosine) leave samples and objective as they are; --device, --compile and --accum change rounding.
 # VAEs are compared by fingerprint, wherever they lie.
@@ -854,10 +855,10 @@ class TwoTowers:
         if self.harmony:
             speech = networks.text_bytes([c.get("speech", "") for c in clips])
             batch["speech"] = speech.to(self.device)
-        # Four draws of noise, the same at every evaluation.
+        # The same noise at every evaluation.
         with torch.no_grad(), self.autocast():
             reports = [self.clip_loss(self.net, seeded_each(range(len(clips)), k), **batch)[1]
-                       for k in range(4)]
+                       for k in range(EVALUATION_DRAWS)]
         errors = dict(zip(self.columns, torch.stack(reports).mean(0).tolist()))
         # A stream that is not there has the error nan.
         score = -np.nansum([errors[s] for s in ("video", "audio") if s in self.trains])
