@@ -78,9 +78,10 @@ def in_one_step(generate):
 
 
 # Most of the time of a run of two steps is counting its FLOPs, which one test does on its own, and
-# drawing held-out clips in 12 or 25 steps.
+# evaluation: four draws of noise, held-out clips in 12 or 25 steps.
 count_flops = train.count_flops
 train.count_flops = Mock(return_value=1e9)
+train.EVALUATION_DRAWS = 1
 train.generate = in_one_step(train.generate)
 train.generate_audio_video = in_one_step(train.generate_audio_video)
 
@@ -1454,12 +1455,12 @@ def test_one_table_holds_the_rows_of_the_protocol(toy, tmp_path, capsys, real):
     torch.jit.script(Features()).save(tmp_path / "net.pt")
     if real:
         (tmp_path / "clips/test/lamp").mkdir(parents=True)
-        for i in range(4):
+        for i in range(2):
             clip = toybox.toybox_clip(i, 32, 72)
             data.write_video(tmp_path / f"clips/test/lamp/{i}.mp4", clip["video"], clip["audio"])
         soundfile.write(tmp_path / "v2a.wav", clicks((.5, 1.2), 3), 16000)
         flags = ["--data", tmp_path / "clips", "--v2a-cmd", f"cp {tmp_path}/v2a.wav {{wav}}"]
-    assert cli(cyclesync, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--clips", 4,
+    assert cli(cyclesync, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--clips", 2,
                "--steps", 1, "--out", tmp_path / "out", *flags) == 0
 
     result = last_json(capsys)
@@ -1469,7 +1470,7 @@ def test_one_table_holds_the_rows_of_the_protocol(toy, tmp_path, capsys, real):
     for row, figures in result.items():
         assert np.isfinite(figures["cyclesync_merged"]), row
         assert ("f1_50" in figures) == (not real), row
-    assert len((tmp_path / "out/clips.csv").read_text().splitlines()) == 1 + 8 * 4
+    assert len((tmp_path / "out/clips.csv").read_text().splitlines()) == 1 + 8 * 2
     if not real:
         assert {"f1_100", "precision_50", "timing_ms", "residual", "kinds"} <= set(generated)
         assert truth["f1_50"] == 1
@@ -2160,10 +2161,12 @@ def test_resuming_with_other_settings_or_from_an_older_format_is_refused(runs, c
 @pytest.mark.parametrize("kind", ["a2v", pytest.param("vae", marks=slow), "mel-vae",
                                   pytest.param("t2av", marks=slow),
                                   pytest.param("joint", marks=slow), "pretrained"])
-def test_micro_batches_and_checkpointing_have_the_gradient_of_the_whole_batch(kind, request):
+def test_micro_batches_and_checkpointing_have_the_gradient_of_the_whole_batch(
+        kind, request, monkeypatch):
     """--accum: noise, posteriors, dropped text and references are drawn per sample, so that the
     mean of the parts' gradients is the gradient of the whole batch, in float64 to 1e-10. FLOPs are
     counted without computing."""
+    monkeypatch.setattr(vae_module, "TOYBOX_VAE", TOY_KIND)
     args = train.parse_args([*flags_of(kind, request), "--batch-size", 8])
     args.drop_text = .5                                       # of captions and of references
     torch.manual_seed(0)
@@ -2437,7 +2440,6 @@ def test_a_run_of_every_task_stays_on_its_gpu(kind, request, tmp_path, monkeypat
     clip.update(video=clip["video"][:9], audio=clip["audio"][:6000])
     monkeypatch.setattr(train, "toybox_clip", lambda *args, **options: dict(clip))
     monkeypatch.setattr(train, "STATISTICS", 2)
-    monkeypatch.setattr(train, "EVALUATION_DRAWS", 1)
     monkeypatch.setattr(vae_module, "TOYBOX_VAE", TOY_KIND)
     size = networks.SIZES["tiny"] | dict(heads=2, n_single=1)
     monkeypatch.setitem(networks.SIZES, "little", size)
@@ -3459,8 +3461,8 @@ def contents_without_times(folder):
 def random_kills_command(name, request, out):
     """-> a module and its flags; everything is written to `out`."""
     toy = request.getfixturevalue("toy")
-    steps = [*request.getfixturevalue("runs")[1].flags, "--out", out / "run", "--steps", 12,
-             "--save-every", 5, "--log-every", 3]
+    steps = [*request.getfixturevalue("runs")[1].flags, "--out", out / "run", "--steps", 8,
+             "--save-every", 3, "--log-every", 2]
     if name == "steps":
         return train, steps
     if name == "training":
@@ -3581,6 +3583,7 @@ def test_sigterm_while_a_run_prepares_is_one_line_and_handlers_end_with_their_st
         ["settings.json"] and not (tmp_path / "b").exists()
 
 
+@slow
 def test_a_resumed_run_has_the_log_of_one_that_was_not_stopped(runs, tmp_path, monkeypatch):
     """Rows beyond last.pt and half a row are dropped; a report that is being averaged goes on. An
     old log does not go on in a new run."""
@@ -4496,7 +4499,7 @@ def test_two_towers_are_scored_by_the_events_in_the_picture_and_in_the_sound(
     """Pairs made from text have no true events: agreement, not onset F1."""
     folder, _, flags = harmony_on_disk
     ckpt = folder / system / "joint/best.pt"
-    assert cli(cyclesync, *flags, "--ckpt", ckpt, "--clips", 4, "--out", tmp_path) == 0
+    assert cli(cyclesync, *flags, "--ckpt", ckpt, "--clips", 3, "--out", tmp_path) == 0
 
     result = last_json(capsys)
     truth = result["ground_truth"]
@@ -4674,7 +4677,7 @@ def test_the_shipped_weights_move_things_on_their_sounds():
     clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, kind=kind)
              for i, kind in enumerate(toybox.KINDS * 2)]
 
-    videos = shipped_syncphony(clips, steps=10, asg=2.)
+    videos = shipped_syncphony(clips, steps=5, asg=2.)
     off_sync = shipped_syncphony(clips, steps=4, use_audio=False)
 
     records = cyclesync.toybox_records(videos, clips)
@@ -4697,7 +4700,7 @@ def test_moving_the_sound_moves_the_motion():
         delayed.append(dict(c, audio=audio, events=c["events"] + .25))
     assert len(delayed) == 6
 
-    videos = shipped_syncphony(delayed, steps=10, asg=1.)
+    videos = shipped_syncphony(delayed, steps=5, asg=1.)
 
     f1 = cyclesync.summarise(cyclesync.toybox_records(videos, delayed))["f1_50"]
     assert f1 > .85, f1
@@ -4733,7 +4736,7 @@ def test_a_shipped_two_tower_model_serves_as_the_video_to_audio_model_of_cyclesy
 def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
     """SyncFlow sections 3.2, 3.3: sounds for true videos come when things happen, and a generated
     pair agrees with itself better than with another pair."""
-    s = shipped_towers(sample.T2AV_FILE, held_out_clips(700, toybox.KINDS * 2), steps=12, cfg=3.)
+    s = shipped_towers(sample.T2AV_FILE, held_out_clips(700, toybox.KINDS * 2), steps=8, cfg=3.)
 
     _, sounds = s.generate(z_v=s.z_v)
     videos, waves = s.generate(pictures=s.first)
@@ -4746,7 +4749,7 @@ def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
 def shipped_harmony():
     clips = held_out_clips(300, [None] * 16)[:8]
     speech = [c["speech"] for c in clips]
-    return shipped_towers(sample.JOINT_FILE, clips, speech=speech, steps=10, shift=5.)
+    return shipped_towers(sample.JOINT_FILE, clips, speech=speech, steps=6, shift=5.)
 
 
 @slow
