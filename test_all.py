@@ -1421,7 +1421,7 @@ def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_pa
 def test_the_true_video_scores_95_with_the_oracle_and_less_than_half_when_its_sound_is_late(
         tmp_path, capsys):
     """Syncphony figure 7: CycleSync falls at once, and the lag says how late the sound is."""
-    flags = ["--shift-study", "--clips", 24, "--resolution", 32, "--out", tmp_path]
+    flags = ["--shift-study", "--clips", 12, "--resolution", 32, "--out", tmp_path]
     assert cli(cyclesync, *flags) == 0
 
     result = last_json(capsys)
@@ -2160,7 +2160,8 @@ def test_resuming_with_other_settings_or_from_an_older_format_is_refused(runs, c
 
 @pytest.mark.parametrize("kind", ["a2v", pytest.param("vae", marks=slow), "mel-vae",
                                   pytest.param("t2av", marks=slow),
-                                  pytest.param("joint", marks=slow), "pretrained"])
+                                  pytest.param("joint", marks=slow),
+                                  pytest.param("pretrained", marks=slow)])
 def test_micro_batches_and_checkpointing_have_the_gradient_of_the_whole_batch(
         kind, request, monkeypatch):
     """--accum: noise, posteriors, dropped text and references are drawn per sample, so that the
@@ -3657,6 +3658,7 @@ def test_two_runs_that_prepare_one_cache_at_the_same_time_complete_it(tmp_path, 
             assert zlib.crc32(files[f"0000{k}-{name}.npy"]) == noted["crc32"], (k, name)
 
 
+@slow
 def test_a_list_goes_on_where_it_was_stopped(request, tmp_path, capsys):
     """A file without its strip was stopped between the two: both are made again."""
     module, flags = random_kills_command("--jsonl", request, tmp_path / "out")
@@ -4103,7 +4105,8 @@ def test_the_command_samples_syncflow_from_text_and_for_a_video(towers_on_disk, 
 
 
 @pytest.mark.parametrize("file, ratios", [
-    ("a2v.pt", {"asg_on_off", "audio_on_off", "context_recomputed_cached"}),
+    pytest.param("a2v.pt", {"asg_on_off", "audio_on_off", "context_recomputed_cached"},
+                 marks=slow),
     ("t2av/joint/best.pt", {"guidance_on_off", "audio_tower_on_off"})])
 def test_the_benchmark_prints_its_ratios_as_json(
         toy, towers_on_disk, monkeypatch, capsys, file, ratios):
@@ -4678,7 +4681,7 @@ def test_the_shipped_weights_move_things_on_their_sounds():
              for i, kind in enumerate(toybox.KINDS * 2)]
 
     videos = shipped_syncphony(clips, steps=5, asg=2.)
-    off_sync = shipped_syncphony(clips, steps=4, use_audio=False)
+    off_sync = shipped_syncphony(clips[:6], steps=4, use_audio=False)
 
     records = cyclesync.toybox_records(videos, clips)
     scores = cyclesync.summarise(records)
@@ -4686,7 +4689,7 @@ def test_the_shipped_weights_move_things_on_their_sounds():
     assert scores["f1_50"] > max(.9, 2 * shuffled["f1_50"]), (scores, shuffled)
     assert scores["residual"] < .2, scores["residual"]
     assert scores["false_per_quiet_clip"] == 0, scores["false_per_quiet_clip"]
-    chance = cyclesync.summarise(cyclesync.toybox_records(off_sync, clips))["f1_50"]
+    chance = cyclesync.summarise(cyclesync.toybox_records(off_sync, clips[:6]))["f1_50"]
     assert chance < .3, chance
 
 
