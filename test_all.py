@@ -1974,6 +1974,9 @@ def flags_of(kind, request):
     if kind in ("t2av", "joint"):
         return [*request.getfixturevalue("harmony_on_disk")[1].flags, "--stage", "joint",
                 "--task", kind]
+    if kind == "mel-vae":
+        AUDIO_VAE_SIZES["mel"]["little"] = AUDIO_VAE_SIZES["mel"]["tiny"] | {"width": 32}
+        return ["--task", kind, "--size", "little"]
     return ["--task", kind, *(["--resolution", 32] if kind == "vae" else [])]
 
 
