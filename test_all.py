@@ -4742,7 +4742,7 @@ def test_a_shipped_two_tower_model_serves_as_the_video_to_audio_model_of_cyclesy
 def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
     """SyncFlow sections 3.2, 3.3: sounds for true videos come when things happen, and a generated
     pair agrees with itself better than with another pair."""
-    s = shipped_towers(sample.T2AV_FILE, held_out_clips(700, toybox.KINDS * 2), steps=8, cfg=3.)
+    s = shipped_towers(sample.T2AV_FILE, held_out_clips(700, toybox.KINDS * 2), steps=6, cfg=3.)
 
     _, sounds = s.generate(z_v=s.z_v)
     videos, waves = s.generate(pictures=s.first)
@@ -4753,7 +4753,7 @@ def test_the_shipped_syncflow_gives_a_video_its_sound_and_pairs_agree():
 
 @pytest.fixture(scope="module")
 def shipped_harmony():
-    clips = held_out_clips(300, [None] * 16)[:8]
+    clips = held_out_clips(300, [None] * 16)[:6]
     speech = [c["speech"] for c in clips]
     return shipped_towers(sample.JOINT_FILE, clips, speech=speech, steps=6, shift=5.)
 
