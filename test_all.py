@@ -804,7 +804,7 @@ def test_the_decoder_has_to_take_appearance_from_the_first_frame():
     assert video_vae_loss(perfect, source, target, z, 1.)[:2] == (0, 0)
 
 
-@pytest.mark.parametrize("front", ["waveform", "mel"])
+@pytest.mark.parametrize("front", ["waveform", pytest.param("mel", marks=slow)])
 @torch.no_grad()
 def test_an_audio_vae_makes_fifty_latents_a_second_and_sounds_of_exact_length(front):
     """S = ceil(n / hop), hop 320 at 16 kHz; decode gives n samples back, in pieces the same as at
@@ -965,6 +965,7 @@ def test_the_reader_finds_every_event_of_real_renders_to_half_a_frame():
         assert_close(clip["kind"], found, clip["events"], .5 / 24 + .005)
 
 
+@slow
 def test_the_reader_abstains_where_frames_cannot_be_read_rather_than_invent_events():
     """36 clips whose second half, or half of whose frames, are blurred, noisy or another clip's."""
     rng = np.random.default_rng(0)
@@ -1258,8 +1259,10 @@ HARMONY = ("--prompt a --ckpt {towers}/harmony/joint/best.pt --vae {toy}/vae.pt 
      "--lr inf | --resolution 50 | --batch-size 5 --accum 2 | "
      "--task vae --data avsync15", ""),
     (data, "--data-root {out}", "--data nowhere | --size miniflux", ""),
-    (cyclesync, "--ckpt {toy}/a2v.pt --vae {toy}/vae.pt --out {out}",
-     "--clips 1 | --data nowhere | --pairs {d} none | --fvd {toy}/x.wav | --v2a-cmd true", "")])
+    (cyclesync, "--ckpt {toy}/a2v.pt --out {out}", "--clips 1 | --data nowhere | --pairs {d} none",
+     ""),
+    pytest.param(cyclesync, "--ckpt {toy}/a2v.pt --vae {toy}/vae.pt --out {out}",
+                 "--fvd {toy}/x.wav | --v2a-cmd true", "", marks=slow)])
 def test_bad_input_is_one_line_on_stderr_exit_code_two_and_nothing_written(
         toy, media, harmony_on_disk, tmp_path, capsys, module, inputs, refused, message):
     """README: never a traceback; what was wrong, what was expected, what to do."""
@@ -1482,7 +1485,8 @@ def test_one_table_holds_the_rows_of_the_protocol(toy, tmp_path, capsys, real):
 
 # The folders of the first trainings; from which towers they start.
 @pytest.mark.parametrize("name, folders, starts", [
-    ("syncphony", ["lambda-motion-0", "no-audio-rope", "no-audio-rope", "full"], []),
+    pytest.param("syncphony", ["lambda-motion-0", "no-audio-rope", "no-audio-rope", "full"], [],
+                 marks=slow),
     pytest.param("syncflow", ["stage-video", "stage-audio", "stage-audio-no-adaptor"],
                  ["stage-video"] * 4, marks=slow),
     pytest.param("harmony", ["stage-video", "stage-audio"],
@@ -3467,8 +3471,6 @@ def random_kills_command(name, request, out):
     toy = request.getfixturevalue("toy")
     steps = [*request.getfixturevalue("runs")[1].flags, "--out", out / "run", "--steps", 8,
              "--save-every", 3, "--log-every", 2]
-    if name == "steps":
-        return train, steps
     if name == "training":
         return train, [*steps, "--sample-every", 4, "--eval-clips", 1]
     if name == "preparing":
@@ -3488,11 +3490,10 @@ def random_kills_command(name, request, out):
     return sample, [*flags, "--jsonl", out.parent / "list.jsonl", "--seconds", .5]
 
 
-@pytest.mark.parametrize("name, kills", [("steps", 2)] + [
-    pytest.param(name, KILLS // 5, marks=slow)
-    for name in ("training", "preparing", "preparing clips", "sampling", "--jsonl")])
-def test_what_is_killed_at_random_moments_ends_as_if_it_had_not_been(
-        name, kills, request, tmp_path):
+@slow
+@pytest.mark.parametrize("name", ["training", "preparing", "preparing clips", "sampling",
+                                  "--jsonl"])
+def test_what_is_killed_at_random_moments_ends_as_if_it_had_not_been(name, request, tmp_path):
     """SIGKILL, SIGTERM or SIGINT, again and again; then the same command ends with the same bytes,
     the same rows of log.csv, and no hidden files."""
     out = tmp_path / "out"
@@ -3506,9 +3507,9 @@ def test_what_is_killed_at_random_moments_ends_as_if_it_had_not_been(
     assert whole.exitcode == 0
     expected = contents_without_times(out)
     out.rename(tmp_path / "whole")
-    rng = np.random.default_rng(kills)
+    rng = np.random.default_rng(KILLS)
     codes = []
-    for _ in range(kills):
+    for _ in range(KILLS // 5):
         process = forked(cli, module, *flags)
         process.join(rng.uniform(0, seconds))
         if process.exitcode is None:
