@@ -709,6 +709,7 @@ def motion_twice(n, size=32, blocks=2):
     return data.frames_to_tensor(videos).unbind(1)
 
 
+@slow
 def test_the_published_vaes_have_their_size():
     """Pyramid Flow: 335.4 M parameters. SyncFlow section 3.1: at 48 kHz 50 latents a second."""
     with torch.device("meta"):
@@ -841,6 +842,7 @@ def test_the_terms_of_the_losses_by_hand():
     assert vae_module.spectral_error(wave.roll(400, 1), wave) > .1
 
 
+@slow
 def test_the_log_mel_front_end_is_librosas():
     """Spectra equal data.log_mel; waveforms librosa.griffinlim with its random_state=0. Silence
     comes back silent, and what a diverged network gives as finite sound."""
@@ -1768,6 +1770,7 @@ def test_evaluation_takes_three_evenly_spaced_windows(tmp_path, clip):
         data.clip_windows(short, 32, audio_lead=.5)
 
 
+@slow
 def test_a_cache_that_was_killed_at_any_moment_ends_as_the_same_bytes(tmp_path, toy, monkeypatch):
     """At the settings, within a shard, at its .json."""
     vae = sample.load_vae(toy / "vae.pt")
@@ -3627,6 +3630,7 @@ def test_a_step_whose_samples_are_coupled_keeps_its_micro_batches():
     assert "micro-batches of 16 clips, now they have 8" in run.difference(ckpt)
 
 
+@slow
 def test_of_two_runs_that_prepare_one_cache_the_first_writes_a_shard(tmp_path, toy):
     """The other finds it when it has coded its own, whose numbers may differ on another device."""
     vae = sample.load_vae(toy / "vae.pt").requires_grad_(False)
