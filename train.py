@@ -216,6 +216,7 @@ EVALUATION_DRAWS = 4        # of noise, in the evaluation of two towers
 MAY_DIFFER = {"steps", "accum", "device", "compile", "checkpointing", "out", "data_root", "init",
               "vae", "audio_vae", "pretrained", "log_every", "sample_every", "save_every",
               "eval_clips"}
+OTHER_VERSION = "was written by another version of train.py; take that one"
 
 
 def settings_of(task):
@@ -1125,6 +1126,10 @@ class Run:
             raise BadInput(f"--batch-size {args.batch_size} must be a multiple of processes x "
                            f"--accum = {parts}")
         self.micro_batch = args.batch_size // parts
+        # What a run with other settings has left is refused before anything is prepared.
+        path = self.out / "last.pt"
+        self.last = data.load_checkpoint(path, args.task) if path.is_file() else None
+        self.refuse(self.last and self.other_settings(self.last))
 
         # The task prepares its data and builds its network, whose initial weights --seed decides.
         # Process 0 comes first: it leaves files behind, which the others find.
@@ -1299,10 +1304,8 @@ class Run:
     def resume(self):
         """Continue from last.pt, if a run with these settings has left it."""
         path = self.out / "last.pt"
-        ckpt = data.load_checkpoint(path, self.args.task) if path.is_file() else None
-        difference = ckpt and self.difference(ckpt)
-        if difference:
-            raise BadInput(f"{path}: {difference}, or give another --out to start anew")
+        ckpt, self.last = self.last, None
+        self.refuse(ckpt and self.other_network(ckpt))
         for name in ("log.csv", "scores.csv"):
             trim_log(self.out / name, ckpt["step"] if ckpt else 0)
         if not ckpt:
@@ -1330,12 +1333,16 @@ class Run:
         log_rank0(f"resuming    {path} at step {self.step} (remove it, or give another --out, to "
                   "start anew)")
 
-    def difference(self, ckpt):
+    def refuse(self, difference):
+        if difference:
+            raise BadInput(f"{self.out / 'last.pt'}: {difference}, or give another --out to start "
+                           "anew")
+
+    def other_settings(self, ckpt):
         """What keeps this run from continuing a checkpoint, and what to do; None: nothing."""
-        other_version = "was written by another version of train.py; take that one"
         if not {"args", "model", "ema", "optimisers", "step", "best", "seconds", "logged",
                 "reports", "micro_batch"} <= set(ckpt):
-            return other_version
+            return OTHER_VERSION
         for name, value in vars(self.args).items():
             before = ckpt["args"].get(name, value)
             if name not in MAY_DIFFER and before != value:
@@ -1345,6 +1352,10 @@ class Run:
         if is_coupled and ckpt["micro_batch"] != self.micro_batch:
             return (f"was trained with micro-batches of {ckpt['micro_batch']} clips, now they have "
                     f"{self.micro_batch}; take as many processes x --accum")
+        return None
+
+    def other_network(self, ckpt):
+        """As `other_settings`, of what the task has prepared."""
         for name in ("vae", "audio_vae"):
             if ckpt.get(name) != self.task.extra.get(name):
                 flag = name.replace("_", "-")
@@ -1353,7 +1364,7 @@ class Run:
         autoencoder = hasattr(self.task, "measure_latent_stats")
         same_config = autoencoder or ckpt["config"] == asdict(self.net.cfg)
         if set(ckpt["ema"]) != set(self.ema) or not same_config:
-            return other_version
+            return OTHER_VERSION
         return None
 
 
