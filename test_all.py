@@ -3132,6 +3132,7 @@ def resumed_runs(rng, good, d):
     run.out = d
 
     def check():
+        run.last = run.load_last()
         run.resume()
         assert all(torch.isfinite(p).all() for p in run.net.parameters())
         assert isinstance(run.step, int) and math.isfinite(run.seconds + run.best)

@@ -1127,9 +1127,7 @@ class Run:
                            f"--accum = {parts}")
         self.micro_batch = args.batch_size // parts
         # What a run with other settings has left is refused before anything is prepared.
-        path = self.out / "last.pt"
-        self.last = data.load_checkpoint(path, args.task) if path.is_file() else None
-        self.refuse(self.last and self.other_settings(self.last))
+        self.last = self.load_last()
 
         # The task prepares its data and builds its network, whose initial weights --seed decides.
         # Process 0 comes first: it leaves files behind, which the others find.
@@ -1300,6 +1298,13 @@ class Run:
         self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best,
                   micro_batch=self.micro_batch, logged=self.logged,
                   reports=[report.cpu() for report in self.reports])
+
+    def load_last(self):
+        """last.pt of a run with these settings; None: there is none."""
+        path = self.out / "last.pt"
+        ckpt = data.load_checkpoint(path, self.args.task) if path.is_file() else None
+        self.refuse(ckpt and self.other_settings(ckpt))
+        return ckpt
 
     def resume(self):
         """Continue from last.pt, if a run with these settings has left it."""
