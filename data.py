@@ -294,14 +294,15 @@ def log_mel(wave):
 # ----------------------------------------------------------- media in: two streams on one clock
 
 def decode(path, what, times, block, limit, *arguments):
-    """Yields one stream of a file in blocks of so many bytes, and then fills `times`: first and
-    last time in seconds and number of the frames as each filter called showinfo or ashowinfo
-    printed them, {"showinfo_0": (0.0, 2.0, 49)}."""
+    """Yields one stream of a file in blocks of so many bytes, and then fills `times`, in seconds:
+    "start", at which the file begins, and first time, last time and number of the frames as each
+    filter called showinfo or ashowinfo printed them, {"start": 0.0, "showinfo_0": (0.0, 2.0, 49)}.
+    """
     path = check_file(path, what)
-    # Times count from the beginning of the file, of any stream. Every line of the log has a
-    # [level].
-    command = ffmpeg_command("-loglevel", "repeat+level+info", "-copyts", "-start_at_zero",
-                             "-t", limit + 1, *input_file(path), *arguments, "-")
+    # -copyts keeps the times of the file; made to begin at 0, sounds were read up to 23 ms wrong.
+    # Every line of the log has a [level].
+    command = ffmpeg_command("-loglevel", "repeat+level+info", "-copyts", "-t", limit + 1,
+                             *input_file(path), *arguments, "-")
     # The log has a line per frame: it would fill a pipe while nobody reads it.
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log,
@@ -317,6 +318,9 @@ def decode(path, what, times, block, limit, *arguments):
             if error:
                 raise BadInput(f"{path}: its {what} is damaged or not of a known kind "
                                f"({last_reason(error[1])})")
+            start = re.search(r"Duration: .* start: (-?[\d.]+)", line)
+            if start:
+                times["start"] = float(start[1])
             frame = re.search(r"Parsed_(\w+) .*pts_time:\s*(-?[\d.]+)", line)
             if frame:
                 seconds = float(frame[2])

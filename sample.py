@@ -1006,7 +1006,8 @@ def run_job(system, job, path, args, bar, settings):
         wave = video_to_audio(model, system.vae, audio_vae, pieces, job["prompt"], seed=args.seed,
                               **options)
         # In the file there may be silence before the first picture.
-        silence = max(0, round(times["showinfo_6"][0] * rate))
+        first, _, _ = times["showinfo_6"]
+        silence = max(0, round((first - times.get("start", first)) * rate))
         data.add_sound(path, job["video"], np.pad(wave, (silence, 0)), rate)
         write_strip(path, np.concatenate(shown), wave, rate)
         return round(len(wave) / rate * FPS)
