@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from toybox import FPS, FRAMES, RATE, toybox_clip
 
-MINUTE = 6000                   # log-mel frames of it
+MEL_PIECE = 6000                # log-mel frames made at a time: a minute
 MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step), bands up to 8 kHz
 
 # For ffmpeg's aresample: gaps in a track are filled, so that the index of a sample says its time;
@@ -279,12 +279,12 @@ def log_mel(wave):
     # A minute at a time: the spectrum of a long sound would be large. A window reaches less than
     # two frames to either side.
     pieces = []
-    for start in range(0, max(1, frames), MINUTE):
+    for start in range(0, max(1, frames), MEL_PIECE):
         first = max(0, start - 2)
         mel = librosa.feature.melspectrogram(
-            y=wave[first * hop:(start + MINUTE + 2) * hop], sr=RATE, n_fft=512, win_length=400,
+            y=wave[first * hop:(start + MEL_PIECE + 2) * hop], sr=RATE, n_fft=512, win_length=400,
             hop_length=hop, n_mels=MELS, fmin=40)
-        mel = mel.T[start - first:][:MINUTE]
+        mel = mel.T[start - first:][:MEL_PIECE]
         # The floor (1e-6) and the scale are constants, not the clip's: loud and soft stay
         # different, and silence stays silence however long it lasts.
         pieces.append(((np.log10(mel + 1e-6) + 3.) / 1.6).astype(np.float32))

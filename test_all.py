@@ -2961,7 +2961,7 @@ def test_log_mels_of_a_long_sound_are_made_minute_by_minute(monkeypatch):
     """The same numbers as at once."""
     wave = np.random.default_rng(0).normal(0, .1, 16000 * 5 + 77).astype(np.float32)
     whole = data.log_mel(wave)
-    monkeypatch.setattr(data, "MINUTE", 130)
+    monkeypatch.setattr(data, "MEL_PIECE", 130)
     assert_close("log-mels in pieces", data.log_mel(wave), whole, 1e-5)
 
 
