@@ -1388,6 +1388,42 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
     assert cyclesync.frechet(a, a) == pytest.approx(0, abs=1e-9)
 
 
+def flashes(times, frames=49, size=32):
+    """A grey square that jumps sideways at `times`, before a background with the noise of a codec
+    -> uint8 (frames, size, size, 3)."""
+    rng = np.random.default_rng(0)
+    video = 90 + rng.integers(-1, 2, (frames, size, size, 3))
+    at = np.searchsorted(np.asarray(times), np.arange(frames) / 24, side="right")
+    for frame, jumps in zip(video, at):
+        frame[8:24, (jumps % 2) * 16:][:, :16] += 60
+    return video.astype(np.uint8)
+
+
+def test_the_motion_curve_is_where_the_picture_moves_at_any_resolution():
+    """Motion energy: noise of one step in 255 is none; what is seen in frame k + 1 is in entry k."""
+    curve = cyclesync.motion_energy(flashes([.5, 1.25]))
+    assert cyclesync.motion_peaks(curve, 24).tolist() == [.5, 1.25]
+    assert curve[11] > 5 and curve[15:25].max() == 0
+    large = cyclesync.motion_energy(flashes([.5, 1.25], size=32).repeat(4, 1).repeat(4, 2))
+    assert_close("curve of the enlarged video", large, curve, 1e-5)
+
+
+def test_motion_agrees_with_its_own_curve_and_less_with_one_that_is_late():
+    """Motion agreement is a correlation; a still video agrees with nothing, and nothing with it."""
+    curve, late, still = (cyclesync.motion_energy(flashes(t)) for t in ([.5], [.55], []))
+    assert cyclesync.motion_agreement(curve, curve) == pytest.approx(1)
+    assert 0 < cyclesync.motion_agreement(curve, late) < .8
+    assert cyclesync.motion_agreement(curve, still) == 0
+    assert np.isnan(cyclesync.motion_agreement(still, curve))
+
+
+def test_hits_are_paired_with_peaks_of_motion_one_to_one():
+    """Hit agreement: F1 within the tolerance, as a pair of which sums are taken."""
+    curve = cyclesync.motion_energy(flashes([.5, 1.25]))
+    assert cyclesync.hit_agreement([.54, .55, 1.5], curve, 24) == (2, 5)
+    assert cyclesync.hit_agreement([.54, .55, 1.5], curve, 24, .26) == (4, 5)
+
+
 # -------------------------------------------------------------------- cyclesync.py: its commands
 
 def test_a_program_gets_a_silent_video_long_enough_and_its_sound_is_cut(tmp_path):
