@@ -15,6 +15,15 @@ events of any video of that world back, generated ones too (analysis by synthesi
     agreement     where both streams are generated no true events exist: events in the picture, by
                   a scene fitted to frame 0, against onsets in the sound
 
+**Real clips.** No event is known, but a true clip shows when something should move.
+
+    motion agreement  correlation of two curves, the mean change of the picture from frame to frame,
+                      of the generated and the true clip. `shuffled`: the same first frame, with
+                      another clip's sound; `off_sync`: without. Their differences are paired
+    hit agreement     F1 of onsets in the sound and peaks of motion, within 50 ms. A true hit is not
+                      always a peak: of true clips about 0.3, of shuffled ones 0.2
+    flicker           of pixels that never move, against the VAE's reconstruction, of 255
+
 **Any video.** CycleSync (Syncphony section 4, eqs. 3, 4): a video-to-audio model f generates a
 sound from the silent video. With A the onsets of the real sound and A' those of the generated one,
 
@@ -44,7 +53,8 @@ clouds of features, of this repository's VAEs or of the networks of FVD, FID and
     python cyclesync.py --shift-study            # true clips, their sound up to 0.5 s late
     python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's tables
     python cyclesync.py --skip-blocks --audio x.wav --image f.png  # videos without one block each
-    python cyclesync.py clip.mp4                 # any video: onsets, lag, AV-Align
+    python cyclesync.py --ckpt out/a2v-x/best.pt --data x/         # the same of real clips
+    python cyclesync.py clip.mp4                 # any video: onsets, hit agreement, lag, AV-Align
     python cyclesync.py --pairs true/ remade/    # CycleSync of sounds that any program generated
 
 B clips, F frames, H W pixels, C channels, L h w latents, S audio steps, n m events. Video uint8
@@ -58,6 +68,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from functools import cached_property
 from importlib.util import find_spec
 from itertools import chain, islice, product
 from pathlib import Path
@@ -175,6 +186,13 @@ class Table:
         if name not in row.get("interval", {}):
             return f"{value:.3g}"
         return "{:.3f} [{:.2f}, {:.2f}]".format(value, *row["interval"][name])
+
+    def gain(self, figure, key, other):
+        """What row `key` has more than row `other`, in `figure`, of the same clips -> value, low,
+        high. Which clips were drawn moves both rows alike, so the difference may be significant
+        although their intervals overlap."""
+        rows = [[r[figure] for r in self.records if r["row"] == k] for k in (key, other)]
+        return interval(resample_clips(rows[0]) - resample_clips(rows[1]))
 
     def finish(self, path=None):
         """Write the CSV to `path`; print the JSON of all rows as the last line."""
@@ -330,7 +348,12 @@ CELLS = 8
 # with themselves, without this 0.983.
 DEAD_ZONE = 1.
 STILL = 1e-3                    # deviation of a curve in which nothing moves; the median is 0.8
-PEAK = .5                       # least height of a peak, of the curve's highest
+# Of 255: a pixel that changes no more in a clip does not move. At 64 pixels a third of those of The
+# Greatest Hits.
+STILL_RANGE = 8
+# Least height of a peak, of the highest within a second to either side: takes of half a minute have
+# F1 .32 with their sound, .14 with another's; of the highest of all .22 and .09.
+PEAK = .5
 
 
 def motion_energy(frames):
@@ -356,8 +379,9 @@ def motion_agreement(truth, curve):
 def motion_peaks(curve, fps):
     """Local maxima of a curve of `motion_energy` -> seconds."""
     middle = curve[1:-1]
-    peaks = (middle > curve[:-2]) & (middle >= curve[2:]) & (middle >= PEAK * curve.max())
-    return (np.flatnonzero(peaks) + 2) / fps
+    tops = np.flatnonzero((middle > curve[:-2]) & (middle >= curve[2:])) + 1
+    high = [i for i in tops if curve[i] >= PEAK * curve[max(0, i - fps):i + fps + 1].max()]
+    return (np.array(high) + 1) / fps
 
 
 def hit_agreement(times, curve, fps, tolerance=.05):
@@ -367,11 +391,38 @@ def hit_agreement(times, curve, fps, tolerance=.05):
     return 2 * len(match_events(times, peaks, tolerance)), len(times) + len(peaks)
 
 
+def psnr(truth, video):
+    """Of two videos uint8 of one shape, in dB."""
+    error = np.square(truth.astype(np.float32) - video).mean()
+    return float(10 * np.log10(255 ** 2 / error)) if error else NAN
+
+
+def motion_records(videos, clips, remade, tolerance):
+    """Videos generated for real clips, against these, and against `remade`, these through the VAE
+    -> records. The first frame, which is given, counts in none of them."""
+    records = []
+    for video, clip, decoded in zip(videos, clips, remade):
+        truth = clip["video"]
+        wave = clip["audio"]
+        curve = motion_energy(video)
+        late, confidence = lag(video, FPS, wave, RATE)
+        # Where nothing moves nothing should flicker: the error, in steps of 255, of these pixels.
+        still = np.ptp(truth, 0).max(-1) <= STILL_RANGE                      # (H, W)
+        flicker = np.abs(video[1:].astype(np.float32) - decoded[1:])[:, still]
+        records.append(dict(
+            motion=motion_agreement(motion_energy(truth), curve),
+            hits=hit_agreement(onsets_in_sound(wave), curve, FPS, tolerance),
+            lag_s=late, lag_confidence=confidence,
+            flicker=float(flicker.mean()) if still.any() else NAN,
+            psnr=psnr(truth[1:], video[1:])))
+    return records
+
+
 def lag(frames, fps, wave, rate):
     """How much later the picture moves than the sound, within +-0.5 s, for any video -> lag,
     confidence. Under about 3 there is no single answer (a steady rhythm has several)."""
     import librosa
-    motion = np.abs(np.diff(frames.astype(np.float32), axis=0)).mean((1, 2, 3))      # (F - 1,)
+    motion = motion_energy(frames)                                           # (F - 1,)
     wave = librosa.resample(wave, orig_sr=rate, target_sr=22050)
     strength = librosa.onset.onset_strength(y=wave, sr=22050, hop_length=220)
     # Both on one grid of 10 ms. The change from frame k to k + 1 is visible when k + 1 is.
@@ -391,6 +442,12 @@ def lag(frames, fps, wave, rate):
     # Confidence: the height of the peak over shifts more than 0.1 s from it, in their deviations.
     rest = match[np.abs(shifts - shifts[best]) > 10]
     return shifts[best] * .01, float((match[best] - rest.mean()) / (rest.std() + 1e-9))
+
+
+def median_lag(records):
+    """The median lag, in ms, of clips with a clear answer."""
+    lags = [r["lag_s"] for r in records if r["lag_confidence"] > 3]
+    return 1000 * float(np.median(lags)) if lags else NAN
 
 
 # ---------------------------------------------------------------------- video-to-audio models
@@ -600,14 +657,27 @@ def reconstruct(vae, clips, autocast=nullcontext):
 
 
 def write_strips(path, videos, waves, marks, clips):
-    """Up to six clips, one of each kind, as rows of frames over the waveform with `marks` in it."""
-    # The first clip of a kind in which something happens; of real clips nothing is known.
+    """Up to six clips of the toybox, one of each kind, as rows of frames over the waveform with
+    `marks` in it."""
+    # The first clip of a kind in which something happens.
     chosen = {}
     for i, clip in enumerate(clips):
-        if len(clip.get("events", "any")):
+        if len(clip["events"]):
             chosen.setdefault(clip["kind"], i)
     rows = [film_strip(videos[i], waves[i], events=marks[i]) for i in list(chosen.values())[:6]]
     data.write_picture(path, np.concatenate(rows or [videos[0][0]]))
+
+
+def write_pairs(path, videos, clips):
+    """Six real clips: the true frames, those generated, and the motion of both over the sound."""
+    rows = []
+    for i in np.unique(np.linspace(0, len(clips) - 1, 6).astype(int)):
+        truth = clips[i]["video"]
+        wave = clips[i]["audio"]
+        curves = [motion_energy(truth), motion_energy(videos[i])]
+        rows.append(film_strip(truth, wave)[:truth.shape[1]])
+        rows.append(film_strip(videos[i], wave, curves=curves))
+    data.write_picture(path, np.concatenate(rows))
 
 
 # ---------------------------------------------------------------------- a checkpoint's table
@@ -650,9 +720,14 @@ class Scorer:
         self.videos = [c["video"] for c in self.clips]
         self.sounds = [c["audio"] for c in self.clips]
 
+    @cached_property
+    def remade(self):
+        """The clips through the VAE."""
+        return reconstruct(self.vae, self.clips, self.autocast)
+
     def reconstruct(self):
         """The clips through the VAEs, the bound of what can be generated."""
-        return reconstruct(self.vae, self.clips, self.autocast), self.sounds
+        return self.remade, self.sounds
 
     def ablation_row(self, **settings):
         """Generate and score -> the figures of a row."""
@@ -678,11 +753,18 @@ def evaluate(args):
         videos, waves, known = scorer.generate(**settings)
         records, figures = scorer.score(videos, waves, known)
         table.add(key, title, records, figures)
-        # Events in the picture are marked on the sound.
-        marks = [r.get("detected_times", ()) for r in records]
-        write_strips(Path(args.out, f"{key}.png"), videos, waves, marks, scorer.clips)
+        picture = Path(args.out, f"{key}.png")
+        if args.data == "toybox":
+            # Events in the picture are marked on the sound.
+            marks = [r["detected_times"] for r in records]
+            write_strips(picture, videos, waves, marks, scorer.clips)
+        else:
+            write_pairs(picture, videos, scorer.clips)
     scorer.more_rows(table)
-    print(f"film strips, events in the picture marked: {args.out}/")
+    shown = "events in the picture marked"
+    if args.data != "toybox":
+        shown = "true ones above; over the sound the motion of the true (blue), the generated (red)"
+    print(f"film strips, {shown}: {args.out}/")
     table.finish(Path(args.out, "clips.csv"))
 
 
@@ -692,6 +774,10 @@ def evaluate(args):
 # none.
 TOYBOX_COLUMNS = dict(f1_50="F1 50 ms", f1_100="F1 100 ms", timing_ms="timing, ms",
                       residual="residual", false_per_quiet_clip="false/quiet")
+# hits: onsets of the sound against peaks of motion. lag: median of the clips with a clear one.
+# flicker: of pixels that do not move in the true clip, in steps of 255.
+REAL_COLUMNS = dict(motion="motion agreement", hits="hit agreement", lag_ms="lag, ms",
+                    flicker="flicker", psnr="PSNR")
 SYNC_COLUMNS = dict(cyclesync_set="CycleSync set", cyclesync_merged="merged", av_align="AV-Align")
 
 
@@ -708,24 +794,32 @@ class AudioToVideo(Scorer):
                            "video-to-audio model by --v2a-cmd")
         self.note = f"w_t = {self.ckpt['guidance']['cfg']:g}; CycleSync by {v2a_name}"
         # The true events are known in the toybox alone.
-        self.columns = (TOYBOX_COLUMNS if args.data == "toybox" else {}) | SYNC_COLUMNS
+        self.toybox = args.data == "toybox"
+        self.columns = (TOYBOX_COLUMNS if self.toybox else REAL_COLUMNS) | SYNC_COLUMNS
         self.columns |= dict(frechet_latent="Frechet") | {what: what for what in self.networks}
         self.truth = self.features(self.videos, [(w, RATE) for w in self.sounds])
-        # Of the videos scored last: records with the sounds and events of other clips.
+        # Of toybox videos scored last: records with the sounds and events of other clips.
         self.chance = []
 
     def rows(self):
-        """Off-sync, then Audio Sync Guidance of several strengths, last the checkpoint's."""
+        """Off-sync, then Audio Sync Guidance of several strengths, then the checkpoint's; of real
+        clips also videos for the sound of another clip."""
         asg, cfg = (float(self.ckpt["guidance"][k]) for k in ("asg", "cfg"))
         yield "off_sync", "off-sync", dict(cfg=cfg, use_audio=False)
         for w in sorted({0., 1., 2., 4.} - {asg}):
             yield f"asg_{w:g}", f"w_a = {w:g}", dict(asg=w, cfg=cfg)
         yield "generated", f"w_a = {asg:g}, the checkpoint's", dict(asg=asg, cfg=cfg)
+        if not self.toybox:
+            yield "shuffled", "... with shuffled sounds", dict(asg=asg, cfg=cfg, sounds="shuffled")
 
-    def generate(self, asg=0., cfg=0., use_audio=True):
-        """asg, cfg: w_a, w_t of Syncphony eq. 6; use_audio=False: off-sync."""
+    def generate(self, asg=0., cfg=0., use_audio=True, sounds="own"):
+        """asg, cfg: w_a, w_t of Syncphony eq. 6; use_audio=False: off-sync; sounds="shuffled": a
+        clip's first frame with another clip's sound, scored against its own."""
+        clips = self.clips
+        if sounds == "shuffled":
+            clips = [dict(c, audio=wave) for c, wave in zip(clips, shuffled(self.sounds))]
         videos = generate(
-            self.model, self.vae, self.clips, self.autocast, self.args.seed, asg=asg, cfg=cfg,
+            self.model, self.vae, clips, self.autocast, self.args.seed, asg=asg, cfg=cfg,
             steps=self.args.steps, encoders=self.encoders, use_audio=use_audio)
         return videos, self.sounds, True
 
@@ -746,9 +840,10 @@ class AudioToVideo(Scorer):
         times = [onsets(w, RATE) for w in waves]
         sync, sync_chance = (sync_records(t, analyses, self.clips, self.args.tolerance)
                              for t in (times, shuffled(times)))
-        if self.args.data != "toybox":
-            self.chance = sync_chance
-            return sync, figures
+        if not self.toybox:
+            motion = motion_records(videos, self.clips, self.remade, self.args.tolerance)
+            figures["lag_ms"] = median_lag(motion)
+            return [a | b for a, b in zip(sync, motion)], figures
         # In the toybox also the events in the picture against the true ones.
         records = toybox_records(videos, self.clips)
         self.chance = [a | b for a, b in zip(shuffled_events(records), sync_chance)]
@@ -756,7 +851,14 @@ class AudioToVideo(Scorer):
         return [a | b for a, b in zip(records, sync)], figures
 
     def more_rows(self, table):
-        table.add("shuffled", "... with shuffled sounds", self.chance)
+        if self.toybox:
+            table.add("shuffled", "... with shuffled sounds", self.chance)
+        else:
+            for other, figure in product(("off_sync", "shuffled"), ("motion", "hits")):
+                gain = table.gain(figure, "generated", other)
+                table.result["generated"][f"{figure}_minus_{other}"] = gain
+                print("{}: the checkpoint's minus {} {:+.3f} [{:+.3f}, {:+.3f}]".format(
+                    REAL_COLUMNS[figure], other.replace("_", "-"), *gain))
         table.result[f"asg_{self.ckpt['guidance']['asg']:g}"] = table.result["generated"]
 
 
@@ -882,13 +984,9 @@ class Towers(Scorer):
                              frechet_latent=frechet(features, self.latents))
 
     def more_rows(self, table):
-        # What guidance adds to the agreement of the same clips. Which clips were drawn moves both
-        # rows alike, so the difference may be significant although their intervals overlap.
         for mode in [m for m in MODES if f"{m}_plain" in table.result]:
-            first, second = (resample_clips([r["agreement_f1_50"] for r in table.records
-                                             if r["row"] == key])
-                             for key in (mode, f"{mode}_plain"))
-            table.result[f"{mode}_gain"] = value, low, high = interval(first - second)
+            value, low, high = gain = table.gain("agreement_f1_50", mode, f"{mode}_plain")
+            table.result[f"{mode}_gain"] = gain
             print(f"{MODES[mode]}: guidance adds {value:+.3f} [{low:+.2f}, {high:+.2f}] to the "
                   "agreement")
         if self.harmony:
@@ -1045,10 +1143,7 @@ def shift_study(args):
             if toybox:
                 events = sources[i]["events"] + late
                 record |= event_record(events[events < n / RATE], found[i])
-        # The median lag of clips with a clear answer.
-        lags = [r["lag_s"] for r in records if r["lag_confidence"] > 3]
-        median = 1000 * float(np.median(lags)) if lags else NAN
-        table.add(key, title, records, dict(lag_ms=median))
+        table.add(key, title, records, dict(lag_ms=median_lag(records)))
 
     for delay in delays:
         add_row(f"{delay:.1f}", f"{delay:.1f} s late", delay, clips)
@@ -1231,20 +1326,30 @@ def score_pairs(args):
 
 
 def score_clip(args):
-    """One video with its sound: where it sounds, how much later it moves, AV-Align."""
+    """One video with its sound: where it sounds, how much later it moves, whether it moves there.
+    """
     # Optical flow depends on the size of the picture, so it is always the same.
     frames, wave = data.read_clip(args.clip, 256)
-    if len(frames) < FPS // 2:
-        raise BadInput(f"{args.clip}: {len(frames) / FPS:.2f} s long; at least 0.5 s are needed")
+    seconds = len(frames) / FPS
+    if seconds < .5:
+        raise BadInput(f"{args.clip}: {seconds:.2f} s long; at least 0.5 s are needed")
     found = onsets(wave, RATE)
     late, confidence = lag(frames, FPS, wave, RATE)
     peaks = analyse_video(frames, None)["peaks"]
     align = NAN if peaks is None else av_align(found, peaks, FPS)
+    # Chance: the sound at other times, what passes the end comes back at the beginning.
+    curve, hits = motion_energy(frames), onsets_in_sound(wave)
+    moved = [(hits + s) % seconds for s in np.linspace(0, seconds, 22)[1:-1]]
+    agreement, chance = (summarise([dict(f1=hit_agreement(t, curve, FPS, args.tolerance))
+                                    for t in times])["f1"] for times in ([hits], moved))
     note = "" if confidence > 3 else " (under 3: too little to mean anything)"
-    print(f"{args.clip}: {len(frames) / FPS:.2f} s, sound begins at {found.round(2)}\n"
+    print(f"{args.clip}: {seconds:.2f} s, sound begins at {found.round(2)}\n"
+          f"hit agreement {agreement:.3f}, {chance:.3f} with the sound at other times: F1 of its "
+          f"{len(hits)} onsets and the peaks of motion, within {1000 * args.tolerance:g} ms\n"
           f"motion is {1000 * late:+.0f} ms after the sound, confidence {confidence:.1f}{note}\n"
           f"AV-Align {align:.3f} at {FPS} fps and 256 px (it depends on both; nan: without OpenCV)")
-    result = dict(onsets=found, lag_s=late, confidence=confidence, av_align=align)
+    result = dict(onsets=found, lag_s=late, confidence=confidence, av_align=align,
+                  hits=agreement, hits_by_chance=chance)
     print(json.dumps(to_json(result)))
 
 
@@ -1315,8 +1420,8 @@ def arguments():
     p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of held-out clips and noise")
     # metrics
-    p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: seconds that "
-                   "two onsets may be apart")
+    p.add_argument("--tolerance", type=number(low=0), default=.05, help="seconds that two onsets, "
+                   "or an onset and a peak of motion, may be apart")
     p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: f is this checkpoint of train.py "
                    "--task t2av or joint")
     p.add_argument("--v2a-cmd", help="CycleSync: f is a program, with {video} and {wav} in it")

@@ -523,9 +523,10 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
     return count
 
 
-def film_strip(video, wave, rate=RATE, events=()):
+def film_strip(video, wave, rate=RATE, events=(), curves=()):
     """Twelve frames over the waveform on one time axis -> uint8 (H + 40, 12 W, 3). events: in
-    seconds, marked by red lines."""
+    seconds, marked by red lines. curves: up to two, of a value per change of frame (F - 1,), drawn
+    over the waveform, the first in blue, the second in red, each up to its own maximum."""
     n, H, W = video.shape[:3]
     shown = 12
     seconds = n / FPS
@@ -541,9 +542,17 @@ def film_strip(video, wave, rate=RATE, events=()):
     # Dark where a pixel is closer to the axis than that.
     distance = np.abs(np.arange(height) - (height - 1) / 2)[:, None]          # (40, 1)
     plot = np.full((height, width, 3), 245, np.uint8)
-    plot[distance <= np.maximum(loudest, .5)] = 60
+    plot[distance <= np.maximum(loudest, .5)] = 190 if len(curves) else 60
     marks = np.array([t for t in events if 0 <= t < seconds]) / seconds * width
     plot[:, marks.astype(int)] = 220, 40, 40
+    for curve, colour in zip(curves, ((30, 80, 200), (220, 40, 40))):
+        # What changes from frame k to k + 1 is seen when k + 1 begins.
+        share = np.interp(np.arange(width), np.arange(1, n) / n * width, curve / max(1e-9, *curve))
+        y = (height - 2) - (height - 4) * share                               # (width,)
+        # A line: in every column from its height to that of the next column.
+        following = np.append(y[1:], y[-1])
+        off = np.abs(np.arange(height)[:, None] - (y + following) / 2)
+        plot[off <= np.abs(y - following) / 2 + .6] = colour
     return np.concatenate([frames, plot], 0)
 
 

@@ -1424,6 +1424,69 @@ def test_hits_are_paired_with_peaks_of_motion_one_to_one():
     assert cyclesync.hit_agreement([.54, .55, 1.5], curve, 24, .26) == (4, 5)
 
 
+def test_a_peak_of_motion_is_half_as_high_as_any_within_a_second():
+    """In a long take one large motion does not hide the small ones."""
+    curve = np.zeros(100)
+    curve[[10, 30, 36, 61]] = 1, 1, 3, 1
+    assert cyclesync.motion_peaks(curve, 24).tolist() == [11 / 24, 37 / 24, 62 / 24]
+
+
+def test_only_what_moves_without_a_cause_is_flicker():
+    """Error of the pixels that never move in the true clip, against its reconstruction."""
+    clip = dict(video=flashes([.5]), audio=clicks([.5], 49 / 24))
+    video = clip["video"].astype(int)
+    still = np.ptp(video, 0).max(-1) <= 8
+    rows = {}
+    for name, places in dict(still=still, moving=~still).items():
+        video = clip["video"].copy()
+        # The first frame is given.
+        video[1:, places] += 3
+        rows[name], = cyclesync.motion_records([video], [clip], [clip["video"]], .05)
+    assert rows["still"]["flicker"] == pytest.approx(3)
+    assert rows["moving"]["flicker"] == 0
+    assert rows["still"]["psnr"] == pytest.approx(10 * np.log10(255 ** 2 / 9 / still.mean()))
+    assert rows["still"]["hits"] == (2, 2)
+
+
+def test_the_difference_of_two_rows_is_paired():
+    """Equal rows differ by exactly 0; a constant gain has no width, however much clips differ."""
+    values = np.random.default_rng(0).normal(0, 1, 9)
+    table = cyclesync.Table({})
+    for row, gain in dict(a=0., b=.5).items():
+        table.add(row, row, [dict(x=x + gain, y=(k, 1 + k)) for k, x in enumerate(values)])
+    assert table.gain("y", "a", "b") == [0, 0, 0]
+    assert table.gain("x", "b", "a") == pytest.approx([.5, .5, .5])
+
+
+@slow
+def test_real_clips_are_scored_beside_shuffled_sounds_without_a_video_to_audio_model(
+        toy, tmp_path, capsys, monkeypatch):
+    """--data FOLDER, with a model that moves at the sound which it is given, and only then."""
+    def generate(model, vae, clips, *_, use_audio, **settings):
+        times = [cyclesync.onsets_in_sound(c["audio"]) if use_audio else [] for c in clips]
+        return [flashes(t) for t in times]
+
+    monkeypatch.setattr(cyclesync, "generate", generate)
+    for i, times in enumerate([(.5, 1.2, 2.), (.8, 1.7, 2.5)]):
+        data.write_video(tmp_path / f"x/test/{i}.mp4", flashes(times, 73), clicks(times, 73 / 24))
+    assert cli(cyclesync, "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--clips", 6,
+               "--data", tmp_path / "x", "--out", tmp_path / "out") == 0
+
+    result = last_json(capsys)
+    true, made, off_sync, other = (result[row] for row in ("ground_truth", "generated", "off_sync",
+                                                           "shuffled"))
+    assert true["motion"] == 1 and true["hits"] > .9 and off_sync["motion"] == 0
+    assert made["motion"] > .9 and made["hits"] > .9 and abs(made["lag_ms"]) < 42
+    assert max(other["motion"], other["hits"]) < .5
+    for figure in ("motion", "hits"):
+        for row in ("off_sync", "shuffled"):
+            value, low, high = made[f"{figure}_minus_{row}"]
+            assert value == pytest.approx(made[figure] - result[row][figure], abs=1e-3) and low > 0
+    assert np.isfinite(result["vae"]["psnr"]) and np.isfinite(made["flicker"])
+    # Six clips: true frames, generated ones, and the sound
+    assert iio.imread(tmp_path / "out/generated.png").shape == (6 * (32 + 32 + 40), 12 * 32, 3)
+
+
 # -------------------------------------------------------------------- cyclesync.py: its commands
 
 def test_a_program_gets_a_silent_video_long_enough_and_its_sound_is_cut(tmp_path):
@@ -1510,7 +1573,7 @@ def test_one_table_holds_the_rows_of_the_protocol(toy, tmp_path, capsys, real):
                            "generated", "shuffled"}
     for row, figures in result.items():
         assert np.isfinite(figures["cyclesync_merged"]), row
-        assert ("f1_50" in figures) == (not real), row
+        assert ("f1_50" in figures, "motion" in figures) == (not real, real), row
     assert len((tmp_path / "out/clips.csv").read_text().splitlines()) == 1 + 8 * 2
     if not real:
         assert {"f1_100", "precision_50", "timing_ms", "residual", "kinds"} <= set(generated)
