@@ -1400,10 +1400,10 @@ def flashes(times, frames=49, size=32):
 
 
 def test_the_motion_curve_is_where_the_picture_moves_at_any_resolution():
-    """Motion energy: noise of one step in 255 is none; what is seen in frame k + 1 is in entry k."""
+    """Motion energy: noise of one step in 255 is none; what is seen in frame k + 1 is entry k."""
     curve = cyclesync.motion_energy(flashes([.5, 1.25]))
     assert cyclesync.motion_peaks(curve, 24).tolist() == [.5, 1.25]
-    assert curve[11] > 5 and curve[15:25].max() == 0
+    assert curve[11] > 5 and curve[15:25].max() < 1e-3
     large = cyclesync.motion_energy(flashes([.5, 1.25], size=32).repeat(4, 1).repeat(4, 2))
     assert_close("curve of the enlarged video", large, curve, 1e-5)
 
@@ -1420,8 +1420,8 @@ def test_motion_agrees_with_its_own_curve_and_less_with_one_that_is_late():
 def test_hits_are_paired_with_peaks_of_motion_one_to_one():
     """Hit agreement: F1 within the tolerance, as a pair of which sums are taken."""
     curve = cyclesync.motion_energy(flashes([.5, 1.25]))
-    assert cyclesync.hit_agreement([.54, .55, 1.5], curve, 24) == (2, 5)
-    assert cyclesync.hit_agreement([.54, .55, 1.5], curve, 24, .26) == (4, 5)
+    assert cyclesync.hit_agreement([.54, .6, 1.5], curve, 24) == (2, 5)
+    assert cyclesync.hit_agreement([.54, .6, 1.5], curve, 24, .26) == (4, 5)
 
 
 def test_a_peak_of_motion_is_half_as_high_as_any_within_a_second():
@@ -1441,7 +1441,7 @@ def test_only_what_moves_without_a_cause_is_flicker():
         video = clip["video"].copy()
         # The first frame is given.
         video[1:, places] += 3
-        rows[name], = cyclesync.motion_records([video], [clip], [clip["video"]], .05)
+        rows[name], = cyclesync.motion_records([video], [clip], [clip["video"]])
     assert rows["still"]["flicker"] == pytest.approx(3)
     assert rows["moving"]["flicker"] == 0
     assert rows["still"]["psnr"] == pytest.approx(10 * np.log10(255 ** 2 / 9 / still.mean()))
