@@ -593,6 +593,55 @@ def torchscript_features(what, path, videos, sounds):
     return np.concatenate([y.reshape(-1, y.shape[-1]).float().numpy() for y in rows])
 
 
+# ---------------------------------------------------------------------- pictures
+
+def psnr(error):
+    """Differences of values 0 .. 255, of any shape -> peak signal-to-noise ratio in dB, at most 60:
+    an exact copy counts as one that is wrong by a quarter of a step."""
+    return float(-10 * np.log10(max(np.mean(np.square(error, dtype=np.float32)) / 255 ** 2, 1e-6)))
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of videos uint8 (F, H, W, 3), 1 = equal: means over
+    colours, frames and Gaussian windows of a deviation of 1.5 pixels."""
+    x = torch.arange(11) - 5.
+    kernel = torch.exp(-x ** 2 / (2 * 1.5 ** 2))
+    kernel = kernel / kernel.sum()
+
+    def blur(y):                                              # (3F, 1, H, W), whole windows alone
+        return F.conv2d(F.conv2d(y, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+
+    a, b = (torch.from_numpy(v).movedim(3, 1).flatten(0, 1)[:, None].float() for v in (a, b))
+    mean_a, mean_b = blur(a), blur(b)
+    var_a = blur(a * a) - mean_a ** 2
+    var_b = blur(b * b) - mean_b ** 2
+    covariance = blur(a * b) - mean_a * mean_b
+    # the paper's constants for values up to 255
+    c1, c2 = (.01 * 255) ** 2, (.03 * 255) ** 2
+    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+                  / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2)))
+    return similarity.mean().item()
+
+
+def has_moved(video):
+    """Pixels that have left the first frame by more than 5 of 255 steps in any colour, in frames
+    1 and on: (F, H, W, 3) -> bool (F - 1, H, W)."""
+    return np.abs(video[1:].astype(np.int16) - video[0]).max(3) > 5
+
+
+def picture_record(video, truth):
+    """How close the frames of a video are to those of a clip, both uint8 (F, H, W, 3), without
+    frame 0, which is given. `still` is what the first frame repeated has."""
+    error = video[1:].astype(np.int16) - truth[1:]
+    still = truth[:1].astype(np.int16) - truth[1:]
+    moved = has_moved(truth)
+    record = dict(psnr=psnr(error), psnr_still=psnr(still), ssim=ssim(video[1:], truth[1:]))
+    # Where hardly anything moves these would be means over noise.
+    if moved.mean() > .01:
+        record |= dict(psnr_moving=psnr(error[moved]), psnr_moving_still=psnr(still[moved]))
+    return record
+
+
 # ---------------------------------------------------------------------- clips and videos
 
 def held_out_clips(args, size, audio_lead=0.):

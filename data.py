@@ -33,7 +33,7 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from functools import partial
 from itertools import chain, islice
@@ -59,6 +59,11 @@ MONO = "async=1:ochl=mono:rematrix_maxval=1"
 MAX_SOUND = 3600                # 0.7 GB at 48 kHz; what is longer is cut. Of a video to dub, too
 PIECE = 2 ** 24                 # bytes of such a video that are in memory at a time
 MAX_SECONDS = 600               # of a clip, 180 MB at 64 x 64 pixels; what is longer is skipped
+
+# Of the frames that an autoencoder of real video is trained on
+STORE = 2 ** 34                 # bytes on disk at most: 7000 windows of 128 x 128 pixels, 4 hours
+STORE_SHARD = 2 ** 28           # bytes of a shard at most, which is made in memory
+STORE_WINDOWS = 32              # of a clip at most: a long take shows few different things
 
 # A header may claim any size: looked at before anything is decoded.
 MAX_PIXELS = 10 ** 8            # of a picture or a frame, 0.8 GB; no phone's camera takes more
@@ -917,15 +922,10 @@ def clip_windows(clip, size=64, audio_lead=0.):
     at 0.5 s and each sound 0.5 s before its pictures, so that it can be delayed and stays real.
     """
     video, wave = read_clip(clip["path"], size, clip["sound"])
-    # Up to an eighth of the frames may be missing, then the last one is held: the shortest clip of
-    # AVSync15 has 48. Not in the study, which leaves short clips out: 438 windows of AVSync15.
+    # Up to an eighth of the frames may be missing: the shortest clip of AVSync15 has 48. Not in the
+    # study, which leaves short clips out: 438 windows of AVSync15.
     first = round(audio_lead * FPS)
-    needed = first + FRAMES - (1 if audio_lead else FRAMES // 8)
-    if len(video) < needed:
-        raise BadInput(f"{clip['path']}: {len(video) / FPS:.2f} s long; "
-                       f"at least {needed / FPS:.2f} s are needed")
-    lacking = max(0, first + FRAMES - len(video))
-    video = np.concatenate([video, np.repeat(video[-1:], lacking, 0)])
+    video = hold_last(clip["path"], video, first + FRAMES, 1 if audio_lead else FRAMES // 8)
 
     # Evaluation: three, evenly spaced, as in Syncphony: 450 of AVSync15, 732 of The Greatest Hits.
     # Training: one every half second, the last ends with the clip. Each has a first frame of its
@@ -963,6 +963,28 @@ def item_windows(item, size, variations=1):
     return [dict(window, mel=log_mel(window["audio"])) for window in windows]
 
 
+def hold_last(path, video, frames, lacking=FRAMES // 8):
+    """Video (F, H, W, 3) -> at least so many frames, of which up to `lacking` may be missing: then
+    the last one is held."""
+    if len(video) < frames - lacking:
+        raise BadInput(f"{path}: {len(video) / FPS:.2f} s long; "
+                       f"at least {(frames - lacking) / FPS:.2f} s are needed")
+    return np.concatenate([video, np.repeat(video[-1:], max(0, frames - len(video)), 0)])
+
+
+def item_frames(item, size, most):
+    """As `item_windows`, for a frame store: up to `most` windows of the pictures that do not
+    overlap, evenly spaced. They need no sound."""
+    try:
+        video = hold_last(item["path"], read_video(item["path"], size)[0], FRAMES)
+    except BadInput as why:
+        return str(why).removeprefix(f"{item['path']}: ")
+    n = min(most, len(video) // FRAMES)
+    starts = np.linspace(0, len(video) - FRAMES, n).astype(int)
+    return [dict(video=video[start:start + FRAMES], caption=item["prompt"], speech="",
+                 start=start / FPS) for start in starts]
+
+
 def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     r"""Fill a cache with the windows of `items`, or go on filling it; `open_cache` then reads it.
 
@@ -975,6 +997,7 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
                00000.json           a row per window, skipped clips, bytes and zlib.crc32 of these
                00001-latents.npy    ...
 
+    Without a `vae` it is a frame store: videos alone, settings["windows"] of a clip at most.
     All but videos are float16. A shard's .json is written last and says that the shard is complete.
     A shard depends on its items alone, so a run that was killed at any moment and started again
     ends with the same bytes as one that was not. Of two runs that prepare one cache at a time, the
@@ -988,6 +1011,12 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
 
     # Shards of 32 items or more, at most 500 of them. Complete ones are left as they are.
     per_shard = max(32, math.ceil(len(items) / 500))
+    read = partial(item_windows, size=settings["resolution"],
+                   variations=settings.get("variations", 1))
+    if vae is None:
+        most = settings["windows"]
+        per_shard = max(1, STORE_SHARD // (most * window_bytes(settings["resolution"])))
+        read = partial(item_frames, size=settings["resolution"], most=most)
     shards = [items[a:a + per_shard] for a in range(0, len(items), per_shard)]
     todo = [k for k in range(len(shards)) if not (folder / f"{k:05d}.json").is_file()]
     left = list(chain.from_iterable(shards[k] for k in todo))
@@ -998,8 +1027,6 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     # imports torch, 0.3 GB), so a few clips are read here. A generator of its own: else the loader
     # would draw from torch's.
     workers = min(16, os.cpu_count()) if len(left) > 64 else 0
-    read = partial(item_windows, size=settings["resolution"],
-                   variations=settings.get("variations", 1))
     results = DataLoader(left, batch_size=None, collate_fn=read, num_workers=workers,
                          multiprocessing_context="spawn" if workers else None,
                          prefetch_factor=1 if workers else None, generator=torch.Generator())
@@ -1048,11 +1075,12 @@ def check_settings(path, settings):
 
 
 def write_shard(folder, k, results, settings, vae, audio_encoder):
-    """Code and write shard k. results: pairs of a clip and what `item_windows` makes of it."""
-    rows, skipped = [], {}
-    arrays = dict(latents=[], mels=[])
+    """Code and write shard k. results: pairs of a clip and its windows, or why it has none."""
+    rows = []
+    skipped = {}
+    arrays = dict(latents=[], mels=[]) if vae else dict(videos=[])
     arrays |= dict(features=[]) if audio_encoder else {}
-    arrays |= dict(videos=[], sounds=[]) if settings.get("split") == "test" else {}
+    arrays |= dict(videos=[], sounds=[]) if vae and settings.get("split") == "test" else {}
 
     # A row per window. Skipped clips are remembered with their reasons.
     def usable_windows():
@@ -1067,15 +1095,18 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
     # Four windows of up to 256 pixels fit in any memory.
     windows = usable_windows()
     while batch := list(islice(windows, 4 if sides(settings["resolution"])[0] <= 256 else 1)):
-        video = torch.from_numpy(np.stack([w["video"] for w in batch])).movedim(-1, 1)
-        moments = torch.stack(vae.encode_chunks(video), 1).float().cpu()      # (n, 2, C, L, h, w)
-        for window, latent in zip(batch, moments.numpy()):
-            values = dict(latents=latent, mels=window["mel"], videos=window["video"],
-                          sounds=window["audio"])
+        if vae:
+            video = torch.from_numpy(np.stack([w["video"] for w in batch])).movedim(-1, 1)
+            moments = torch.stack(vae.encode_chunks(video), 1).float().cpu()  # (n, 2, C, L, h, w)
+            for window, latent in zip(batch, moments.numpy()):
+                window.update(latents=latent)
+        for window in batch:
+            values = dict(window, videos=window["video"], sounds=window.get("audio"),
+                          mels=window.get("mel"))
             if audio_encoder:
                 values["features"] = audio_encoder(window["audio"])
             for name, stored in arrays.items():
-                stored.append(values[name].astype(np.uint8 if name == "videos" else np.float16))
+                stored.append(values[name])
 
     with locked(folder):
         summary = folder / f"{k:05d}.json"
@@ -1085,7 +1116,7 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
         for name, values in arrays.items():
             path = folder / f"{k:05d}-{name}.npy"
             with replacing(path) as part:
-                np.save(part, np.array(values))
+                np.save(part, np.array(values, np.uint8 if name == "videos" else np.float16))
             files[name] = dict(bytes=path.stat().st_size,
                                crc32=zlib.crc32(np.memmap(path, np.uint8, "r")))
         shard = dict(rows=rows, skipped=skipped, files=files)
@@ -1123,7 +1154,8 @@ def open_cache(folder):
                 path = summary.with_name(f"{summary.stem}-{name}.npy")
                 shards = arrays.setdefault(name, [])
                 shards.append(open_array(path, written["bytes"], len(shard["rows"])))
-                assert shards[-1].shape[1:] == shards[0].shape[1:] and len(shards) == k + 1
+                shapes = {array.shape[1:] for array in shards if len(array)}
+                assert len(shapes) <= 1 and len(shards) == k + 1
         except Exception as why:                              # of many kinds
             raise BadInput(f"{path}: missing or damaged (not as it was written); remove {summary} "
                            "and run the same command: that shard is made again") from why
@@ -1158,13 +1190,7 @@ def load_or_prepare(name, root, split, size, vae, vae_id, autocast, clips=2000, 
     """The cache of a dataset's split, prepared first where it is absent or unfinished. vae_id names
     the VAE, audio_tag what `audio_encoder` makes of every sound. clips, variations: of the toybox.
     log gets the report: what was found, what was skipped and why."""
-    found, report = find_clips(name, root, clips)
-    items = [clip for clip in found if clip["split"] == split]
-    if not items:
-        purpose = "training" if split == "train" else "testing"
-        raise BadInput(f"--data {name}: no clips for {purpose} in it; give at least two clips, or "
-                       "lists that name some of both")
-
+    items, report = clips_of_split(name, root, split, clips)
     # What the cache depends on is in the settings, and in the folder's name what users vary.
     if name == "toybox":
         label = f"toybox-{clips}" + (f"x{variations}" if variations > 1 else "")
@@ -1172,11 +1198,49 @@ def load_or_prepare(name, root, split, size, vae, vae_id, autocast, clips=2000, 
         label = dataset_folder(name, root).resolve().name
     settings = dict(data=label, split=split, vae=vae_id, fps=FPS, frames=FRAMES, resolution=size)
     settings |= dict(variations=variations) if variations > 1 else {}
-    pixels = size if isinstance(size, int) else "x".join(map(str, size))
+    pixels = "x".join(map(str, sides(size))) if isinstance(size, tuple) else size
     tag = f"{label}-{pixels}px-{vae_id}" + (f"-{audio_tag}" if audio_encoder else "")
     folder = Path(root) / "cache" / tag / split
     prepare(folder, settings, items, vae, autocast, audio_encoder)
+    return open_and_report(folder, name, report, log)
 
+
+def load_or_store_frames(name, root, split, size, log=print):
+    """The frame store of a dataset's split: windows of 49 frames of size x size pixels in a cache
+    of one array, "videos", prepared first where it is absent or unfinished. Test clips get an
+    eighth of the space."""
+    items, report = clips_of_split(name, root, split)
+    windows = STORE // window_bytes(size)
+    windows = max(1, windows // 8 if split == "test" else windows)
+    # Of more clips than windows, evenly chosen ones.
+    items = items[::math.ceil(len(items) / windows)]
+    label = dataset_folder(name, root).resolve().name
+    settings = dict(data=label, split=split, fps=FPS, frames=FRAMES, resolution=size,
+                    windows=min(STORE_WINDOWS, windows // len(items)))
+    folder = Path(root) / "cache" / f"{label}-{size}px-frames" / split
+    prepare(folder, settings, items, None, nullcontext)
+    return open_and_report(folder, name, report, log)
+
+
+def window_bytes(size):
+    """Bytes of the pictures of a window."""
+    height, width = sides(size)
+    return FRAMES * height * width * 3
+
+
+def clips_of_split(name, root, split, clips=2000):
+    """-> the clips of a split, the report on all of them; BadInput if there is none."""
+    found, report = find_clips(name, root, clips)
+    items = [clip for clip in found if clip["split"] == split]
+    if not items:
+        purpose = "training" if split == "train" else "testing"
+        raise BadInput(f"--data {name}: no clips for {purpose} in it; give at least two clips, or "
+                       "lists that name some of both")
+    return items, report
+
+
+def open_and_report(folder, name, report, log):
+    """`open_cache`, and what was found and skipped; BadInput if not one clip can be used."""
     cache = open_cache(folder)
     log(f"{report}\n{folder}: {len(cache['clips'])} clips, {len(cache['at'])} windows of "
         f"{FRAMES} frames")
@@ -1186,8 +1250,8 @@ def load_or_prepare(name, root, split, size, vae, vae_id, autocast, clips=2000, 
     for reason, names in reasons.items():
         log(f"  skipped {len(names)}, such as {names[0]}: {reason}")
     if not cache["clips"]:
-        raise BadInput(f"--data {name}: not one of its {len(items)} {split} clips can be used; "
-                       f"{names[0]}: {reason}")
+        raise BadInput(f"--data {name}: not one of its {len(cache['skipped'])} {folder.name} clips "
+                       f"can be used; {names[0]}: {reason}")
     return cache
 
 

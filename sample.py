@@ -56,9 +56,11 @@ from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
 ROOT = Path(__file__).parent
 WEIGHTS = ROOT / "weights"
 VAE_FILE = WEIGHTS / "vae-toybox.pt"
+REAL_VAE_FILE = WEIGHTS / "vae-real.pt"
 AUDIO_VAE_FILE = WEIGHTS / "audio-vae-toybox.pt"              # of waveforms, for SyncFlow
 MEL_VAE_FILE = WEIGHTS / "mel-vae-toybox.pt"                  # of spectra, for Harmony
 A2V_FILE = WEIGHTS / "a2v-toybox.pt"
+REAL_A2V_FILE = WEIGHTS / "a2v-real.pt"
 T2AV_FILE = WEIGHTS / "t2av-toybox.pt"
 JOINT_FILE = WEIGHTS / "joint-toybox.pt"
 SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}

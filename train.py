@@ -74,13 +74,14 @@ import pyramid
 import towers
 import vae as autoencoders
 from cyclesync import (
-    event_scores, generate, onsets_in_sound, reconstruct, summarise, toybox_records)
+    event_scores, generate, onsets_in_sound, picture_record, reconstruct, summarise,
+    toybox_records)
 from data import BadInput, Parser, frames_to_tensor, number, run_cli
 from losses import (
     BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
 from sample import (
-    AUDIO_VAE_FILE, GUIDANCE, MEL_VAE_FILE, VAE_FILE, fingerprint, generate_audio_video, load_vae,
-    pick_device, steps_per_latent)
+    AUDIO_VAE_FILE, GUIDANCE, MEL_VAE_FILE, REAL_VAE_FILE, VAE_FILE, fingerprint,
+    generate_audio_video, load_vae, pick_device, steps_per_latent)
 from toybox import HELD_OUT, detect_clip_events, toybox_clip, vae_training_pair
 
 COUNT = number(int, 1)
@@ -167,7 +168,8 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
     # kl is the price of information in a latent (vae.video_vae_loss), chosen by short runs, as lr.
     "vae": (COMMON, PICTURES, dict(
         steps=6000, lr=2e-3,
-        kl=(2e-2, NOT_NEGATIVE, "weight of the KL term"))),
+        kl=(2e-2, NOT_NEGATIVE, "weight of the KL term"),
+        init=(None, str, "with --data: VAE to start from, such as weights/vae-real.pt"))),
     "audio-vae": (COMMON, dict(
         size=("tiny", autoencoders.AUDIO_VAE_SIZES["waveform"], "size of the network"),
         steps=4000, lr=3e-3,
@@ -177,6 +179,13 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         steps=2000, lr=3e-3,
         kl=(2e-3, NOT_NEGATIVE, "weight of the KL term"))),
 }
+# Other defaults for --data that is not the toybox.
+REAL_LATENTS = dict(vae=str(REAL_VAE_FILE))
+REAL = {
+    "a2v": REAL_LATENTS, "t2av": REAL_LATENTS, "joint": REAL_LATENTS,
+    # A pixel of real video has no simple cause, so kl hardly limits what is coded. Muon's update of
+    # these matrices takes as long as the gradient of 8 crops; AdamW's a twentieth.
+    "vae": dict(kl=1e-3, batch_size=8, steps=2000, optimizer="adamw", lr=1e-3)}
 # Syncphony: 33000 steps of 32 clips; the paper does not give its learning rate.
 PRETRAINED = dict(size="miniflux", steps=33000, batch_size=32, lr=5e-5, ema=.9999)
 # Its averaged weights lie in the CPU's memory; one copy over the bus in 20 steps is enough.
@@ -236,6 +245,7 @@ def parse_args(argv=None):
     first = Parser(__doc__)
     first.add_argument("--task", default="a2v", choices=list(TASKS))
     first.add_argument("--pretrained")
+    first.add_argument("--data", default="toybox")
     chosen, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     # The parser of these settings.
     parser = Parser(__doc__)
@@ -248,6 +258,8 @@ def parse_args(argv=None):
         else:
             options = dict(default=default, choices=list(kind))
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
+    if chosen.data != "toybox":
+        parser.set_defaults(**REAL.get(chosen.task, {}))
     if chosen.pretrained:
         parser.set_defaults(**PRETRAINED)
     args, unknown = parser.parse_known_args(argv)
@@ -568,14 +580,12 @@ class VideoVAE:
     extra = {}
 
     def __init__(self, args, device, autocast):
-        if args.data != "toybox":
-            raise BadInput(f"--data {args.data}: the VAE is trained on the toybox only; "
-                           "leave --data out")
+        if args.init:
+            raise BadInput(f"--init {args.init}: tunes a VAE on real clips; give --data")
         self.args = args
         self.device = device
         self.autocast = autocast
-        config = autoencoders.VAEConfig(**autoencoders.TOYBOX_VAE)
-        self.net = autoencoders.CausalVideoVAE(config)
+        self.net = autoencoders.CausalVideoVAE(autoencoders.VAEConfig(**autoencoders.TOYBOX_VAE))
 
     def batch(self, step, rows):
         # Two things of one kind in the same motion, (B, 2, F, H, W, 3) -> twice (B, 3, F, H, W).
@@ -600,16 +610,123 @@ class VideoVAE:
         videos = reconstruct(self.net, clips, self.autocast)
         return Evaluation(*video_figures(videos, clips), videos)
 
+    def statistics_clips(self):
+        """-> videos uint8 (F, H, W, 3) that latents of training look like"""
+        # Of seeds far from those of training and evaluation.
+        return [toybox_clip(HELD_OUT // 2 + i, self.args.resolution)["video"]
+                for i in range(STATISTICS)]
+
     @torch.no_grad()
     def measure_latent_stats(self):
         """Into net.cfg: shift and scale that give latent 0 and the later latents unit variance."""
-        # Of seeds far from those of training and evaluation.
-        clips = [toybox_clip(HELD_OUT // 2 + i, self.args.resolution) for i in range(STATISTICS)]
-        z = torch.cat([self.net.encode(frames_to_tensor(c["video"], self.device)[None])[0]
-                       for c in clips])
+        z = torch.cat([self.net.encode(frames_to_tensor(video, self.device)[None])[0]
+                       for video in self.statistics_clips()])
         for name, part in (("image", z[:, :, :1]), ("video", z[:, :, 1:])):
             setattr(self.net.cfg, f"shift_{name}", part.mean().item())
             setattr(self.net.cfg, f"scale_{name}", 1 / part.std().item())
+
+
+def half_size(video):
+    """uint8 (F, 2H, 2W, 3) -> (F, H, W, 3), means of 2 x 2 pixels."""
+    F, H, W, _ = video.shape
+    return video.reshape(F, H // 2, 2, W // 2, 2, 3).mean((2, 4)).round().astype(np.uint8)
+
+
+class RealVideoVAE(VideoVAE):
+    """Crops of real clips -> their reconstruction.
+
+    The store holds windows at twice --resolution. A crop of it shows what frames of twice the size
+    look like; a window that is scaled down before, what whole frames look like:
+
+        stored window, 128 px        scaled to 64 .. 128 px        crop, 64 px
+        .------------------.         .-------------.
+        |                  |         |   .-------. |               .-------.
+        |                  |   -->   |   |       | |      -->      |       |
+        |                  |         |   '-------' |               '-------'
+        '------------------'         '-------------'
+
+    In time a sample is the first frame of the window and any LATENTS of its groups of 4 frames: a
+    latent of this VAE depends on its own frames and the first one, at any distance."""
+
+    LATENTS = 2
+
+    def __init__(self, args, device, autocast):
+        if not isinstance(args.resolution, int):
+            raise BadInput("--resolution: the VAE is trained on square crops; give one side")
+        self.args = args
+        self.device = device
+        self.autocast = autocast
+        self.train, self.test = (
+            data.load_or_store_frames(args.data, args.data_root, split, 2 * args.resolution,
+                                      log=log_rank0) for split in ("train", "test"))
+        if args.init:
+            self.net = load_vae(args.init, device).train()
+            if not self.net.cfg.reference or self.net.cfg.kernel_t > 1:
+                raise BadInput(f"--init {args.init}: its latents depend on their neighbours; give "
+                               "weights/vae-real.pt, or a VAE of train.py --task vae")
+        else:
+            config = autoencoders.VAEConfig(**autoencoders.REAL_VAE)
+            self.net = autoencoders.CausalVideoVAE(config)
+            autoencoders.start_as_linear(self.net, self.differences())
+
+    def batch(self, step, rows):
+        clips = []
+        for row in rows:
+            rng = step_rng(self.args, "sample", step * self.args.batch_size + row)
+            clips.append(self.crop(rng))
+        video = torch.stack(clips).to(self.device)
+        return dict(source=video, target=video)
+
+    def crop(self, rng):
+        """A random view of a random window -> float32 (3, 1 + t LATENTS, n, n) in [-1, 1]."""
+        n = self.args.resolution
+        t = self.net.stride_t
+        window = rng.integers(len(self.train["at"]))
+        # The first frame, and t frames of every latent that was drawn.
+        latents = np.sort(rng.choice((data.FRAMES - 1) // t, self.LATENTS, replace=False))
+        frames = (1 + t * latents[:, None] + np.arange(t)).ravel()
+        video = data.gather(self.train, "videos", [window])[0][[0, *frames]]
+        video = frames_to_tensor(video).transpose(0, 1)               # (1 + t LATENTS, 3, 2n, 2n)
+        # Scaled, cropped, and every second one mirrored.
+        side = int(rng.integers(n, 2 * n + 1))
+        if side < 2 * n:
+            video = nn.functional.interpolate(video, (side, side), mode="bilinear", antialias=True)
+        y, x = rng.integers(side - n + 1, size=2)
+        video = video[..., y:y + n, x:x + n].transpose(0, 1)
+        return video.flip(-1) if rng.random() < .5 else video
+
+    def differences(self):
+        """Differences of frames from the first one, position by position, (n, 3, t, P, P)."""
+        t, P = self.net.stride_t, self.net.stride
+        rows = []
+        for video in self.statistics_clips():
+            frames = frames_to_tensor(video)                          # (3, F, H, W)
+            x = (frames[:, 1:] - frames[:, :1]).unflatten(1, (-1, t))
+            x = x.unflatten(4, (-1, P)).unflatten(3, (-1, P))         # (3, L, t, h, P, w, P)
+            rows.append(x.permute(1, 3, 5, 0, 2, 4, 6).flatten(0, 2))
+        return torch.cat(rows)
+
+    def held_out(self, n):
+        """n windows of the test clips, at --resolution, then every fourth at twice that."""
+        index = np.unique(np.linspace(0, len(self.test["at"]) - 1, n).astype(int))
+        large = data.gather(self.test, "videos", index).numpy()
+        return [dict(video=video, audio=np.zeros(1, np.float32))
+                for video in (*map(half_size, large), *large[::4])]
+
+    def evaluate(self, clips):
+        videos = reconstruct(self.net, clips, self.autocast)
+        records = [picture_record(v, c["video"]) for v, c in zip(videos, clips)]
+        # Four of five are at --resolution, of which eight are shown.
+        n = sum(len(c["video"][0]) == self.args.resolution for c in clips)
+        scores, large = summarise(records[:n]), summarise(records[n:])
+        names = ("psnr", "psnr_still", "psnr_moving", "psnr_moving_still", "ssim")
+        figures = {name: scores.get(name, math.nan) for name in names}
+        figures |= {f"{name}_large": large.get(name, math.nan) for name in names}
+        return Evaluation(figures, scores["psnr"], videos[:n])
+
+    def statistics_clips(self):
+        index = np.linspace(0, len(self.train["at"]) - 1, STATISTICS).astype(int)
+        return [half_size(video) for video in data.gather(self.train, "videos", index).numpy()]
 
 
 class AudioVAE:
@@ -1134,7 +1251,10 @@ class Run:
         if rank() > 0:
             barrier()
         torch.manual_seed(args.seed)
-        self.task = TASK_CLASSES[args.task](args, self.device, self.autocast)
+        task = TASK_CLASSES[args.task]
+        if task is VideoVAE and args.data != "toybox":
+            task = RealVideoVAE
+        self.task = task(args, self.device, self.autocast)
         if rank() == 0:
             barrier()
         self.net = self.task.net.to(self.device)

@@ -71,6 +71,9 @@ class VAEConfig:
     # a linear autoencoder in parallel to the deep one. Without it the first thousand steps do not
     # even find the colours: neither side learns before the other one uses the latents
     shortcut: bool = False
+    # with `reference`: the decoder's output is added to the first frame, pixel by pixel. Off: it is
+    # a mixture with two colours per patch, for the toybox's flat things (CausalVideoVAE.composite)
+    residual: bool = False
     # Latents are normalised as (z - shift) * scale. Latent 0 codes a complete image and has
     # constants of its own.
     shift_image: float = -0.04
@@ -82,6 +85,11 @@ class VAEConfig:
 # The toybox's VAE: 16x16 pixels x 4 frames.
 TOYBOX_VAE = dict(widths=(64, 112, 144), space=(1, 1, 0), time=(0, 0, 0), time_up=(1, 1, 0),
                   layers=(1, 2), groups=8, kernel_t=1, patch=(4, 4), reference=True, shortcut=True)
+
+# The VAE of real video: 8x8 pixels x 4 frames, and no temporal doubling: two cores learn faster
+# with a decoder that unfolds the 4 frames of a latent in its last layer.
+REAL_VAE = dict(widths=(96, 192), space=(1, 0), time=(0, 0), layers=(1, 2), groups=8, kernel_t=1,
+                patch=(4, 4), reference=True, shortcut=True, residual=True)
 
 
 def patchify(x, t, p):
@@ -276,7 +284,10 @@ class Decoder(nn.Module):
                 CausalConv3d(c, c_in, (1, 1, 1)) for c, c_in in zip(w, [w[0], *w[:-1]]))
         self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
         # pixels, or what CausalVideoVAE.composite needs
-        c_out = 6 + 2 * p * p if cfg.reference else 3 * p * p
+        r = cfg.patch[0] * 2 ** sum(cfg.time) // 2 ** sum(time) if cfg.residual else 1
+        c_out = 3 * r * p * p
+        if cfg.reference and not cfg.residual:
+            c_out = 6 + 2 * p * p
         self.conv_out = CausalConv3d(w[-1], c_out, kernel)
         if cfg.shortcut:
             s = 2 ** sum(cfg.space)
@@ -394,9 +405,14 @@ class CausalVideoVAE(nn.Module):
             features = self.encode_still(first)[1]
         first, features = cache.setdefault("first", (first, features))
         x = self.decoder(self.post_quant_conv(z), cache, features)
-        if self.cfg.reference:
-            return self.composite(x, for_later_frames(first, x.shape[2], cache))
-        return unpatchify(x, *self.cfg.patch)                       # pixels
+        if not self.cfg.reference:
+            return unpatchify(x, *self.cfg.patch)                   # pixels
+        if self.cfg.residual:
+            t = x.shape[1] // (3 * self.cfg.patch[1] ** 2)
+            x = unpatchify(x, t, self.cfg.patch[1])
+            x = x[:, :, t - 1:] if cache["start"] else x
+            return for_later_frames(first, x.shape[2], cache) + x
+        return self.composite(x, for_later_frames(first, x.shape[2], cache))
 
     def encode_chunks(self, video):
         """`encode` of a video of any length, uint8 or in [-1, 1], chunk by chunk on the VAE's
@@ -463,6 +479,36 @@ class CausalVideoVAE(nn.Module):
         image = z[:, :, :n] / c.scale_image + c.shift_image
         video = z[:, :, n:] / c.scale_video + c.shift_video
         return torch.cat([image, video], 2)
+
+
+@torch.no_grad()
+def start_as_linear(vae, differences):
+    """Give a new VAE with `reference`, `shortcut` and `residual` the weights of the best linear
+    autoencoder: principal components of how frames differ from the first one.
+
+    differences (n, 3, t, P, P): of t frames from the first frame, of the pixels of a position, in
+    [-2, 2]. From here the deep path learns what is not linear. From random weights 100 steps of 8
+    clips came to 25.1 dB, from these 28.3 after 40."""
+    cfg = vae.cfg
+    t, p = cfg.patch
+    x = differences.flatten(1)
+    variances, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    components = vectors[:, -cfg.latent:].T.unflatten(1, differences.shape[1:])
+    # One scale for all of them: an error of a latent stays an error of pixels of the same size.
+    scale = variances[-cfg.latent:].mean().sqrt()
+    linear = patchify(components, t, p)                             # (C, 3tpp, 1, s, s)
+    first = patchify(components.sum(2, keepdim=True), 1, p)         # (C, 3pp, 1, s, s)
+    nn.init.zeros_(vae.encoder.linear.weight)
+    vae.encoder.linear.weight[:cfg.latent] = torch.cat([linear, -first], 1) / scale
+    vae.decoder.linear.weight.copy_(linear * scale)
+    # The other path begins small, and what lies between encoder and decoder as the identity.
+    for part in (vae.encoder, vae.decoder):
+        part.conv_out.conv.weight *= .1
+        nn.init.zeros_(part.conv_out.conv.bias)
+        nn.init.zeros_(part.linear.bias)
+    nn.init.dirac_(vae.quant_conv.conv.weight)
+    nn.init.dirac_(vae.post_quant_conv.conv.weight)
+    nn.init.zeros_(vae.post_quant_conv.conv.bias)
 
 
 def tile_starts(n, tile, overlap):
