@@ -352,9 +352,6 @@ DEAD_ZONE = 1.
 # 0.80 without this, by 0.97 with it. Hits are found as well as without.
 SMOOTHING = np.array([1, 4, 6, 4, 1]) / 16
 STILL = 1e-3                    # deviation of a curve in which nothing moves; the median is 0.8
-# Of 255: a pixel that changes no more in a clip does not move. At 64 pixels a third of those of The
-# Greatest Hits.
-STILL_RANGE = 8
 # Least height of a peak, of the highest within a second to either side: takes of half a minute have
 # F1 .49 with their sound, .25 with another's; of the highest of all .33 and .16.
 PEAK = .5
@@ -394,12 +391,6 @@ def hit_agreement(times, curve, fps, tolerance=.1):
     return 2 * len(match_events(times, peaks, tolerance)), len(times) + len(peaks)
 
 
-def psnr(truth, video):
-    """Of two videos uint8 of one shape, in dB."""
-    error = np.square(truth.astype(np.float32) - video).mean()
-    return float(10 * np.log10(255 ** 2 / error)) if error else NAN
-
-
 def motion_records(videos, clips, remade):
     """Videos generated for real clips, against these, and against `remade`, these through the VAE
     -> records. The first frame, which is given, counts in none of them."""
@@ -409,15 +400,15 @@ def motion_records(videos, clips, remade):
         wave = clip["audio"]
         curve = motion_energy(video)
         late, confidence = lag(video, FPS, wave, RATE)
-        # Where nothing moves nothing should flicker: the error, in steps of 255, of these pixels.
-        still = np.ptp(truth, 0).max(-1) <= STILL_RANGE                      # (H, W)
-        flicker = np.abs(video[1:].astype(np.float32) - decoded[1:])[:, still]
-        records.append(dict(
+        # Where nothing moves nothing should flicker: the error, in steps of 255, of the pixels that
+        # never leave the first frame.
+        still = ~has_moved(truth).any(0)                                     # (H, W)
+        flicker = np.abs(video[1:].astype(np.int16) - decoded[1:])[:, still]
+        records.append(picture_record(video, truth) | dict(
             motion=motion_agreement(motion_energy(truth), curve),
             hits=hit_agreement(onsets_in_sound(wave), curve, FPS),
             lag_s=late, lag_confidence=confidence,
-            flicker=float(flicker.mean()) if still.any() else NAN,
-            psnr=psnr(truth[1:], video[1:])))
+            flicker=float(flicker.mean()) if still.any() else NAN))
     return records
 
 
@@ -829,7 +820,7 @@ TOYBOX_COLUMNS = dict(f1_50="F1 50 ms", f1_100="F1 100 ms", timing_ms="timing, m
 # hits: onsets of the sound against peaks of motion. lag: median of the clips with a clear one.
 # flicker: of pixels that do not move in the true clip, in steps of 255.
 REAL_COLUMNS = dict(motion="motion agreement", hits="hit agreement", lag_ms="lag, ms",
-                    flicker="flicker", psnr="PSNR")
+                    flicker="flicker", psnr="PSNR", ssim="SSIM")
 SYNC_COLUMNS = dict(cyclesync_set="CycleSync set", cyclesync_merged="merged", av_align="AV-Align")
 
 
@@ -847,7 +838,9 @@ class AudioToVideo(Scorer):
         self.note = f"w_t = {self.ckpt['guidance']['cfg']:g}; CycleSync by {v2a_name}"
         # The true events are known in the toybox alone.
         self.toybox = args.data == "toybox"
-        self.columns = (TOYBOX_COLUMNS if self.toybox else REAL_COLUMNS) | SYNC_COLUMNS
+        sync = {key: title for key, title in SYNC_COLUMNS.items()
+                if self.v2a[0] or "cyclesync" not in key}
+        self.columns = (TOYBOX_COLUMNS if self.toybox else REAL_COLUMNS) | sync
         self.columns |= dict(frechet_latent="Frechet") | {what: what for what in self.networks}
         self.truth = self.features(self.videos, [(w, RATE) for w in self.sounds])
         # Of toybox videos scored last: records with the sounds and events of other clips.

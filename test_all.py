@@ -1434,8 +1434,8 @@ def test_a_peak_of_motion_is_half_as_high_as_any_within_a_second():
 def test_only_what_moves_without_a_cause_is_flicker():
     """Error of the pixels that never move in the true clip, against its reconstruction."""
     clip = dict(video=flashes([.5]), audio=clicks([.5], 49 / 24))
-    video = clip["video"].astype(int)
-    still = np.ptp(video, 0).max(-1) <= 8
+    # Where there is noise alone
+    still = np.ptp(clip["video"].astype(int), 0).max(-1) < 9
     rows = {}
     for name, places in dict(still=still, moving=~still).items():
         video = clip["video"].copy()
