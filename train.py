@@ -74,8 +74,8 @@ import pyramid
 import towers
 import vae as autoencoders
 from cyclesync import (
-    event_scores, generate, onsets_in_sound, picture_record, reconstruct, summarise,
-    toybox_records)
+    event_scores, generate, motion_agreement, motion_energy, onsets_in_sound, picture_record,
+    reconstruct, summarise, toybox_records)
 from data import BadInput, Parser, frames_to_tensor, number, run_cli
 from losses import (
     BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
@@ -218,6 +218,8 @@ STREAMS = dict(
 )
 # Clips whose latents give the statistics of an autoencoder.
 STATISTICS = 64
+# Below so many dB of a VAE on real clips a warning says how to train a better one.
+ENOUGH_PSNR = 24
 EVALUATION_DRAWS = 4        # of noise, in the evaluation of two towers
 # Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
 # cosine) leave samples and objective as they are; --device, --compile and --accum change rounding.
@@ -380,7 +382,24 @@ def open_caches(args, vae, autocast, **audio):
         return data.load_or_prepare(args.data, args.data_root, split, args.resolution, vae,
                                     fingerprint(vae), autocast, args.clips, log=log_rank0,
                                     **audio)
-    return load("train"), None if args.data == "toybox" else load("test")
+    train, test = load("train"), None if args.data == "toybox" else load("test")
+    if test:
+        check_vae(args, vae, test, autocast)
+    return train, test
+
+
+def check_vae(args, vae, test, autocast):
+    """Print how well a VAE codes real clips: no video made with it can look better."""
+    # Eight windows take a second at 64 px.
+    clips = held_out_clips(test, 8 if max(data.sides(args.resolution)) <= 128 else 2)
+    videos = reconstruct(vae, clips, autocast)
+    scores = summarise([picture_record(v, c["video"]) for v, c in zip(videos, clips)])
+    log_rank0(f"VAE         {args.vae}: PSNR {scores['psnr']:.1f} dB on test clips; the first frame "
+              f"repeated has {scores['psnr_still']:.1f}")
+    if scores["psnr"] < ENOUGH_PSNR:
+        log_rank0(f"warning: below {ENOUGH_PSNR} dB, so the videos will be blurred. A better one: "
+                  f"python train.py --task vae --data {args.data} --init {REAL_VAE_FILE}, then "
+                  "its best.pt by --vae")
 
 
 def check_latents(flag, vae, expected, args):
@@ -481,6 +500,9 @@ class A2V:
             self.net = self.from_scratch()
             self.columns = tuple(f"s<{(b + 1) / BUCKETS:.2f}" for b in range(BUCKETS))
             guidance = GUIDANCE["a2v"]
+        L, h, w = data.gather(self.cache, "latents", [0]).shape[3:]
+        h, w = h // self.net.cfg.patch, w // self.net.cfg.patch
+        log_rank0(f"tokens      {L * h * w} of a clip: {L} latents of {h} x {w}")
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), guidance=guidance)
 
     def from_scratch(self):
@@ -494,7 +516,7 @@ class A2V:
         stay as published (in bfloat16, where that is native); blocks 8-23 and audio are trained."""
         net = pyramid.load_pyramid_flow(
             Path(self.args.pretrained) / "diffusion_transformer_384p",
-            audio_dim=self.cache["arrays"]["features"][0].shape[-1],
+            audio_dim=data.gather(self.cache, "features", [0]).shape[-1],
             alpha=steps_per_latent(self.vae), audio_rope=not self.args.no_audio_rope)
         native = not isinstance(self.autocast(), nullcontext)
         for name, p in net.named_parameters():
@@ -550,7 +572,7 @@ class A2V:
 
     def evaluate(self, clips):
         """Toybox: events of generated videos. Real clips: the loss on windows of the test split."""
-        # Of real clips eight videos are shown; at the published size they would take hours.
+        # Of real clips eight videos are made; at the published size they would take hours.
         shown = clips[:8] if self.test else clips
         videos = []
         if not self.args.pretrained:
@@ -567,8 +589,12 @@ class A2V:
                 loss, _ = self.loss(self.net, seeded_each(rows, k), **batch, rows=rows,
                                     skip_audio=False, latent=latent)
                 losses.append(loss.item())
-        loss = float(np.mean(losses))
-        return Evaluation(dict(test_loss=loss), -loss, videos)
+        figures = dict(test_loss=float(np.mean(losses)))
+        if videos:
+            records = [dict(motion=motion_agreement(motion_energy(c["video"]), motion_energy(v)))
+                       for v, c in zip(videos, shown)]
+            figures["motion_agreement"] = summarise(records)["motion"]
+        return Evaluation(figures, -figures["test_loss"], videos)
 
 
 # --------------------------------------------------------------------------------- the autoencoders
@@ -1187,6 +1213,19 @@ def count_flops(task):
     return counter.get_total_flops() / 4
 
 
+def peak_memory(device):
+    """GB that this process has taken at most: of the GPU, or of the machine (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return 0.
+    # bytes on a Mac, else kilobytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
 def log_row(path, **row):
     """Append a row to a CSV file, which starts with the names of the columns."""
     if rank() > 0:
@@ -1367,7 +1406,8 @@ class Run:
         log_rank0(f"step {self.step}/{self.args.steps}  loss {loss:.4f}  "
                   + "  ".join(f"{k} {v:.4g}" for k, v in report.items())
                   + f"  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * each:.0f} ms  "
-                  f"{self.flops / each / 1e9:.0f} GFLOP/s  {left:.0f} min left")
+                  f"{self.flops / each / 1e9:.0f} GFLOP/s  {peak_memory(self.device):.1f} GB  "
+                  f"{left:.0f} min left")
         log_row(self.out / "log.csv", step=self.step, seconds=round(self.seconds, 1), loss=loss,
                 **report, lr=lr, ms=1000 * each)
         self.reports = []
