@@ -997,7 +997,7 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
                00000.json           a row per window, skipped clips, bytes and zlib.crc32 of these
                00001-latents.npy    ...
 
-    Without a `vae` it is a frame store: videos alone, settings["windows"] of a clip at most.
+    With settings["windows"] it is a frame store: videos alone, so many windows of a clip at most.
     All but videos are float16. A shard's .json is written last and says that the shard is complete.
     A shard depends on its items alone, so a run that was killed at any moment and started again
     ends with the same bytes as one that was not. Of two runs that prepare one cache at a time, the
@@ -1013,7 +1013,7 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     per_shard = max(32, math.ceil(len(items) / 500))
     read = partial(item_windows, size=settings["resolution"],
                    variations=settings.get("variations", 1))
-    if vae is None:
+    if "windows" in settings:
         most = settings["windows"]
         per_shard = max(1, STORE_SHARD // (most * window_bytes(settings["resolution"])))
         read = partial(item_frames, size=settings["resolution"], most=most)
@@ -1074,13 +1074,19 @@ def check_settings(path, settings):
                        "folder, or keep it and give another --data-root")
 
 
+def stored_type(name):
+    return np.uint8 if name == "videos" else np.float16
+
+
 def write_shard(folder, k, results, settings, vae, audio_encoder):
     """Code and write shard k. results: pairs of a clip and its windows, or why it has none."""
     rows = []
     skipped = {}
-    arrays = dict(latents=[], mels=[]) if vae else dict(videos=[])
+    arrays = dict(latents=[], mels=[])
     arrays |= dict(features=[]) if audio_encoder else {}
-    arrays |= dict(videos=[], sounds=[]) if vae and settings.get("split") == "test" else {}
+    arrays |= dict(videos=[], sounds=[]) if settings.get("split") == "test" else {}
+    if "windows" in settings:
+        arrays = dict(videos=[])
 
     # A row per window. Skipped clips are remembered with their reasons.
     def usable_windows():
@@ -1106,7 +1112,7 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
             if audio_encoder:
                 values["features"] = audio_encoder(window["audio"])
             for name, stored in arrays.items():
-                stored.append(values[name])
+                stored.append(values[name].astype(stored_type(name)))
 
     with locked(folder):
         summary = folder / f"{k:05d}.json"
@@ -1116,7 +1122,7 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
         for name, values in arrays.items():
             path = folder / f"{k:05d}-{name}.npy"
             with replacing(path) as part:
-                np.save(part, np.array(values, np.uint8 if name == "videos" else np.float16))
+                np.save(part, np.array(values, stored_type(name)))
             files[name] = dict(bytes=path.stat().st_size,
                                crc32=zlib.crc32(np.memmap(path, np.uint8, "r")))
         shard = dict(rows=rows, skipped=skipped, files=files)

@@ -690,6 +690,8 @@ def test_the_pyramid_trains_one_latent_of_a_clip_and_every_stage_of_a_batch(late
 PUBLISHED_KIND = dict(widths=(8, 8, 16, 16), groups=4, latent=4)    # the published layers, narrow
 TOY_KIND = dict(widths=(8, 16), space=(1, 0), time=(0, 0), time_up=(1, 1), layers=(1, 1), groups=4,
                 latent=4, kernel_t=1, patch=(4, 4), reference=True, shortcut=True)
+REAL_KIND = dict(widths=(8, 16), space=(1, 0), time=(0, 0), layers=(1, 1), groups=4, latent=4,
+                 kernel_t=1, patch=(4, 4), reference=True, shortcut=True, residual=True)
 
 
 def vae_of(kind):
@@ -730,7 +732,8 @@ def test_the_vae_agrees_with_pyramid_flow_number_for_number():
     assert_close("decoded video", video, g["vae/out/decode"], 2e-5)
 
 
-@pytest.mark.parametrize("kind", [PUBLISHED_KIND, TOY_KIND], ids=["published", "toy"])
+@pytest.mark.parametrize("kind", [PUBLISHED_KIND, TOY_KIND, REAL_KIND],
+                         ids=["published", "toy", "real"])
 @pytest.mark.parametrize("split", [[1, 1, 1, 1], [2, 2]], ids=str)
 @torch.no_grad()
 def test_coding_in_chunks_equals_coding_at_once(kind, split):
@@ -748,6 +751,37 @@ def test_coding_in_chunks_equals_coding_at_once(kind, split):
     assert (z.shape[2], output.shape) == (4, video.shape)
     assert_close("latents", torch.cat(latents, 2), z, 1e-10)
     assert_close("frames", torch.cat(frames, 2), output, 1e-10)
+
+
+@torch.no_grad()
+def test_the_vae_of_real_video_begins_as_the_best_linear_autoencoder():
+    """With the deep path at zero a clip comes back as its projection on the principal components of
+    differences from the first frame, at any size; a still clip has latents of exactly zero."""
+    vae = CausalVideoVAE(VAEConfig(**REAL_KIND)).double()
+    basis = torch.linalg.qr(normal(3 * 4 * 8 * 8, 9))[0]
+    scales = torch.tensor([9., 8, 7, 6, 1, .1, .1, .1, .1])
+    differences = (normal(200, 9) * scales) @ basis.T
+    vae_module.start_as_linear(vae, differences.unflatten(1, (3, 4, 8, 8)))
+    for part in (vae.encoder, vae.decoder):
+        torch.nn.init.zeros_(part.conv_out.conv.weight)
+    # Two latents of 2 x 3 positions, each a mixture of all nine directions.
+    first = normal(1, 3, 1, 16, 24)
+    mixture = normal(2, 2, 3, 9) * scales
+    change = (mixture @ basis.T).unflatten(3, (3, 4, 8, 8)).permute(3, 0, 4, 1, 5, 2, 6)
+    video = torch.cat([first, first + change.reshape(1, 3, 8, 16, 24)], 2)
+    z = vae.encode(video)[0]
+    output = vae.decode(z, first)
+    error = (output - video)[:, :, 1:].square().sum()
+    components = torch.linalg.svd(differences)[2][:4]
+    lost = change.permute(1, 3, 5, 0, 2, 4, 6).reshape(12, -1)
+    lost = (lost - lost @ components.T @ components).square().sum()
+    assert_close("error", error / lost, 1., 1e-6)
+    # One scale for all components: an error of a latent is an error of pixels.
+    noise = normal(*z.shape) * torch.tensor([0., 1, 1])[:, None, None]
+    moved = vae.decode(z + noise, first) - output
+    ratio = moved.square().sum() / noise.square().sum()
+    assert_close("scale", ratio, torch.linalg.svdvals(differences)[:4].square().mean() / 200, 1e-6)
+    assert vae.encode(first.repeat(1, 1, 9, 1, 1))[0][:, :, 1:].abs().max() == 0
 
 
 @torch.no_grad()
@@ -1928,6 +1962,117 @@ def test_workers_prepare_in_order_and_their_death_is_one_line(tmp_path, monkeypa
         data.prepare(tmp_path, dict(resolution=16), items, None, nullcontext)
 
 
+def test_frames_are_stored_once_in_windows_that_do_not_overlap(clips, tmp_path, monkeypatch):
+    """Sound is not needed. A store has a bound: then fewer windows of a clip, of fewer clips, evenly
+    chosen. A shard may be of clips that cannot be used."""
+    def store(split="train"):
+        return data.load_or_store_frames(clips, tmp_path, split, 64, log=lines.append)
+    lines = []
+    cache = store()
+    assert cache["clips"] == [[0, 1], [2, 3]] and cache["starts"].tolist() == [0, 71 / 24] * 2
+    video = data.read_video(clips / "train/b.mp4", 64)[0]
+    windows = data.gather(cache, "videos", [2, 3]).numpy()
+    assert np.array_equal(windows, [video[:49], video[71:]])
+    assert "skipped 1, such as train/short.mp4: 0.83 s long" in lines[1]
+    before = contents(cache["folder"])
+    monkeypatch.setattr(data, "replacing", None)              # nothing is written again
+    assert store()["clips"] == cache["clips"] and contents(cache["folder"]) == before
+
+    monkeypatch.undo()
+    for n, expected in ((6, [[0, 1], [2, 3]]), (3, [[0], [1]]), (2, [[0]])):
+        monkeypatch.setattr(data, "STORE", n * data.window_bytes(64))
+        monkeypatch.setattr(data, "STORE_SHARD", 1)           # a clip per shard
+        shutil.rmtree(cache["folder"].parent)
+        assert store()["clips"] == expected, f"room for {n} windows"
+    assert len(store("test")["at"]) == 1                      # at least one
+
+
+def test_a_damaged_store_is_named_and_its_shard_made_again(clips, tmp_path):
+    cache = data.load_or_store_frames(clips, tmp_path, "test", 32, log=len)
+    before = contents(cache["folder"])
+    (cache["folder"] / "00000-videos.npy").write_bytes(b"x")
+    with pytest.raises(data.BadInput, match="00000-videos.npy: missing or damaged.*remove"):
+        data.load_or_store_frames(clips, tmp_path, "test", 32, log=len)
+    (cache["folder"] / "00000.json").unlink()
+    data.load_or_store_frames(clips, tmp_path, "test", 32, log=len)
+    assert contents(cache["folder"]) == before
+
+
+def test_a_crop_is_the_first_frame_and_two_latents_of_a_window_at_any_scale(clips, request):
+    """1 + 2 x 4 frames of 32 px out of windows of 64; mirrored as often as not."""
+    args = train.parse_args(flags_of("real vae", request))
+    task = train.RealVideoVAE.__new__(train.RealVideoVAE)
+    # Every pixel of frame f has the value f; the column is in the third colour.
+    window = np.zeros((49, 64, 64, 3), np.uint8)
+    window[..., 0] = np.arange(49)[:, None, None]
+    window[..., 2] = np.arange(64)
+    task.args, task.net = args, SimpleNamespace(stride_t=4)
+    task.train = dict(at=np.zeros((1, 2), int), arrays=dict(videos=[window[None]]))
+    scales, mirrored, latents = [], [], set()
+    for i in range(40):
+        video = (task.crop(np.random.default_rng(i)) + 1) * 127.5
+        assert video.shape == (3, 9, 32, 32)
+        frames = video[0, :, 0, 0].round().int()
+        assert torch.equal(video[0].round().int(), frames[:, None, None].expand(9, 32, 32))
+        assert frames[0] == 0 and torch.equal(frames[1:5] - frames[1], torch.arange(4))
+        assert frames[1] % 4 == frames[5] % 4 == 1 and frames[5] > frames[4]
+        latents |= {frames[1].item() // 4, frames[5].item() // 4}
+        step = video[2, 0, 0, 20] - video[2, 0, 0, 10]
+        scales.append(abs(step.item()) / 10)                  # stored columns per column
+        mirrored.append(step < 0)
+    assert latents == set(range(12)) and 5 < sum(mirrored) < 35
+    assert min(scales) < 1.1 and max(scales) > 1.8 and max(scales) < 2.1
+
+
+@slow
+def test_the_vae_of_real_video_is_trained_tuned_and_measured(clips, request, tmp_path, capsys):
+    """Two sizes, PSNR beside that of the first frame repeated; --init goes on with given weights;
+    latents of unit variance."""
+    flags = [*flags_of("real vae", request), "--steps", 2, "--batch-size", 2, "--eval-clips", 2,
+             "--warmup", 1]
+    assert cli(train, *flags, "--out", tmp_path / "a") == 0
+    (row,) = csv.DictReader((tmp_path / "a/scores.csv").read_text().splitlines())
+    assert float(row["psnr"]) > float(row["psnr_still"])
+    assert float(row["psnr_moving_large"]) > float(row["psnr_moving_still_large"])
+    best = saved(tmp_path / "a", "best.pt")
+    assert sum(w.numel() for w in best["ema"].values()) < 8e6
+    assert (tmp_path / "a/best.pt").stat().st_size < 16e6
+    vae = sample.load_vae(tmp_path / "a/best.pt")
+    video = data.frames_to_tensor(data.read_video(clips / "train/a.mp4", 32)[0][None, :49])
+    with torch.no_grad():
+        z = vae.normalise(vae.encode(video)[0])
+    assert .3 < z[:, :, 1:].std() < 3
+    assert cli(train, *flags, "--init", tmp_path / "a/best.pt", "--lr", 1e-9, "--out",
+               tmp_path / "b") == 0
+    tuned = saved(tmp_path / "b", "best.pt")["ema"]
+    assert all(gap(tuned[k], w) < 1e-3 for k, w in best["ema"].items())
+    capsys.readouterr()
+    for flags, text in ((["--init", tmp_path / "a/best.pt"], "tunes a VAE on real clips"),
+                        ([*flags, "--resolution", "32x64"], "square crops")):
+        assert cli(train, "--task", "vae", *flags, "--out", tmp_path / "c") == 2
+        assert text in capsys.readouterr().err
+
+
+def test_psnr_and_ssim_by_hand():
+    """Wang et al. 2004; where the picture has moved by more than 5 steps of 255."""
+    video = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    still = np.repeat(video[:1], 3, 0)
+    still[2, :8] ^= 16                                        # 16 steps, in a quarter
+    error = still.astype(int) - still[:1]
+    assert cyclesync.psnr(error) == pytest.approx(10 * math.log10(255 ** 2 / (16 ** 2 / 12)), 1e-6)
+    assert cyclesync.psnr(0 * error) == 60
+    assert cyclesync.ssim(video, video) == pytest.approx(1, abs=1e-6)
+    assert cyclesync.ssim(video, np.repeat(video[1:2], 3, 0)) < .5
+    assert cyclesync.has_moved(still).mean() == 1 / 8
+    record = cyclesync.picture_record(still[:1].repeat(3, 0), still)
+    assert record["psnr"] == record["psnr_still"] and record["psnr_moving"] < record["psnr"]
+    # A constant shift by d: (2 m (m + d) + c) / (m^2 + (m + d)^2 + c), with c = (.01 255)^2.
+    flat = np.full((1, 16, 16, 3), 100, np.uint8)
+    c = 2.55 ** 2
+    want = (2 * 100 * 120 + c) / (100 ** 2 + 120 ** 2 + c)
+    assert cyclesync.ssim(flat, flat + 20) == pytest.approx(want, 1e-4)
+
+
 def test_clips_are_shown_and_prepared_with_a_report_of_what_was_skipped(
         tmp_path, toy, clip, capsys):
     """data.py --show; every split needs a clip."""
@@ -2071,8 +2216,25 @@ def pyramid_flow(tmp_path_factory):
                        "--log-every", 1, "--sample-every", 2]
 
 
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of real clips, a toy's pictures of five seconds: two for training, without sound,
+    one for testing, and one that is too short."""
+    folder = tmp_path_factory.mktemp("clips") / "my_clips"
+    for i, name in enumerate(("train/a", "train/b", "test/c", "train/short")):
+        videos = [toybox.toybox_clip(10 * i + k, 64, kind="ball")["video"] for k in range(3)]
+        path = folder / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_video(path, np.concatenate(videos)[:20 if i == 3 else 120], None)
+    return folder
+
+
 def flags_of(kind, request):
     """Flags of train.py for a small run of one kind, on data that its fixture has prepared."""
+    if kind == "real vae":
+        folder = request.getfixturevalue("clips")
+        return ["--task", "vae", "--data", folder, "--data-root", folder.parent / "data",
+                "--resolution", 32]
     if kind == "a2v":
         return request.getfixturevalue("runs")[1].flags
     if kind == "pretrained":
@@ -2198,6 +2360,7 @@ def test_every_clip_is_drawn_once_per_epoch_in_an_order_of_its_own():
 @pytest.mark.parametrize("task, number", [
     ("a2v", signal.SIGKILL), pytest.param("a2v", signal.SIGTERM, marks=slow),
     pytest.param("mel-vae", signal.SIGTERM, marks=slow),
+    pytest.param("real vae", signal.SIGKILL, marks=slow),
     pytest.param("t2av", signal.SIGTERM, marks=slow),
     pytest.param("joint", signal.SIGTERM, marks=slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(task, number, request, tmp_path, monkeypatch):
@@ -2273,6 +2436,7 @@ def test_resuming_with_other_settings_or_from_an_older_format_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["a2v", pytest.param("vae", marks=slow), "mel-vae",
+                                  pytest.param("real vae", marks=slow),
                                   pytest.param("t2av", marks=slow),
                                   pytest.param("joint", marks=slow),
                                   pytest.param("pretrained", marks=slow)])
@@ -2282,10 +2446,11 @@ def test_micro_batches_and_checkpointing_have_the_gradient_of_the_whole_batch(
     mean of the parts' gradients is the gradient of the whole batch, in float64 to 1e-10. FLOPs are
     counted without computing."""
     monkeypatch.setattr(vae_module, "TOYBOX_VAE", TOY_KIND)
+    monkeypatch.setattr(vae_module, "REAL_VAE", REAL_KIND)
     args = train.parse_args([*flags_of(kind, request), "--batch-size", 8])
     args.drop_text = .5                                       # of captions and of references
     torch.manual_seed(0)
-    task = train.TASK_CLASSES[args.task](args, torch.device("cpu"), nullcontext)
+    task = train.task_class(args)(args, torch.device("cpu"), nullcontext)
     assert count_flops(task) > 1e6
     shaken(task.net).train()
 
@@ -2712,7 +2877,7 @@ def test_checkpointing_keeps_less_than_half(kind, request):
     """Tensors that the forward pass leaves for the backward pass, outside of blocks."""
     args = train.parse_args([*flags_of(kind, request), "--batch-size", 4])
     torch.manual_seed(0)
-    task = train.TASK_CLASSES[args.task](args, torch.device("cpu"), nullcontext)
+    task = train.task_class(args)(args, torch.device("cpu"), nullcontext)
     objective = train.make_objective(task, args)
 
     def kept_bytes():
@@ -2739,7 +2904,7 @@ def loss_and_gradient(kind, request, device, autocast=nullcontext, compiled=Fals
     """Of one batch of a task, whose weights follow from a seed -> loss, gradient, on the CPU."""
     args = train.parse_args([*flags_of(kind, request), "--batch-size", 4])
     torch.manual_seed(0)
-    task = train.TASK_CLASSES[args.task](args, device, autocast)
+    task = train.task_class(args)(args, device, autocast)
     shaken(task.net.cpu()).float().to(device).train()
     objective = train.make_objective(task, SimpleNamespace(compile=compiled))
     with autocast():
@@ -2755,7 +2920,7 @@ def assert_same_step(one, two, tolerance):
     assert error < tolerance, f"relative error of the gradient {error:.1e}"
 
 
-ALL_KINDS = ["a2v", "pretrained", "t2av", "joint", "vae", "audio-vae", "mel-vae"]
+ALL_KINDS = ["a2v", "pretrained", "t2av", "joint", "vae", "real vae", "audio-vae", "mel-vae"]
 
 
 @gpu
@@ -3558,7 +3723,7 @@ def test_a_playlist_does_not_read_another_file(media, tmp_path):
 
 # ------------------------------------------------------------------------ kills and neighbours
 
-# Moments at which the five commands below are killed, in all. For more of them:
+# Moments at which the six commands below are killed, in all. For more of them:
 # KILLS=30 pytest test_all.py -m slow -k random_moments
 KILLS = int(os.environ.get("KILLS", 10))
 
@@ -3596,11 +3761,14 @@ def random_kills_command(name, request, out):
         return train, [*steps, "--sample-every", 4, "--eval-clips", 1]
     if name == "preparing":
         return train, [*steps, "--steps", 1, "--clips", 34, "--data-root", out / "data"]
-    if name == "preparing clips":
+    if name in ("preparing clips", "storing frames"):
         folder = Path(request.getfixturevalue("clip")["path"]).parent / "clips"
         for split in ("train", "test"):
             (folder / split).mkdir(parents=True, exist_ok=True)
             shutil.copy(request.getfixturevalue("clip")["path"], folder / split)
+        if name == "storing frames":
+            return train, ["--task", "vae", "--data", folder, "--data-root", out / "data",
+                           "--steps", 2, "--batch-size", 1, "--eval-clips", 1, "--out", out / "run"]
         return train, [*steps, "--steps", 1, "--eval-clips", 1, "--data", folder,
                        "--data-root", out / "data"]
     flags = ["--ckpt", toy / "a2v.pt", "--steps", 1, "--out", out]
@@ -3612,8 +3780,8 @@ def random_kills_command(name, request, out):
 
 
 @slow
-@pytest.mark.parametrize("name", ["training", "preparing", "preparing clips", "sampling",
-                                  "--jsonl"])
+@pytest.mark.parametrize("name", ["training", "preparing", "preparing clips", "storing frames",
+                                  "sampling", "--jsonl"])
 def test_what_is_killed_at_random_moments_ends_as_if_it_had_not_been(name, request, tmp_path):
     """SIGKILL, SIGTERM or SIGINT, again and again; then the same command ends with the same bytes,
     the same rows of log.csv, and no hidden files."""

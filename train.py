@@ -1049,8 +1049,10 @@ class TwoTowers:
         return figures, *self.generate(clips[:8])
 
 
-TASK_CLASSES = {"a2v": A2V, "t2av": TwoTowers, "joint": TwoTowers, "vae": VideoVAE,
-                "audio-vae": AudioVAE, "mel-vae": AudioVAE}
+def task_class(args):
+    if args.task == "vae":
+        return VideoVAE if args.data == "toybox" else RealVideoVAE
+    return {"a2v": A2V, "t2av": TwoTowers, "joint": TwoTowers}.get(args.task, AudioVAE)
 
 
 # ----------------------------------------------------------------------------- optimisers, averages
@@ -1290,10 +1292,7 @@ class Run:
         if rank() > 0:
             barrier()
         torch.manual_seed(args.seed)
-        task = TASK_CLASSES[args.task]
-        if task is VideoVAE and args.data != "toybox":
-            task = RealVideoVAE
-        self.task = task(args, self.device, self.autocast)
+        self.task = task_class(args)(args, self.device, self.autocast)
         if rank() == 0:
             barrier()
         self.net = self.task.net.to(self.device)
