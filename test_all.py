@@ -756,7 +756,7 @@ def test_coding_in_chunks_equals_coding_at_once(kind, split):
 @torch.no_grad()
 def test_the_vae_of_real_video_begins_as_the_best_linear_autoencoder():
     """With the deep path at zero a clip comes back as its projection on the principal components of
-    differences from the first frame, at any size; a still clip has latents of exactly zero."""
+    differences from the first frame, at any size; a still clip has latents of zero."""
     vae = CausalVideoVAE(VAEConfig(**REAL_KIND)).double()
     basis = torch.linalg.qr(normal(3 * 4 * 8 * 8, 9))[0]
     scales = torch.tensor([9., 8, 7, 6, 1, .1, .1, .1, .1])
@@ -781,7 +781,7 @@ def test_the_vae_of_real_video_begins_as_the_best_linear_autoencoder():
     moved = vae.decode(z + noise, first) - output
     ratio = moved.square().sum() / noise.square().sum()
     assert_close("scale", ratio, torch.linalg.svdvals(differences)[:4].square().mean() / 200, 1e-6)
-    assert vae.encode(first.repeat(1, 1, 9, 1, 1))[0][:, :, 1:].abs().max() == 0
+    assert vae.encode(first.repeat(1, 1, 9, 1, 1))[0][:, :, 1:].abs().max() < 1e-12
 
 
 @torch.no_grad()
@@ -1962,15 +1962,15 @@ def test_workers_prepare_in_order_and_their_death_is_one_line(tmp_path, monkeypa
         data.prepare(tmp_path, dict(resolution=16), items, None, nullcontext)
 
 
-def test_frames_are_stored_once_in_windows_that_do_not_overlap(clips, tmp_path, monkeypatch):
+def test_frames_are_stored_once_in_windows_that_do_not_overlap(clip_folder, tmp_path, monkeypatch):
     """Sound is not needed. A store has a bound: then fewer windows of a clip, of fewer clips, evenly
     chosen. A shard may be of clips that cannot be used."""
     def store(split="train"):
-        return data.load_or_store_frames(clips, tmp_path, split, 64, log=lines.append)
+        return data.load_or_store_frames(clip_folder, tmp_path, split, 64, log=lines.append)
     lines = []
     cache = store()
     assert cache["clips"] == [[0, 1], [2, 3]] and cache["starts"].tolist() == [0, 71 / 24] * 2
-    video = data.read_video(clips / "train/b.mp4", 64)[0]
+    video = data.read_video(clip_folder / "train/b.mp4", 64)[0]
     windows = data.gather(cache, "videos", [2, 3]).numpy()
     assert np.array_equal(windows, [video[:49], video[71:]])
     assert "skipped 1, such as train/short.mp4: 0.83 s long" in lines[1]
@@ -1987,18 +1987,18 @@ def test_frames_are_stored_once_in_windows_that_do_not_overlap(clips, tmp_path, 
     assert len(store("test")["at"]) == 1                      # at least one
 
 
-def test_a_damaged_store_is_named_and_its_shard_made_again(clips, tmp_path):
-    cache = data.load_or_store_frames(clips, tmp_path, "test", 32, log=len)
+def test_a_damaged_store_is_named_and_its_shard_made_again(clip_folder, tmp_path):
+    cache = data.load_or_store_frames(clip_folder, tmp_path, "test", 32, log=len)
     before = contents(cache["folder"])
     (cache["folder"] / "00000-videos.npy").write_bytes(b"x")
     with pytest.raises(data.BadInput, match="00000-videos.npy: missing or damaged.*remove"):
-        data.load_or_store_frames(clips, tmp_path, "test", 32, log=len)
+        data.load_or_store_frames(clip_folder, tmp_path, "test", 32, log=len)
     (cache["folder"] / "00000.json").unlink()
-    data.load_or_store_frames(clips, tmp_path, "test", 32, log=len)
+    data.load_or_store_frames(clip_folder, tmp_path, "test", 32, log=len)
     assert contents(cache["folder"]) == before
 
 
-def test_a_crop_is_the_first_frame_and_two_latents_of_a_window_at_any_scale(clips, request):
+def test_a_crop_is_the_first_frame_and_two_latents_of_a_window_at_any_scale(clip_folder, request):
     """1 + 2 x 4 frames of 32 px out of windows of 64; mirrored as often as not."""
     args = train.parse_args(flags_of("real vae", request))
     task = train.RealVideoVAE.__new__(train.RealVideoVAE)
@@ -2025,7 +2025,7 @@ def test_a_crop_is_the_first_frame_and_two_latents_of_a_window_at_any_scale(clip
 
 
 @slow
-def test_the_vae_of_real_video_is_trained_tuned_and_measured(clips, request, tmp_path, capsys):
+def test_the_vae_of_real_video_is_trained_tuned_and_measured(clip_folder, request, tmp_path, capsys):
     """Two sizes, PSNR beside that of the first frame repeated; --init goes on with given weights;
     latents of unit variance."""
     flags = [*flags_of("real vae", request), "--steps", 2, "--batch-size", 2, "--eval-clips", 2,
@@ -2038,10 +2038,12 @@ def test_the_vae_of_real_video_is_trained_tuned_and_measured(clips, request, tmp
     assert sum(w.numel() for w in best["ema"].values()) < 8e6
     assert (tmp_path / "a/best.pt").stat().st_size < 16e6
     vae = sample.load_vae(tmp_path / "a/best.pt")
-    video = data.frames_to_tensor(data.read_video(clips / "train/a.mp4", 32)[0][None, :49])
+    windows = data.load_or_store_frames(clip_folder, clip_folder.parent / "data", "train", 64)
+    videos = data.gather(windows, "videos", range(4)).numpy()
+    small = data.frames_to_tensor(np.stack([train.half_size(v) for v in videos]))
     with torch.no_grad():
-        z = vae.normalise(vae.encode(video)[0])
-    assert .3 < z[:, :, 1:].std() < 3
+        z = vae.normalise(vae.encode(small)[0])
+    assert .9 < z[:, :, 1:].std() < 1.1 and .9 < z[:, :, 0].std() < 1.1
     assert cli(train, *flags, "--init", tmp_path / "a/best.pt", "--lr", 1e-9, "--out",
                tmp_path / "b") == 0
     tuned = saved(tmp_path / "b", "best.pt")["ema"]
@@ -2217,7 +2219,7 @@ def pyramid_flow(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
+def clip_folder(tmp_path_factory):
     """A folder of real clips, a toy's pictures of five seconds: two for training, without sound,
     one for testing, and one that is too short."""
     folder = tmp_path_factory.mktemp("clips") / "my_clips"
@@ -2232,7 +2234,7 @@ def clips(tmp_path_factory):
 def flags_of(kind, request):
     """Flags of train.py for a small run of one kind, on data that its fixture has prepared."""
     if kind == "real vae":
-        folder = request.getfixturevalue("clips")
+        folder = request.getfixturevalue("clip_folder")
         return ["--task", "vae", "--data", folder, "--data-root", folder.parent / "data",
                 "--resolution", 32]
     if kind == "a2v":

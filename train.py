@@ -751,7 +751,8 @@ class RealVideoVAE(VideoVAE):
         return Evaluation(figures, scores["psnr"], videos[:n])
 
     def statistics_clips(self):
-        index = np.linspace(0, len(self.train["at"]) - 1, STATISTICS).astype(int)
+        index = np.linspace(0, len(self.train["at"]) - 1, STATISTICS).round()
+        index = np.unique(index.astype(int))
         return [half_size(video) for video in data.gather(self.train, "videos", index).numpy()]
 
 
