@@ -394,7 +394,7 @@ def check_vae(args, vae, test, autocast):
     clips = held_out_clips(test, 8 if max(data.sides(args.resolution)) <= 128 else 2)
     videos = reconstruct(vae, clips, autocast)
     scores = summarise([picture_record(v, c["video"]) for v, c in zip(videos, clips)])
-    log_rank0(f"VAE         {args.vae}: PSNR {scores['psnr']:.1f} dB on test clips; the first frame "
+    log_rank0(f"VAE         {args.vae}: PSNR {scores['psnr']:.1f} dB on test clips; first frame "
               f"repeated has {scores['psnr_still']:.1f}")
     if scores["psnr"] < ENOUGH_PSNR:
         log_rank0(f"warning: below {ENOUGH_PSNR} dB, so the videos will be blurred. A better one: "
