@@ -164,8 +164,10 @@ def load_vae(path=VAE_FILE, device="cpu", task="vae"):
 def fingerprint(vae):
     """16 hex digits that identify a VAE's latents: of its encoder alone, decoders may be tuned."""
     config = asdict(vae.cfg)
-    # The fields of the audio VAE's other front end say nothing about these latents.
-    unused = {"waveform": ("front", "mels", "depth"), "mel": ("front", "ratios", "patch", "lstm")}
+    # The fields of the audio VAE's other front end, or of a video VAE's decoder alone, say nothing
+    # about these latents.
+    unused = {"waveform": ("front", "mels", "depth"), "mel": ("front", "ratios", "patch", "lstm"),
+              None: ("residual",)}
     for name in unused.get(config.get("front"), ()):
         del config[name]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
