@@ -51,6 +51,7 @@ from data import FPS, RATE, BadInput, fit_length, frames_to_tensor, tensor_to_fr
 from losses import combine_guidance, randn_each, shift_sigma
 from model import TEXT_BYTES, KVCache, MMDiT, MMDiTConfig, text_bytes
 from towers import DualTower, DualTowerConfig
+from toybox import is_toybox_picture
 from vae import AudioVAE, AudioVAEConfig, CausalVideoVAE, VAEConfig
 
 ROOT = Path(__file__).parent
@@ -946,7 +947,16 @@ def default_checkpoint(args):
         return str(JOINT_FILE)
     if args.video or (args.prompt and not args.audio):
         return str(T2AV_FILE)
-    return str(A2V_FILE)
+    weights = A2V_FILE
+    if args.image and args.audio:
+        # Weights of real clips for what the toybox cannot have drawn
+        drawn = is_toybox_picture(data.read_image(args.image, 32))
+        missing = not drawn and not REAL_A2V_FILE.is_file()
+        weights = A2V_FILE if drawn or missing else REAL_A2V_FILE
+        print(f"{data.one_line(args.image)} {'looks' if drawn else 'does not look'} like a toybox "
+              f"picture: weights/{weights.name}"
+              + missing * f", for lack of weights/{REAL_A2V_FILE.name}")
+    return str(weights)
 
 
 def check_job(system, job, args):

@@ -2629,6 +2629,150 @@ def test_flops_are_counted_on_the_meta_device():
     assert count_flops(task) == 2 * 2 * 10 * 64 * 32
 
 
+# --------------------------------------------------------- real clips, as README.md takes them
+
+@pytest.fixture
+def real_vae(tmp_path, monkeypatch):
+    """A small VAE in the place of weights/vae-real.pt, and a small network of size `tiny`: what the
+    defaults of a run on real clips find."""
+    torch.manual_seed(0)
+    path = tmp_path / "weights/vae-real.pt"
+    save_model(path, "vae", CausalVideoVAE(VAEConfig(**REAL_KIND | dict(latent=16))))
+    monkeypatch.setitem(train.REAL_LATENTS, "vae", str(path))
+    monkeypatch.setitem(networks.SIZES, "tiny",
+                        networks.SIZES["tiny"] | dict(heads=2, n_single=2))
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def phone_clip(path, seconds):
+    """29.97 fps, stereo of 48 kHz in AAC, portrait: the picture lies on its side in the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flash_clip(path.with_suffix(".mp4"), "30000/1001", 48000, seconds=seconds)
+    ffmpeg("-display_rotation", 90, "-i", path.with_suffix(".mp4"), "-c", "copy", path)
+    path.with_suffix(".mp4").unlink()
+
+
+LITTLE = ["--steps", 2, "--batch-size", 2, "--resolution", 32]
+
+
+def test_from_three_clips_of_a_phone_to_a_measured_model_in_four_commands(
+        real_vae, tmp_path, capsys):
+    """Look, train, sample, measure: of the data nothing is given but its folder."""
+    for i in (1, 2, 3):
+        phone_clip(tmp_path / f"my_clips/IMG_{i}.MOV", 2.2)
+    ffmpeg("-i", "my_clips/IMG_1.MOV", "-frames:v", 1, "photo.jpg")
+    assert iio.imread("photo.jpg").shape == (64, 48, 3)
+    model = "out/a2v-my_clips/best.pt"
+    assert cli(data, "--data", "my_clips", "--show", "preview.png") == 0
+    assert cli(train, "--task", "a2v", "--data", "my_clips", *LITTLE) == 0
+    assert cli(sample, "--ckpt", model, "--audio", "my_clips/IMG_1.MOV", "--image", "photo.jpg",
+               "--steps", 1) == 0
+    capsys.readouterr()
+    assert cli(cyclesync, "--ckpt", model, "--data", "my_clips", "--steps", 1) == 0
+
+    assert last_json(capsys)["generated"]["motion"] is not None
+    assert iio.imread("preview.png").shape == (3 * 104, 12 * 64, 3)
+    assert iio.imread("out/a2v-my_clips/000002.png").shape == (3 * 2 * 72, 12 * 32, 3)
+    assert saved(Path("out/a2v-my_clips"), "best.pt")["vae"] == sample.fingerprint(
+        sample.load_vae(real_vae))
+    for path in ("out/a2v-my_clips/000002.mp4", "out/IMG_1.mp4"):
+        assert len(iio.imread(path, plugin="FFMPEG")) >= 49
+    for path in ("out/IMG_1.png", "out/cyclesync/generated.png", "out/cyclesync/clips.csv"):
+        assert Path(path).is_file(), path
+
+
+def test_the_first_command_of_all_runs_on_avsync15(real_vae, capsys):
+    """python train.py --task a2v --data avsync15, on two clips a class: codes them with the VAE of
+    real video, says how well, trains, evaluates, writes strips and an mp4."""
+    lists = dict(train="", test="")
+    for label in ("dog_barking", "playing_violin__fiddle"):
+        for split in lists:
+            name = f"{label}/{split}_000015_000025_3.5_7.0.mp4"
+            path = Path("data/AVSync15/videos", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flash_clip(path)
+            path.with_suffix(".wav").unlink()
+            lists[split] += name + "\n"
+    tree(Path("data/AVSync15"), {f"{split}.txt": names for split, names in lists.items()})
+    assert cli(train, "--task", "a2v", "--data", "avsync15", *LITTLE) == 0
+
+    printed = capsys.readouterr().out
+    assert "2 train, 2 test clips of 2 classes, by test.txt, train.txt" in printed
+    assert f"{real_vae}: PSNR" in printed and "first frame repeated has" in printed
+    # The command that a VAE below 24 dB is answered with
+    advice = re.search(r"python train.py (--task vae .*?), then", printed)[1]
+    assert train.parse_args(shlex.split(advice)).data == "avsync15"
+    cache = data.open_cache(next(Path("data/cache").glob("*/train")))
+    assert set(cache["captions"]) == {"dog barking", "playing violin fiddle"}
+    assert {"best.pt", "last.pt", "log.csv", "scores.csv", "000002.png", "000002.mp4"} == {
+        path.name for path in Path("out/a2v-avsync15").iterdir()}
+
+
+def test_what_is_missing_is_said_before_anything_is_prepared(real_vae, tmp_path, capsys):
+    """A single clip; clips without sound."""
+    phone_clip(tmp_path / "one/IMG_0.MOV", 2.2)
+    Path("mute").mkdir()
+    for name in ("a", "b"):
+        ffmpeg("-i", "one/IMG_0.MOV", "-an", "-c", "copy", f"mute/{name}.mov")
+    for folder, text in (("one", "at least two clips"), ("mute", "no sound in it")):
+        assert cli(train, "--task", "a2v", "--data", folder, *LITTLE) == 2
+        assert text in capsys.readouterr().err
+        assert not [*Path("data").rglob("train")], folder
+
+
+@slow
+def test_a_toybox_picture_is_one_that_the_toybox_can_draw():
+    """Those in assets/, a large one as JPEG; not one behind a grid, nor white."""
+    pictures = [data.read_image(HERE / f"assets/{kind}.png", 32) for kind in toybox.KINDS]
+    large = toybox.toybox_clip(HELD_OUT_TESTS, 128)["video"][0]
+    file = io.BytesIO()
+    iio.imwrite(file, large, extension=".jpg", quality=75)
+    pictures.append(iio.imread(file, extension=".jpg").reshape(32, 4, 32, 4, 3).mean((1, 3)))
+    assert all(map(toybox.is_toybox_picture, pictures))
+    grid = pictures[0].copy()
+    grid[::8] = grid[:, ::8] = 255 - grid.mean()
+    assert not toybox.is_toybox_picture(grid)
+    assert not toybox.is_toybox_picture(np.full((32, 32, 3), 255, np.uint8))
+
+
+def test_weights_are_chosen_by_the_picture(toy, tmp_path, monkeypatch, capsys):
+    """Those of the toybox for what it can draw, if need be for everything; --ckpt wins."""
+    real = tmp_path / "a2v-real.pt"
+    monkeypatch.setattr(sample, "REAL_A2V_FILE", real)
+    monkeypatch.setattr(sample, "is_toybox_picture", lambda picture: picture.std() > 0)
+    iio.imwrite(tmp_path / "photo.jpg", np.full((48, 36, 3), 99, np.uint8))
+    looks, lack = "looks like a toybox picture: weights/", ", for lack of weights/a2v-real.pt"
+
+    def chosen(image):
+        args = sample.arguments().parse_args(["--audio", "x.wav", "--image", str(image)])
+        name = Path(sample.default_checkpoint(args)).name
+        return name, capsys.readouterr().out.strip().removeprefix(f"{image} ")
+    not_toybox = f"does not look{looks[5:]}"
+    assert chosen(tmp_path / "photo.jpg") == ("a2v-toybox.pt", f"{not_toybox}a2v-toybox.pt{lack}")
+    shutil.copy(toy / "a2v.pt", real)
+    assert chosen(tmp_path / "photo.jpg") == ("a2v-real.pt", f"{not_toybox}a2v-real.pt")
+    assert chosen(HERE / "assets/bell.png") == ("a2v-toybox.pt", f"{looks}a2v-toybox.pt")
+
+    # Its VAE is found beside it, as those of weights/ are.
+    shutil.copy(toy / "vae.pt", tmp_path)
+    flags = ["--audio", toy / "x.wav", "--image", tmp_path / "photo.jpg", "--steps", 1,
+             "--seconds", .3, "--out", tmp_path]
+    for more, name in ([], "a2v-real.pt"), (["--ckpt", toy / "a2v.pt"], "a2v.pt"):
+        assert cli(sample, *flags, *more) == 0
+        printed = capsys.readouterr().out
+        assert f"\n{name}: Syncphony" in printed and ("look" in printed) == (more == [])
+
+
+def test_every_shipped_checkpoint_finds_its_vaes():
+    """By fingerprints, which no later change of the code may change."""
+    for path in (sample.A2V_FILE, sample.T2AV_FILE, sample.JOINT_FILE):
+        checkpoint = data.load_checkpoint(path)
+        for kind in ("vae", "audio_vae"):
+            if kind in checkpoint:
+                sample.find_vae(checkpoint, kind, path, None, "cpu")
+
+
 # ------------------------------------------------------------------------------------------ devices
 
 class FakeGPU(TorchDispatchMode):
