@@ -1963,7 +1963,7 @@ def test_workers_prepare_in_order_and_their_death_is_one_line(tmp_path, monkeypa
 
 
 def test_frames_are_stored_once_in_windows_that_do_not_overlap(clip_folder, tmp_path, monkeypatch):
-    """Sound is not needed. A store has a bound: then fewer windows of a clip, of fewer clips, evenly
+    """Sound is not needed. A store has a bound: fewer windows of a clip, of fewer clips, evenly
     chosen. A shard may be of clips that cannot be used."""
     def store(split="train"):
         return data.load_or_store_frames(clip_folder, tmp_path, split, 64, log=lines.append)
@@ -2025,7 +2025,8 @@ def test_a_crop_is_the_first_frame_and_two_latents_of_a_window_at_any_scale(clip
 
 
 @slow
-def test_the_vae_of_real_video_is_trained_tuned_and_measured(clip_folder, request, tmp_path, capsys):
+def test_the_vae_of_real_video_is_trained_tuned_and_measured(clip_folder, request, tmp_path,
+                                                             capsys):
     """Two sizes, PSNR beside that of the first frame repeated; --init goes on with given weights;
     latents of unit variance."""
     flags = [*flags_of("real vae", request), "--steps", 2, "--batch-size", 2, "--eval-clips", 2,
