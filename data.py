@@ -333,16 +333,27 @@ def decode(path, what, times, block, limit, *arguments):
                 times[frame[1]] = (first, seconds, n + 1)
 
 
-def read_video(path, size=64):
+def frame_rate(path):
+    """Pictures per second, as they lie in the file."""
+    times = {}
+    small = ["-vf", "showinfo=checksum=0,scale=2:2,format=gray", "-f", "rawvideo"]
+    for _ in decode(path, "picture", times, PIECE, MAX_SECONDS, "-map", "0:V:0", *small,
+                    "-fps_mode", "passthrough"):
+        pass
+    first, last, n = times.get("showinfo_0", (0, 0, 0))
+    return (n - 1) / (last - first) if last > first else 0.
+
+
+def read_video(path, size=64, fps=FPS):
     """The pictures of a clip -> video uint8 (F, H, W, 3), times of its first frame, here and in the
     file; see `stream_video`."""
     times = {}
-    video = np.concatenate(list(stream_video(path, size, times, MAX_SECONDS)))
+    video = np.concatenate(list(stream_video(path, size, times, MAX_SECONDS, fps)))
     return video, times["showinfo_6"][0], times["showinfo_0"][0]
 
 
-def stream_video(path, size=64, times=None, limit=MAX_SOUND):
-    """Yields the pictures of a video at 24 fps as uint8 (f, H, W, 3), in pieces, so that
+def stream_video(path, size=64, times=None, limit=MAX_SOUND, fps=FPS):
+    """Yields the pictures of a video at `fps` as uint8 (f, H, W, 3), in pieces, so that
     memory does not grow with its length. Centre crop to the aspect of `size`, antialiased
     resize; rotation and pixel shape are honoured.
 
@@ -353,7 +364,7 @@ def stream_video(path, size=64, times=None, limit=MAX_SOUND):
     height, width = sides(size)
     crop = (f"crop=w='min(iw,ih*{width / height}/if(sar,sar,1))'"
             f":h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1")
-    filters = (f"showinfo=checksum=0,fps={FPS},format=rgb24,{crop},"
+    filters = (f"showinfo=checksum=0,fps={fps},format=rgb24,{crop},"
                f"scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0")
     arguments = ["-map", "0:V:0", "-vf", filters, "-f", "rawvideo", "-fps_mode", "passthrough"]
     block = max(1, PIECE // (3 * height * width)) * 3 * height * width
@@ -362,26 +373,26 @@ def stream_video(path, size=64, times=None, limit=MAX_SOUND):
         for raw in blocks:
             piece = np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
             frames += len(piece)
-            if frames > limit * FPS:
+            if frames > limit * fps:
                 raise BadInput(f"{path}: longer than {limit / 60:g} minutes; cut it into clips")
             yield piece
     if frames < 2:
         raise BadInput(f"{path}: {frames} frames; at least 2 are needed")
     # At a low rate frames repeat, and motion is shown later than it happened.
     first, last, n = times["showinfo_0"]
-    if n - 1 < FPS / 2 * (last - first):
-        raise BadInput(f"{path}: {(n - 1) / (last - first):.1f} frames per second; {FPS / 2:g} are "
+    if n - 1 < fps / 2 * (last - first):
+        raise BadInput(f"{path}: {(n - 1) / (last - first):.1f} frames per second; {fps / 2:g} are "
                        "needed")
 
 
-def read_clip(path, size=64, sound=None):
+def read_clip(path, size=64, sound=None, fps=FPS):
     """Both streams of a clip on ONE clock -> video uint8 (F, H, W, 3), waveform float32
-    (round(F / 24 * 16 000),).
+    (round(F / fps * 16 000),).
 
     sound: a wav for a video without a sound track. Raises BadInput for what cannot be trusted:
-    damaged, still, silent, below 12 fps, longer than ten minutes.
+    damaged, still, silent, below fps / 2, longer than ten minutes.
     """
-    video, video_start, file_start = read_video(path, size)
+    video, video_start, file_start = read_video(path, size, fps)
     filters = f"aresample={RATE}:{MONO},aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
     arguments = ["-map", "0:a:0", "-af", filters, "-f", "f32le"]
     times = {}
@@ -406,13 +417,13 @@ def read_clip(path, size=64, sound=None):
     # ffmpeg prints times rounded, so a thousandth of a frame counts as nothing. The last frame may
     # have sound for a part of it: the rest is silence.
     wave_start, _, _ = times.get("ashowinfo_2", (video_start, 0, 0))
-    first = max(0, math.ceil((wave_start - video_start) * FPS - 1e-3))
-    skip = round((video_start + first / FPS - wave_start) * RATE)
-    frames = min(len(video) - first, math.ceil((len(wave) - skip) / RATE * FPS - 1e-3))
+    first = max(0, math.ceil((wave_start - video_start) * fps - 1e-3))
+    skip = round((video_start + first / fps - wave_start) * RATE)
+    frames = min(len(video) - first, math.ceil((len(wave) - skip) / RATE * fps - 1e-3))
     if frames < 2 or skip < 0:
         raise BadInput(f"{path}: picture and sound have less than 2 frames in common")
     video = video[first:first + frames]
-    wave = fit_length(wave[skip:], round(frames / FPS * RATE))
+    wave = fit_length(wave[skip:], round(frames / fps * RATE))
 
     # Static: no frame differs from the first by half a step of 255 on average. Silence: -80 dB. NaN
     # is not above it either.

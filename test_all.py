@@ -1521,6 +1521,20 @@ def test_real_clips_are_scored_beside_shuffled_sounds_without_a_video_to_audio_m
     assert iio.imread(tmp_path / "out/generated.png").shape == (6 * (32 + 32 + 40), 12 * 32, 3)
 
 
+@pytest.mark.parametrize("fps", [24, 6])
+def test_a_video_agrees_with_the_sound_at_which_it_moves(fps):
+    """Sound agreement: less with a sound that is 0.3 s late, about none with clicks elsewhere, at 6
+    fps too. A still video agrees with no sound, no video with silence."""
+    hits = np.array([.5, 1., 1.5])
+    curve = cyclesync.motion_energy(flashes(hits)[::24 // fps], fps)
+    scores = [cyclesync.sound_agreement(curve, fps, cyclesync.onset_rise(clicks(t, 49 / 24)))
+              for t in (hits, hits + .3, [.2, 1.25])]
+    assert scores[0] > .4 > .2 > max(scores[1:]), scores
+    rise = cyclesync.onset_rise(clicks(hits, 49 / 24))
+    assert cyclesync.sound_agreement(0 * curve, fps, rise) == 0
+    assert cyclesync.sound_agreement(curve, fps, 0 * rise) == 0
+
+
 # -------------------------------------------------------------------- cyclesync.py: its commands
 
 def test_a_program_gets_a_silent_video_long_enough_and_its_sound_is_cut(tmp_path):
@@ -1553,6 +1567,64 @@ def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_pa
     assert pairs["shuffled"]["cyclesync_merged"] < 1, pairs
     assert min(abs(t - 1.1) for t in video["onsets"]) < .05, video
     assert min(abs(video["lag_s"]), abs(video["lag_s"] - .2)) < .05, video
+
+
+@pytest.fixture(scope="module")
+def pairs_of_videos(tmp_path_factory):
+    """in-time/ moves when it sounds, late/ 0.3 s later and at 6 fps; c.mp4 of late/ is damaged."""
+    root = tmp_path_factory.mktemp("pairs")
+    for i, name in enumerate(("x/a", "x/b", "c")):
+        hits = np.array([.3, .8 + .1 * i, 1.4])
+        for side, late, fps in (("in-time", 0., 24), ("late", .3, 6)):
+            path = root / side / f"{name}.mp4"
+            frames = flashes(hits + late, size=64)[::24 // fps]
+            data.write_video(path, frames, clicks(hits, len(frames) / fps), fps)
+    path.write_bytes(path.read_bytes()[:2000])
+    return root
+
+
+def test_of_two_folders_of_videos_the_one_that_moves_in_time_wins(
+        pairs_of_videos, tmp_path, capsys):
+    """Videos may have 6 fps. Equal folders differ by 0 and win half, damaged pairs are named, the
+    CSV has a line per pair."""
+    folders = [pairs_of_videos / side for side in ("in-time", "late")]
+    assert cli(cyclesync, "--pairs-of-videos", *folders, "--out", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    with open(tmp_path / "pairs.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert cli(cyclesync, "--pairs-of-videos", folders[1], folders[1], "--out", tmp_path) == 0
+    equal = last_json(capsys)
+
+    result = json.loads(lines[-1])
+    assert lines[0].startswith("2 pairs, 1 cannot be used, such as") and "late/c.mp4" in lines[0]
+    assert lines[1].endswith("in brackets 95 % intervals over pairs") and "6 fps" in lines[1]
+    for name in ("sound_agreement", "hits"):
+        row = result[name]
+        assert row["wins"] == 1 and row["clips"] == 2, (name, row)
+        assert row["difference"] > .3 and row["interval"]["difference"][0] > 0, (name, row)
+        values = [[float(r[f"{name}_{side}"]) for r in rows] for side in "ab"]
+        assert np.mean(values, 1) == pytest.approx([row["a"], row["b"]], abs=1e-3)
+    assert [r["pair"] for r in rows] == ["x/a", "x/b"]
+    for row in equal.values():
+        assert row["difference"] == 0 and row["interval"]["difference"] == [0, 0], row
+        assert row["wins"] == .5 == row["chance"], row
+
+
+@pytest.mark.parametrize("other, reason", [
+    ("none", "none: no such folder"), ("empty", "no video among them; expected .mp4"),
+    ("late/x", "no relative path occurs in both; they have 3 and 2 videos"),
+    ("in-time/c.mp4", "no such folder"), ("brief", "0 usable pairs, 1 cannot .*c.mp4: 0.25 s")])
+def test_folders_without_pairs_of_videos_are_refused(
+        pairs_of_videos, tmp_path, capsys, other, reason):
+    """One line says which folder, what was expected; nothing is written."""
+    (pairs_of_videos / "empty").mkdir(exist_ok=True)
+    brief = pairs_of_videos / "brief/c.mp4"
+    data.write_video(brief, flashes([.1], frames=6), clicks([.1], .25))
+    out = tmp_path / "out"
+    folders = [pairs_of_videos / "in-time", pairs_of_videos / other]
+    assert cli(cyclesync, "--pairs-of-videos", *folders, "--out", out) == 2
+    assert re.fullmatch(f"error: --pairs-of-videos.*{reason}.*", capsys.readouterr().err.strip())
+    assert not out.exists()
 
 
 @slow
