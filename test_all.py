@@ -1583,6 +1583,7 @@ def pairs_of_videos(tmp_path_factory):
     return root
 
 
+@slow
 def test_of_two_folders_of_videos_the_one_that_moves_in_time_wins(
         pairs_of_videos, tmp_path, capsys):
     """Videos may have 6 fps. Equal folders differ by 0 and win half, damaged pairs are named, the
