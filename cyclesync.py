@@ -50,6 +50,7 @@ clouds of features, of this repository's VAEs or of the networks of FVD, FID and
 
     python cyclesync.py --ckpt weights/a2v-toybox.pt --clips 96    # Syncphony's table
     python cyclesync.py --ckpt weights/t2av-toybox.pt              # SyncFlow's and Harmony's
+    python cyclesync.py --ckpt weights/vae-real.pt --data FOLDER   # how well a VAE codes clips
     python cyclesync.py --shift-study            # true clips, their sound up to 0.5 s late
     python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's tables
     python cyclesync.py --skip-blocks --audio x.wav --image f.png  # videos without one block each
@@ -84,10 +85,11 @@ from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_a
                   tensor_to_frames)
 from sample import (
     A2V_FILE, ROOT, encode_sound, encode_video, external_encoders, generate_audio_video,
-    generate_video, load, pick_device, video_to_audio)
+    generate_video, load, load_vae, pick_device, video_to_audio)
 from toybox import (
     FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, UNREADABLE, detect_clip_events,
     detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
+from vae import join_positions, principal_components, split_positions
 
 NAN = float("nan")
 
@@ -814,6 +816,8 @@ def open_scorer(path, args):
 
 def evaluate(args):
     """The table of a checkpoint: true clips, reconstructed ones, all that it generates."""
+    if data.load_checkpoint(args.ckpt)["task"] == "vae":
+        return score_vae(args)
     scorer = open_scorer(args.ckpt, args)
     size = "x".join(map(str, data.sides(scorer.size)))
     print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; {len(scorer.clips)} "
@@ -839,6 +843,48 @@ def evaluate(args):
         shown = "true ones above; over the sound the motion of the true (blue), the generated (red)"
     print(f"film strips, {shown}: {args.out}/")
     table.finish(Path(args.out, "clips.csv"))
+
+
+# ---------------------------------------------------------------------- a VAE's table
+
+PICTURE_COLUMNS = dict(psnr="PSNR, dB", psnr_moving="where it moves", ssim="SSIM")
+
+
+def score_vae(args):
+    """Table of a VAE of video: beside it the first frame repeated, and the best linear autoencoder
+    of the same rate, the principal components of these very clips."""
+    device, autocast, described = pick_device(args.device)
+    vae = load_vae(args.ckpt, device)
+    clips = held_out_clips(args, args.resolution or 64)
+    videos = [clip["video"] for clip in clips]
+    t, P = vae.stride_t, vae.stride
+    print(f"{described}\n{args.ckpt}: {t} frames x {P} x {P} pixels -> {vae.cfg.latent} numbers; "
+          f"{len(clips)} clips of {len(videos[0])} frames at {videos[0].shape[1]} px, without "
+          "frame 0; in brackets 95 % intervals over clips")
+    table = Table(PICTURE_COLUMNS)
+    rows = dict(still=[video[:1].repeat(len(video), 0) for video in videos],
+                linear=project(videos, t, P, vae.cfg.latent),
+                vae=reconstruct(vae, clips, autocast))
+    titles = dict(still="first frame repeated", linear="linear autoencoder", vae="this VAE")
+    for key, remade in rows.items():
+        records = [dict(clip=clip["name"]) | picture_record(video, clip["video"])
+                   for video, clip in zip(remade, clips)]
+        table.add(key, titles[key], records)
+    write_pairs(Path(args.out, "vae.png"), rows["vae"], clips)
+    print(f"film strips, true ones above: {args.out}/vae.png")
+    table.finish(Path(args.out, "clips.csv"))
+
+
+def project(videos, t, P, n):
+    """Videos uint8 (F, H, W, 3) as the n principal components of their differences from the first
+    frame leave them, of positions of t frames and P x P pixels."""
+    x = frames_to_tensor(np.stack(videos))                                  # (B, 3, F, H, W)
+    first = x[:, :, :1]
+    differences = split_positions(x[:, :, 1:] - first, t, P)
+    rows = differences.flatten(4)                                           # (B, L, h, w, 3 t P P)
+    components, _ = principal_components(rows.flatten(0, 3), n)
+    remade = join_positions((rows @ components.T @ components).view_as(differences))
+    return tensor_to_frames(torch.cat([first, first + remade], 2))
 
 
 # ---------------------------------------------------------------------- Syncphony's rows

@@ -726,14 +726,10 @@ class RealVideoVAE(VideoVAE):
 
     def differences(self):
         """Differences of frames from the first one, position by position, (n, 3, t, P, P)."""
-        t, P = self.net.stride_t, self.net.stride
-        rows = []
-        for video in self.statistics_clips():
-            frames = frames_to_tensor(video)                          # (3, F, H, W)
-            x = (frames[:, 1:] - frames[:, :1]).unflatten(1, (-1, t))
-            x = x.unflatten(4, (-1, P)).unflatten(3, (-1, P))         # (3, L, t, h, P, w, P)
-            rows.append(x.permute(1, 3, 5, 0, 2, 4, 6).flatten(0, 2))
-        return torch.cat(rows)
+        video = frames_to_tensor(np.stack(self.statistics_clips()))
+        x = autoencoders.split_positions(video[:, :, 1:] - video[:, :, :1], self.net.stride_t,
+                                         self.net.stride)
+        return x.flatten(0, 3)
 
     def held_out(self, n):
         """n windows of the test clips, at --resolution, then every fourth at twice that."""
