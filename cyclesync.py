@@ -365,7 +365,7 @@ STILL = 1e-3                    # deviation of a curve in which nothing moves; t
 # lag differs from model to model, are hardly told apart.
 SLACK = 10
 # Least height of a peak, of the highest within a second to either side: takes of half a minute have
-# F1 .49 with their sound, .25 with another's; of the highest of all .33 and .16.
+# F1 .49 with their sound, .24 with another's; of the highest of all .33 and .16.
 PEAK = .5
 
 
