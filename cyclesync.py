@@ -355,9 +355,9 @@ CELLS = 8
 # Of 255, what changes less is noise: coded by H.264 at CRF 23, curves keep a correlation of 0.998
 # with themselves, without this 0.983.
 DEAD_ZONE = 1.
-# A Gaussian of one frame. A causal VAE decodes four frames a latent; 1.4 of the true motion comes at
-# the first of them, 0.6 to 0.8 at the others: the reconstruction's curve agrees with the true one
-# by 0.68 without this, by 0.94 with it. Hits are found as well as without.
+# A Gaussian of one frame. A causal VAE decodes four frames a latent; 1.4 of the true motion comes
+# at the first of them, 0.6 to 0.8 at the others: the reconstruction's curve agrees with the true
+# one by 0.68 without this, by 0.94 with it. Hits are found as well as without.
 SMOOTHING = np.array([1, 4, 6, 4, 1]) / 16
 STILL = 1e-3                    # deviation of a curve in which nothing moves; the median is 0.8
 # In steps of 10 ms. True clips agree better with their own sound than with that moved by 0.1, 0.2,
