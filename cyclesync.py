@@ -49,12 +49,12 @@ resolution and frame rate, and needs `pip install opencv-python-headless`. Frech
 clouds of features, of this repository's VAEs or of the networks of FVD, FID and FAD.
 
     python cyclesync.py --ckpt weights/a2v-toybox.pt --clips 96    # Syncphony's table
+    python cyclesync.py --ckpt out/a2v-x/best.pt --data x/         # the same of real clips
     python cyclesync.py --ckpt weights/t2av-toybox.pt              # SyncFlow's and Harmony's
     python cyclesync.py --ckpt weights/vae-real.pt --data FOLDER   # how well a VAE codes clips
     python cyclesync.py --shift-study            # true clips, their sound up to 0.5 s late
     python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's tables
     python cyclesync.py --skip-blocks --audio x.wav --image f.png  # videos without one block each
-    python cyclesync.py --ckpt out/a2v-x/best.pt --data x/         # the same of real clips
     python cyclesync.py clip.mp4                 # any video: onsets, hit agreement, lag, AV-Align
     python cyclesync.py --pairs true/ remade/    # CycleSync of sounds that any program generated
     python cyclesync.py --pairs-of-videos a/ b/  # videos with sound, of two models: which is better
@@ -393,6 +393,7 @@ def motion_agreement(truth, curve):
 
 def motion_peaks(curve, fps):
     """Local maxima of a curve of `motion_energy` -> seconds."""
+    # Neither the first nor the last value, whose neighbours are not known
     middle = curve[1:-1]
     tops = np.flatnonzero((middle > curve[:-2]) & (middle >= curve[2:])) + 1
     high = [i for i in tops if curve[i] >= PEAK * curve[max(0, i - fps):i + fps + 1].max()]
@@ -749,6 +750,7 @@ def write_pairs(path, videos, clips):
     for i in np.unique(np.linspace(0, len(clips) - 1, 6).astype(int)):
         truth = clips[i]["video"]
         wave = clips[i]["audio"]
+        # Each curve up to its own maximum: when it moves is compared, not how much.
         curves = [motion_energy(truth), motion_energy(videos[i])]
         rows.append(film_strip(truth, wave)[:truth.shape[1]])
         rows.append(film_strip(videos[i], wave, curves=curves))
@@ -936,6 +938,7 @@ class AudioToVideo(Scorer):
     def generate(self, asg=0., cfg=0., use_audio=True, sounds="own"):
         """asg, cfg: w_a, w_t of Syncphony eq. 6; use_audio=False: off-sync; sounds="shuffled": a
         clip's first frame with another clip's sound, scored against its own."""
+        # Noise, first frames and captions stay those of the clip.
         clips = self.clips
         if sounds == "shuffled":
             clips = [dict(c, audio=wave) for c, wave in zip(clips, shuffled(self.sounds))]
