@@ -1268,7 +1268,8 @@ def open_and_report(folder, name, report, log):
         log(f"  skipped {len(names)}, such as {names[0]}: {reason}")
     if not cache["clips"]:
         raise BadInput(f"--data {name}: not one of its {len(cache['skipped'])} {folder.name} clips "
-                       f"can be used; {names[0]}: {reason}")
+                       f"can be used; {names[0]}: {reason}. Expected at least 1.8 s of moving "
+                       f"pictures at {FPS / 2:g} frames per second or more, with sound")
     return cache
 
 

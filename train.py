@@ -1511,6 +1511,15 @@ class Run:
             before = ckpt["args"].get(name, value)
             if name not in MAY_DIFFER and before != value:
                 return f"was trained with --{name.replace('_', '-')} {before}; repeat that"
+        # VAEs are compared by what they are, wherever they lie.
+        for name in ("vae", "audio_vae"):
+            file = getattr(self.args, name, None)
+            if getattr(self.args, "pretrained", None):
+                file = Path(self.args.pretrained) / "causal_video_vae"
+            task = "vae" if name == "vae" else "audio-vae or mel-vae"
+            if file and name in ckpt and fingerprint(load_vae(file, task=task)) != ckpt[name]:
+                return (f"was trained on latents of another VAE ({ckpt['args'].get(name)}); give "
+                        f"that one by --{name.replace('_', '-')}")
         # Where samples of a micro-batch depend on each other, its size has to stay.
         is_coupled = self.args.task == "audio-vae" or getattr(self.args, "ot", False)
         if is_coupled and ckpt["micro_batch"] != self.micro_batch:
@@ -1520,10 +1529,6 @@ class Run:
 
     def other_network(self, ckpt):
         """As `other_settings`, of what the task has prepared."""
-        for name in ("vae", "audio_vae"):
-            if ckpt.get(name) != self.task.extra.get(name):
-                flag = name.replace("_", "-")
-                return f"was trained on latents of another VAE; give that one by --{flag}"
         # The configuration of an autoencoder holds what was measured for best.pt.
         autoencoder = hasattr(self.task, "measure_latent_stats")
         same_config = autoencoder or ckpt["config"] == asdict(self.net.cfg)
