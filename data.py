@@ -9,7 +9,7 @@ latents, checkpoints; and the lines that all command-line programs share.
 `--data` is toybox, the name of a dataset (avsync15, greatesthits, vggsound, landscapes) or any
 folder of clips. The lists, tables and folder names that come with it are read as they are; nothing
 is renamed or unpacked. Clips that cannot be trusted are skipped, counted and named. `prepare` codes
-every clip once; training then reads latents from disk.
+every clip once; training then reads latents from disk, or, to train an autoencoder, frames.
 
 Whatever is wrong with a file becomes a `BadInput`, whose text says what was found, what was
 expected and what to do; `run_cli` prints it as one line and exits with code 2.

@@ -6,6 +6,7 @@
     python train.py --task vae          the autoencoder of videos that those three train on
     python train.py --task audio-vae    the autoencoder of waveforms (SyncFlow's sound)
     python train.py --task mel-vae      the autoencoder of mel spectra (Harmony's sound)
+    python train.py --task a2v --data my_clips              on real clips; so with vae, t2av, joint
     python train.py --task joint --help                     the settings of one task
     torchrun --nproc_per_node=2 train.py --task a2v         several processes, the same result
 
@@ -546,7 +547,8 @@ class A2V:
     def windows(self, cache, index, rngs=None):
         """Windows of a cache -> normalised z (B, C, L, h, w), text, audio. With generators, that is
         in training, captions are dropped and z is a sample of the VAE's posterior. The means are
-        taken of the toybox's VAE: its KL term leaves most of a posterior as wide as the prior."""
+        taken of VAEs with a reference: of the toybox's, most of a posterior is as wide as the
+        prior."""
         z, logvar = data.gather(cache, "latents", index).float().unbind(1)      # (B, C, L, h, w)
         captions = [cache["captions"][i] for i in index]
         if rngs and not self.vae.cfg.reference:
