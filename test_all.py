@@ -2149,6 +2149,28 @@ def test_psnr_and_ssim_by_hand():
     assert cyclesync.ssim(flat, flat + 20) == pytest.approx(want, 1e-4)
 
 
+def test_the_table_of_a_vae_has_the_best_linear_autoencoder_beside_it(toy, tmp_path, capsys):
+    """Changes along two directions need two components: with two a clip comes back, with one it
+    does not. `cyclesync.py --ckpt vae.pt` prints the first frame repeated, that, and the VAE."""
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(2, 4, 8, 8, 3))                     # of 4 frames, 8 x 8 pixels
+    video = np.full((9, 16, 16, 3), 128.)
+    for latent, row, column in itertools.product(range(2), range(2), range(2)):
+        change = np.tensordot(rng.normal(size=2) * 20, directions, 1)
+        place = video[1 + 4 * latent:, 8 * row:, 8 * column:][:4, :8, :8]
+        place += change
+    video = video.round().clip(0, 255).astype(np.uint8)
+    one, two = (cyclesync.project([video], 4, 8, n)[0] for n in (1, 2))
+    assert cyclesync.psnr(two - 1. * video) > 50 > 40 > cyclesync.psnr(one - 1. * video)
+
+    assert cli(cyclesync, "--ckpt", toy / "vae.pt", "--clips", 3, "--resolution", 32,
+               "--out", tmp_path) == 0
+    result = last_json(capsys)
+    assert list(result) == ["still", "linear", "vae"]
+    assert result["linear"]["psnr"] > result["still"]["psnr"] == result["vae"]["psnr_still"]
+    assert (tmp_path / "vae.png").is_file() and (tmp_path / "clips.csv").is_file()
+
+
 def test_clips_are_shown_and_prepared_with_a_report_of_what_was_skipped(
         tmp_path, toy, clip, capsys):
     """data.py --show; every split needs a clip."""
