@@ -45,6 +45,7 @@ import csv
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -398,12 +399,14 @@ def check_vae(args, vae, test, autocast):
     clips = held_out_clips(test, 8 if max(data.sides(args.resolution)) <= 128 else 2)
     videos = reconstruct(vae, clips, autocast)
     scores = summarise([picture_record(v, c["video"]) for v, c in zip(videos, clips)])
-    log_rank0(f"VAE         {args.vae}: PSNR {scores['psnr']:.1f} dB on test clips; first frame "
+    name = getattr(args, "pretrained", None) or args.vae
+    log_rank0(f"VAE         {name}: PSNR {scores['psnr']:.1f} dB on test clips; first frame "
               f"repeated has {scores['psnr_still']:.1f}")
     if scores["psnr"] < ENOUGH_PSNR:
+        folder = Path(args.data).resolve().name
         log_rank0(f"warning: below {ENOUGH_PSNR} dB, so the videos will be blurred. A better one: "
-                  f"python train.py --task vae --data {args.data} --init {REAL_VAE_FILE}, then "
-                  "its best.pt by --vae")
+                  f"python train.py --task vae --data {shlex.quote(args.data)} --init "
+                  f"{REAL_VAE_FILE}, then --vae {shlex.quote(f'out/vae-{folder}/best.pt')}")
 
 
 def check_latents(flag, vae, expected, args):
