@@ -84,8 +84,8 @@ import data
 from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, replacing,
                   tensor_to_frames)
 from sample import (
-    A2V_FILE, ROOT, encode_sound, encode_video, external_encoders, generate_audio_video,
-    generate_video, load, load_vae, pick_device, video_to_audio)
+    A2V_FILE, REAL_A2V_FILE, ROOT, encode_sound, encode_video, external_encoders,
+    generate_audio_video, generate_video, load, load_vae, pick_device, video_to_audio)
 from toybox import (
     FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, UNREADABLE, detect_clip_events,
     detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
@@ -1642,7 +1642,8 @@ def arguments():
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings: 20 "
                    "minutes, harmony's an hour")
     # checkpoints
-    p.add_argument("--ckpt", default=str(A2V_FILE), help="of train.py --task a2v, t2av or joint")
+    p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
+                   "--data that is not the toybox the one of real clips")
     p.add_argument("--vae", help="its VAE, if that is neither in weights/ nor beside it")
     p.add_argument("--audio-vae", help="likewise its audio VAE")
     p.add_argument("--pretrained", help="of a checkpoint on Pyramid Flow: that folder")
@@ -1672,6 +1673,7 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
+    args.ckpt = args.ckpt or str(A2V_FILE if args.data == "toybox" else REAL_A2V_FILE)
     # The first of these that is given says what to do.
     commands = dict(clip=score_clip, pairs=score_pairs, pairs_of_videos=score_videos,
                     skip_blocks=skip_block_study, shift_study=shift_study, ablate=ablate)

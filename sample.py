@@ -165,12 +165,13 @@ def load_vae(path=VAE_FILE, device="cpu", task="vae"):
 def fingerprint(vae):
     """16 hex digits that identify a VAE's latents: of its encoder alone, decoders may be tuned."""
     config = asdict(vae.cfg)
-    # The fields of the audio VAE's other front end, or of a video VAE's decoder alone, say nothing
-    # about these latents.
-    unused = {"waveform": ("front", "mels", "depth"), "mel": ("front", "ratios", "patch", "lstm"),
-              None: ("residual",)}
+    # The fields of the audio VAE's other front end say nothing about these latents.
+    unused = {"waveform": ("front", "mels", "depth"), "mel": ("front", "ratios", "patch", "lstm")}
     for name in unused.get(config.get("front"), ()):
         del config[name]
+    # A field that is newer than some files counts where it is used.
+    if config.get("residual") is False:
+        del config["residual"]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     # Weights in half precision, as files hold them
     for name, weight in sorted(vae.state_dict().items()):
