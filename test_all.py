@@ -1573,8 +1573,8 @@ def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_pa
 def pairs_of_videos(tmp_path_factory):
     """in-time/ moves when it sounds, late/ 0.3 s later and at 6 fps; c.mp4 of late/ is damaged."""
     root = tmp_path_factory.mktemp("pairs")
-    for i, name in enumerate(("x/a", "x/b", "c")):
-        hits = np.array([.3, .8 + .1 * i, 1.4])
+    for name, hits in {"x/a": [.3, .8, 1.4], "x/b": [.5, 1.15], "c": [.5]}.items():
+        hits = np.array(hits)
         for side, late, fps in (("in-time", 0., 24), ("late", .3, 6)):
             path = root / side / f"{name}.mp4"
             frames = flashes(hits + late, size=64)[::24 // fps]
@@ -1603,11 +1603,13 @@ def test_of_two_folders_of_videos_the_one_that_moves_in_time_wins(
         row = result[name]
         assert row["wins"] == 1 and row["clips"] == 2, (name, row)
         assert row["difference"] > .3 and row["interval"]["difference"][0] > 0, (name, row)
+        assert row["chance"] < 1 and row["beyond"] > .2, (name, row)
         values = [[float(r[f"{name}_{side}"]) for r in rows] for side in "ab"]
         assert np.mean(values, 1) == pytest.approx([row["a"], row["b"]], abs=1e-3)
     assert [r["pair"] for r in rows] == ["x/a", "x/b"]
     for row in equal.values():
-        assert row["difference"] == 0 and row["interval"]["difference"] == [0, 0], row
+        assert row["difference"] == row["beyond"] == 0, row
+        assert row["interval"]["difference"] == [0, 0], row
         assert row["wins"] == .5 == row["chance"], row
 
 
