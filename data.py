@@ -166,8 +166,8 @@ def run_cli(main):
               "permissions and the space that is left", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as why:
-        print("stopped; nothing half-written is left behind, and the same command goes on from what "
-              "is finished", file=sys.stderr)
+        print("stopped; nothing half-written is left behind, the same command goes on from what is "
+              "finished", file=sys.stderr)
         # 128 + the number of the signal, as shells do.
         sys.exit(128 + (why.args or [signal.SIGINT])[0])
 
