@@ -670,8 +670,8 @@ def picture_record(video, truth):
 
 def held_out_clips(args, size, audio_lead=0.):
     """The clips of the protocol: toybox clips that no training draws, or three windows of every
-    test clip of a dataset. Each sound begins `audio_lead` seconds before its picture, so that it
-    can be delayed without a gap."""
+    test clip of a dataset, of fewer clips more. Each sound begins `audio_lead` seconds before its
+    picture, so that it can be delayed without a gap."""
     if args.data == "toybox":
         data.only_square(size)
         clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + i, size) for i in range(args.clips)]
@@ -687,11 +687,12 @@ def held_out_clips(args, size, audio_lead=0.):
     found, layout = data.find_clips(args.data, args.data_root)
     tests = [c for c in found if c["split"] == "test"]
     clips, unusable = [], []
+    most = math.ceil(args.clips / max(1, len(tests)))
     for i in np.random.default_rng(args.seed).permutation(len(tests)):
         if len(clips) >= args.clips:
             break
         try:
-            for window in data.clip_windows(tests[i], size, audio_lead=audio_lead):
+            for window in data.clip_windows(tests[i], size, audio_lead, most):
                 name = f"{tests[i]['name']}@{window['start']:.2f}"
                 clips.append(dict(window, name=name, kind=tests[i]["kind"]))
         except BadInput as error:

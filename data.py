@@ -926,10 +926,11 @@ def parse_hits(text):
 
 # ------------------------------------------------------------------- windows: what is trained on
 
-def clip_windows(clip, size=64, audio_lead=0.):
+def clip_windows(clip, size=64, audio_lead=0., most=3):
     """A real clip -> its windows of 49 frames, dicts of video, audio, caption, speech (none),
     start (seconds).
 
+    most: windows of a test clip; more than three do not overlap.
     audio_lead=0.5 is the protocol of the CycleSync study (Syncphony C.2): the first window begins
     at 0.5 s and each sound 0.5 s before its pictures, so that it can be delayed and stays real.
     """
@@ -944,7 +945,8 @@ def clip_windows(clip, size=64, audio_lead=0.):
     # own: a causal VAE codes a crop differently from the same stretch within a clip.
     last = len(video) - FRAMES
     if clip["split"] == "test":
-        starts = np.linspace(first, last, 3).round()
+        n = max(3, min(most, (len(video) - first) // FRAMES))
+        starts = np.linspace(first, last, n).round()
     else:
         starts = np.union1d(np.arange(first, last, FPS // 2), last)
 

@@ -1970,6 +1970,9 @@ def test_evaluation_takes_three_evenly_spaced_windows(tmp_path, clip):
     first, _, end = data.clip_windows(clip, 32, audio_lead=.5)
     held = data.clip_windows(short, 32)[2]
     assert starts == [0, round((len(video) - 49) / 2), len(video) - 49]
+    assert [24 * w["start"] for w in data.clip_windows(clip, 32, most=9)] == starts     # 72 frames
+    long = dict(flash_clip(tmp_path / "c.mp4", seconds=9.), split="test")
+    assert [24 * w["start"] for w in data.clip_windows(long, 32, most=9)] == [0, 56, 111, 167]
     assert first["start"] == .5 and end["start"] == (len(video) - 49) / 24
     assert np.array_equal(first["audio"], wave[:round((.5 + 49 / 24) * 16000)])
     assert np.array_equal(first["video"], video[12:61])
