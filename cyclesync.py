@@ -655,14 +655,15 @@ def has_moved(video):
 
 def picture_record(video, truth):
     """How close the frames of a video are to those of a clip, both uint8 (F, H, W, 3), without
-    frame 0, which is given. `still` is what the first frame repeated has."""
+    frame 0, which is given. `repeated`: of the first frame repeated."""
     error = video[1:].astype(np.int16) - truth[1:]
-    still = truth[:1].astype(np.int16) - truth[1:]
+    repeated = truth[:1].astype(np.int16) - truth[1:]
     moved = has_moved(truth)
-    record = dict(psnr=psnr(error), psnr_still=psnr(still), ssim=ssim(video[1:], truth[1:]))
+    record = dict(psnr=psnr(error), psnr_repeated=psnr(repeated), ssim=ssim(video[1:], truth[1:]))
     # Where hardly anything moves these would be means over noise.
     if moved.mean() > .01:
-        record |= dict(psnr_moving=psnr(error[moved]), psnr_moving_still=psnr(still[moved]))
+        record |= dict(psnr_moving=psnr(error[moved]),
+                       psnr_moving_repeated=psnr(repeated[moved]))
     return record
 
 
@@ -861,14 +862,15 @@ def score_vae(args):
     clips = held_out_clips(args, args.resolution or 64)
     videos = [clip["video"] for clip in clips]
     t, P = vae.stride_t, vae.stride
+    size = "x".join(map(str, videos[0].shape[1:3]))
     print(f"{described}\n{args.ckpt}: {t} frames x {P} x {P} pixels -> {vae.cfg.latent} numbers; "
-          f"{len(clips)} clips of {len(videos[0])} frames at {videos[0].shape[1]} px, without "
-          "frame 0; in brackets 95 % intervals over clips")
+          f"{len(clips)} clips of {len(videos[0])} frames at {size} px, without frame 0; in "
+          "brackets 95 % intervals over clips")
     table = Table(PICTURE_COLUMNS)
-    rows = dict(still=[video[:1].repeat(len(video), 0) for video in videos],
+    rows = dict(repeated=[video[:1].repeat(len(video), 0) for video in videos],
                 linear=project(videos, t, P, vae.cfg.latent),
                 vae=reconstruct(vae, clips, autocast))
-    titles = dict(still="first frame repeated", linear="linear autoencoder", vae="this VAE")
+    titles = dict(repeated="first frame repeated", linear="linear autoencoder", vae="this VAE")
     for key, remade in rows.items():
         records = [dict(clip=clip["name"]) | picture_record(video, clip["video"])
                    for video, clip in zip(remade, clips)]

@@ -401,7 +401,7 @@ def check_vae(args, vae, test, autocast):
     scores = summarise([picture_record(v, c["video"]) for v, c in zip(videos, clips)])
     name = getattr(args, "pretrained", None) or args.vae
     log_rank0(f"VAE         {name}: PSNR {scores['psnr']:.1f} dB on test clips; first frame "
-              f"repeated has {scores['psnr_still']:.1f}")
+              f"repeated has {scores['psnr_repeated']:.1f}")
     if scores["psnr"] < ENOUGH_PSNR:
         folder = Path(args.data).resolve().name
         log_rank0(f"warning: below {ENOUGH_PSNR} dB, so the videos will be blurred. A better one: "
@@ -749,7 +749,7 @@ class RealVideoVAE(VideoVAE):
         # Four of five are at --resolution, of which eight are shown.
         n = sum(len(c["video"][0]) == self.args.resolution for c in clips)
         scores, large = summarise(records[:n]), summarise(records[n:])
-        names = ("psnr", "psnr_still", "psnr_moving", "psnr_moving_still", "ssim")
+        names = ("psnr", "psnr_repeated", "psnr_moving", "psnr_moving_repeated", "ssim")
         figures = {name: scores.get(name, math.nan) for name in names}
         figures |= {f"{name}_large": large.get(name, math.nan) for name in names}
         return Evaluation(figures, scores["psnr"], videos[:n])
