@@ -62,7 +62,7 @@ MAX_SECONDS = 600               # of a clip, 180 MB at 64 x 64 pixels; what is l
 
 # Of the frames that an autoencoder of real video is trained on
 STORE = 2 ** 34                 # bytes on disk at most: 7000 windows of 128 x 128 pixels, 4 hours
-STORE_SHARD = 2 ** 28           # bytes of a shard at most, which is made in memory
+STORE_SHARD = 2 ** 28           # bytes of a shard at most: it is in memory until it is written
 STORE_WINDOWS = 32              # of a clip at most: a long take shows few different things
 
 # A header may claim any size: looked at before anything is decoded.
@@ -166,8 +166,7 @@ def run_cli(main):
               "permissions and the space that is left", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as why:
-        print("stopped; nothing half-written is left behind, the same command goes on from what is "
-              "finished", file=sys.stderr)
+        print("stopped; nothing half-written is left behind", file=sys.stderr)
         # 128 + the number of the signal, as shells do.
         sys.exit(128 + (why.args or [signal.SIGINT])[0])
 
@@ -983,7 +982,8 @@ def hold_last(path, video, frames, lacking=FRAMES // 8):
     if len(video) < frames - lacking:
         raise BadInput(f"{path}: {len(video) / FPS:.2f} s long; "
                        f"at least {(frames - lacking) / FPS:.2f} s are needed")
-    return np.concatenate([video, np.repeat(video[-1:], max(0, frames - len(video)), 0)])
+    missing = max(0, frames - len(video))
+    return np.concatenate([video, np.repeat(video[-1:], missing, 0)]) if missing else video
 
 
 def item_frames(item, size, most):
@@ -993,6 +993,9 @@ def item_frames(item, size, most):
         video = hold_last(item["path"], read_video(item["path"], size)[0], FRAMES)
     except BadInput as why:
         return str(why).removeprefix(f"{item['path']}: ")
+    # Nothing to learn: as in `read_clip`, less than half a step. Four frames a second will do.
+    if np.abs(video[::6].astype(np.int16) - video[0]).mean((1, 2, 3)).max() < .5:
+        return "a static picture"
     n = min(most, len(video) // FRAMES)
     starts = np.linspace(0, len(video) - FRAMES, n).astype(int)
     return [dict(video=video[start:start + FRAMES], caption=item["prompt"], speech="",
@@ -1041,6 +1044,9 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     # imports torch, 0.3 GB), so a few clips are read here. A generator of its own: else the loader
     # would draw from torch's.
     workers = min(16, os.cpu_count()) if len(left) > 64 else 0
+    if "windows" in settings:
+        # Ten minutes of 128 x 128 pixels are 0.7 GB, and for a moment twice that.
+        workers = min(4, workers)
     results = DataLoader(left, batch_size=None, collate_fn=read, num_workers=workers,
                          multiprocessing_context="spawn" if workers else None,
                          prefetch_factor=1 if workers else None, generator=torch.Generator())
@@ -1232,12 +1238,14 @@ def load_or_store_frames(name, root, split, size, log=print):
     items, report = clips_of_split(name, root, split)
     windows = STORE // window_bytes(size)
     windows = max(1, windows // 8 if split == "test" else windows)
-    # Of more clips than windows, evenly chosen ones.
+    # Of more clips than windows, evenly chosen ones. A clip has to fit into a shard.
     items = items[::math.ceil(len(items) / windows)]
+    most = min(STORE_WINDOWS, windows // len(items), STORE_SHARD // window_bytes(size))
     label = dataset_folder(name, root).resolve().name
     settings = dict(data=label, split=split, fps=FPS, frames=FRAMES, resolution=size,
-                    windows=min(STORE_WINDOWS, windows // len(items)))
+                    windows=max(1, most))
     folder = Path(root) / "cache" / f"{label}-{size}px-frames" / split
+    log(f"{folder}: up to {len(items) * max(1, most) * window_bytes(size) / 1e9:.1f} GB of frames")
     prepare(folder, settings, items, None, nullcontext)
     return open_and_report(folder, name, report, log)
 
@@ -1272,7 +1280,8 @@ def open_and_report(folder, name, report, log):
     if not cache["clips"]:
         raise BadInput(f"--data {name}: not one of its {len(cache['skipped'])} {folder.name} clips "
                        f"can be used; {names[0]}: {reason}. Expected at least 1.8 s of moving "
-                       f"pictures at {FPS / 2:g} frames per second or more, with sound")
+                       f"pictures at {FPS / 2:g} frames per second or more"
+                       + ", with sound" * ("mels" in cache["arrays"]))
     return cache
 
 

@@ -948,15 +948,13 @@ def default_checkpoint(args):
         return str(JOINT_FILE)
     if args.video or (args.prompt and not args.audio):
         return str(T2AV_FILE)
-    weights = A2V_FILE
-    if args.image and args.audio:
-        # Weights of real clips for what the toybox cannot have drawn
-        drawn = is_toybox_picture(data.read_image(args.image, 32))
-        missing = not drawn and not REAL_A2V_FILE.is_file()
-        weights = A2V_FILE if drawn or missing else REAL_A2V_FILE
-        print(f"{data.one_line(args.image)} {'looks' if drawn else 'does not look'} like a toybox "
-              f"picture: weights/{weights.name}"
-              + missing * f", for lack of weights/{REAL_A2V_FILE.name}")
+    if not (args.image and args.audio):
+        return str(A2V_FILE)
+    # Weights of real clips for what the toybox cannot have drawn
+    drawn = is_toybox_picture(data.read_image(args.image, 32))
+    weights = A2V_FILE if drawn else REAL_A2V_FILE
+    kind = "a" if drawn else "not a"
+    print(f"{data.one_line(args.image)}: {kind} toybox picture, so weights/{weights.name}")
     return str(weights)
 
 

@@ -2051,15 +2051,17 @@ def test_frames_are_stored_once_in_windows_that_do_not_overlap(clip_folder, tmp_
     video = data.read_video(clip_folder / "train/b.mp4", 64)[0]
     windows = data.gather(cache, "videos", [2, 3]).numpy()
     assert np.array_equal(windows, [video[:49], video[71:]])
-    assert "skipped 1, such as train/short.mp4: 0.83 s long" in lines[1]
+    assert lines[0].endswith("my_clips-64px-frames/train: up to 0.1 GB of frames")
+    assert "skipped 1, such as train/short.mp4: 0.83 s long" in lines[2]
+    assert "skipped 1, such as train/still.mp4: a static picture" in lines[3]
     before = contents(cache["folder"])
     monkeypatch.setattr(data, "replacing", None)              # nothing is written again
     assert store()["clips"] == cache["clips"] and contents(cache["folder"]) == before
 
     monkeypatch.undo()
-    for n, expected in ((6, [[0, 1], [2, 3]]), (3, [[0], [1]]), (2, [[0]])):
+    monkeypatch.setattr(data, "STORE_SHARD", 2 * data.window_bytes(64))
+    for n, expected in ((8, [[0, 1], [2, 3]]), (4, [[0], [1]]), (2, [[0]])):
         monkeypatch.setattr(data, "STORE", n * data.window_bytes(64))
-        monkeypatch.setattr(data, "STORE_SHARD", 1)           # a clip per shard
         shutil.rmtree(cache["folder"].parent)
         assert store()["clips"] == expected, f"room for {n} windows"
     assert len(store("test")["at"]) == 1                      # at least one
@@ -2128,6 +2130,8 @@ def test_the_vae_of_real_video_is_trained_tuned_and_measured(clip_folder, reques
     tuned = saved(tmp_path / "b", "best.pt")["ema"]
     assert all(gap(tuned[k], w) < 1e-3 for k, w in best["ema"].items())
     capsys.readouterr()
+    assert cli(train, *flags, "--init", tmp_path / "b/best.pt", "--out", tmp_path / "a") == 2
+    assert "was trained with --init None; repeat that" in capsys.readouterr().err
     for flags, text in ((["--init", tmp_path / "a/best.pt"], "tunes a VAE on real clips"),
                         ([*flags, "--resolution", "32x64"], "square crops")):
         assert cli(train, "--task", "vae", *flags, "--out", tmp_path / "c") == 2
@@ -2324,13 +2328,16 @@ def pyramid_flow(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A folder of real clips, a toy's pictures of five seconds: two for training, without sound,
-    one for testing, and one that is too short."""
+    one for testing, one that is too short and one in which nothing moves."""
     folder = tmp_path_factory.mktemp("clips") / "my_clips"
-    for i, name in enumerate(("train/a", "train/b", "test/c", "train/short")):
+    for i, name in enumerate(("train/a", "train/b", "test/c", "train/short", "train/still")):
         videos = [toybox.toybox_clip(10 * i + k, 64, kind="ball")["video"] for k in range(3)]
+        video = np.concatenate(videos)[:20 if i == 3 else 120]
+        if i == 4:
+            video = video[:1].repeat(120, 0)
         path = folder / f"{name}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_video(path, np.concatenate(videos)[:20 if i == 3 else 120], None)
+        data.write_video(path, video, None)
     return folder
 
 
@@ -2771,7 +2778,7 @@ def test_from_three_clips_of_a_phone_to_a_measured_model_in_four_commands(
     assert cli(data, "--data", "my clips", "--show", "preview.png") == 0
     assert cli(train, "--task", "a2v", "--data", "my clips", *LITTLE) == 0
     # How a VAE below 24 dB is answered
-    advice, vae = re.search(r"python train.py (--task vae .*?), then --vae (.*)",
+    advice, vae = re.search(r"python train.py (--task vae .*?), then --vae (.*) and another",
                             capsys.readouterr().out).groups()
     advised = train.parse_args(shlex.split(advice))
     assert (advised.data, [f"{advised.out}/best.pt"]) == ("my clips", shlex.split(vae))
@@ -2843,22 +2850,20 @@ def test_a_toybox_picture_is_one_that_the_toybox_can_draw():
 
 
 def test_weights_are_chosen_by_the_picture(toy, tmp_path, monkeypatch, capsys):
-    """Those of the toybox for what it can draw, if need be for everything; --ckpt wins."""
+    """Those of the toybox for what it can draw, else those of real clips; --ckpt wins."""
     real = tmp_path / "a2v-real.pt"
     monkeypatch.setattr(sample, "REAL_A2V_FILE", real)
     monkeypatch.setattr(sample, "is_toybox_picture", lambda picture: picture.std() > 0)
     iio.imwrite(tmp_path / "photo.jpg", np.full((48, 36, 3), 99, np.uint8))
-    looks, lack = "looks like a toybox picture: weights/", ", for lack of weights/a2v-real.pt"
+    shutil.copy(toy / "a2v.pt", real)
 
     def chosen(image):
         args = sample.arguments().parse_args(["--audio", "x.wav", "--image", str(image)])
         name = Path(sample.default_checkpoint(args)).name
-        return name, capsys.readouterr().out.strip().removeprefix(f"{image} ")
-    not_toybox = f"does not look{looks[5:]}"
-    assert chosen(tmp_path / "photo.jpg") == ("a2v-toybox.pt", f"{not_toybox}a2v-toybox.pt{lack}")
-    shutil.copy(toy / "a2v.pt", real)
-    assert chosen(tmp_path / "photo.jpg") == ("a2v-real.pt", f"{not_toybox}a2v-real.pt")
-    assert chosen(HERE / "assets/bell.png") == ("a2v-toybox.pt", f"{looks}a2v-toybox.pt")
+        return name, capsys.readouterr().out.strip().removeprefix(f"{image}: ")
+    for image, kind, name in ((tmp_path / "photo.jpg", "not a", "a2v-real.pt"),
+                              (HERE / "assets/bell.png", "a", "a2v-toybox.pt")):
+        assert chosen(image) == (name, f"{kind} toybox picture, so weights/{name}")
 
     # Its VAE is found beside it, as those of weights/ are.
     shutil.copy(toy / "vae.pt", tmp_path)
@@ -2867,7 +2872,7 @@ def test_weights_are_chosen_by_the_picture(toy, tmp_path, monkeypatch, capsys):
     for more, name in ([], "a2v-real.pt"), (["--ckpt", toy / "a2v.pt"], "a2v.pt"):
         assert cli(sample, *flags, *more) == 0
         printed = capsys.readouterr().out
-        assert f"\n{name}: Syncphony" in printed and ("look" in printed) == (more == [])
+        assert f"\n{name}: Syncphony" in printed and ("picture, so" in printed) == (more == [])
 
 
 def test_every_shipped_checkpoint_finds_its_vaes():

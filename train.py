@@ -220,7 +220,8 @@ STREAMS = dict(
 )
 # Clips whose latents give the statistics of an autoencoder.
 STATISTICS = 64
-# Below so many dB of a VAE on real clips a warning says how to train a better one.
+# Below so many dB of a VAE on real clips a warning says how to train a better one. vae-real has 29
+# on its test clips; at 24, hands and sticks in motion are hard to recognise at 64 px.
 ENOUGH_PSNR = 24
 EVALUATION_DRAWS = 4        # of noise, in the evaluation of two towers
 # Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
@@ -394,7 +395,7 @@ def open_caches(args, vae, autocast, **audio):
 
 
 def check_vae(args, vae, test, autocast):
-    """Print how well a VAE codes real clips: no video made with it can look better."""
+    """Print how well a VAE codes real clips, the upper bound of all videos generated with it."""
     # Eight windows take a second at 64 px.
     clips = held_out_clips(test, 8 if max(data.sides(args.resolution)) <= 128 else 2)
     videos = reconstruct(vae, clips, autocast)
@@ -403,10 +404,17 @@ def check_vae(args, vae, test, autocast):
     log_rank0(f"VAE         {name}: PSNR {scores['psnr']:.1f} dB on test clips; first frame "
               f"repeated has {scores['psnr_repeated']:.1f}")
     if scores["psnr"] < ENOUGH_PSNR:
-        folder = Path(args.data).resolve().name
-        log_rank0(f"warning: below {ENOUGH_PSNR} dB, so the videos will be blurred. A better one: "
-                  f"python train.py --task vae --data {shlex.quote(args.data)} --init "
-                  f"{REAL_VAE_FILE}, then --vae {shlex.quote(f'out/vae-{folder}/best.pt')}")
+        log_rank0(f"warning: below {ENOUGH_PSNR} dB, so the videos may be blurred"
+                  + advice(args) * (name == args.vae))
+
+
+def advice(args):
+    """The command that tunes a VAE to --data, and the flag that takes the result."""
+    command = ["python", "train.py", "--task", "vae", "--data", args.data, "--data-root",
+               args.data_root, "--init", REAL_VAE_FILE]
+    result = f"out/vae-{Path(args.data).resolve().name}/best.pt"
+    return (f". A better one: {shlex.join(map(str, command))}, then --vae {shlex.quote(result)} "
+            "and another --out")
 
 
 def check_latents(flag, vae, expected, args):
@@ -551,7 +559,7 @@ class A2V:
         """Windows of a cache -> normalised z (B, C, L, h, w), text, audio. With generators, that is
         in training, captions are dropped and z is a sample of the VAE's posterior. The means are
         taken of VAEs with a reference: of the toybox's, most of a posterior is as wide as the
-        prior."""
+        prior. (Not compared for real clips.)"""
         z, logvar = data.gather(cache, "latents", index).float().unbind(1)      # (B, C, L, h, w)
         captions = [cache["captions"][i] for i in index]
         if rngs and not self.vae.cfg.reference:
@@ -580,7 +588,7 @@ class A2V:
 
     def evaluate(self, clips):
         """Toybox: events of generated videos. Real clips: the loss on windows of the test split."""
-        # Of real clips eight videos are made; at the published size they would take hours.
+        # Of real clips eight videos are generated; at the published size they would take hours.
         shown = clips[:8] if self.test else clips
         videos = []
         if not self.args.pretrained:
@@ -645,7 +653,7 @@ class VideoVAE:
         return Evaluation(*video_figures(videos, clips), videos)
 
     def statistics_clips(self):
-        """-> videos uint8 (F, H, W, 3) that latents of training look like"""
+        """-> videos uint8 (F, H, W, 3) like those of training"""
         # Of seeds far from those of training and evaluation.
         return [toybox_clip(HELD_OUT // 2 + i, self.args.resolution)["video"]
                 for i in range(STATISTICS)]
@@ -669,8 +677,8 @@ def half_size(video):
 class RealVideoVAE(VideoVAE):
     """Crops of real clips -> their reconstruction.
 
-    The store holds windows at twice --resolution. A crop of it shows what frames of twice the size
-    look like; a window that is scaled down before, what whole frames look like:
+    The store holds windows at twice --resolution. A crop of it is a part of a frame of twice the
+    size; of a window that is scaled down before, up to a whole frame of --resolution:
 
         stored window, 128 px        scaled to 64 .. 128 px        crop, 64 px
         .------------------.         .-------------.
@@ -682,6 +690,7 @@ class RealVideoVAE(VideoVAE):
     In time a sample is the first frame of the window and any LATENTS of its groups of 4 frames: a
     latent of this VAE depends on its own frames and the first one, at any distance."""
 
+    # Two of the twelve latents of a window: a step of the same cost has four times as many clips.
     LATENTS = 2
 
     def __init__(self, args, device, autocast):
@@ -690,9 +699,6 @@ class RealVideoVAE(VideoVAE):
         self.args = args
         self.device = device
         self.autocast = autocast
-        self.train, self.test = (
-            data.load_or_store_frames(args.data, args.data_root, split, 2 * args.resolution,
-                                      log=log_rank0) for split in ("train", "test"))
         if args.init:
             self.net = load_vae(args.init, device).train()
             if not self.net.cfg.reference or self.net.cfg.kernel_t > 1:
@@ -701,6 +707,11 @@ class RealVideoVAE(VideoVAE):
         else:
             config = autoencoders.VAEConfig(**autoencoders.REAL_VAE)
             self.net = autoencoders.CausalVideoVAE(config)
+        # Test clips first: they are few, and what is wrong with them is found before the long part.
+        self.test, self.train = (
+            data.load_or_store_frames(args.data, args.data_root, split, 2 * args.resolution,
+                                      log=log_rank0) for split in ("test", "train"))
+        if not args.init:
             autoencoders.start_as_linear(self.net, self.differences())
 
     def batch(self, step, rows):
@@ -719,7 +730,8 @@ class RealVideoVAE(VideoVAE):
         # The first frame, and t frames of every latent that was drawn.
         latents = np.sort(rng.choice((data.FRAMES - 1) // t, self.LATENTS, replace=False))
         frames = (1 + t * latents[:, None] + np.arange(t)).ravel()
-        video = data.gather(self.train, "videos", [window])[0][[0, *frames]]
+        shard, row = self.train["at"][window]
+        video = self.train["arrays"]["videos"][shard][row, [0, *frames]]
         video = frames_to_tensor(video).transpose(0, 1)               # (1 + t LATENTS, 3, 2n, 2n)
         # Scaled, cropped, and every second one mirrored.
         side = int(rng.integers(n, 2 * n + 1))
@@ -731,10 +743,13 @@ class RealVideoVAE(VideoVAE):
 
     def differences(self):
         """Differences of frames from the first one, position by position, (n, 3, t, P, P)."""
-        video = frames_to_tensor(np.stack(self.statistics_clips()))
-        x = autoencoders.split_positions(video[:, :, 1:] - video[:, :, :1], self.net.stride_t,
-                                         self.net.stride)
-        return x.flatten(0, 3)
+        rows = []
+        for clip in self.statistics_clips():
+            video = frames_to_tensor(clip)[None]
+            x = autoencoders.split_positions(video[:, :, 1:] - video[:, :, :1], self.net.stride_t,
+                                             self.net.stride)
+            rows.append(x.flatten(0, 3))
+        return torch.cat(rows)
 
     def held_out(self, n):
         """n windows of the test clips, at --resolution, then every fourth at twice that."""
@@ -876,6 +891,10 @@ class TwoTowers:
         self.cache, self.test = open_caches(
             args, self.vae, autocast, audio_encoder=self.encode_waveform,
             audio_tag=fingerprint(self.audio_vae), variations=2 if self.harmony else 1)
+        if self.test and Path(args.audio_vae) in (AUDIO_VAE_FILE, MEL_VAE_FILE):
+            log_rank0("warning: --audio-vae was trained on the toybox's sounds; one of recordings: "
+                      f"train.py --task {'mel' if self.harmony else 'audio'}-vae --data "
+                      f"{shlex.quote(args.data)}")
         # Window of the cache -> all windows of its clip, among which references are chosen.
         self.windows_of_clip = {}
         for windows in self.cache["clips"]:
@@ -1221,7 +1240,8 @@ def count_flops(task):
 
 
 def peak_memory(device):
-    """GB that this process has taken at most: of the GPU, or of the machine (0 on Windows)."""
+    """GB that this process has taken at most: of the GPU, or of the machine, with the pages of
+    mapped files (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -1512,9 +1532,11 @@ class Run:
         if not {"args", "model", "ema", "optimisers", "step", "best", "seconds", "logged",
                 "reports", "micro_batch"} <= set(ckpt):
             return OTHER_VERSION
+        # A VAE has no stages, whose --init changes: its --init says what is tuned.
+        may_differ = MAY_DIFFER - ({"init"} if self.args.task == "vae" else set())
         for name, value in vars(self.args).items():
             before = ckpt["args"].get(name, value)
-            if name not in MAY_DIFFER and before != value:
+            if name not in may_differ and before != value:
                 return f"was trained with --{name.replace('_', '-')} {before}; repeat that"
         # VAEs are compared by what they are, wherever they lie.
         for name in ("vae", "audio_vae"):
@@ -1523,8 +1545,9 @@ class Run:
                 file = Path(self.args.pretrained) / "causal_video_vae"
             task = "vae" if name == "vae" else "audio-vae or mel-vae"
             if file and name in ckpt and fingerprint(load_vae(file, task=task)) != ckpt[name]:
-                return (f"was trained on latents of another VAE ({ckpt['args'].get(name)}); give "
-                        f"that one by --{name.replace('_', '-')}")
+                flag = "pretrained" if getattr(self.args, "pretrained", None) else name
+                return (f"was trained on latents of another VAE ({ckpt['args'].get(flag)}); give "
+                        f"that one by --{flag.replace('_', '-')}")
         # Where samples of a micro-batch depend on each other, its size has to stay.
         is_coupled = self.args.task == "audio-vae" or getattr(self.args, "ot", False)
         if is_coupled and ckpt["micro_batch"] != self.micro_batch:

@@ -300,7 +300,7 @@ class Decoder(nn.Module):
             self.references = nn.ModuleList(
                 CausalConv3d(c, c_in, (1, 1, 1)) for c, c_in in zip(w, [w[0], *w[:-1]]))
         self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
-        # pixels; of the frames that no doubling has made; or what CausalVideoVAE.composite needs
+        # pixels; with `residual` of all frames that doublings leave out; or what `composite` needs
         c_out = 3 * p * p
         if cfg.residual:
             c_out *= cfg.patch[0] * 2 ** sum(cfg.time) // 2 ** sum(time)
@@ -514,7 +514,7 @@ def start_as_linear(vae, differences):
     components, variance = principal_components(differences.flatten(1), cfg.latent)
     components = components.unflatten(1, differences.shape[1:])
     # One scale for all of them: an error of a latent stays an error of pixels of the same size.
-    scale = variance.sqrt()
+    scale = variance.clamp(min=1e-6).sqrt()
     linear = patchify(components, t, p)                             # (C, 3tpp, 1, s, s)
     first = patchify(components.sum(2, keepdim=True), 1, p)         # (C, 3pp, 1, s, s)
     nn.init.zeros_(vae.encoder.linear.weight)
