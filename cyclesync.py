@@ -40,7 +40,8 @@ No public code exists. Where the paper contradicts itself or is silent, this fil
                interpreted. Both are printed
     detector   librosa's at 22 050 Hz whatever the file's rate: at 16 kHz it reports every hit twice
     silence    one side without an onset: 0. Both sides: undefined, the clip is left out, counted
-    +-         not said of what. Brackets are 95 % intervals over clips (bootstrap)
+    +-         not said of what. Brackets are 95 % intervals over clips (bootstrap); windows of one
+               clip are drawn together
 
 A score means something only beside the ground truth's and that of shuffled sounds, with the SAME f.
 In the toybox f is an `oracle`; elsewhere a program (`--v2a-cmd`) or a checkpoint (`--v2a-ckpt`).
@@ -97,14 +98,21 @@ NAN = float("nan")
 # ---------------------------------------------------------------------- records and tables
 # A record is a dict about one clip. A figure in it is a number, averaged over clips, or a pair
 # (numerator, denominator), whose sums are divided: a clip with six events counts six times.
-# Other values (names, times) are for the CSV.
+# Other values (names, times) are for the CSV. Records of windows have the name of the clip that
+# they were cut from as `source`.
 
-def resample_clips(figures, rounds=1000):
-    """Figures of B clips -> (1 + rounds,): their mean or ratio, then that of B clips drawn anew."""
-    # A number is a pair with the denominator 1. Clips without a value (nan) are left out.
-    pairs = [f if isinstance(f, tuple) else (f, 1.) for f in figures]
-    pairs = np.array(pairs, float).reshape(-1, 2)
-    pairs = pairs[np.isfinite(pairs[:, 0])]
+def resample_clips(records, key, rounds=1000):
+    """A figure in the records of B clips -> (1 + rounds,): its mean or ratio, then that of B clips
+    drawn anew. Windows of one clip are alike, so they are drawn together."""
+    # A number is a pair with the denominator 1. Records without a value (nan) are left out.
+    sums = {}
+    for i, record in enumerate(records):
+        figure = record.get(key, NAN)
+        over, under = figure if isinstance(figure, tuple) else (figure, 1.)
+        if math.isfinite(over):
+            source = record.get("source", i)
+            sums[source] = sums.get(source, 0.) + np.array([over, under], float)
+    pairs = np.array(list(sums.values())).reshape(-1, 2)
     # Bootstrap: as many clips, drawn with replacement, always the same draws.
     drawn = np.random.default_rng(0).integers(max(1, len(pairs)), size=(rounds, len(pairs)))
     over, under = np.concatenate([pairs.sum(0)[None], pairs[drawn].sum(1)]).T
@@ -120,11 +128,12 @@ def interval(ratios):
 
 def summarise(records):
     """Records -> every figure over the clips that have it, its bounds in `interval`, `clips`."""
-    summary = dict(interval={}, clips=len(records))
+    clips = {record.get("source", i) for i, record in enumerate(records)}
+    summary = dict(interval={}, clips=len(clips))
     for key in dict.fromkeys(chain.from_iterable(records)):
-        figures = [r[key] for r in records if isinstance(r.get(key), (int, float, tuple))]
-        if figures:
-            summary[key], *summary["interval"][key] = interval(resample_clips(figures))
+        known = [r for r in records if isinstance(r.get(key), (int, float, tuple))]
+        if known:
+            summary[key], *summary["interval"][key] = interval(resample_clips(known, key))
             # Without any event, true or detected, these are 0; all else without a value is nan.
             counts = any(name in key for name in ("precision", "recall", "f1_"))
             if counts and math.isnan(summary[key]):
@@ -194,8 +203,8 @@ class Table:
         """What row `key` has more than row `other`, in `figure`, of the same clips -> value, low,
         high. Which clips were drawn moves both rows alike, so the difference may be significant
         although their intervals overlap."""
-        rows = [[r[figure] for r in self.records if r["row"] == k] for k in (key, other)]
-        return interval(resample_clips(rows[0]) - resample_clips(rows[1]))
+        rows = [[r for r in self.records if r["row"] == k] for k in (key, other)]
+        return interval(resample_clips(rows[0], figure) - resample_clips(rows[1], figure))
 
     def finish(self, path=None):
         """Write the CSV to `path`; print the JSON of all rows as the last line."""
@@ -695,7 +704,8 @@ def held_out_clips(args, size, audio_lead=0.):
         try:
             for window in data.clip_windows(tests[i], size, audio_lead, most):
                 name = f"{tests[i]['name']}@{window['start']:.2f}"
-                clips.append(dict(window, name=name, kind=tests[i]["kind"]))
+                clips.append(dict(window, name=name, source=tests[i]["name"],
+                                  kind=tests[i]["kind"]))
         except BadInput as error:
             unusable.append(str(error))
     skipped = f", {len(unusable)} clips cannot be used, such as {unusable[0]}" if unusable else ""
@@ -703,7 +713,12 @@ def held_out_clips(args, size, audio_lead=0.):
     if len(clips) < 2:
         raise BadInput(f"--data {args.data}: {len(clips)} usable windows in its test split; at "
                        "least two are needed")
-    return clips[:args.clips]
+    clips = clips[:args.clips]
+    sources = {clip["source"] for clip in clips}
+    if len(sources) < 5:
+        print(f"only {len(sources)} test clips: shuffled sounds may be of the same clip, and "
+              "intervals say little about other clips")
+    return clips
 
 
 def generate(model, vae, clips, autocast=nullcontext, seed=0, batch=48, **settings):
@@ -769,12 +784,17 @@ def analyse_video(video, f_v2a, fps=FPS):
                 peaks=flow_peaks(flow_curve(video), fps) if find_spec("cv2") else None)
 
 
+def labels(clip):
+    """What a record says of its clip, in the CSV."""
+    return dict(clip=clip["name"]) | {k: clip[k] for k in ("kind", "source") if k in clip}
+
+
 def sync_records(times, analyses, clips, tolerance):
     """Onsets (n,) of a sound and `analyse_video` of a video for every clip -> records of CycleSync
     by both unions, and of AV-Align."""
     records = []
     for found, analysis, clip in zip(times, analyses, clips):
-        record = dict(clip=clip["name"], kind=clip["kind"])
+        record = labels(clip)
         if analysis["onsets"] is not None:
             literal, merged = cyclesync(found, analysis["onsets"], tolerance)
             record |= dict(cyclesync_set=literal, cyclesync_merged=merged)
@@ -872,7 +892,7 @@ def score_vae(args):
                 vae=reconstruct(vae, clips, autocast))
     titles = dict(repeated="first frame repeated", linear="linear autoencoder", vae="this VAE")
     for key, remade in rows.items():
-        records = [dict(clip=clip["name"]) | picture_record(video, clip["video"])
+        records = [labels(clip) | picture_record(video, clip["video"])
                    for video, clip in zip(remade, clips)]
         table.add(key, titles[key], records)
     write_pairs(Path(args.out, "vae.png"), rows["vae"], clips)
@@ -1257,7 +1277,8 @@ def shift_study(args):
     toybox = args.data == "toybox"
     found = [detect_clip_events(c["video"], c)[0] if toybox else () for c in clips]
     columns = (dict(f1_50="F1 50 ms") if toybox else {}) | SYNC_COLUMNS
-    print(f"{len(clips)} true clips; CycleSync by {v2a_name}; in brackets 95 % intervals")
+    print(f"{len(clips)} true clips; CycleSync by {v2a_name}; in brackets 95 % intervals over "
+          "clips")
     table = Table(columns | dict(lag_ms="lag, ms"))
 
     def add_row(key, title, late, sources):

@@ -1414,6 +1414,38 @@ def test_the_interval_covers_the_mean_and_leaves_out_what_is_undefined():
     assert np.isnan([summary["y"], *summary["interval"]["y"]]).all()
 
 
+def test_windows_of_one_clip_are_drawn_together():
+    """Three equal windows of every clip say no more than one of them."""
+    values = np.random.default_rng(0).normal(.3, .1, 40)
+    # x is a number, y a pair.
+    clips = [dict(x=x, y=(x, 1.), source=f"{x}") for x in values]
+    one = cyclesync.summarise([{k: r[k] for k in "xy"} for r in clips])
+    windows = [record for record in clips for _ in range(3)]
+    three = cyclesync.summarise(windows)
+    assert one["clips"] == three["clips"] == 40
+    for name in "xy":
+        assert three[name] == pytest.approx(one[name])
+        assert three["interval"][name] == pytest.approx(one["interval"][name])
+    table = cyclesync.Table({})
+    table.add("a", "a", windows)
+    table.add("b", "b", [r | dict(x=r["x"] ** 2) for r in windows])
+    gain = cyclesync.interval(cyclesync.resample_clips([dict(x=x - x ** 2) for x in values], "x"))
+    assert table.gain("x", "a", "b") == pytest.approx(gain)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_few_test_clips_are_said_to_be_few(monkeypatch, capsys, n):
+    """Records of windows carry the name of their clip."""
+    tests = [dict(name=f"{i}", kind="k", split="test") for i in range(n)]
+    monkeypatch.setattr(data, "find_clips", lambda *_: (tests, "layout"))
+    monkeypatch.setattr(data, "clip_windows", lambda *_: [dict(start=0.), dict(start=1.)])
+    args = SimpleNamespace(data="x", data_root="", seed=0, clips=2 * n)
+    clips = cyclesync.held_out_clips(args, 32)
+    assert ("only 2 test clips: shuffled sounds may" in capsys.readouterr().out) == (n == 2)
+    records = cyclesync.sync_records([[]] * 2 * n, [dict(onsets=[], peaks=None)] * 2 * n, clips, .1)
+    assert sorted(r["source"] for r in records) == sorted([c["name"] for c in tests] * 2)
+
+
 def test_the_frechet_distance_is_that_of_two_gaussians():
     """Of diagonal covariances it is |mean - mean|^2 + sum (sigma_a - sigma_b)^2: 1 + (1 + 4)."""
     a = np.random.default_rng(0).standard_normal((200_000, 3))
@@ -1962,13 +1994,14 @@ def test_a_crop_is_coded_as_its_pixels_are(tmp_path, toy, clip):
 
 def test_evaluation_takes_three_evenly_spaced_windows(tmp_path, clip):
     """Syncphony C.2's shift study begins half a second in; its sounds reach back that far. Of the
-    shortest clip of AVSync15, 48 frames, the last is held; the study leaves it out (438 clips)."""
+    shortest clip of AVSync15, 48 frames, the last is held, which gives one window; the study leaves
+    it out (438 clips)."""
     clip = dict(clip, split="test")
     short = dict(flash_clip(tmp_path / "b.mp4", seconds=2.), split="test")
     video, wave = data.read_clip(clip["path"], 32)
     starts = [round(24 * w["start"]) for w in data.clip_windows(clip, 32)]
     first, _, end = data.clip_windows(clip, 32, audio_lead=.5)
-    held = data.clip_windows(short, 32)[2]
+    held, = data.clip_windows(short, 32)
     assert starts == [0, round((len(video) - 49) / 2), len(video) - 49]
     assert [24 * w["start"] for w in data.clip_windows(clip, 32, most=9)] == starts     # 72 frames
     long = dict(flash_clip(tmp_path / "c.mp4", seconds=9.), split="test")
