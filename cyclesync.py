@@ -56,7 +56,7 @@ clouds of features, of this repository's VAEs or of the networks of FVD, FID and
     python cyclesync.py --shift-study            # true clips, their sound up to 0.5 s late
     python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's tables
     python cyclesync.py --skip-blocks --audio x.wav --image f.png  # videos without one block each
-    python cyclesync.py clip.mp4                 # any video: onsets, hit agreement, lag, AV-Align
+    python cyclesync.py clip.mp4                 # any video: hit and sound agreement, lag, AV-Align
     python cyclesync.py --pairs true/ remade/    # CycleSync of sounds that any program generated
     python cyclesync.py --pairs-of-videos a/ b/  # videos with sound, of two models: which is better
 
@@ -298,7 +298,7 @@ def onset_rise(wave):
 
 
 def onsets_in_sound(wave):
-    """When something begins to sound in the toybox (16 kHz) -> seconds (n,). On 400 true sounds F1
+    """When something begins to sound (16 kHz) -> seconds (n,). On 400 true sounds of the toybox F1
     at 50 ms is .99; librosa's onsets have .55, most of them noise."""
     rise = onset_rise(wave)
     # An onset is the maximum within 0.1 s: 5 dB at least, and 0.3 of the clip's steepest rise.
@@ -369,9 +369,12 @@ DEAD_ZONE = 1.
 # one by 0.68 without this, by 0.94 with it. Hits are found as well as without.
 SMOOTHING = np.array([1, 4, 6, 4, 1]) / 16
 STILL = 1e-3                    # deviation of a curve in which nothing moves; the median is 0.8
-# In steps of 10 ms. Windows of 2 s of true hits agree better with their own sound than with that
-# moved by 0.1, 0.2, 0.5 s in 63, 73, 73 % of cases; up to 150 ms in 56, 66, 73 %; up to 40 ms in
-# 62, 76, 74 %, but than with other clips' sounds in fewer.
+# In steps of 10 ms. How many windows of 2 s of true hits agree better with their own sound than
+# with that moved by
+#                     0.1 s   0.2 s   0.5 s
+#     up to 40 ms      62 %    76 %    74 %    than with other clips' sounds in fewer cases
+#     up to 100 ms     63 %    73 %    73 %
+#     up to 150 ms     56 %    66 %    73 %
 SLACK = 10
 # Least height of a peak, of the highest within a second to either side: takes of half a minute have
 # F1 .49 with their sound, .24 with another's; of the highest of all .33 and .16.
@@ -416,31 +419,38 @@ def hit_agreement(times, curve, fps, tolerance=.1):
     return 2 * len(match_events(times, peaks, tolerance)), len(times) + len(peaks)
 
 
+def analyse_clip(clip):
+    """A clip with the curves and onsets that every row of its table is compared with."""
+    wave = clip["audio"]
+    return dict(clip, curve=motion_energy(clip["video"]), hits=onsets_in_sound(wave),
+                strength=onset_strength(wave, RATE))
+
+
 def motion_records(videos, clips, remade):
-    """Videos generated for real clips, against these, and against `remade`, these through the VAE
-    -> records. The first frame, which is given, counts in none of them."""
+    """Videos generated for real clips, against these (`analyse_clip`), and against `remade`, these
+    through the VAE -> records. The first frame, which is given, counts in none of them."""
     records = []
     for video, clip, decoded in zip(videos, clips, remade):
         truth = clip["video"]
-        wave = clip["audio"]
         curve = motion_energy(video)
-        late, confidence = lag(curve, FPS, wave, RATE)
+        late, confidence = lag(curve, FPS, clip["strength"])
         # Where nothing moves nothing should flicker: the error, in steps of 255, of the pixels that
         # never leave the first frame.
         still = ~has_moved(truth).any(0)                                     # (H, W)
         flicker = np.abs(video[1:].astype(np.int16) - decoded[1:])[:, still]
         records.append(picture_record(video, truth) | dict(
-            motion=motion_agreement(motion_energy(truth), curve),
-            hits=hit_agreement(onsets_in_sound(wave), curve, FPS),
+            motion=motion_agreement(clip["curve"], curve),
+            hits=hit_agreement(clip["hits"], curve, FPS),
             lag_s=late, lag_confidence=confidence,
             flicker=float(flicker.mean()) if still.any() else NAN))
     return records
 
 
 def sliding_correlation(curve, fps, times, strength):
-    """Correlation of a curve of `motion_energy` with the `strength` of a sound at `times`, over
-    their overlap, for every shift within 0.5 s -> how much later the picture is, in steps of 10 ms;
-    the correlations, 0 where one of the curves is constant."""
+    """Cross-correlation of a curve of `motion_energy` with the `strength` of a sound at `times`,
+    for every shift within 0.5 s: both are normalised by mean and deviation of the whole curve; the
+    mean of their product over the overlap (so it may exceed 1) -> how much later the picture is, in
+    steps of 10 ms; the correlations, 0 where one of the curves is constant."""
     # Both on one grid of 10 ms. The change from frame k to k + 1 is visible when k + 1 is.
     t = np.arange(0, (len(curve) + 1) / fps, .01)
     m = np.interp(t, (np.arange(len(curve)) + 1) / fps, curve)
@@ -461,13 +471,17 @@ def sound_agreement(curve, fps, rise):
     return float(match[np.abs(shifts) <= SLACK].max())
 
 
-def lag(curve, fps, wave, rate):
-    """How much later the picture (a curve of `motion_energy`) moves than the sound, within +-0.5 s,
-    for any video -> lag, confidence. Under about 3 there is no single answer (a steady rhythm has
-    several)."""
+def onset_strength(wave, rate):
+    """librosa's onset strength of a waveform (samples,) -> (n,), of times 220 / 22 050 s apart."""
     import librosa
     wave = librosa.resample(wave, orig_sr=rate, target_sr=22050)
-    strength = librosa.onset.onset_strength(y=wave, sr=22050, hop_length=220)
+    return librosa.onset.onset_strength(y=wave, sr=22050, hop_length=220)
+
+
+def lag(curve, fps, strength):
+    """How much later the picture (a curve of `motion_energy`) moves than a sound (its
+    `onset_strength`), within +-0.5 s, for any video -> lag, confidence. Under about 3 there is no
+    single answer (a steady rhythm has several)."""
     times = np.arange(len(strength)) * 220 / 22050
     shifts, match = sliding_correlation(curve, fps, times, strength)
     if not match.any():
@@ -516,9 +530,9 @@ def v2a_from_checkpoint(path, args):
     guidance = system.checkpoint["guidance"] | dict(cfg=1.)
 
     def f_v2a(frames, fps):
-        # To the size that the towers were trained for.
         # Frames are repeated if they come at a lower rate.
         frames = frames[(np.arange(round(len(frames) / fps * FPS)) * fps / FPS).astype(int)]
+        # To the size that the towers were trained for.
         x = resize(frames_to_tensor(frames), data.sides(system.checkpoint["size"]))
         wave = video_to_audio(system.model, system.vae, system.audio_vae, tensor_to_frames(x), "",
                               autocast, steps=25, **guidance)
@@ -789,6 +803,12 @@ def labels(clip):
     return dict(clip=clip["name"]) | {k: clip[k] for k in ("kind", "source") if k in clip}
 
 
+def analyse_sound(wave):
+    """What of a sound (16 kHz) is compared with videos."""
+    return dict(onsets=onsets(wave, RATE), hits=onsets_in_sound(wave), rise=onset_rise(wave),
+                strength=onset_strength(wave, RATE))
+
+
 def sync_records(times, analyses, clips, tolerance):
     """Onsets (n,) of a sound and `analyse_video` of a video for every clip -> records of CycleSync
     by both unions, and of AV-Align."""
@@ -809,6 +829,8 @@ class Scorer:
 
     def __init__(self, path, args):
         self.args = args
+        # The true events are known in the toybox alone.
+        self.toybox = args.data == "toybox"
         self.device, self.autocast, self.described = pick_device(args.device)
         system = load(path, self.device, args.vae, args.audio_vae, args.pretrained)
         self.model, self.vae, self.audio_vae = system.model, system.vae, system.audio_vae
@@ -823,6 +845,10 @@ class Scorer:
     def remade(self):
         """The clips through the VAE."""
         return reconstruct(self.vae, self.clips, self.autocast)
+
+    @cached_property
+    def analysed(self):
+        return [analyse_clip(clip) for clip in self.clips]
 
     def reconstruct(self):
         """The clips through the VAEs, the bound of what can be generated."""
@@ -855,7 +881,7 @@ def evaluate(args):
         records, figures = scorer.score(videos, waves, known)
         table.add(key, title, records, figures)
         picture = Path(args.out, f"{key}.png")
-        if args.data == "toybox":
+        if scorer.toybox:
             # Events in the picture are marked on the sound.
             marks = [r["detected_times"] for r in records]
             write_strips(picture, videos, waves, marks, scorer.clips)
@@ -863,7 +889,7 @@ def evaluate(args):
             write_pairs(picture, videos, scorer.clips)
     scorer.more_rows(table)
     shown = "events in the picture marked"
-    if args.data != "toybox":
+    if not scorer.toybox:
         shown = "true ones above; over the sound the motion of the true (blue), the generated (red)"
     print(f"film strips, {shown}: {args.out}/")
     table.finish(Path(args.out, "clips.csv"))
@@ -903,13 +929,25 @@ def score_vae(args):
 def project(videos, t, P, n):
     """Videos uint8 (F, H, W, 3) as the n principal components of their differences from the first
     frame leave them, of positions of t frames and P x P pixels."""
-    x = frames_to_tensor(np.stack(videos))                                  # (B, 3, F, H, W)
-    first = x[:, :, :1]
-    differences = split_positions(x[:, :, 1:] - first, t, P)
-    rows = differences.flatten(4)                                           # (B, L, h, w, 3 t P P)
-    components, _ = principal_components(rows.flatten(0, 3), n)
-    remade = join_positions((rows @ components.T @ components).view_as(differences))
-    return tensor_to_frames(torch.cat([first, first + remade], 2))
+    def differences(video):
+        x = frames_to_tensor(video)[None]                                   # (1, 3, F, H, W)
+        first = x[:, :, :1]
+        # (1, L, h, w, 3, t, P, P)
+        return first, split_positions(x[:, :, 1:] - first, t, P)
+
+    # Clip by clip: as floats all of them would need gigabytes.
+    moments, count = 0., 0
+    for video in videos:
+        rows = differences(video)[1].flatten(4).flatten(0, 3)               # (L h w, 3 t P P)
+        moments = moments + rows.T @ rows
+        count += len(rows)
+    components, _ = principal_components(moments / count, n)
+    remade = []
+    for video in videos:
+        first, x = differences(video)
+        projected = (x.flatten(4) @ components.T @ components).view_as(x)
+        remade += list(tensor_to_frames(torch.cat([first, first + join_positions(projected)], 2)))
+    return remade
 
 
 # ---------------------------------------------------------------------- Syncphony's rows
@@ -937,8 +975,6 @@ class AudioToVideo(Scorer):
             raise BadInput(f"--fad {args.fad}: measures sounds generated for the videos; give a "
                            "video-to-audio model by --v2a-cmd")
         self.note = f"w_t = {self.ckpt['guidance']['cfg']:g}; CycleSync by {v2a_name}"
-        # The true events are known in the toybox alone.
-        self.toybox = args.data == "toybox"
         sync = {key: title for key, title in SYNC_COLUMNS.items()
                 if self.v2a[0] or "cyclesync" not in key}
         self.columns = (TOYBOX_COLUMNS if self.toybox else REAL_COLUMNS) | sync
@@ -983,16 +1019,16 @@ class AudioToVideo(Scorer):
         # Distances belong to the row, everything else to a clip.
         features = self.features(videos, [a["sound"] for a in analyses])
         figures = {k: frechet(v, self.truth[k]) for k, v in features.items()}
-        # CycleSync and AV-Align, with each clip's sound and with another clip's.
+        # CycleSync and AV-Align
         times = [onsets(w, RATE) for w in waves]
-        sync, sync_chance = (sync_records(t, analyses, self.clips, self.args.tolerance)
-                             for t in (times, shuffled(times)))
+        sync = sync_records(times, analyses, self.clips, self.args.tolerance)
         if not self.toybox:
-            motion = motion_records(videos, self.clips, self.remade)
+            motion = motion_records(videos, self.analysed, self.remade)
             figures["lag_ms"] = median_lag(motion)
             return [a | b for a, b in zip(sync, motion)], figures
         # In the toybox also the events in the picture against the true ones.
         records = toybox_records(videos, self.clips)
+        sync_chance = sync_records(shuffled(times), analyses, self.clips, self.args.tolerance)
         self.chance = [a | b for a, b in zip(shuffled_events(records), sync_chance)]
         figures["kinds"] = {k: summarise([r for r in records if r["kind"] == k]) for k in KINDS}
         return [a | b for a, b in zip(records, sync)], figures
@@ -1287,7 +1323,8 @@ def shift_study(args):
         times = [onsets(w, RATE) for w in waves]
         records = sync_records(times, analyses, clips, args.tolerance)
         for i, record in enumerate(records):
-            record["lag_s"], record["lag_confidence"] = lag(curves[i], FPS, waves[i], RATE)
+            strength = onset_strength(waves[i], RATE)
+            record["lag_s"], record["lag_confidence"] = lag(curves[i], FPS, strength)
             # True events are as late as the sound; those after its end do not count.
             if toybox:
                 events = sources[i]["events"] + late
@@ -1476,7 +1513,7 @@ def score_pairs(args):
 
 # What `--pairs-of-videos` compares, where a video has it.
 MEASURES = dict(sound_agreement="sound agreement", hits="hit agreement",
-                lag_confidence="confidence of lag", av_align="AV-Align",
+                lag_confidence="confidence of lag < 0.1 s", av_align="AV-Align",
                 cyclesync_set="CycleSync set", cyclesync_merged="CycleSync merged")
 
 
@@ -1486,8 +1523,13 @@ def find_videos(folder):
         raise BadInput(f"--pairs-of-videos {folder}: no such folder; give two folders of videos "
                        "with sound, with the same names")
     files = [p for p in sorted(Path(folder).rglob("[!.]*")) if p.is_file()]
-    found = {str(p.relative_to(folder).with_suffix("")): p for p in files
-             if p.suffix.lower() in data.VIDEOS}
+    found = {}
+    for path in files:
+        if path.suffix.lower() in data.VIDEOS:
+            other = found.setdefault(str(path.relative_to(folder).with_suffix("")), path)
+            if other != path:
+                raise BadInput(f"--pairs-of-videos {folder}: {other.name} and {path.name} differ "
+                               "in their suffix alone; remove one of them")
     if not found:
         raise BadInput(f"--pairs-of-videos {folder}: {len(files)} files and no video among them; "
                        f"expected {' '.join(data.VIDEOS)}")
@@ -1498,10 +1540,11 @@ def read_pair(paths):
     """-> frames, waveform and frame rate of both videos."""
     pair = []
     for path in paths:
-        # Below 24 fps at the video's own rate: repeated frames would look like motion in jerks.
+        # Below 24 fps at the video's own rate: repeated frames would appear as motion in jerks.
         fps = max(1, min(FPS, round(data.frame_rate(path))))
-        # Optical flow depends on the size of the picture, so it is always the same.
-        frames, wave = data.read_clip(path, 256, fps=fps)
+        # Optical flow depends on the size of the picture, so it is always the same. A model whose
+        # picture freezes loses the pair.
+        frames, wave = data.read_clip(path, 256, fps=fps, static=True)
         if len(frames) < max(3, fps / 2):
             raise BadInput(f"{path}: {len(frames) / fps:.2f} s long; at least 0.5 s are needed")
         pair.append((frames, wave, fps))
@@ -1510,15 +1553,22 @@ def read_pair(paths):
 
 def measure_videos(videos, sounds, clips, tolerance):
     """What is known of videos, and of the sounds to measure them with -> records of MEASURES."""
-    records = sync_records([s["onsets"] for s in sounds], videos, clips, tolerance)
-    for record, video, sound in zip(records, videos, sounds):
+    records = []
+    for video, sound, clip in zip(videos, sounds, clips):
         curve = video["curve"]
         fps = video["fps"]
-        late, confidence = lag(curve, fps, sound["wave"], RATE)
-        matched, total = hit_agreement(onsets_in_sound(sound["wave"]), curve, fps)
-        record |= dict(sound_agreement=sound_agreement(curve, fps, onset_rise(sound["wave"])),
-                       hits=matched / total if total else NAN,
-                       lag_s=late, lag_confidence=confidence)
+        # Another video's sound may be longer than this one.
+        end = (len(curve) + 1) / fps
+        hits = sound["hits"][sound["hits"] < end]
+        found = sound["onsets"][sound["onsets"] < end]
+        record, = sync_records([found], [video], [clip], tolerance)
+        late, confidence = lag(curve, fps, sound["strength"])
+        matched, total = hit_agreement(hits, curve, fps)
+        record |= dict(sound_agreement=sound_agreement(curve, fps, sound["rise"]),
+                       hits=matched / total if total else NAN, lag_s=late,
+                       # A video that is always late has one lag, but not this one.
+                       lag_confidence=confidence if abs(late) <= .1 else 0.)
+        records.append(record)
     return records
 
 
@@ -1571,7 +1621,7 @@ def score_videos(args):
         for side, (frames, wave, fps) in enumerate(pair):
             analysis = analyse_video(frames, f_v2a, fps)
             videos[side].append(analysis | dict(curve=motion_energy(frames, fps)))
-            sounds[side].append(dict(wave=wave, onsets=onsets(wave, RATE)))
+            sounds[side].append(analyse_sound(wave))
     skipped = f", {len(unusable)} cannot be used, such as {unusable[0]}" if unusable else ""
     if len(clips) < 2:
         raise BadInput(f"--pairs-of-videos: {len(clips)} usable pairs{skipped}; at least two are "
@@ -1609,20 +1659,32 @@ def score_clip(args):
     found = onsets(wave, RATE)
     peaks = analyse_video(frames, None)["peaks"]
     align = NAN if peaks is None else av_align(found, peaks, FPS)
-    # Chance: the sound at other times, what passes the end comes back at the beginning.
-    curve, hits = motion_energy(frames), onsets_in_sound(wave)
-    late, confidence = lag(curve, FPS, wave, RATE)
-    moved = [(hits + s) % seconds for s in np.linspace(0, seconds, 22)[1:-1]]
-    agreement, chance = (summarise([dict(f1=hit_agreement(t, curve, FPS))
-                                    for t in times])["f1"] for times in ([hits], moved))
+    curve = motion_energy(frames)
+    rise = onset_rise(wave)
+    hits = onsets_in_sound(wave)
+    late, confidence = lag(curve, FPS, onset_strength(wave, RATE))
+
+    def agreement_with(shifts):
+        """With the sound so many seconds later; what passes the end comes back at the beginning."""
+        return summarise([dict(
+            hits=hit_agreement((hits + shift) % seconds, curve, FPS),
+            sound=sound_agreement(curve, FPS, np.roll(rise, round(100 * shift))))
+            for shift in shifts])
+
+    agreement = agreement_with([0.])
+    # Further away than what either agreement takes for equal.
+    chance = agreement_with(np.linspace(.2, seconds - .2, 20))
     note = "" if confidence > 3 else " (under 3: too little to mean anything)"
     print(f"{args.clip}: {seconds:.2f} s, sound begins at {found.round(2)}\n"
-          f"hit agreement {agreement:.3f}, {chance:.3f} with the sound at other times: F1 of its "
-          f"{len(hits)} onsets and the peaks of motion, within 100 ms\n"
+          f"hit agreement {agreement['hits']:.3f}, {chance['hits']:.3f} with the sound at other "
+          f"times: F1 of its {len(hits)} onsets and the peaks of motion, within 100 ms\n"
+          f"sound agreement {agreement['sound']:.3f}, {chance['sound']:.3f} with the sound at "
+          "other times: the highest correlation of its rise and the motion within 100 ms\n"
           f"motion is {1000 * late:+.0f} ms after the sound, confidence {confidence:.1f}{note}\n"
           f"AV-Align {align:.3f} at {FPS} fps and 256 px (it depends on both; nan: without OpenCV)")
     result = dict(onsets=found, lag_s=late, confidence=confidence, av_align=align,
-                  hits=agreement, hits_by_chance=chance)
+                  hits=agreement["hits"], hits_by_chance=chance["hits"],
+                  sound_agreement=agreement["sound"], sound_agreement_by_chance=chance["sound"])
     print(json.dumps(to_json(result)))
 
 

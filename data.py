@@ -385,12 +385,12 @@ def stream_video(path, size=64, times=None, limit=MAX_SOUND, fps=FPS):
                        "needed")
 
 
-def read_clip(path, size=64, sound=None, fps=FPS):
+def read_clip(path, size=64, sound=None, fps=FPS, static=False):
     """Both streams of a clip on ONE clock -> video uint8 (F, H, W, 3), waveform float32
     (round(F / fps * 16 000),).
 
     sound: a wav for a video without a sound track. Raises BadInput for what cannot be trusted:
-    damaged, still, silent, below fps / 2, longer than ten minutes.
+    damaged, static (unless `static`), silent, below fps / 2, longer than ten minutes.
     """
     video, video_start, file_start = read_video(path, size, fps)
     filters = f"aresample={RATE}:{MONO},aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
@@ -427,7 +427,8 @@ def read_clip(path, size=64, sound=None, fps=FPS):
 
     # Static: no frame differs from the first by half a step of 255 on average. Silence: -80 dB. NaN
     # is not above it either.
-    if np.abs(video[1:].astype(np.int16) - video[0]).mean((1, 2, 3)).max() < .5:
+    change = np.abs(video[1:].astype(np.int16) - video[0]).mean((1, 2, 3))
+    if not static and change.max() < .5:
         raise BadInput(f"{path}: a static picture")
     if not wave.std() >= 1e-4:
         raise BadInput(f"{path}: its sound is silence, or has NaN samples")
@@ -562,7 +563,7 @@ def film_strip(video, wave, rate=RATE, events=(), curves=()):
     marks = np.array([t for t in events if 0 <= t < seconds]) / seconds * width
     plot[:, marks.astype(int)] = 220, 40, 40
     for curve, colour in zip(curves, ((30, 80, 200), (220, 40, 40))):
-        # What changes from frame k to k + 1 is seen when k + 1 begins.
+        # What changes from frame k to k + 1 is visible when k + 1 begins.
         share = np.interp(np.arange(width), np.arange(1, n) / n * width, curve / max(1e-9, *curve))
         y = (height - 2) - (height - 4) * share                               # (width,)
         # A line: in every column from its height to that of the next column.
@@ -940,8 +941,8 @@ def clip_windows(clip, size=64, audio_lead=0., most=3):
     video = hold_last(clip["path"], video, first + FRAMES, 1 if audio_lead else FRAMES // 8)
 
     # Evaluation: three, evenly spaced, as in Syncphony: 450 of AVSync15, 732 of The Greatest Hits.
-    # Equal ones count once: a clip of 49 frames has one window. AVSync15 has four test clips shorter
-    # than 2.5 s, so 442 at least.
+    # Equal ones count once, so a clip of 49 frames has one. Four test clips of AVSync15 are shorter
+    # than 2.5 s, which leaves 442 windows at least.
     # Training: one every half second, the last ends with the clip. Each has a first frame of its
     # own: a causal VAE codes a crop differently from the same stretch within a clip.
     last = len(video) - FRAMES

@@ -1420,7 +1420,7 @@ def test_windows_of_one_clip_are_drawn_together():
     # x is a number, y a pair.
     clips = [dict(x=x, y=(x, 1.), source=f"{x}") for x in values]
     one = cyclesync.summarise([{k: r[k] for k in "xy"} for r in clips])
-    windows = [record for record in clips for _ in range(3)]
+    windows = 3 * clips
     three = cyclesync.summarise(windows)
     assert one["clips"] == three["clips"] == 40
     for name in "xy":
@@ -1507,7 +1507,8 @@ def test_only_what_moves_without_a_cause_is_flicker():
         video = clip["video"].copy()
         # The first frame is given.
         video[1:, places] += 3
-        rows[name], = cyclesync.motion_records([video], [clip], [clip["video"]])
+        rows[name], = cyclesync.motion_records([video], [cyclesync.analyse_clip(clip)],
+                                               [clip["video"]])
     assert rows["still"]["flicker"] == pytest.approx(3)
     assert rows["moving"]["flicker"] == 0
     assert rows["still"]["psnr"] == pytest.approx(10 * np.log10(255 ** 2 / 9 / still.mean()))
@@ -1599,6 +1600,63 @@ def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_pa
     assert pairs["shuffled"]["cyclesync_merged"] < 1, pairs
     assert min(abs(t - 1.1) for t in video["onsets"]) < .05, video
     assert min(abs(video["lag_s"]), abs(video["lag_s"] - .2)) < .05, video
+
+
+def test_a_video_is_measured_beside_its_sound_at_other_times(monkeypatch, capsys):
+    """No other time is within the tolerance of the true one; for sound agreement too."""
+    clip = flashes([1.]), clicks([1.], 49 / 24)
+    monkeypatch.setattr(data, "read_clip", lambda *_: clip)
+    cyclesync.score_clip(SimpleNamespace(clip="x"))
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert (result["hits"], result["hits_by_chance"]) == (1, 0)
+    assert result["sound_agreement"] > .5 > .1 > result["sound_agreement_by_chance"], result
+    assert re.search(r"\nsound agreement 0.\d+, -?0.\d+ with the sound at other times", out)
+
+
+def video_of(times, fps=24, frames=49, late=0.):
+    """What `--pairs-of-videos` knows of a video that moves, and of a sound that clicks, at `times`,
+    the video `late` seconds late."""
+    curve = cyclesync.motion_energy(flashes(np.array(times) + late, frames), fps)
+    sound = cyclesync.analyse_sound(clicks(times, frames / 24))
+    return dict(onsets=None, peaks=None, curve=curve, fps=fps), sound
+
+
+def test_a_video_that_is_always_late_has_no_confidence_of_a_lag_under_a_tenth():
+    for late, found in ((0., True), (.375, False)):
+        video, sound = video_of([.3, .8, 1.4], late=late)
+        record, = cyclesync.measure_videos([video], [sound], [dict(name="a", kind="")], .05)
+        assert abs(record["lag_s"] - late) < .05, record
+        assert (record["lag_confidence"] > 2) == found, record
+        assert found or record["lag_confidence"] == 0
+
+
+def test_what_sounds_after_the_end_of_a_video_is_not_missed():
+    """The chance of pairs of unequal length: an onset at 2.5 s says nothing of a video of 2 s."""
+    video, _ = video_of([.5, 1.25])
+    _, long = video_of([.5, 1.25, 2.5], frames=73)
+    video["onsets"] = [t for t in long["onsets"] if t < 2]
+    record, = cyclesync.measure_videos([video], [long], [dict(name="a", kind="")], .05)
+    assert record["hits"] == 1 == record["cyclesync_merged"]
+
+
+def test_a_frozen_video_loses_its_pair(tmp_path):
+    """It is measured, not left out; nothing else may read it."""
+    for name, video in dict(a=flashes([.5]), b=np.full((49, 32, 32, 3), 90, np.uint8)).items():
+        data.write_video(tmp_path / f"{name}.mp4", video, clicks([.5], 49 / 24))
+    pair = cyclesync.read_pair([tmp_path / "a.mp4", tmp_path / "b.mp4"])
+    scores = [cyclesync.sound_agreement(cyclesync.motion_energy(frames, fps), fps,
+                                        cyclesync.onset_rise(wave)) for frames, wave, fps in pair]
+    assert scores[0] > .3 and scores[1] == 0
+    with pytest.raises(data.BadInput, match="static"):
+        data.read_clip(tmp_path / "b.mp4", 32)
+
+
+def test_two_videos_of_one_name_are_refused(tmp_path):
+    """Neither replaces the other silently."""
+    tree(tmp_path, {"x/a.mp4": "", "x/a.webm": "", "b.mp4": ""})
+    with pytest.raises(data.BadInput, match="a.mp4 and a.webm differ in their suffix alone"):
+        cyclesync.find_videos(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -2211,8 +2269,10 @@ def test_the_table_of_a_vae_has_the_best_linear_autoencoder_beside_it(toy, tmp_p
         place = video[1 + 4 * latent:, 8 * row:, 8 * column:][:4, :8, :8]
         place += change
     video = video.round().clip(0, 255).astype(np.uint8)
-    one, two = (cyclesync.project([video], 4, 8, n)[0] for n in (1, 2))
-    assert cyclesync.psnr(two - 1. * video) > 50 > 40 > cyclesync.psnr(one - 1. * video)
+    # The components are of both clips, of 9 and 5 frames.
+    videos = [video, video[[0, 5, 6, 7, 8]]]
+    for one, two, video in zip(*(cyclesync.project(videos, 4, 8, n) for n in (1, 2)), videos):
+        assert cyclesync.psnr(two - 1. * video) > 50 > 40 > cyclesync.psnr(one - 1. * video)
 
     assert cli(cyclesync, "--ckpt", toy / "vae.pt", "--clips", 3, "--resolution", 32,
                "--out", tmp_path) == 0
