@@ -2269,10 +2269,10 @@ def test_the_table_of_a_vae_has_the_best_linear_autoencoder_beside_it(toy, tmp_p
         place = video[1 + 4 * latent:, 8 * row:, 8 * column:][:4, :8, :8]
         place += change
     video = video.round().clip(0, 255).astype(np.uint8)
-    # The components are of both clips, of 9 and 5 frames.
-    videos = [video, video[[0, 5, 6, 7, 8]]]
-    for one, two, video in zip(*(cyclesync.project(videos, 4, 8, n) for n in (1, 2)), videos):
-        assert cyclesync.psnr(two - 1. * video) > 50 > 40 > cyclesync.psnr(one - 1. * video)
+    # The components are of both clips, and in the second one nothing moves.
+    videos = [video, video[:1].repeat(5, 0)]
+    one, two = (cyclesync.project(videos, 4, 8, n)[0] for n in (1, 2))
+    assert cyclesync.psnr(two - 1. * video) > 50 > 40 > cyclesync.psnr(one - 1. * video)
 
     assert cli(cyclesync, "--ckpt", toy / "vae.pt", "--clips", 3, "--resolution", 32,
                "--out", tmp_path) == 0
