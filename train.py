@@ -80,7 +80,7 @@ from cyclesync import (
     reconstruct, summarise, toybox_records)
 from data import BadInput, Parser, frames_to_tensor, number, run_cli
 from losses import (
-    BUCKETS, harmony_loss, image_loss, rand_each, randn_each, syncflow_loss, syncphony_loss)
+    BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
 from sample import (
     AUDIO_VAE_FILE, GUIDANCE, MEL_VAE_FILE, REAL_VAE_FILE, VAE_FILE, fingerprint,
     generate_audio_video, load_vae, pick_device, steps_per_latent)
@@ -171,10 +171,7 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
     "vae": (COMMON, PICTURES, dict(
         steps=6000, lr=2e-3,
         kl=(2e-2, NOT_NEGATIVE, "weight of the KL term"),
-        init=(None, str, "with --data: VAE to start from, such as weights/vae-real.pt"),
-        # A generated latent is wrong by .2 where nothing moves, which would flicker.
-        decoder_noise=(0., SHARE, "with --init: train the decoder alone, on latents with noise of "
-                       "up to this deviation; the latents stay as they are"))),
+        init=(None, str, "with --data: VAE to start from, such as weights/vae-real.pt"))),
     "audio-vae": (COMMON, dict(
         size=("tiny", autoencoders.AUDIO_VAE_SIZES["waveform"], "size of the network"),
         steps=4000, lr=3e-3,
@@ -294,9 +291,6 @@ def check(args):
     if args.task == "joint" and not (args.lambda_joint or args.lambda_v or args.lambda_a):
         raise BadInput("--lambda-joint 0 --lambda-v 0 --lambda-a 0: nothing is left to learn; "
                        "leave one of them above 0")
-    if args.task == "vae" and args.decoder_noise and not args.init:
-        raise BadInput(f"--decoder-noise {args.decoder_noise}: trains the decoder of a VAE alone; "
-                       "give that VAE by --init")
     if args.task != "a2v":
         return
     # FSDP shares what it trains among processes, and Muon needs whole matrices.
@@ -643,14 +637,11 @@ class VideoVAE:
         source, target = frames_to_tensor(pairs, self.device).unbind(1)
         return dict(source=source, target=target)
 
-    def latent_shape(self, video):
-        """(C, L, h, w) of videos (B, 3, frames, H, W): frame 0 has a latent of its own."""
-        frames, H, W = video.shape[2:]
-        t, P = self.net.stride_t, self.net.stride
-        return self.net.cfg.latent, (frames - 1) // t + 1, H // P, W // P
-
     def loss(self, net, generators, source, target):
-        noise = randn_each(generators, self.latent_shape(source)).to(source.device)
+        # Noise in the shape of the latents (C, L, h, w): frame 0 has one of its own.
+        F, H, W = source.shape[2:]
+        shape = (net.cfg.latent, (F - 1) // net.stride_t + 1, H // net.stride, W // net.stride)
+        noise = randn_each(generators, shape).to(source.device)
         loss, error, rate = autoencoders.video_vae_loss(net, source, target, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
@@ -716,9 +707,6 @@ class RealVideoVAE(VideoVAE):
         else:
             config = autoencoders.VAEConfig(**autoencoders.REAL_VAE)
             self.net = autoencoders.CausalVideoVAE(config)
-        if args.decoder_noise:
-            for part in (self.net.encoder, self.net.quant_conv):
-                part.requires_grad_(False)
         # Test clips first: they are few, and what is wrong with them is found before the long part.
         self.test, self.train = (
             data.load_or_store_frames(args.data, args.data_root, split, 2 * args.resolution,
@@ -762,19 +750,6 @@ class RealVideoVAE(VideoVAE):
                                              self.net.stride)
             rows.append(x.flatten(0, 3))
         return torch.cat(rows)
-
-    def loss(self, net, generators, source, target):
-        if not self.args.decoder_noise:
-            return super().loss(net, generators, source, target)
-        noise = randn_each(generators, self.latent_shape(source)).to(source.device)
-        deviation = self.args.decoder_noise * rand_each(generators, ()).to(source.device)
-        loss, error, rate = autoencoders.video_vae_loss(net, source, target, noise, 0., deviation)
-        return loss, torch.stack([error, rate])
-
-    def measure_latent_stats(self):
-        # The latents of a VAE whose decoder alone is trained stay as they are.
-        if not self.args.decoder_noise:
-            super().measure_latent_stats()
 
     def held_out(self, n):
         """n windows of the test clips, at --resolution, then every fourth at twice that."""

@@ -543,10 +543,8 @@ def kl_divergence(mean, logvar):
     return .5 * (mean.square() + logvar.exp() - 1 - logvar).float()
 
 
-def video_vae_loss(vae, source, target, noise, kl, deviation=None):
+def video_vae_loss(vae, source, target, noise, kl):
     """Reconstruction plus KL -> loss, mean |error|, nats per latent (latent 0 excepted).
-
-    deviation (B,): of the noise in normalised latents, in place of the posterior's.
 
     source, target (B, 3, frames, H, W): the same motion of two objects of one kind, or twice one
     clip. noise (B, C, L, h, w) ~ N(0, 1). The encoder gets the source; the decoder gets the first
@@ -558,10 +556,7 @@ def video_vae_loss(vae, source, target, noise, kl, deviation=None):
     costs nothing, so that kl can be far above the customary 1e-6: 0.02 for the toybox."""
     mean, logvar = vae.encode(source)
     first = target[:, :, :1]
-    spread = (logvar / 2).exp()
-    if deviation is not None:
-        spread = deviation.view(-1, 1, 1, 1, 1) / vae.cfg.scale_video
-    output = vae.decode(mean + spread * noise, first).float()
+    output = vae.decode(mean + (logvar / 2).exp() * noise, first).float()
 
     # Little of a picture moves. Pixels that have left the first frame by more than 0.04, with a rim
     # of one pixel, count 8 times. So does all of frame 0, which latent 0 codes without a reference.
