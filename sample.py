@@ -68,6 +68,7 @@ SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}
 STEPS = {"a2v": 30, "t2av": 50, "joint": 40}                  # Euler steps; of a2v: per latent
 GUIDANCE = {   # train.py writes it into checkpoints; a flag of the same name has the last word
     "a2v": dict(asg=1., cfg=0.),
+    "real": dict(asg=2., cfg=0.),             # of a2v trained from scratch on real clips
     "pretrained": dict(asg=2., cfg=4.),       # w_a and w_t of Syncphony
     "t2av": dict(cfg=2.),                     # w of SyncFlow eq. 3; the paper samples with 6
     # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1. shift: as in training

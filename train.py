@@ -514,7 +514,7 @@ class A2V:
         else:
             self.net = self.from_scratch()
             self.columns = tuple(f"s<{(b + 1) / BUCKETS:.2f}" for b in range(BUCKETS))
-            guidance = GUIDANCE["a2v"]
+            guidance = GUIDANCE["a2v" if args.data == "toybox" else "real"]
         L, h, w = data.gather(self.cache, "latents", [0]).shape[3:]
         h, w = h // self.net.cfg.patch, w // self.net.cfg.patch
         log_rank0(f"tokens      {L * h * w} of a clip: {L} latents of {h} x {w}")
@@ -587,13 +587,10 @@ class A2V:
         return held_out_clips(self.test, n, self.args.resolution)
 
     def evaluate(self, clips):
-        """Toybox: events of generated videos. Real clips: the loss on windows of the test split."""
-        # Of real clips eight videos are generated; at the published size they would take hours.
-        shown = clips[:8] if self.test else clips
-        videos = []
-        if not self.args.pretrained:
-            videos = generate(self.net, self.vae, shown, self.autocast, steps=12, asg=0., cfg=0.)
+        """Toybox: events of generated videos. Real clips: the loss on windows of the test split,
+        and how well the motion of generated videos agrees with the true one, which is the score."""
         if not self.test:
+            videos = generate(self.net, self.vae, clips, self.autocast, steps=12, asg=0., cfg=0.)
             return Evaluation(*video_figures(videos, clips), videos)
         losses = []
         with torch.no_grad(), self.autocast():
@@ -605,12 +602,19 @@ class A2V:
                 loss, _ = self.loss(self.net, seeded_each(rows, k), **batch, rows=rows,
                                     skip_audio=False, latent=latent)
                 losses.append(loss.item())
-        figures = dict(test_loss=float(np.mean(losses)))
-        if videos:
-            records = [dict(motion=motion_agreement(motion_energy(c["video"]), motion_energy(v)))
-                       for v, c in zip(videos, shown)]
-            figures["motion_agreement"] = summarise(records)["motion"]
-        return Evaluation(figures, -figures["test_loss"], videos)
+        loss = float(np.mean(losses))
+        # At the published size videos would take hours.
+        if self.args.pretrained:
+            return Evaluation(dict(test_loss=loss), -loss)
+        videos = generate(self.net, self.vae, clips, self.autocast, steps=4,
+                          **self.extra["guidance"])
+        records = [dict(motion=motion_agreement(motion_energy(c["video"]), motion_energy(v)))
+                   for v, c in zip(videos, clips)]
+        # The loss on test clips is lowest long before their motion follows the sound:
+        # 0.61, 0.60, 0.63 after 400, 800, 1200 steps, with an agreement of -.10, .01, .11.
+        motion = summarise(records)["motion"]
+        score = -loss if math.isnan(motion) else motion
+        return Evaluation(dict(test_loss=loss, motion_agreement=motion), score, videos)
 
 
 # --------------------------------------------------------------------------------- the autoencoders
