@@ -2943,20 +2943,23 @@ def test_a_toybox_picture_is_one_that_the_toybox_can_draw():
 
 
 def test_weights_are_chosen_by_the_picture(toy, tmp_path, monkeypatch, capsys):
-    """Those of the toybox for what it can draw, else those of real clips; --ckpt wins."""
+    """Those of the toybox for what it can draw, else those of real clips, if there are any; --ckpt
+    wins."""
     real = tmp_path / "a2v-real.pt"
     monkeypatch.setattr(sample, "REAL_A2V_FILE", real)
     monkeypatch.setattr(sample, "is_toybox_picture", lambda picture: picture.std() > 0)
     iio.imwrite(tmp_path / "photo.jpg", np.full((48, 36, 3), 99, np.uint8))
-    shutil.copy(toy / "a2v.pt", real)
-
     def chosen(image):
         args = sample.arguments().parse_args(["--audio", "x.wav", "--image", str(image)])
         name = Path(sample.default_checkpoint(args)).name
         return name, capsys.readouterr().out.strip().removeprefix(f"{image}: ")
-    for image, kind, name in ((tmp_path / "photo.jpg", "not a", "a2v-real.pt"),
+    photo = tmp_path / "photo.jpg"
+    missing = "not a toybox picture; weights/a2v-toybox.pt"
+    assert chosen(photo) == ("a2v-toybox.pt", missing)
+    shutil.copy(toy / "a2v.pt", real)
+    for image, kind, name in ((photo, "not a", "a2v-real.pt"),
                               (HERE / "assets/bell.png", "a", "a2v-toybox.pt")):
-        assert chosen(image) == (name, f"{kind} toybox picture, so weights/{name}")
+        assert chosen(image) == (name, f"{kind} toybox picture; weights/{name}")
 
     # Its VAE is found beside it, as those of weights/ are.
     shutil.copy(toy / "vae.pt", tmp_path)
@@ -2965,7 +2968,7 @@ def test_weights_are_chosen_by_the_picture(toy, tmp_path, monkeypatch, capsys):
     for more, name in ([], "a2v-real.pt"), (["--ckpt", toy / "a2v.pt"], "a2v.pt"):
         assert cli(sample, *flags, *more) == 0
         printed = capsys.readouterr().out
-        assert f"\n{name}: Syncphony" in printed and ("picture, so" in printed) == (more == [])
+        assert f"\n{name}: Syncphony" in printed and ("picture; weights" in printed) == (more == [])
 
 
 def test_every_shipped_checkpoint_finds_its_vaes():
