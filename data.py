@@ -43,6 +43,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -965,18 +966,37 @@ def clip_windows(clip, size=64, audio_lead=0., most=3):
 
 # ------------------------------------------------------------------------------------------- caches
 
-def item_windows(item, size, variations=1):
+def item_windows(item, size, variations=1, views=False):
     """A clip of `find_clips` -> list of its windows with their log-mels, or the reason (str) why it
-    cannot be used. variations: so many windows of every toybox clip."""
+    cannot be used. variations: so many windows of every toybox clip. views: see `random_view`."""
     if "seed" in item:
         windows = [dict(toybox_clip(item["seed"], size, variation=k), start=k * FRAMES / FPS)
                    for k in range(variations)]
     else:
+        # Larger, so that a crop of 3/4 of its sides has the size that is wanted.
+        larger = tuple(side * 4 // 3 for side in sides(size))
         try:
-            windows = clip_windows(item, size)
+            windows = clip_windows(item, larger if views else size)
         except BadInput as why:
             return str(why).removeprefix(f"{item['path']}: ")
+    for k, window in enumerate(windows if views else []):
+        rng = np.random.default_rng([zlib.crc32(item["name"].encode()), k])
+        window["video"] = random_view(window["video"], size, rng)
     return [dict(window, mel=log_mel(window["audio"])) for window in windows]
+
+
+def random_view(video, size, rng):
+    """A crop of 3/4 to all of both sides of a video uint8 (F, H, W, 3), every second one mirrored,
+    scaled to `size`. The windows of a clip overlap, and each is coded once: so its scene comes in
+    many views without any more work."""
+    share = rng.uniform(.75, 1)
+    height, width = (round(share * side) for side in video.shape[1:3])
+    y = rng.integers(video.shape[1] - height + 1)
+    x = rng.integers(video.shape[2] - width + 1)
+    crop = torch.tensor(video[:, y:y + height, x:x + width]).movedim(3, 1).float()
+    view = interpolate(crop, sides(size), mode="bilinear", antialias=True)
+    view = view.flip(3) if rng.random() < .5 else view
+    return view.round().to(torch.uint8).movedim(1, 3).numpy()
 
 
 def hold_last(path, video, frames, lacking=FRAMES // 8):
@@ -1032,7 +1052,7 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     # Shards of 32 items or more, at most 500 of them. Complete ones are left as they are.
     per_shard = max(32, math.ceil(len(items) / 500))
     read = partial(item_windows, size=settings["resolution"],
-                   variations=settings.get("variations", 1))
+                   variations=settings.get("variations", 1), views="views" in settings)
     if "windows" in settings:
         most = settings["windows"]
         per_shard = max(1, STORE_SHARD // (most * window_bytes(settings["resolution"])))
@@ -1215,10 +1235,11 @@ def gather(cache, name, index):
 
 
 def load_or_prepare(name, root, split, size, vae, vae_id, autocast, clips=2000, audio_encoder=None,
-                    audio_tag="hubert", variations=1, log=print):
+                    audio_tag="hubert", variations=1, views=False, log=print):
     """The cache of a dataset's split, prepared first where it is absent or unfinished. vae_id names
     the VAE, audio_tag what `audio_encoder` makes of every sound. clips, variations: of the toybox.
-    log gets the report: what was found, what was skipped and why."""
+    views: of real clips, training windows in random views. log gets the report: what was found,
+    what was skipped and why."""
     items, report = clips_of_split(name, root, split, clips)
     # What the cache depends on is in the settings, and in the folder's name what users vary.
     if name == "toybox":
@@ -1227,6 +1248,7 @@ def load_or_prepare(name, root, split, size, vae, vae_id, autocast, clips=2000, 
         label = dataset_folder(name, root).resolve().name
     settings = dict(data=label, split=split, vae=vae_id, fps=FPS, frames=FRAMES, resolution=size)
     settings |= dict(variations=variations) if variations > 1 else {}
+    settings |= dict(views=True) if views and split == "train" and name != "toybox" else {}
     pixels = "x".join(map(str, sides(size))) if isinstance(size, tuple) else size
     tag = f"{label}-{pixels}px-{vae_id}" + (f"-{audio_tag}" if audio_encoder else "")
     folder = Path(root) / "cache" / tag / split

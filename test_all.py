@@ -2249,6 +2249,38 @@ def test_psnr_and_ssim_by_hand():
     assert cyclesync.ssim(flat, flat + 20) == pytest.approx(want, 1e-4)
 
 
+def test_training_windows_of_real_clips_are_coded_in_random_views(clip, tmp_path):
+    """Crops of 3/4 to all of both sides, every second one mirrored: of a ramp over the columns, the
+    first value and the step say which. A function of the name and the window; test clips are not
+    touched."""
+    ramp = np.broadcast_to(np.arange(96, dtype=np.uint8)[:, None], (2, 96, 96, 3))
+    shares, begins, mirrored = [], [], 0
+    for i in range(60):
+        view = data.random_view(ramp, 72, np.random.default_rng(i))[0, 10, :, 0].astype(float)
+        step = (view[60] - view[10]) / 50 * 72 / 96
+        shares.append(abs(step))
+        mirrored += step < 0
+        begins.append(view.min())
+    assert .74 < min(shares) < .78 and .97 < max(shares) < 1.01 and 15 < mirrored < 45
+    assert min(begins) < 2 and max(begins) > 12
+    windows = [data.item_windows(clip, 32, views=True) for _ in range(2)]
+    plain = data.item_windows(clip, 32)
+    for one, two, before in zip(*windows, plain):
+        assert np.array_equal(one["video"], two["video"]) and one["video"].shape == (49, 32, 32, 3)
+        assert np.array_equal(one["audio"], before["audio"])
+    vae = sample.CausalVideoVAE(sample.VAEConfig(**TOY16)).eval()
+    Path(tmp_path / "clips/train").mkdir(parents=True)
+    Path(tmp_path / "clips/test").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(clip["path"], tmp_path / "clips" / split)
+    settings = {}
+    for split in ("train", "test"):
+        cache = data.load_or_prepare(tmp_path / "clips", tmp_path, split, 32, vae, "x", nullcontext,
+                                     views=True, log=len)
+        settings[split] = json.loads((cache["folder"] / "settings.json").read_text())
+    assert settings["train"]["views"] and "views" not in settings["test"]
+
+
 def test_the_table_of_a_vae_has_the_best_linear_autoencoder_beside_it(toy, tmp_path, capsys):
     """Changes along two directions need two components: with two a clip comes back, with one it
     does not. `cyclesync.py --ckpt vae.pt` prints the first frame repeated, that, and the VAE."""

@@ -384,6 +384,7 @@ def open_caches(args, vae, autocast, **audio):
     def load(split):
         return data.load_or_prepare(args.data, args.data_root, split, args.resolution, vae,
                                     fingerprint(vae), autocast, args.clips, log=log_rank0,
+                                    views=not getattr(args, "pretrained", None),
                                     **audio)
     if args.data == "toybox":
         return load("train"), None
