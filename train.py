@@ -1549,7 +1549,9 @@ class Run:
             if getattr(self.args, "pretrained", None):
                 file = Path(self.args.pretrained) / "causal_video_vae"
             task = "vae" if name == "vae" else "audio-vae or mel-vae"
-            if file and name in ckpt and fingerprint(load_vae(file, task=task)) != ckpt[name]:
+            if not file or name not in ckpt:
+                continue
+            if fingerprint(load_vae(file, self.device, task)) != ckpt[name]:
                 flag = "pretrained" if getattr(self.args, "pretrained", None) else name
                 return (f"was trained on latents of another VAE ({ckpt['args'].get(flag)}); give "
                         f"that one by --{flag.replace('_', '-')}")
