@@ -115,14 +115,16 @@ def resample_clips(records, key, rounds=1000):
     pairs = np.array(list(sums.values())).reshape(-1, 2)
     # Bootstrap: as many clips, drawn with replacement, always the same draws.
     drawn = np.random.default_rng(0).integers(max(1, len(pairs)), size=(rounds, len(pairs)))
-    over, under = np.concatenate([pairs.sum(0)[None], pairs[drawn].sum(1)]).T
+    pairs_drawn = pairs[drawn] if len(pairs) > 1 else np.zeros((rounds, 1, 2))
+    over, under = np.concatenate([pairs.sum(0)[None], pairs_drawn.sum(1)]).T
     return np.divide(over, under, out=np.full(1 + rounds, NAN), where=under > 0)
 
 
 def interval(ratios):
-    """What `resample_clips` gives, of a row or the difference of two -> value, low, high (95 %)."""
-    if math.isnan(ratios[0]):
-        return [NAN] * 3
+    """What `resample_clips` gives, of a row or the difference of two -> value, low, high (95 %). Of
+    one clip alone nothing is known about others: nan."""
+    if np.isnan(ratios[1:]).all():
+        return [float(ratios[0]), NAN, NAN]
     return [float(ratios[0]), *np.nanquantile(ratios[1:], (.025, .975)).tolist()]
 
 
@@ -197,7 +199,8 @@ class Table:
         # A figure of the row as a whole has no interval over clips.
         if name not in row.get("interval", {}):
             return f"{value:.3g}"
-        return "{:.3f} [{:.2f}, {:.2f}]".format(value, *row["interval"][name])
+        low, high = row["interval"][name]
+        return f"{value:.3f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
 
     def gain(self, figure, key, other):
         """What row `key` has more than row `other`, in `figure`, of the same clips -> value, low,

@@ -1431,6 +1431,10 @@ def test_windows_of_one_clip_are_drawn_together():
     table.add("b", "b", [r | dict(x=r["x"] ** 2) for r in windows])
     gain = cyclesync.interval(cyclesync.resample_clips([dict(x=x - x ** 2) for x in values], "x"))
     assert table.gain("x", "a", "b") == pytest.approx(gain)
+    # Windows of one clip alone say nothing about others: no interval.
+    alone = cyclesync.summarise([dict(x=x, source="a") for x in values])
+    assert alone["x"] == pytest.approx(values.mean()) and np.isnan(alone["interval"]["x"]).all()
+    assert table.cell(alone, "x") == f"{values.mean():.3f}"
 
 
 @pytest.mark.parametrize("n", [2, 5])
