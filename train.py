@@ -185,8 +185,8 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
 REAL_LATENTS = dict(vae=str(REAL_VAE_FILE))
 REAL = {
     "a2v": REAL_LATENTS, "t2av": REAL_LATENTS, "joint": REAL_LATENTS,
-    # This kl hardly limits what is coded: 4700 nats in a latent of 8 x 8 positions. Muon's update of
-    # these matrices takes about as long as the gradient of 8 crops, so AdamW is the default.
+    # This kl hardly limits what is coded: 4700 nats in a latent of 8 x 8 positions. Muon's update
+    # of these matrices takes about as long as the gradient of 8 crops, so AdamW is the default.
     "vae": dict(kl=1e-3, batch_size=8, steps=2000, optimizer="adamw", lr=1e-3)}
 # Syncphony: 33000 steps of 32 clips; the paper does not give its learning rate.
 PRETRAINED = dict(size="miniflux", steps=33000, batch_size=32, lr=5e-5, ema=.9999)
