@@ -137,19 +137,19 @@ def temporal_window(t_query, t_key, radius):
 
 def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, device="cpu"):
     """Who attends to whom when many latents of a clip are targets in one pass -> booleans (M, M),
-    M = n_text + (n_clean + n_noisy) tokens_per_latent. The noisy latents are the last of the clip.
+    M = n_text + (n_clean + n_noisy) tokens_per_latent. The noisy latents are the last of the clip,
+    of which all but the last are there as clean latents.
 
-                   keys ->  text  clean 0  clean 1  clean 2 | noisy 1  noisy 2
-        text, clean 0        x       x                      |
-        clean 1              x       x        x             |
-        clean 2              x       x        x        x    |
-        noisy 1              x       x                      |    x
-        noisy 2              x       x        x             |             x
+                   keys ->  text  clean 0  clean 1 | noisy 1  noisy 2
+        text, clean 0        x       x             |
+        clean 1              x       x        x    |
+        noisy 1              x       x             |    x
+        noisy 2              x       x        x    |             x
 
     Of the clean latents before it, a latent attends to the last `context` ones, and always to
-    latent 0. With 13 clean and 12 noisy latents 29 % of the mask is True."""
+    latent 0. With 12 clean and 12 noisy latents 29 % of the mask is True."""
     # of every token: which latent it belongs to (text: latent 0), and whether it is noisy
-    latents = torch.tensor([*range(n_clean), *range(n_clean - n_noisy, n_clean)])
+    latents = torch.tensor([*range(n_clean), *range(n_clean + 1 - n_noisy, n_clean + 1)])
     latent = F.pad(latents.repeat_interleave(tokens_per_latent), (n_text, 0)).to(device)
     is_noisy = torch.arange(len(latent), device=device) >= n_text + n_clean * tokens_per_latent
     query = latent[:, None]
@@ -684,13 +684,15 @@ class MMDiT(nn.Module):
         M = noisy.shape[2]
         T = text.shape[1]
         h, w = self.token_grid(noisy)
+        # no latent comes after the last one, so that nothing attends to it
+        clean = clean[:, :, :-1]
         # noisy latents stand at the times of the clean latents that they will become
-        ids = position_ids([*range(L), *range(L - M, L)], h, w)                 # (N, 3)
-        mask = teacher_forcing_mask(T, L, M, h * w, self.cfg.context, noisy.device)
+        ids = position_ids([*range(L - 1), *range(L - M, L)], h, w)             # (N, 3)
+        mask = teacher_forcing_mask(T, L - 1, M, h * w, self.cfg.context, noisy.device)
         # a noise level for every noisy latent; text and clean latents take row 0, sigma = 0
         timestep = 1000 * F.pad(sigma, (1, 0))                                  # (B, 1+M)
         index = torch.arange(1, M + 1).repeat_interleave(h * w)
-        index = F.pad(index, (T + L * h * w, 0)).to(noisy.device)               # (T+N,)
+        index = F.pad(index, (T + (L - 1) * h * w, 0)).to(noisy.device)               # (T+N,)
         out = self([clean, noisy], ids, mask[None, None], timestep, text, pooled, audio_features,
                    index)
         return self.to_velocity(out, noisy, sigma[:, None, :, None, None])

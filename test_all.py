@@ -305,18 +305,17 @@ def test_shifting_audio_and_video_together_changes_nothing_but_order_in_a_window
 
 def test_the_teacher_forcing_mask_is_the_one_that_its_docstring_draws():
     """With one token of text and one per latent; then with a shorter context."""
-    drawn = ["xx....",                  # text       keys: text, clean 0 1 2, noisy 1 2
-             "xx....",                  # clean 0
-             "xxx...",                  # clean 1
-             "xxxx..",                  # clean 2
-             "xx..x.",                  # noisy 1
-             "xxx..x"]                  # noisy 2
-    mask = networks.teacher_forcing_mask(1, 3, 2, 1, context=12)
+    drawn = ["xx...",                   # text       keys: text, clean 0 1, noisy 1 2
+             "xx...",                   # clean 0
+             "xxx..",                   # clean 1
+             "xx.x.",                   # noisy 1
+             "xxx.x"]                   # noisy 2
+    mask = networks.teacher_forcing_mask(1, 2, 2, 1, context=12)
     assert ["".join(".x"[m] for m in row) for row in mask.tolist()] == drawn
-    short = networks.teacher_forcing_mask(1, 5, 1, 1, context=1)
-    assert "".join(".x"[m] for m in short[-1]) == "xx..x.x"             # text, 0, 3 and itself
-    pairs = networks.teacher_forcing_mask(0, 13, 12, 4, context=12)
-    assert pairs.sum() == 181 * 16, f"{pairs.sum() / 16} of 625 pairs of latents"
+    short = networks.teacher_forcing_mask(1, 4, 1, 1, context=1)
+    assert "".join(".x"[m] for m in short[-1]) == "xx..xx"              # text, 0, 3 and itself
+    pairs = networks.teacher_forcing_mask(0, 12, 12, 4, context=12)
+    assert pairs.sum() == 168 * 16, f"{pairs.sum() / 16} of 576 pairs of latents"
 
 
 def velocities(net, audio, *, z=None, x=None, sigma=None):
