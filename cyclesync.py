@@ -1006,7 +1006,8 @@ class AudioToVideo(Scorer):
             clips = [dict(c, audio=wave) for c, wave in zip(clips, shuffled(self.sounds))]
         videos = generate(
             self.model, self.vae, clips, self.autocast, self.args.seed, asg=asg, cfg=cfg,
-            steps=self.args.steps, encoders=self.encoders, use_audio=use_audio)
+            still=self.ckpt["guidance"].get("still", 0.), steps=self.args.steps,
+            encoders=self.encoders, use_audio=use_audio)
         return videos, self.sounds, True
 
     def features(self, videos, sounds):

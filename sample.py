@@ -67,8 +67,8 @@ JOINT_FILE = WEIGHTS / "joint-toybox.pt"
 SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}
 STEPS = {"a2v": 30, "t2av": 50, "joint": 40}                  # Euler steps; of a2v: per latent
 GUIDANCE = {   # train.py writes it into checkpoints; a flag of the same name has the last word
-    "a2v": dict(asg=1., cfg=0.),
-    "real": dict(asg=2., cfg=0.),             # of a2v trained from scratch on real clips
+    "a2v": dict(asg=1., cfg=0., still=0.),
+    "real": dict(asg=2., cfg=0., still=.2),   # of a2v trained from scratch on real clips
     "pretrained": dict(asg=2., cfg=4.),       # w_a and w_t of Syncphony
     "t2av": dict(cfg=2.),                     # w of SyncFlow eq. 3; the paper samples with 6
     # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1. shift: as in training
@@ -235,13 +235,25 @@ def make_generators(seeds):
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
+def skip_still(x, still):
+    """Latents x (B, C, L, h, w), normalised, with exact rest where they are nearly at rest, like
+    the skipped blocks of a video codec: x or 0 at every position, by its RMS over the channels.
+
+    For VAEs whose latents are differences from those of a still clip (`VAEConfig.reference`). Test
+    windows of The Greatest Hits at 64 px, 95 % of positions: RMS below .06 where no pixel leaves
+    the first frame, above .17 where most pixels do."""
+    rms = x.square().mean(1, keepdim=True).sqrt()             # (B, 1, L, h, w)
+    return x * (rms > still)
+
+
 def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0., cfg=0.,
-                          seeds=(0,), bar=None):
+                          still=0., seeds=(0,), bar=None):
     """Syncphony: yields latents 1 .. n_latents - 1, each (B, C, 1, h, w), normalised.
 
     z0 (B, C, 1, h, w): latent of the first frame; audio (B, S, A) features, None: audio layers are
     skipped; text: (states, mask, pooled) of B rows, or of 2 B rows [full; null] for text guidance
-    (`encode_conditions`); asg, cfg: w_a, w_t >= 0. Clip i draws its noise from seeds[i] alone."""
+    (`encode_conditions`); asg, cfg: w_a, w_t >= 0; still: see `skip_still`, 0 = off. Clip i draws
+    its noise from seeds[i] alone."""
     B = len(z0)
     states, _, pooled = text                                  # (R·B, T, ·), (R·B, ·)
     R = len(states) // B
@@ -267,7 +279,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
     generators = make_generators(seeds)
     for _ in range(1, n_latents):
         x = {"video": randn_each(generators, z0.shape[1:]).to(z0)}
-        x = euler(velocity, x, sigma_steps(steps), bar)["video"]
+        x = skip_still(euler(velocity, x, sigma_steps(steps), bar)["video"], still)
         # The finished latent joins the cache of every branch as a clean one.
         cache.append(rows(x))
         yield x
@@ -411,7 +423,7 @@ def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
 
 
 def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullcontext, cfg=0.,
-                   use_audio=True, tiles=False, encoders=None, **settings):
+                   still=0., use_audio=True, tiles=False, encoders=None, **settings):
     """Pictures uint8 (B, H, W, 3), waveforms (samples,) -> yields uint8 (B, f, H, W, 3) pieces.
 
     Frame 0 is the picture itself, and there are `frames` in all. use_audio=False: without audio
@@ -437,8 +449,9 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     yield pictures[:, None]
 
     # Later latents are decoded as soon as they are finished.
-    is_pyramid = model.cfg.context_sigma == "shared"
-    sampler = sample_stages if is_pyramid else sample_autoregressive
+    sampler = partial(sample_autoregressive, still=still)
+    if model.cfg.context_sigma == "shared":
+        sampler = sample_stages
     latents = sampler(model, z0, L, audio if use_audio else None, text, cfg=cfg, **settings)
     remaining = frames - 1
     for _ in range(1, L):
@@ -911,6 +924,7 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "asg": ("a2v", NOT_NEGATIVE, "Syncphony: w_a, Audio Sync Guidance; 0 = off"),
     "cfg": (ALL, NOT_NEGATIVE,
             "text guidance: Syncphony's w_t, 0 = off; of two towers S, 1 = off"),
+    "still": ("a2v", NOT_NEGATIVE, "what moves less than this is at rest (skip_still); 0 = off"),
     "sync_video": ("joint", NOT_NEGATIVE, "Harmony: s_v of SyncCFG, 1 = off"),
     "sync_audio": ("joint", NOT_NEGATIVE, "Harmony: s_a of SyncCFG, 1 = off"),
     "steps": (ALL, data.number(int, 1, 1000),

@@ -1212,6 +1212,27 @@ def test_syncphony_guidance_is_one_batch_and_equation_6(asg, cfg, double, single
             clean = torch.cat([clean, x], 2)
 
 
+def test_a_latent_nearly_at_rest_is_at_rest_for_all_that_follow(toy):
+    """Positions whose RMS is not above `still` become 0 in the finished latent; the next latent
+    attends to them as they are then."""
+    model = sample.load(toy / "a2v.pt").model
+    z0 = torch.randn(1, model.cfg.latent, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    text = model.encode_text(text_bytes(["a ball"]))
+
+    def run(still):
+        with torch.no_grad():
+            return list(sample.sample_autoregressive(model, z0, 3, None, text, 2, still=still))
+
+    free = run(0.)
+    rms = free[0].square().mean(1, keepdim=True).sqrt()
+    still = rms.median().item()
+    first, second = run(still)
+    at_rest = (rms <= still).expand_as(first)
+    assert 0 < at_rest.float().mean() < 1
+    assert (first[at_rest] == 0).all() and torch.equal(first[~at_rest], free[0][~at_rest])
+    assert not torch.allclose(second, sample.skip_still(free[1], still))
+
+
 def test_a_clip_does_not_depend_on_the_batch_around_it(toy):
     """Clip i draws its noise from seeds[i] alone; between frames the caller's grad mode is kept."""
     system = sample.load(toy / "a2v.pt")
@@ -1252,7 +1273,7 @@ def test_guidance_is_the_flag_s_else_the_checkpoint_s_else_the_system_s(toy, tmp
              "--vae", toy / "vae.pt", "--steps", 1, "--seconds", .3, "--out", tmp_path]
     for more, cfg in ([], 0), (["--cfg", 3], 3):
         assert cli(sample, *flags, *more) == 0
-        assert f"asg 0.5, cfg {cfg}, steps 1" in capsys.readouterr().out
+        assert f"asg 0.5, cfg {cfg}, still 0, steps 1" in capsys.readouterr().out
 
 
 def test_the_video_tower_of_harmony_alone_is_sampled_as_it_was_trained():
