@@ -12,7 +12,7 @@ cross-attention in its later blocks (Syncphony, section 3.2 and appendix D).
                      adaLN, linear, unpatchify --> velocity v = eps - z (B, C, L, h, w)
 
 Rotary embeddings (RoPE) of (time, row, column) say where a token is, adaLN says how noisy it is.
-Three callers run these blocks, and agree where they overlap:
+Four callers run these blocks, and agree where they overlap:
 
     forward_teacher_forced     training: [text; clean latents; noisy latents] in one pass, so that
                                every latent of a clip is a target (see `teacher_forcing_mask`)
@@ -20,6 +20,7 @@ Three callers run these blocks, and agree where they overlap:
                                latents are kept, a step runs the noisy latent only
     pyramid.staged_velocity    Pyramid Flow's own: clean latents at falling resolutions, then the
                                noisy one at the resolution of its stage
+    pyramid.HistoryCache       the same for sampling: keys and values of the coarsest ones are kept
 
 Not learned in the audio layers:
 
@@ -203,9 +204,11 @@ def split_heads(x, K):
     return x.unflatten(2, (K, -1)).transpose(1, 2)                      # (B, N, D) -> (B, K, N, d)
 
 
-def project_qkv(x, K, linears, norms):
-    """x (B, N, D) by three linear layers -> queries, keys, values (B, K, N, d)"""
-    q, k, v = (split_heads(linear(x), K) for linear in linears)
+def project_qkv(x, K, linears, norms, n_queries=None):
+    """x (B, N, D) by three linear layers -> queries (of the last n_queries tokens, None: of all),
+    keys, values (B, K, N, d)"""
+    sources = x[:, -n_queries:] if n_queries else x, x, x
+    q, k, v = (split_heads(linear(source), K) for linear, source in zip(linears, sources))
     # queries and keys are normalised per head, which keeps the scores bounded
     return norms[0](q), norms[1](k), v
 
@@ -266,6 +269,7 @@ class Conditioning:
     sigma_index: torch.Tensor = None    # (T+N,) row of temb of each token; None: G is 1
     mask: torch.Tensor = None           # (B or 1, 1, T+N or 1, keys) booleans; None: all to all
     audio_mask: torch.Tensor = None     # (N, S) booleans: the window of each video token
+    groups: list = None                 # see `attention`; None: all queries attend to all keys
 
 
 def attention_weights(q, k, mask=None):
@@ -276,8 +280,17 @@ def attention_weights(q, k, mask=None):
     return scores.softmax(-1)
 
 
-def attention(q, k, v, mask=None):
-    """q (B, K, N, d), k and v (B, K, M, d), mask broadcast to (B, K, N, M) -> (B, N, D)"""
+def attention(q, k, v, mask=None, groups=None):
+    """q (B, K, N, d), k and v (B, K, M, d), mask broadcast to (B, K, N, M) -> (B, N, D)
+
+    groups: [(n, m)], the next n queries attend to the first m keys. Causality by groups needs no
+    mask (N, M), and without one the fused kernels are at their fastest."""
+    if groups:
+        outputs = []
+        for (_, m), queries in zip(groups, q.split([n for n, _ in groups], 2)):
+            group_mask = None if mask is None else mask[..., :m]
+            outputs.append(attention(queries, k[:, :, :m], v[:, :, :m], group_mask))
+        return torch.cat(outputs, 1)
     q = q.to(v.dtype)
     k = k.to(v.dtype)
     # at the toybox's sizes the fused kernel has the slower backward pass on a CPU
@@ -307,22 +320,24 @@ class JointAttention(nn.Module):
 
     def forward(self, x, cond, cached_kv, text=None):
         """x (B, N, D), in double blocks text (B, T, D), cached_kv: rotated keys and values
-        (B, K, M, d) of the clean context -> (B, T+N, D) before the output projection, new ones"""
+        (B, K, M, d) of the clean context -> (B, T+N, D) before the output projection, new ones.
+        With groups for fewer than T+N queries: of the last tokens alone"""
+        n_queries = sum(n for n, _ in cond.groups) if cond.groups else None
         q, k, v = project_qkv(x, self.K, (self.to_q, self.to_k, self.to_v),
-                              (self.norm_q, self.norm_k))               # (B, K, N, d)
+                              (self.norm_q, self.norm_k), n_queries)    # (B, K, N, d)
         if text is not None:
             linears = self.add_q_proj, self.add_k_proj, self.add_v_proj
             added = project_qkv(text, self.K, linears, (self.norm_added_q, self.norm_added_k))
             q, k, v = (torch.cat(pair, 2) for pair in zip(added, (q, k, v)))    # (B, K, T+N, d)
         # a key is rotated before it is cached: the position of its token does not change
-        q = apply_rope(q, cond.rope)
+        q = apply_rope(q, [table[-q.shape[2]:] for table in cond.rope])
         k = apply_rope(k, cond.rope).to(v.dtype)
         new_kv = k, v
         # the clean context comes first, as in the mask of `KVCache`
         if cached_kv is not None:
             k = torch.cat([cached_kv[0], k], 2)                         # (B, K, M+T+N, d)
             v = torch.cat([cached_kv[1], v], 2)
-        return attention(q, k, v, cond.mask), new_kv
+        return attention(q, k, v, cond.mask, cond.groups), new_kv
 
 
 class Attention(nn.Module):
@@ -432,6 +447,8 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.norm(cond.temb, cond.sigma_index)
         normed = modulate(tokens, shift, scale)
         attended, new_kv = self.attn(normed, cond, cached_kv)                    # (B, T+N, D)
+        # keys and values are of all tokens; queries may be of the last ones alone (`run_blocks`)
+        tokens, normed, gate = (x[:, -attended.shape[1]:] for x in (tokens, normed, gate))
         mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")                  # (B, T+N, 4D)
         return tokens + gate * self.proj_out(torch.cat([attended, mlp], 2)), new_kv
 
@@ -640,6 +657,9 @@ class MMDiT(nn.Module):
                 mask = cond.mask if cond.mask is None or len(cond.mask) == 1 else repeat(cond.mask)
                 cond = replace(cond, temb=repeat(cond.temb), mask=mask)
                 tokens = repeat(tokens)
+            # nothing but the output reads the last block: the last group of queries is enough
+            if cond.groups and i == len(self.all_blocks()) - 1 >= n_double:
+                cond = replace(cond, groups=cond.groups[-1:])
             # a block is given its own ones of the lists: torch.compile compiles it once for all
             past = cached_kv[i] if cached_kv else None
             audio = audio_kv[i - n_double] if audio_kv and i >= n_double else None
@@ -708,8 +728,8 @@ class KVCache:
 
     It is exact: the context has sigma = 0 (`context_sigma="zero"`) and never attends to the noisy
     latent, a key keeps the rotation of its own time, and the audio window of a finished latent is
-    fixed. (Published Pyramid Flow recomputes the context: its sigma is "shared", see
-    `MMDiTConfig`.) The order of keys does not matter, since their time is in their rotation.
+    fixed. (Where sigma is "shared", as published: `pyramid.HistoryCache`.) The order of keys does
+    not matter, since their time is in their rotation.
 
     The ring holds the last W latents: a new one replaces the oldest. The sink stays, since
     attention degrades when its first tokens are dropped (attention sinks, StreamingLLM, Xiao et al.

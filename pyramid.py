@@ -21,8 +21,10 @@ History  the clean latents before: the last one at the stage's resolution, earli
     T text tokens · D width of the text states · P width of the pooled text vector
 """
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 
 from data import BadInput, build, replacing
 from losses import add_noise, combine_guidance, motion_weight, rand_each, randn_each
-from model import CrossAttention, MMDiT, MMDiTConfig, init_weights, position_ids
+from model import Conditioning, CrossAttention, MMDiT, MMDiTConfig, init_weights, position_ids
 from vae import CausalVideoVAE, VAEConfig
 
 # Name of the files of weights in a folder of the hub, before .safetensors or .bin.
@@ -55,6 +57,19 @@ NEGATIVE_PROMPT = (
 
 # ---------------------------------------------------------------------------------- the network
 
+def clip_ids(model, clips):
+    """Positions (N, 3) of all tokens of clips that stand one after another in time, each laid over
+    the grid of the last one."""
+    h, _ = model.token_grid(clips[-1])
+    ids = []
+    t = 0
+    for z in clips:
+        rows, cols = model.token_grid(z)
+        ids.append(position_ids(range(t, t + z.shape[2]), rows, cols, h / rows))
+        t += z.shape[2]
+    return torch.cat(ids)
+
+
 def staged_velocity(model, clips, timestep, text, text_mask, pooled, audio=None, n_off_sync=0,
                     latents_dropped=0):
     """Velocity of the last, noisy clip, given clean clips before it -> (B + n_off_sync, C, L, h, w)
@@ -63,15 +78,7 @@ def staged_velocity(model, clips, timestep, text, text_mask, pooled, audio=None,
     clips: list of (B, C, L_i, h_i, w_i), oldest and coarsest first; timestep (B,) in 0..1000;
     text (B, T, D), its mask (B, T); pooled (B, P); audio (B, S, A) of the whole clip, None: no
     audio layers; latents_dropped: how many latents were before clips[0]"""
-    # the clips stand one after another, each laid over the grid of the noisy one
-    h, _ = model.token_grid(clips[-1])
-    ids = []
-    t = 0
-    for z in clips:
-        rows, cols = model.token_grid(z)
-        ids.append(position_ids(range(t, t + z.shape[2]), rows, cols, h / rows))
-        t += z.shape[2]
-    ids = torch.cat(ids)                                                # (N, 3)
+    ids = clip_ids(model, clips)                                        # (N, 3)
     # causal in time; text stands at 0; padding attends to padding alone, so that no softmax is
     # over nothing
     times = F.pad(ids[:, 0], (text.shape[1], 0)).to(text.device)
@@ -82,6 +89,104 @@ def staged_velocity(model, clips, timestep, text, text_mask, pooled, audio=None,
     audio_start = -latents_dropped * model.cfg.alpha
     return model(clips, ids, mask[:, None], timestep[:, None], text, pooled, audio,
                  n_off_sync=n_off_sync, audio_start=audio_start)
+
+
+class HistoryCache:
+    """`staged_velocity` for sampling: the same velocity from a fraction of the tokens.
+
+    Every token is modulated with the noise level of the noisy latent. So the keys and values of the
+    history change from step to step, and it seems that none can be kept. But all latents pass
+    through the same steps: step i of stage s has one timestep, whatever the latent, and attention
+    is causal in time. So the keys and values of latents 0 to 3, which latent 6 computed at step i,
+    are those that latent 7 needs at step i. One cache for each timestep holds them:
+
+                               coarsest history       then finer    noisy       (stage 2)
+        latent 6, step i     text  0  1  2  3           4    5        6
+        latent 7, step i     text  0  1  2  3  4        5    6        7
+                            '--- cached ------'
+                                              '-------- run -----------'
+                                              '- -' goes to the cache
+
+    Three more savings, exact as well:
+
+    * Text is cut to the longest one of the batch: nothing that is kept attends to padding.
+    * Tokens stand in the order of time, so that each latent attends to the first keys up to its
+      own. Latent by latent that takes no mask (`model.attention`), where plain attention masks all
+      pairs; only texts of different lengths need one, of (B, keys):
+
+                   keys ->  cached  4  5  6  7
+                        4     x     x
+                        5     x     x  x
+                        6     x     x  x  x
+                        7     x     x  x  x  x
+
+    * The output is that of the noisy tokens: in the last block only they have queries and an MLP.
+
+    Text and latent 0 attend to each other, as both stand at time 0. They are run together by the
+    first latent that has latent 0 at the coarsest resolution: latent 3 in stage 2. When the window
+    slides (`sample_pyramid`), all latents of the history move by one in time, towards latent 0, and
+    lose the one that was dropped: every key changes, so the whole history is run again.
+
+    Memory: for the published network 184 kB a token in bfloat16 (24 blocks x 2 x 1920). At 384x640
+    a coarse latent is 60 tokens, and there are 30 caches: after 16 latents 5 GB for each row of the
+    batch, 13 GB with rows for text guidance and Audio Sync Guidance (off-sync: 16 blocks).
+    """
+
+    def __init__(self, model, text, text_mask, pooled):
+        """Of one video: text (B, T, D), its mask (B, T), 1 before 0; pooled (B, P)."""
+        self.model = model
+        self.pooled = pooled
+        lengths = text_mask.sum(1).tolist()
+        longest = int(max(lengths))
+        self.text = text[:, :longest]
+        self.text_mask = text_mask[:, :longest].bool() if min(lengths) < longest else None
+        self.coarsest = None            # shape of a latent in the coarsest stage
+        self.caches = {}                # {timestep: (latents in it, keys and values per block)}
+
+    def velocity(self, clips, timestep, audio=None, n_off_sync=0, latents_dropped=0):
+        """As `staged_velocity`; timestep is a number, clips have the first rows of the texts'."""
+        model = self.model
+        B = len(clips[-1])
+        latents = list(chain.from_iterable(clip.split(1, dim=2) for clip in clips))
+        # the first latents of the history: in the cache, and in it after this call
+        self.coarsest = self.coarsest or latents[-1].shape[2:]          # first call: of stage 0
+        n_coarse = sum(z.shape[2:] == self.coarsest for z in latents[:-1])
+        n_cached, cached_kv = self.caches.get(timestep, (0, None))
+        # the window has moved, or this is another video: all of the history is run
+        if latents_dropped or n_cached >= n_coarse:
+            n_cached, cached_kv = 0, None
+        text = None if n_cached else self.text[:B]                      # it goes with latent 0
+        n_text = 0 if n_cached else text.shape[1]
+
+        # queries of each new latent, and how many keys there are up to its own
+        sizes = [math.prod(model.token_grid(z)) for z in latents]
+        keys = (self.text.shape[1] + np.cumsum(sizes)).tolist()
+        queries = sizes[n_cached:]
+        queries[0] += n_text
+        groups = list(zip(queries, keys[n_cached:]))
+        mask = None
+        if self.text_mask is not None:
+            mask = F.pad(self.text_mask[:B], (0, sum(sizes)), value=True)[:, None, None]
+
+        # as `MMDiT.forward`, for the new latents
+        ids = clip_ids(model, clips)[sum(sizes[:n_cached]):]            # (N, 3)
+        audio_kv, audio_mask = model.project_audio(
+            audio, ids[:, 0], -latents_dropped * model.cfg.alpha)
+        pooled = self.pooled[:B]
+        temb = model.time_text_embed(torch.full((B, 1), timestep, device=pooled.device), pooled)
+        rope = model.rope(ids, pooled.device, n_text)
+        cond = Conditioning(temb, rope, n_text, None, mask, audio_mask, groups)
+        out, kv = model.run_blocks(latents[n_cached:], text, cond, audio_kv, cached_kv, n_off_sync)
+
+        # the coarse ones of the new keys and values go to the end of the cache
+        if n_coarse and not latents_dropped:
+            n = sum(queries[:n_coarse - n_cached])
+            # per block (2, rows, K, n, d)
+            kv = [torch.stack((k[:, :, :n], v[:, :, :n])) for k, v in kv]
+            if n_cached:
+                kv = [torch.cat(parts, 3) for parts in zip(cached_kv, kv)]
+            self.caches[timestep] = n_coarse, kv
+        return out
 
 
 # ------------------------------------------------------------------------------ the staged path
@@ -309,23 +414,29 @@ def sample_pyramid(network, z0, n_latents, noise, steps, jump=block_noise, keep=
         yield x
 
 
-def with_guidance(model, text, mask, pooled, audio=None, asg=0., cfg=0.):
+def with_guidance(model, text, mask, pooled, audio=None, asg=0., cfg=0., cached=True):
     """The network of `sample_pyramid`: all guidance branches in one batch, Syncphony eq. 6.
 
     text (R B, T, D), mask (R B, T), pooled (R B, P): the prompts of B clips and, for guidance by
     text (R = 2), as many negative prompts behind them. audio (B, S, A) or None; asg, cfg: w_a, w_t.
+    cached: by `HistoryCache`, for one video; else by `staged_velocity`, which gives the same.
     """
+    cache = HistoryCache(model, text, mask, pooled)
+
     def network(clips, timestep, latents_dropped=0):
         B = len(clips[-1])
         R = len(text) // B
         off_sync = B if asg > 0 and audio is not None else 0
         clips = [clip.repeat(R, 1, 1, 1, 1) for clip in clips]
-        timestep = torch.full((R * B,), timestep, device=text.device)
         audio_rows = None if audio is None else audio.repeat(R, 1, 1)
 
         # rows of v: prompts, negative prompts (if R = 2), prompts without audio layers (if asg > 0)
-        v = staged_velocity(model, clips, timestep, text, mask, pooled, audio_rows, off_sync,
-                            latents_dropped)
+        if cached:
+            v = cache.velocity(clips, timestep, audio_rows, off_sync, latents_dropped)
+        else:
+            timestep = torch.full((R * B,), timestep, device=text.device)
+            v = staged_velocity(model, clips, timestep, text, mask, pooled, audio_rows, off_sync,
+                                latents_dropped)
         audio_term = (1 + asg if off_sync else 1, v[-B:])
         text_term = (1 + cfg if R > 1 else 1, v[B:2 * B])
         return combine_guidance(v[:B], audio_term, text_term)           # Syncphony eq. 6

@@ -287,7 +287,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 
 def sample_stages(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0., cfg=0.,
                   seeds=(0,), bar=None):
-    """`sample_autoregressive` of a model in Pyramid Flow's layout: three resolutions, no cache."""
+    """`sample_autoregressive` of a model in Pyramid Flow's layout: three resolutions."""
     if steps < 3:
         raise BadInput(f"--steps {steps}: this model works at three resolutions; give 3 or more")
     generators = make_generators(seeds)

@@ -608,7 +608,7 @@ def test_the_sampler_agrees_with_pyramid_flow_number_for_number(kind, monkeypatc
     stored = iter([torch.tensor(g[key]) for key in sorted(g) if key.startswith("in/block_noise/")])
 
     def sample(z0, n_latents, noise, steps, cfg):
-        network = pyramid.with_guidance(None, *conditions, cfg=cfg)
+        network = pyramid.with_guidance(None, *conditions, cfg=cfg, cached=False)
         return list(pyramid.sample_pyramid(
             network, z0, n_latents, noise, steps, jump=lambda shape: next(stored)))
     # The published scales are 1 + cfg: 7 for a generated latent 0, then 5; 4 with a given one.
@@ -641,6 +641,61 @@ def test_the_sampler_drops_old_latents_but_not_the_first_and_the_audio_stays_in_
     two_dropped = flux_velocity(net, audio[:, 8:], 0, 2, dtype=torch.float64)
     assert torch.allclose(three_dropped, two_dropped)
     assert gap(three_dropped, flux_velocity(net, audio, dtype=torch.float64)) > 1e-3
+
+
+def sample_staged(net, n_latents, given=True, keep=30, counted=(), cached=True, **options):
+    """Latents of a published-type network with both guidances, prompts of 3 and 5 tokens padded to
+    8; with `counted`, tokens that each of these modules ran in every call of it."""
+    text, audio, noise = normal(2, 8, 12), normal(1, 60, 6), normal(1, 4, n_latents + 1, 8, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]])
+    generator = torch.Generator().manual_seed(0)
+    tokens = [[] for _ in counted]
+    hooks = [module.register_forward_pre_hook(lambda module, x, n=n: n.append(x[0].shape[1]))
+             for module, n in zip(counted, tokens)]
+    network = pyramid.with_guidance(net, text, mask, normal(2, 8), audio, 2., 4., cached)
+    latents = pyramid.sample_pyramid(
+        network, noise[:, :, :1] if given else None, n_latents, noise[:, :, 1:], (2, 2, 2),
+        lambda shape: pyramid.block_noise(shape, generator).double(), keep, **options)
+    with torch.no_grad():
+        latents = torch.cat(list(latents), 2)
+    for hook in hooks:
+        hook.remove()
+    return latents, tokens
+
+
+@pytest.mark.parametrize("given, keep", [(True, 30), (True, 3), (False, 4)])
+def test_the_history_cache_changes_no_latent_even_when_the_window_slides(given, keep):
+    """Text and audio guidance, padded prompts of two lengths; latent 0 given and generated."""
+    net = little_flux(audio_dim=6, alpha=5.).double()
+    plain, _ = sample_staged(net, 7, given, keep, cached=False)
+    fast, _ = sample_staged(net, 7, given, keep)
+    assert plain.abs().max() > 1 and plain.shape == fast.shape
+    assert_close("latents", fast, plain, 1e-5)
+
+
+def test_the_history_cache_runs_every_coarse_latent_once_per_stage_and_step(monkeypatch):
+    """Tokens in a latent: 1, 4 and 16 in stage 0, 1 and 2. Each latent takes two calls of each."""
+    masks = []
+
+    def attention(q, k, v, mask=None):
+        masks.append(mask)
+        return real_attention(q, k, v, mask)
+    real_attention = networks.F.scaled_dot_product_attention
+    monkeypatch.setattr(networks.F, "scaled_dot_product_attention", attention)
+    net = little_flux(audio_dim=6, alpha=5.).double()
+    last_mlp = net.single_transformer_blocks[-1].proj_mlp
+    _, counts = sample_staged(net, 6, counted=(net.x_embedder, net.context_embedder, last_mlp))
+    video, text, last = (np.reshape(n, (-1, 2)) for n in (counts[0], counts[1], counts[2]))
+    # Latents 1 to 5: [coarse latents that are new; finer ones; noisy]
+    first, later = [1 + 1, 4 + 4, 16 + 16], [1 + 1, 1 + 4 + 4, 1 + 4 + 16 + 16]
+    second = [1 + 1, 1 + 4 + 4, 4 + 16 + 16]
+    assert video[:, 0].tolist() == [*first, *second, *later, *later, *later]
+    assert (video[:, 0] == video[:, 1]).all()
+    # The longest text, until latent 0 is at the coarsest resolution: 1, 2 and 3 times
+    assert text.ravel().tolist() == 2 * (1 + 2 + 3) * [5]
+    assert last.ravel().tolist() == 5 * [1, 1, 4, 4, 16, 16], "the last block, noisy tokens alone"
+    # The masks of joint attention are of padding: the same for all queries
+    assert {mask.shape[2] for mask in masks if mask.dim() == 4} == {1}
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
