@@ -35,6 +35,7 @@ Not learned in the audio layers:
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -270,6 +271,7 @@ class Conditioning:
     mask: torch.Tensor = None           # (B or 1, 1, T+N or 1, keys) booleans; None: all to all
     audio_mask: torch.Tensor = None     # (N, S) booleans: the window of each video token
     groups: list = None                 # see `attention`; None: all queries attend to all keys
+    slots: torch.Tensor = None          # (N,) of `KVCache`: where the new keys and values belong
 
 
 def attention_weights(q, k, mask=None):
@@ -333,8 +335,11 @@ class JointAttention(nn.Module):
         q = apply_rope(q, [table[-q.shape[2]:] for table in cond.rope])
         k = apply_rope(k, cond.rope).to(v.dtype)
         new_kv = k, v
-        # the clean context comes first, as in the mask of `KVCache`
-        if cached_kv is not None:
+        if cond.slots is not None:
+            for cached, new in zip(cached_kv, new_kv):
+                cached.index_copy_(2, cond.slots, new.to(cached.dtype))
+            k, v = cached_kv                                            # (B, K, n_slots, d)
+        elif cached_kv is not None:
             k = torch.cat([cached_kv[0], k], 2)                         # (B, K, M+T+N, d)
             v = torch.cat([cached_kv[1], v], 2)
         return attention(q, k, v, cond.mask, cond.groups), new_kv
@@ -394,13 +399,13 @@ class DoubleBlock(nn.Module):
         self.attn = JointAttention(cfg, double=True)
         self.ff, self.ff_context = MLP(D), MLP(D)
 
-    def forward(self, tokens, cond, cached_kv=None, audio_kv=None):
+    def forward(self, tokens, cond, cached_kv=None, audio_kv=None, adaln=None):
         """[text; video] (B, T+N, D) -> the same, new keys and values. No audio in these blocks."""
         T = cond.n_text
         text, x = tokens.tensor_split([T], 1)
         # adaLN: shift, scale and gate for attention (1) and MLP (2) of each stream
         index = None if cond.sigma_index is None else cond.sigma_index[T:]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(cond.temb, index)
+        shift1, scale1, gate1, shift2, scale2, gate2 = adaln or self.norm1(cond.temb, index)
         video_in = modulate(x, shift1, scale1)
         text_in = None
         if T:
@@ -433,7 +438,7 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(D, 4 * D)
         self.proj_out = nn.Linear(5 * D, D)
 
-    def forward(self, tokens, cond, cached_kv=None, audio_kv=None):
+    def forward(self, tokens, cond, cached_kv=None, audio_kv=None, adaln=None):
         """[text; video] (B, T+N, D), audio_kv: keys and values of the audio for the first rows, or
         None -> the same, new keys and values"""
         if audio_kv is not None:
@@ -444,7 +449,7 @@ class SingleBlock(nn.Module):
             synced = self.audio(x[:rows], audio_kv, rope, cond.audio_mask)
             tokens = torch.cat([text, torch.cat([synced, x[rows:]])], 1)
         # attention and MLP side by side, modulated alike, with one output projection
-        shift, scale, gate = self.norm(cond.temb, cond.sigma_index)
+        shift, scale, gate = adaln or self.norm(cond.temb, cond.sigma_index)
         normed = modulate(tokens, shift, scale)
         attended, new_kv = self.attn(normed, cond, cached_kv)                    # (B, T+N, D)
         # keys and values are of all tokens; queries may be of the last ones alone (`run_blocks`)
@@ -587,6 +592,8 @@ class MMDiT(nn.Module):
             self.text_encoder = ByteText(cfg.text_dim, cfg.pooled_dim)
         if cfg.audio_encoder == "mel" and cfg.audio_dim:
             self.mel_encoder = MelEncoder(cfg.audio_dim)
+        # what KVCache calls instead of `cached_step`: see sample.compile_network
+        self.compiled_step = None
         init_weights(self)
         # as in DiT, the first output is 0 instead of a random velocity
         nn.init.zeros_(self.proj_out.weight)
@@ -633,12 +640,14 @@ class MMDiT(nn.Module):
         blocks = self.single_transformer_blocks
         return [block.audio.project_kv(audio_features, rope) for block in blocks], audio_mask
 
-    def run_blocks(self, clips, text, cond, audio_kv=None, cached_kv=None, n_off_sync=0):
+    def run_blocks(self, clips, text, cond, audio_kv=None, cached_kv=None, n_off_sync=0,
+                   adaln=None):
         """Output for the last of `clips` (B + n_off_sync, C, L, h, w); [(keys, values) per block].
 
         clips: list of latents (B, C, L_i, h_i, w_i); text (B, T, text_dim), None: it is in the
         cache; audio_kv: of `project_audio`; cached_kv: per block, those of the clean context;
-        n_off_sync: how many of the first rows run once more, without audio layers (eq. 2)"""
+        n_off_sync: how many of the first rows run once more, without audio layers (eq. 2);
+        adaln: of `all_adaln`, None: computed here"""
         # patches to tokens, after those of the text
         tokens = torch.cat([patchify(z, self.cfg.patch) for z in clips], 1)
         tokens = self.x_embedder(tokens)                                        # (B, N, D)
@@ -663,14 +672,14 @@ class MMDiT(nn.Module):
             # a block is given its own ones of the lists: torch.compile compiles it once for all
             past = cached_kv[i] if cached_kv else None
             audio = audio_kv[i - n_double] if audio_kv and i >= n_double else None
-            tokens, kv = block(tokens, cond, past, audio)
+            tokens, kv = block(tokens, cond, past, audio, adaln[i] if adaln else None)
             new_kv.append(kv)
 
         # the last clip's tokens; scale before shift, as in diffusers' AdaLayerNormContinuous
         L, h, w = clips[-1].shape[2:]
         n = L * h * w // self.cfg.patch ** 2
         index = None if cond.sigma_index is None else cond.sigma_index[-n:]
-        scale, shift = self.norm_out(cond.temb, index)
+        scale, shift = adaln[-1] if adaln else self.norm_out(cond.temb, index)
         out = self.proj_out(modulate(tokens[:, -n:], shift, scale))             # (B, n, p p C)
         return unpatchify(out, L, h, w, self.cfg.patch), new_kv
 
@@ -692,6 +701,19 @@ class MMDiT(nn.Module):
         rope = self.rope(ids, text.device, T)
         cond = Conditioning(temb, rope, T, sigma_index, mask, audio_mask)
         return self.run_blocks(clips, text, cond, audio_kv, n_off_sync=n_off_sync)[0]
+
+    def all_adaln(self, temb, n_off_sync=0):
+        """The adaLN vectors of the video tokens, from temb (B, 1, D): per block, of the output."""
+        rows = torch.cat([temb, temb[:n_off_sync]])
+        return [*(block.norm1(temb) for block in self.transformer_blocks),
+                *(block.norm(rows) for block in self.single_transformer_blocks),
+                self.norm_out(rows)]
+
+    def cached_step(self, x, sigma, adaln, cond, audio_kv, cached_kv, n_off_sync):
+        """A step of `KVCache`: velocity of the latent x (B, C, 1, h, w), off-sync rows last."""
+        out, _ = self.run_blocks([x], None, cond, audio_kv, cached_kv, n_off_sync, adaln)
+        # the precondition needs the input of every row
+        return self.to_velocity(out, torch.cat([x, x[:n_off_sync]]), sigma)
 
     # ---- training where clean tokens have sigma = 0 (context_sigma="zero")
 
@@ -723,19 +745,24 @@ class MMDiT(nn.Module):
 class KVCache:
     """One latent after another: the keys and values of the finished ones, text included.
 
-        | text | latent 0 | 13 | 14 | 15 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 |      W = 12,
-        '------ sink -----'----------- ring: latent l in slot (l - 1) mod W ----'      next: 16
+        | text | latent 0 | 14 | 15 | 16 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 | 13 |     W = 12,
+        '------ sink -----'------ ring: latent l in slot (l - 1) mod (W + 1) --------'     now: 16
 
     It is exact: the context has sigma = 0 (`context_sigma="zero"`) and never attends to the noisy
     latent, a key keeps the rotation of its own time, and the audio window of a finished latent is
     fixed. (Where sigma is "shared", as published: `pyramid.HistoryCache`.) The order of keys does
     not matter, since their time is in their rotation.
 
-    The ring holds the last W latents: a new one replaces the oldest. The sink stays, since
+    The ring holds the last W latents and the noisy one, which replaces the oldest: every step
+    writes its keys into the same slots and attends to the whole cache, without a copy of it. The
+    step at sigma = 0 is the last one of a latent, and its keys stay. The sink stays, since
     attention degrades when its first tokens are dropped (attention sinks, StreamingLLM, Xiao et al.
     2023); beyond latent W it is rotated on, so that no key is farther away than in training. A mask
-    hides slots that are still empty. So all shapes are constant, and one compiled graph serves
-    clips of any length; on a CPU (size tiny) the empty slots cost at most 3 % of a step."""
+    hides slots that are still empty; on a CPU (size tiny) these cost at most 3 % of a step.
+
+    So a step is one function of tensors whose shapes never change, `MMDiT.cached_step`, and
+    torch.compile makes one graph of it for clips of any length. What depends on sigma or on the
+    latent is an input of the graph and computed once for each: `noise_level`, `begin_latent`."""
 
     @torch.no_grad()
     def __init__(self, model, first, text, pooled, audio_features=None, n_off_sync=0):
@@ -749,15 +776,24 @@ class KVCache:
         self.n_off_sync = n_off_sync
         self.n = self.grid[0] * self.grid[1]
         self.n_sink = text.shape[1] + self.n
-        self.n_slots = self.n_sink + model.cfg.context * self.n
+        self.n_slots = self.n_sink + (model.cfg.context + 1) * self.n
+        self.levels = {}                # of `noise_level`
         # prefill: text and latent 0, without a context
-        self.kv = None
         self.begin_latent(0, text.shape[1])
-        _, kv = self.run(first, 0., text)
-        # per block: keys and values (2, rows, K, T + n, d), in single blocks with off-sync rows
-        self.sink = [torch.stack(pair) for pair in kv]
-        # the ring is 0, not empty memory: masked values have weight 0, and 0 * nan would be nan
-        self.kv = [F.pad(sink, (0, 0, 0, self.n_slots - sink.shape[3])) for sink in self.sink]
+        _, temb, _ = self.noise_level(0., first)
+        cond = replace(self.cond, temb=temb)
+        _, self.sink = model.run_blocks([first], text, cond, self.audio_kv, n_off_sync=n_off_sync)
+        # per block: keys and values (rows, K, n_slots, d), in single blocks with off-sync rows; the
+        # ring is 0, not empty memory: masked values have weight 0, and 0 * nan would be nan
+        ring = (0, 0, 0, self.n_slots - self.n_sink)
+        self.kv = [(F.pad(k, ring), F.pad(v, ring)) for k, v in self.sink]
+        self.step = model.cached_step
+        if model.compiled_step is not None:
+            self.step = model.compiled_step
+            # a CUDA graph copies its inputs but those that stay where they are; so does the static
+            # cache of transformers. No guard: another clip is recorded anew, but not compiled
+            for cached in chain(*self.kv):
+                torch._dynamo.mark_static_address(cached, guard=False)
         self.begin_latent(1)
 
     def begin_latent(self, latent, n_text=0):
@@ -765,14 +801,17 @@ class KVCache:
         model = self.model
         cfg = model.cfg
         audio = self.audio_features
+        device = self.pooled.device
         self.latent = latent
         ids = position_ids([latent], *self.grid)                                # (n, 3)
-        mask = None
+        mask = slots = None
         if latent:
-            # the sink, the slots of the ring that are filled, and its own keys behind them
-            slot = torch.arange(self.n_slots + self.n, device=self.pooled.device)
-            filled = self.n_sink + min(latent - 1, cfg.context) * self.n
-            mask = ((slot < filled) | (slot >= self.n_slots))[None, None, None]
+            # its own slots in the ring; in use are the sink and what was filled so far
+            W = cfg.context
+            start = self.n_sink + (latent - 1) % (W + 1) * self.n
+            slots = torch.arange(start, start + self.n, device=device)
+            filled = self.n_sink + min(latent, W + 1) * self.n
+            mask = (torch.arange(self.n_slots, device=device) < filled)[None, None, None]
         start = 0
         if audio is not None:
             # a slice of constant length that holds the window: t_i = (i + .5)/alpha - .5 > l -
@@ -782,35 +821,40 @@ class KVCache:
             start = max(0, min(start, audio.shape[1] - length))
             audio = audio[:, start:start + length]
         self.audio_kv, audio_mask = model.project_audio(audio, ids[:, 0], start)
-        rope = model.rope(ids, self.pooled.device, n_text)
-        self.cond = Conditioning(None, rope, n_text, mask=mask, audio_mask=audio_mask)
+        rope = model.rope(ids, device, n_text)
+        self.cond = Conditioning(None, rope, n_text, mask=mask, audio_mask=audio_mask,
+                                 slots=slots)
 
-    def run(self, z, sigma, text=None):
-        """One pass of latent z (B, C, 1, h, w) at sigma, a number: see `run_blocks`."""
-        timestep = torch.full((len(z), 1), 1000. * sigma, device=z.device)
-        cond = replace(self.cond, temb=self.model.time_text_embed(timestep, self.pooled))
-        return self.model.run_blocks([z], text, cond, self.audio_kv, self.kv, self.n_off_sync)
+    def noise_level(self, sigma, like):
+        """What depends on sigma, a number, and not on the latent: sigma as a tensor, temb, adaLN.
 
+        All latents have the same sigmas, so it is kept: 12 % of a step on a CPU (size tiny)."""
+        if sigma not in self.levels:
+            timestep = torch.full((len(like), 1), 1000. * sigma, device=like.device)
+            temb = self.model.time_text_embed(timestep, self.pooled)            # (B, 1, D)
+            adaln = self.model.all_adaln(temb, self.n_off_sync)
+            self.levels[sigma] = like.new_tensor(sigma), temb, adaln
+        return self.levels[sigma]
+
+    @torch.no_grad()
     def denoise_step(self, x, sigma):
         """Velocity of the noisy latent x (B, C, 1, h, w) at sigma, a number, off-sync rows last ->
         (B + n_off_sync, C, 1, h, w)"""
-        # the precondition needs the input of every row
-        out, _ = self.run(x, sigma)
-        return self.model.to_velocity(out, torch.cat([x, x[:self.n_off_sync]]), sigma)
+        sigma, temb, adaln = self.noise_level(sigma, x)
+        cond = replace(self.cond, temb=temb)
+        # another layout of x in memory would be another graph
+        x = x.contiguous()
+        return self.step(x, sigma, adaln, cond, self.audio_kv, self.kv, self.n_off_sync)
 
     @torch.no_grad()
     def append(self, z):
         """Go on to the next latent, z (B, C, 1, h, w) being the finished one."""
-        _, kv = self.run(z, 0.)
-        W = self.model.cfg.context
-        # the newest latent overwrites the oldest one of the ring
-        start = self.n_sink + (self.latent - 1) % W * self.n
-        for slots, (k, v) in zip(self.kv, kv):
-            slots[:, :, :, start:start + k.shape[2]] = torch.stack([k, v])
+        # its keys replace those of the noisy latent
+        self.denoise_step(z, 0.)
         # the sink's keys are moved in time so that they stay W latents before the next one
-        excess = self.latent + 1 - W
+        excess = self.latent + 1 - self.model.cfg.context
         if excess > 0:
             table = self.model.rope(torch.tensor([[excess, 0., 0.]]), z.device)
-            for slots, sink in zip(self.kv, self.sink):
-                slots[0, :, :, :sink.shape[3]] = apply_rope(sink[0].float(), table).to(sink.dtype)
+            for (slots, _), (sink, _) in zip(self.kv, self.sink):
+                slots[:, :, :self.n_sink] = apply_rope(sink.float(), table).to(sink.dtype)
         self.begin_latent(self.latent + 1)

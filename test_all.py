@@ -43,6 +43,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -353,22 +355,49 @@ def test_one_pass_over_all_latents_equals_one_latent_at_a_time():
 
 
 def test_the_cache_has_one_shape_and_finite_results_however_long_the_clip():
-    """Fixed slots: the text, latent 0, a ring of `context` latents; a mask while it fills."""
+    """Fixed slots: the text, latent 0, a ring of `context` latents and the noisy one; a mask while
+    it fills."""
     net = shaken(small(context=3))
     z, x, a = inputs(L=12, S=100)
     cache = kv_cache(net, z, a)
     shapes, audio_shapes, in_use = set(), set(), []
     for l in range(1, 12):
-        shapes |= {kv.shape for kv in cache.kv}
+        shapes |= {t.shape for kv in cache.kv for t in kv}
         audio_shapes |= {k.shape for k, _ in cache.audio_kv}
         in_use.append(int(cache.cond.mask.sum()))
         assert torch.isfinite(cache.denoise_step(x[:, :, l - 1:l], .5)).all(), f"latent {l}"
         cache.append(z[:, :, l:l + 1])
     sink, n = 12 + 4, 4
-    assert shapes == {(2, 2, 2, sink + 3 * n, 64)}
+    assert shapes == {(2, 2, sink + 4 * n, 64)}
     assert len(audio_shapes) == 1, audio_shapes
     # keys in use: the sink, the filled slots and the noisy latent's own
     assert in_use == [sink + min(l, 3) * n + n for l in range(11)]
+
+
+def assert_compiled_is_eager(net, z, x, a, step, tolerance):
+    """Clips beyond the ring's end, with off-sync rows: a compiled step against `cached_step`."""
+    for clip in (slice(2), slice(None, None, -1)):
+        eager = kv_cache(net, z[clip], a[clip], n_off_sync=2)
+        net.compiled_step = step
+        compiled = kv_cache(net, z[clip], a[clip], n_off_sync=2)
+        net.compiled_step = None
+        for l in range(1, z.shape[2]):
+            for sigma in (1., .37):
+                noisy = x[clip][:, :, l - 1:l]
+                v = compiled.denoise_step(noisy, sigma)
+                assert gap(v, eager.denoise_step(noisy, sigma)) < tolerance, f"latent {l}"
+            compiled.append(z[clip][:, :, l:l + 1])
+            eager.append(z[clip][:, :, l:l + 1])
+
+
+def test_forty_latents_of_two_clips_are_steps_of_one_compiled_graph():
+    """No shape, layout or number in a step changes with the latent, sigma or clip; append is a
+    step. fullgraph: nothing in it returns to Python, so no `.item()` and no boolean indexing."""
+    counter = CompileCounterWithBackend("eager")
+    net = shaken(small(context=4, n_single=1))
+    step = torch.compile(net.cached_step, backend=counter, dynamic=False, fullgraph=True)
+    assert_compiled_is_eager(net, *inputs(L=41, S=240), step, 1e-10)
+    assert counter.frame_count == 1
 
 
 def test_beyond_the_ring_text_and_latent_0_keep_the_distance_that_training_had():
@@ -3429,6 +3458,20 @@ def test_the_cache_on_a_gpu_equals_the_whole_pass():
         cached = cache.denoise_step(x[:, :, l - 1:l], .37)
         assert gap(cached, whole[:, :, l - 1:l]) < 1e-10, f"latent {l}"
         cache.append(z[:, :, l:l + 1])
+
+
+@gpu
+def test_a_step_of_the_cache_is_one_cuda_graph():
+    """--compile: nothing in it keeps the compiler from recording it, and none of its inputs is
+    copied that is as large as the cache. Beyond the ring's end, two clips."""
+    torch._dynamo.reset()
+    counters.clear()
+    net = shaken(small(context=4)).to(GPU)
+    sample.compile_network(net)
+    z, x, a = (t.to(GPU) for t in inputs(L=12))
+    assert_compiled_is_eager(net, z, x, a, net.compiled_step, 1e-8)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 # -------------------------------------------------------------------------------------------- time
