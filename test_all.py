@@ -389,6 +389,7 @@ def assert_compiled_is_eager(net, z, x, a, compiled_step, tolerance):
             eager.append(clip[:, :, l:l + 1])
 
 
+@slow
 def test_forty_latents_of_two_clips_are_steps_of_one_compiled_graph():
     """No shape, layout or number in a step changes with the latent, sigma or clip; append is a
     step. fullgraph: nothing in it returns to Python, so no `.item()` and no boolean indexing."""
