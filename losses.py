@@ -50,14 +50,22 @@ def velocity(z, eps):
     return eps - z
 
 
-def randn_each(generators, shape):
+def to_device(x, device):
+    """A copy of x for which the CPU does not wait. Pinned memory is read by the GPU itself, when
+    what was queued before is done; any other copy first waits for all of that."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def randn_each(generators, shape, device="cpu"):
     """Normal noise (B, *shape), row b from generators[b]: the noise of a sample does not depend on
-    the batch, micro-batch or process that it is in."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    the batch, micro-batch or process that it is in, or on the device."""
+    return to_device(torch.stack([torch.randn(shape, generator=g) for g in generators]), device)
 
 
 def rand_each(generators, shape=()):
-    """The same, uniform in [0, 1): (B, *shape)."""
+    """The same, uniform in [0, 1), on the CPU: (B, *shape)."""
     return torch.stack([torch.rand(shape, generator=g) for g in generators])
 
 
@@ -158,15 +166,15 @@ def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=F
     B, C, L, h, w = z.shape
     # The targets are latents 1 .. L-1, each at a noise level of its own, as in Diffusion Forcing.
     u = rand_each(generators, (L - 1,))
-    sigma = sample_sigma(u, sigma_dist, shift).to(z.device)             # (B, L-1)
-    eps = randn_each(generators, (C, L - 1, h, w)).to(z.device)
+    sigma = to_device(sample_sigma(u, sigma_dist, shift), z.device)     # (B, L-1)
+    eps = randn_each(generators, (C, L - 1, h, w), z.device)
     target = z[:, :, 1:]
     noisy = add_noise(target, eps, sigma)                               # (B, C, L-1, h, w)
 
     # Context noise augmentation: one small level per clip, in [0, 0.2], unknown to the network. In
     # sampling the latents before a target carry its own errors (exposure bias).
-    context_sigma = .2 * rand_each(generators, (1,)).to(z.device)
-    context_eps = randn_each(generators, (C, L, h, w)).to(z.device)
+    context_sigma = .2 * to_device(rand_each(generators, (1,)), z.device)
+    context_eps = randn_each(generators, (C, L, h, w), z.device)
     context = add_noise(z, context_eps, context_sigma.expand(B, L))     # (B, C, L, h, w)
 
     # One pass predicts all targets. Target l attends to the context before it, never to itself
@@ -221,9 +229,9 @@ def syncflow_loss(model, z_v, z_a, text_inputs, generators, stage="joint", ot=Fa
     joint    noisy, sigma      noisy, sigma      video error + audio error
     """
     # One noise level for both streams (the paper's tau is 1 - sigma), and one optimal pairing.
-    sigma = sample_sigma(rand_each(generators), sigma_dist, shift).to(z_v.device)       # (B,)
-    eps_v = randn_each(generators, z_v.shape[1:]).to(z_v.device)
-    eps_a = randn_each(generators, z_a.shape[1:]).to(z_a.device)
+    sigma = to_device(sample_sigma(rand_each(generators), sigma_dist, shift), z_v.device)   # (B,)
+    eps_v = randn_each(generators, z_v.shape[1:], z_v.device)
+    eps_a = randn_each(generators, z_a.shape[1:], z_a.device)
     if ot:
         order = ot_permutation([eps_v, eps_a], [z_v, z_a])
         eps_v = eps_v[order]
@@ -253,8 +261,8 @@ def image_loss(model, z, text_inputs, generators, sigma_dist="uniform", shift=1.
     """
     n = len(z) // len(generators)
     u = rand_each(generators, (n,)).flatten()
-    sigma = sample_sigma(u, sigma_dist, shift).to(z.device)             # (B n,)
-    eps = randn_each(generators, (n, *z.shape[1:])).flatten(0, 1).to(z.device)
+    sigma = to_device(sample_sigma(u, sigma_dist, shift), z.device)     # (B n,)
+    eps = randn_each(generators, (n, *z.shape[1:]), z.device).flatten(0, 1)
     # The video tower alone: no audio stream.
     v, _ = model(add_noise(z, eps, sigma), None, sigma, None, *model.encode_text(text_inputs))
     return mean_error(v, z, eps)
@@ -284,11 +292,11 @@ def harmony_loss(model, z_v, z_a, text_inputs, transcripts, generators, ref=None
     5 as in Wan2.2. p_first_frame: share of clips whose latent 0 is given (clean, no loss).
     """
     # One noise and one noise level per clip, which all forwards share.
-    sigma = sample_sigma(rand_each(generators), sigma_dist, shift).to(z_v.device)       # (B,)
-    eps_v = randn_each(generators, z_v.shape[1:]).to(z_v.device)
-    eps_a = randn_each(generators, z_a.shape[1:]).to(z_a.device)
+    sigma = to_device(sample_sigma(rand_each(generators), sigma_dist, shift), z_v.device)   # (B,)
+    eps_v = randn_each(generators, z_v.shape[1:], z_v.device)
+    eps_a = randn_each(generators, z_a.shape[1:], z_a.device)
     # The video has a level per latent: 0 for a latent 0 that is given.
-    given = (rand_each(generators) < p_first_frame).to(z_v.device)      # (B,)
+    given = to_device(rand_each(generators) < p_first_frame, z_v.device)        # (B,)
     sigma_v = sigma[:, None].repeat(1, z_v.shape[2])                    # (B, L)
     sigma_v[:, 0] = sigma_v[:, 0] * ~given
     x_v = add_noise(z_v, eps_v, sigma_v)

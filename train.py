@@ -80,7 +80,7 @@ from cyclesync import (
     reconstruct, summarise, toybox_records)
 from data import BadInput, Parser, frames_to_tensor, number, run_cli
 from losses import (
-    BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss)
+    BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss, to_device)
 from sample import (
     AUDIO_VAE_FILE, GUIDANCE, MEL_VAE_FILE, REAL_VAE_FILE, VAE_FILE, fingerprint,
     generate_audio_video, load_vae, pick_device, steps_per_latent)
@@ -102,7 +102,7 @@ COMMON = dict(
     out=(None, str, "folder of checkpoints and logs; None: out/TASK, or out/TASK-DATA"),
     seed=(0, COUNT_OR_NONE, "of everything that is random"),
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
-    compile=(False, bool, "torch.compile: half a minute to start, then faster steps"),
+    compile=(None, bool, "torch.compile: half a minute to start, then faster steps; None: on CUDA"),
     # how long; a step is one update of the weights
     steps=(1500, COUNT, "optimiser steps (of each stage)"),
     batch_size=(16, COUNT, "clips per step, over all processes and micro-batches"),
@@ -256,7 +256,10 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--task", default="a2v", choices=list(TASKS), help="what to train")
     for name, (default, kind, text) in settings_of(chosen.task).items():
-        if kind is bool:
+        if kind is bool and default is None:
+            # --compile, --no-compile, or what is best here.
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif kind is bool:
             options = dict(action="store_true")
         elif callable(kind):
             options = dict(default=default, type=kind)
@@ -355,12 +358,13 @@ def log_rank0(text):
         print(text)
 
 
-def any_process(stop, device):
+def any_process(stop):
     """Did any process receive a signal? It arrives in different steps of different processes."""
     if world_size() == 1:
         return stop
-    count = torch.tensor(float(stop), device=device)
-    dist.all_reduce(count)
+    # A number on the CPU: one on the GPU would be there after all that is queued.
+    count = torch.tensor(float(stop))
+    dist.all_reduce(count, group=patient_group())
     return count.item() > 0
 
 
@@ -571,10 +575,10 @@ class A2V:
         if self.args.pretrained:
             text = pyramid.stack_prompts(self.prompts, captions, self.device)
         else:
-            text = networks.text_bytes(captions).to(self.device)
+            text = to_device(networks.text_bytes(captions), self.device)
         audio = data.gather(cache, "features" if self.args.pretrained else "mels", index)
-        return dict(z=self.vae.normalise(z.to(self.device)), text=text,
-                    audio=audio.float().to(self.device))
+        return dict(z=self.vae.normalise(to_device(z, self.device)), text=text,
+                    audio=to_device(audio.float(), self.device))
 
     def loss(self, net, generators, z, text, audio, rows, skip_audio, latent):
         args = self.args
@@ -639,6 +643,7 @@ class VideoVAE:
         first = step * self.args.batch_size
         pairs = np.stack([vae_training_pair([self.args.seed, first + row], self.args.resolution)
                           for row in rows])
+        pairs = to_device(torch.from_numpy(pairs), self.device)
         source, target = frames_to_tensor(pairs, self.device).unbind(1)
         return dict(source=source, target=target)
 
@@ -646,7 +651,7 @@ class VideoVAE:
         # Noise in the shape of the latents (C, L, h, w): frame 0 has one of its own.
         F, H, W = source.shape[2:]
         shape = (net.cfg.latent, (F - 1) // net.stride_t + 1, H // net.stride, W // net.stride)
-        noise = randn_each(generators, shape).to(source.device)
+        noise = randn_each(generators, shape, source.device)
         loss, error, rate = autoencoders.video_vae_loss(net, source, target, noise, self.args.kl)
         return loss, torch.stack([error, rate])
 
@@ -724,7 +729,7 @@ class RealVideoVAE(VideoVAE):
         for row in rows:
             rng = step_rng(self.args, "sample", step * self.args.batch_size + row)
             clips.append(self.crop(rng))
-        video = torch.stack(clips).to(self.device)
+        video = to_device(torch.stack(clips), self.device)
         return dict(source=video, target=video)
 
     def crop(self, rng):
@@ -821,11 +826,11 @@ class AudioVAE:
     def batch(self, step, rows):
         first = step * self.args.batch_size
         waves = np.stack([self.second(first + row) for row in rows])
-        return dict(wave=torch.from_numpy(waves).to(self.device))     # (B, rate)
+        return dict(wave=to_device(torch.from_numpy(waves), self.device))        # (B, rate)
 
     def loss(self, net, generators, wave):
         shape = (net.cfg.latent, math.ceil(wave.shape[1] / net.hop))
-        noise = randn_each(generators, shape).to(wave.device)
+        noise = randn_each(generators, shape, wave.device)
         return autoencoders.audio_vae_loss(net, wave, noise, self.args.kl)
 
     def held_out(self, n):
@@ -928,13 +933,13 @@ class TwoTowers:
 
     def latents(self, z_v, z_a):
         """-> normalised z_v (B, C, L, h, w), z_a (B, A, S)"""
-        return dict(z_v=self.vae.normalise(z_v.to(self.device)),
-                    z_a=self.audio_vae.normalise(z_a.to(self.device)))
+        return dict(z_v=self.vae.normalise(to_device(z_v, self.device)),
+                    z_a=self.audio_vae.normalise(to_device(z_a, self.device)))
 
     def text(self, name, index, rngs):
         """Captions or transcripts ("speech") of windows, some of them dropped -> text_bytes."""
         texts = drop_text([self.cache[name][i] for i in index], rngs, self.args.drop_text)
-        return networks.text_bytes(texts).to(self.device)
+        return to_device(networks.text_bytes(texts), self.device)
 
     def batch(self, step, rows):
         """Latents of the samples (the means of their posteriors), captions, and beside them single
@@ -959,8 +964,8 @@ class TwoTowers:
         # Any windows of the cache, whatever the sample is.
         index = np.concatenate([rng.integers(len(self.cache["at"]), size=n) for rng in rngs])
         text = self.text("captions", index, np.repeat(rngs, n))
-        z = data.gather(self.cache, "latents", index)[:, 0, :, :1].float().to(self.device)
-        return dict(pictures=self.vae.normalise(z), picture_text=text)
+        z = data.gather(self.cache, "latents", index)[:, 0, :, :1].float()
+        return dict(pictures=self.vae.normalise(to_device(z, self.device)), picture_text=text)
 
     def references(self, index, rngs, seconds):
         """Clean references of the timbre (B, A, R) and their mask (B, R), False for "none".
@@ -983,9 +988,9 @@ class TwoTowers:
         z_a = data.gather(cache, "features", np.array(chosen)).float().mT         # (B, A, S)
         # Which R latents of it.
         starts = [rng.integers(z_a.shape[2] - R + 1) for rng in rngs]
-        ref = torch.stack([z[:, s:s + R] for z, s in zip(z_a, starts)]).to(self.device)
-        mask = torch.tensor(exists, device=self.device)[:, None].expand(-1, R)
-        return dict(ref=self.audio_vae.normalise(ref), ref_mask=mask)
+        ref = torch.stack([z[:, s:s + R] for z, s in zip(z_a, starts)])
+        mask = to_device(torch.tensor(exists), self.device)[:, None].expand(-1, R)
+        return dict(ref=self.audio_vae.normalise(to_device(ref, self.device)), ref_mask=mask)
 
     def clip_loss(self, net, generators, z_v, z_a, text, speech=None, ref=None, ref_mask=None):
         """The system's loss."""
@@ -1335,6 +1340,9 @@ class Run:
         # Of a model on Pyramid Flow only what is trained is saved.
         self.published = bool(getattr(args, "pretrained", None))
         self.sharded = getattr(args, "fsdp", False)
+        # With --pretrained shapes change from step to step: not worth compiling for.
+        if args.compile is None:
+            args.compile = self.device.type == "cuda" and not self.published
         # FSDP replaces the parameters, of which the lines below take hold.
         self.objective = make_objective(self.task, args)
 
@@ -1356,6 +1364,7 @@ class Run:
         self.seconds = 0.             # of training, in all sessions
         self.logged = 0.              # seconds at the last line of the log
         self.reports = []             # since that line
+        self.norms = []               # of the gradients since the last check
         self.stop = False             # was a signal received?
 
     def on_signal(self, number, frame):
@@ -1401,15 +1410,11 @@ class Run:
             self.reports.append(torch.cat([loss.detach()[None], report]))
 
     def update(self):
-        """One step of the optimisers -> norm of the gradient before clipping."""
+        """One step of the optimisers."""
         args = self.args
         # Larger gradients are scaled down to a norm of 1.
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.)
-        norm = norm.full_tensor() if self.sharded else norm
-        if not torch.isfinite(norm):
-            raise BadInput(f"the loss is {self.reports[-1][0].item()} at step {self.step}, the "
-                           f"norm of the gradient {norm.item()}; last.pt is from before: lower "
-                           "--lr")
+        self.norms.append(norm.full_tensor() if self.sharded else norm)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(self.step, args)
@@ -1419,7 +1424,20 @@ class Run:
         every = EMA_EVERY_PRETRAINED if self.published else 1
         update_ema(self.ema, self.net, self.step, args.ema, every)
         self.step += 1
-        return norm
+
+    def check(self):
+        """Before anything is logged or saved: were all gradients since the last check finite? ->
+        norm of the last one, before clipping. To check every step would make a GPU idle: instead of
+        queueing the next step, the CPU would wait for the norm of this one."""
+        norms = torch.stack(self.norms).tolist()
+        self.norms = []
+        for i, norm in enumerate(norms):
+            if not math.isfinite(norm):
+                ago = len(norms) - i
+                loss = self.reports[-ago * self.args.accum][0].item()
+                raise BadInput(f"the loss is {loss} at step {self.step - ago}, the norm of the "
+                               f"gradient {norm}; last.pt is from before: lower --lr")
+        return norms[-1]
 
     def due(self, every):
         return self.step % every == 0 or self.step == self.args.steps
@@ -1584,10 +1602,12 @@ def train(args):
     while run.step < args.steps and not stopping:
         start = time.perf_counter()
         run.accumulate_gradients(micro_batches)
-        norm = run.update()
-        run.seconds += time.perf_counter() - start
+        run.update()
         # If one process was asked to stop, all stop after this step.
-        stopping = any_process(run.stop, run.device)
+        stopping = any_process(run.stop)
+        if stopping or any(map(run.due, (args.log_every, args.sample_every, args.save_every))):
+            norm = run.check()
+        run.seconds += time.perf_counter() - start
         if run.due(args.log_every):
             run.log(norm)
         # All processes evaluate and gather; the first one writes.
