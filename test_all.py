@@ -727,6 +727,17 @@ def test_the_history_cache_runs_every_coarse_latent_once_per_stage_and_step(monk
     assert {mask.shape[2] for mask in masks if mask.dim() == 4} == {1}
 
 
+def test_the_benchmark_of_a_published_network_runs_it_plain_and_with_its_cache():
+    """Three latents of 1, 4 and 16 tokens, one call a stage; the cached runs as above."""
+    net = little_flux()
+    tokens = []
+    net.x_embedder.register_forward_pre_hook(lambda module, x: tokens.append(x[0].shape[1]))
+    for run in sample.staged_runs(net, latents=3, side=(8, 8)):
+        run()
+    assert tokens[:6] == [1 + 1, 4 + 4, 16 + 16, 1 + 1 + 1, 1 + 4 + 4, 4 + 16 + 16]
+    assert tokens[6:] == [1 + 1, 4 + 4, 16 + 16, 1 + 1, 1 + 4 + 4, 4 + 16 + 16]
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_training_draws_a_noise_level_and_its_timestep_from_the_published_grid(level):
     """PyramidFlowMatchEulerDiscreteScheduler, commit 3040d71: 1000 of each for every stage."""
