@@ -672,7 +672,7 @@ def test_the_sampler_drops_old_latents_but_not_the_first_and_the_audio_stays_in_
     assert gap(three_dropped, flux_velocity(net, audio, dtype=torch.float64)) > 1e-3
 
 
-def sample_staged(net, n_latents, given=True, keep=30, counted=(), cached=True, **options):
+def sample_staged(net, n_latents, given=True, keep=30, counted=(), cached=True, reuse=1):
     """Latents of a published-type network with both guidances, prompts of 3 and 5 tokens padded to
     8; with `counted`, tokens that each of these modules ran in every call of it."""
     text, audio, noise = normal(2, 8, 12), normal(1, 60, 6), normal(1, 4, n_latents + 1, 8, 8)
@@ -681,10 +681,10 @@ def sample_staged(net, n_latents, given=True, keep=30, counted=(), cached=True, 
     tokens = [[] for _ in counted]
     hooks = [module.register_forward_pre_hook(lambda module, x, n=n: n.append(x[0].shape[1]))
              for module, n in zip(counted, tokens)]
-    network = pyramid.with_guidance(net, text, mask, normal(2, 8), audio, 2., 4., cached)
+    network = pyramid.with_guidance(net, text, mask, normal(2, 8), audio, 2., 4., cached, reuse)
     latents = pyramid.sample_pyramid(
         network, noise[:, :, :1] if given else None, n_latents, noise[:, :, 1:], (2, 2, 2),
-        lambda shape: pyramid.block_noise(shape, generator).double(), keep, **options)
+        lambda shape: pyramid.block_noise(shape, generator).double(), keep)
     with torch.no_grad():
         latents = torch.cat(list(latents), 2)
     for hook in hooks:
@@ -725,6 +725,35 @@ def test_the_history_cache_runs_every_coarse_latent_once_per_stage_and_step(monk
     assert last.ravel().tolist() == 5 * [1, 1, 4, 4, 16, 16], "the last block, noisy tokens alone"
     # The masks of joint attention are of padding: the same for all queries
     assert {mask.shape[2] for mask in masks if mask.dim() == 4} == {1}
+
+
+def test_the_history_of_a_call_can_be_reused_by_the_next_ones_of_its_stage():
+    """Off by default, for it is exact only where both calls have the same timestep."""
+    net = little_flux(audio_dim=6, alpha=5.).double()
+    _, (tokens,) = sample_staged(net, 5, counted=[net.x_embedder], reuse=2)
+    first, second = np.reshape(tokens, (-1, 2)).T
+    assert first[-6:].tolist() == 2 * [1 + 1, 1 + 4 + 4, 1 + 4 + 16 + 16]
+    assert second.tolist() == 4 * [1, 4, 16]
+    cache = pyramid.HistoryCache(net, normal(1, 8, 12), torch.ones(1, 8), normal(1, 8), reuse=2)
+    clips = [normal(1, 4, L, side, side) for L, side in ((3, 2), (1, 4), (1, 8), (1, 8))]
+    with torch.no_grad():
+        cache.coarsest = clips[0][:, :, :1].shape
+        v, again = (cache.velocity(clips, 612., normal(1, 60, 6)) for _ in range(2))
+    assert_close("velocity", again, v, 1e-9)
+
+
+def test_the_last_call_of_a_stage_can_be_skipped():
+    """Its step is 0.001, so with velocities of 0 to 1 a latent changes by less than that."""
+    calls = []
+
+    def network(clips, timestep, latents_dropped):
+        calls.append(timestep)
+        return torch.full_like(clips[-1], timestep / 1000)
+    noise = torch.randn(1, 2, 1, 8, 8)
+    exact, skipped = (next(pyramid.sample_pyramid(
+        network, None, 1, noise, (3, 3, 3), torch.zeros, skip_last=skip)) for skip in (0, 1))
+    assert calls[9:] == calls[0:2] + calls[3:5] + calls[6:8]
+    assert 0 < gap(exact, skipped) < .001
 
 
 def test_the_benchmark_of_a_published_network_runs_it_plain_and_with_its_cache():
