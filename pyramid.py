@@ -128,7 +128,8 @@ class HistoryCache:
 
     Memory: for the published network 184 kB a token in bfloat16 (24 blocks x 2 x 1920). At 384x640
     a coarse latent is 60 tokens, and there are 30 caches: after 16 latents 5 GB for each row of the
-    batch, 13 GB with rows for text guidance and Audio Sync Guidance (off-sync: 16 blocks).
+    batch, 13 GB with rows for text guidance and Audio Sync Guidance (off-sync: 16 blocks). When
+    `cache_limit` is reached, the caches stay as they are, and latents behind them are run.
     """
 
     def __init__(self, model, text, text_mask, pooled, reuse=1):
@@ -142,6 +143,7 @@ class HistoryCache:
         self.text_mask = text_mask[:, :longest].bool() if min(lengths) < longest else None
         self.coarsest = None            # shape of a latent in the coarsest stage
         self.caches = {}                # {timestep: (latents in it, keys and values per block)}
+        self.room = cache_limit(pooled.device)
         self.reuse = reuse
         self.stage = None               # which latent and stage the last call was of,
         self.calls = 0                  # how many calls of them there were before it
@@ -171,8 +173,10 @@ class HistoryCache:
                                        -latents_dropped * self.model.cfg.alpha)
         if self.reuse > 1 and len(latents) > 1 and not is_reused:
             self.history = first_keys(kv, new_kv, n_keys[-2])
-        if n_coarse and not latents_dropped and not is_reused:
-            self.caches[timestep] = n_coarse, first_keys(kv, new_kv, n_keys[n_coarse - 1])
+        if n_coarse and not latents_dropped and not is_reused and self.room > 0:
+            kept = first_keys(kv, new_kv, n_keys[n_coarse - 1])
+            self.room -= sum(x.nbytes for x in kept) - sum(x.nbytes for x in kv or [])
+            self.caches[timestep] = n_coarse, kept
         return out
 
     def run(self, latents, n_cached, cached_kv, ids, timestep, audio, n_off_sync, audio_start):
@@ -202,6 +206,15 @@ class HistoryCache:
         cond = Conditioning(temb, rope, n_text, mask=mask, audio_mask=audio_mask, groups=groups)
         out, kv = model.run_blocks(latents[n_cached:], text, cond, audio_kv, cached_kv, n_off_sync)
         return out, kv, n_keys
+
+
+def cache_limit(device):
+    """Bytes that a `HistoryCache` may take: half of what is free on a GPU, else 4 GiB."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(device)
+        return free / 2
+    # a clip of 2 s of the published network takes 2 GB a row
+    return 2 ** 32
 
 
 def first_keys(cached_kv, new_kv, n):

@@ -727,6 +727,17 @@ def test_the_history_cache_runs_every_coarse_latent_once_per_stage_and_step(monk
     assert {mask.shape[2] for mask in masks if mask.dim() == 4} == {1}
 
 
+def test_what_the_history_cache_has_no_memory_for_is_run_again(monkeypatch):
+    """Of latents 0 to 4 at the coarsest resolution only some fit: 16 kB a token, in six caches."""
+    net = little_flux(audio_dim=6, alpha=5.).double()
+    plain, (all_tokens,) = sample_staged(net, 6, counted=[net.x_embedder], cached=False)
+    _, (fewest,) = sample_staged(net, 6, counted=[net.x_embedder])
+    monkeypatch.setattr(pyramid, "cache_limit", lambda device: 6 * (5 + 2) * 16384)
+    fast, (tokens,) = sample_staged(net, 6, counted=[net.x_embedder])
+    assert sum(fewest) < sum(tokens) < sum(all_tokens)
+    assert_close("latents", fast, plain, 1e-5)
+
+
 def test_the_history_of_a_call_can_be_reused_by_the_next_ones_of_its_stage():
     """Off by default, for it is exact only where both calls have the same timestep."""
     net = little_flux(audio_dim=6, alpha=5.).double()
