@@ -35,7 +35,7 @@ import zlib
 from collections import Counter
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -43,11 +43,14 @@ from typing import get_args
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import interpolate
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from toybox import FPS, FRAMES, RATE, toybox_clip
+from vae import LogMel
 
 MEL_PIECE = 6000                # log-mel frames made at a time: a minute
 MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step), bands up to 8 kHz
@@ -276,25 +279,25 @@ def read_image(path, size=64):
     return np.asarray(picture.convert("RGB"))
 
 
+@cache
+def log_mel_front():
+    return LogMel(RATE, MELS)
+
+
 def log_mel(wave):
     """Waveform (samples,) at 16 kHz -> float32 (frames at 100 Hz, 64): log energies of windows of
     25 ms, about zero mean and unit variance."""
-    import librosa
-    hop = RATE // MEL_RATE
+    front = log_mel_front()
     frames = len(wave) * MEL_RATE // RATE
     # A minute at a time: the spectrum of a long sound would be large. A window reaches less than
     # two frames to either side.
     pieces = []
     for start in range(0, max(1, frames), MEL_PIECE):
         first = max(0, start - 2)
-        mel = librosa.feature.melspectrogram(
-            y=wave[first * hop:(start + MEL_PIECE + 2) * hop], sr=RATE, n_fft=512, win_length=400,
-            hop_length=hop, n_mels=MELS, fmin=40)
-        mel = mel.T[start - first:][:MEL_PIECE]
-        # The floor (1e-6) and the scale are constants, not the clip's: loud and soft stay
-        # different, and silence stays silence however long it lasts.
-        pieces.append(((np.log10(mel + 1e-6) + 3.) / 1.6).astype(np.float32))
-    return np.concatenate(pieces)[:frames]
+        piece = wave[first * front.hop:(start + MEL_PIECE + 2) * front.hop]
+        mel = front(torch.tensor(np.asarray(piece, np.float32))[None])[0].T
+        pieces.append(mel[start - first:][:MEL_PIECE])
+    return torch.cat(pieces)[:frames].numpy()
 
 
 # ----------------------------------------------------------- media in: two streams on one clock
@@ -705,6 +708,20 @@ def fits_field(field, value, most_blocks):
         fits_number(v, example, most) for v in many)
 
 
+class ShapesOnly(TorchFunctionMode):
+    """On the meta device: networks are built without the arithmetic of their initial values, for
+    which torch would import sympy and its compiler, 2 s. What is left out keeps its shape."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        if function in (torch.Tensor.mul, torch.Tensor.div):
+            return args[0]
+        function = torch.empty if function is torch.randn else function
+        return function(*args, **kwargs)
+
+
 def build(network, config_class, config, weights, path, assign=False):
     """network(config_class(**config)) with the weights of a file; BadInput if they do not fit.
 
@@ -719,7 +736,7 @@ def build(network, config_class, config, weights, path, assign=False):
                        "writes it; take another copy")
     config = config_class(**config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), ShapesOnly():
             model = network(config)
     except Exception as why:
         raise BadInput(f"{path}: its configuration makes no network ({why}); "

@@ -192,7 +192,9 @@ def find_vae(checkpoint, kind, path, override, device):
     # Latents of another VAE of the same size would decode to noise, without any error: so it is
     # the fingerprint that is looked up, never the name.
     files = [str(checkpoint["args"].get(kind) or "none")]
-    files += sorted(WEIGHTS.glob("*vae*.pt")) + sorted(Path(path).parent.glob("*vae*.pt"))
+    # Backwards, so that vae-toybox.pt, of most checkpoints, comes before vae-real.pt
+    for folder in (WEIGHTS, Path(path).parent):
+        files += sorted(folder.glob("*vae*.pt"), reverse=True)
     for file in [override] if override else files:
         try:
             vae = load_vae(file, device, task)

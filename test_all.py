@@ -1012,18 +1012,24 @@ def test_the_terms_of_the_losses_by_hand():
 
 @slow
 def test_the_log_mel_front_end_is_librosas():
-    """Spectra equal data.log_mel; waveforms librosa.griffinlim with its random_state=0. Silence
+    """Its filters at any rate, its melspectrogram, and griffinlim with its random_state=0. Silence
     comes back silent, and what a diverged network gives as finite sound."""
     import librosa
+    for rate, bands in ((16000, 64), (16000, 80), (8000, 40), (20480, 30)):
+        want = librosa.filters.mel(sr=rate, n_fft=512, n_mels=bands, fmin=40)
+        filters = vae_module.mel_filters(rate, 512, bands, 40)
+        assert_close(f"{bands} filters at {rate} Hz", filters, want, 1e-6)
     front = vae_module.LogMel(16000, 64)
     wave = toybox.toybox_clip(HELD_OUT_TESTS, video=False)["audio"][:16000]
     mels = front(torch.from_numpy(wave)[None])                      # (1, 64, 101)
+    want = librosa.feature.melspectrogram(y=wave, sr=16000, n_fft=512, win_length=400,
+                                          hop_length=160, n_mels=64, fmin=40)
+    assert_close("log-mels", data.log_mel(wave).T, (np.log10(want[:, :100] + 1e-6) + 3) / 1.6, 1e-4)
     energy = np.maximum(10 ** (1.6 * mels[0].double().numpy() - 3) - 1e-6, 0)
     energy[:, -1] = energy[:, -2]                                   # as `inverse` ends a sound
     power = np.linalg.pinv(librosa.filters.mel(sr=16000, n_fft=512, n_mels=64, fmin=40)) @ energy
     want = librosa.griffinlim(np.maximum(power, 0) ** .5, n_iter=16, hop_length=160, win_length=400,
                               n_fft=512, length=16000, random_state=0)
-    assert_close("log-mels", mels[0, :, :100].T, data.log_mel(wave), 1e-4)
     assert_close("waveform", front.inverse(mels[..., :100])[0], want, .01 * np.abs(want).max())
     assert front.inverse(front(torch.zeros(1, 16000))).abs().max() < 1e-6
     assert front.inverse(torch.full((1, 64, 10), 1e4)).isfinite().all()
@@ -3150,6 +3156,22 @@ def test_a_toybox_picture_is_one_that_the_toybox_can_draw():
     assert not toybox.is_toybox_picture(np.full((32, 32, 3), 255, np.uint8))
 
 
+@slow
+def test_sampling_imports_neither_librosa_nor_torchs_compiler(tmp_path):
+    """From the command to the file, of all three systems: each of these imports takes a second or
+    two, and a 2 s clip less."""
+    inputs = ["--audio assets/lamp.wav --image assets/lamp.png", "--prompt a", "--transcript u"]
+    code = """import sys, sample
+out, *inputs = sys.argv[1:]
+for flags in inputs:
+    sys.argv[1:] = f"--steps 1 --seconds .2 --device cpu --out {out} {flags}".split()
+    sample.main()
+slow = {"librosa", "numba", "scipy", "sympy", "torch._dynamo"} & set(sys.modules)
+assert not slow, slow"""
+    subprocess.run([sys.executable, "-c", code, tmp_path, *inputs], cwd=HERE, check=True)
+    assert len([*tmp_path.glob("*.mp4")]) == 3
+
+
 def test_weights_are_chosen_by_the_picture(toy, tmp_path, monkeypatch, capsys):
     """Those of the toybox for what it can draw, else those of real clips, if there are any; --ckpt
     wins."""
@@ -4373,8 +4395,6 @@ def test_what_is_killed_at_random_moments_ends_as_if_it_had_not_been(name, reque
     the same rows of log.csv, and no hidden files."""
     out = tmp_path / "out"
     module, flags = random_kills_command(name, request, out)
-    # Loads librosa, for which every process would take seconds.
-    data.log_mel(np.zeros(16000, np.float32))
     start = time.perf_counter()
     whole = forked(cli, module, *flags)
     whole.join()
@@ -5431,7 +5451,8 @@ def test_takes_of_one_thing_are_closer_in_timbre_than_other_things():
 # ---------------------------------------------------------------- README.md and the text itself
 
 IMPORTS = {                 # what a file may import of this project: imports go one way
-    "losses": "", "model": "", "towers": "losses model", "vae": "", "toybox": "", "data": "toybox",
+    "losses": "", "model": "", "towers": "losses model", "vae": "", "toybox": "",
+    "data": "vae toybox",
     "pyramid": "losses model vae toybox data",
     "sample": "losses model towers vae toybox data pyramid",
     "cyclesync": "losses model towers vae toybox data pyramid sample",

@@ -273,9 +273,10 @@ LAYERS = dict(ball=ball_layers, hammer=hammer_layers, mouth=mouth_layers,
 
 
 def draw_scene(scene, s, size=64):
-    """Draw a scene in the states s (F,) -> uint8 (F, size, size, 3)."""
+    """Draw a scene in the states s (F,) -> uint8 (F, size, size, 3), or of as many channels as its
+    colours have."""
     s = np.asarray(s, np.float32).reshape(-1, 1, 1)                           # (F, 1, 1)
-    shape = (len(s), size, size, 3)
+    shape = (len(s), size, size, len(scene["back"][0]))
     pixels = (np.arange(size, dtype=np.float32) + .5) / size                  # centres, in 0..1
     ramp = pixels[:, None, None]                                              # (H, 1, 1)
     picture = (1 - ramp) * scene["back"][0] + ramp * scene["back"][1]
@@ -614,16 +615,14 @@ def fit_scene(frame, kind):
     size = len(frame)
     pixels = frame.reshape(-1, 3) / 255.                                      # (H W, 3)
     low, high = np.array(list(PLACE.values()), float).T                       # (4,) each
-    one = np.eye(3)
-    black = np.zeros((3, 3))
+    one = np.eye(5)
 
     def attempt(place, flip):
         """-> squared error, place (4,), scene with the best colours."""
         scene = dict(zip(PLACE, place), kind=kind, flip=flip)
-        # The share of each colour in each pixel: draw them as pure red, green and blue.
-        back = draw_scene(dict(scene, back=one[:2], colours=black), [0.], size)[0, ..., :2]
-        parts = draw_scene(dict(scene, back=black[:2], colours=one), [0.], size)[0]
-        maps = np.concatenate([back, parts], -1).reshape(-1, 5) / 255.        # (H W, 5)
+        # The share of each colour in each pixel: a picture of five channels, one per colour.
+        maps = draw_scene(dict(scene, back=one[:2], colours=one[2:]), [0.], size)
+        maps = maps.reshape(-1, 5) / 255.                                     # (H W, 5)
         # Normal equations; the ridge keeps colours that no pixel shows finite.
         colours = np.linalg.solve(maps.T @ maps + 1e-4 * np.eye(5), maps.T @ pixels).clip(0, 1)
         error = ((maps @ colours - pixels) ** 2).sum()
