@@ -3047,6 +3047,33 @@ def test_flops_are_counted_on_the_meta_device():
     assert count_flops(task) == 2 * 2 * 10 * 64 * 32
 
 
+WORKERS = """
+import multiprocessing, os, signal, torch, train
+if __name__ == "__main__":
+    seeds = [[0, 1], [0, 2], [0, 3]]
+    many, one = train.parallel_map(torch.device("cuda")), train.parallel_map(torch.device("cpu"))
+    rendered = [[x.tobytes() for x in m(train.vae_training_pair, seeds)] for m in (many, one)]
+    children = [p.pid for p in multiprocessing.active_children()]
+    print(rendered[0] == rendered[1], one is map, *children, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@slow
+def test_workers_render_what_one_process_does_and_end_with_it(tmp_path):
+    """For a GPU batches are rendered in processes of their own, which no killed run leaves behind."""
+    (tmp_path / "workers.py").write_text(WORKERS)
+    done = subprocess.run([sys.executable, tmp_path / "workers.py"], text=True, timeout=100,
+                          capture_output=True, env=os.environ | dict(PYTHONPATH=str(HERE)))
+    same, plain, *children = done.stdout.split()
+    assert same == plain == "True" and children, done.stderr
+    for _ in range(100):
+        if not any(data.is_alive(int(pid)) for pid in children):
+            return
+        time.sleep(.1)
+    raise AssertionError("workers are left")
+
+
 # --------------------------------------------------------- real clips, as README.md takes them
 
 @pytest.fixture
