@@ -1127,8 +1127,8 @@ def task_class(args):
 # the one before leaves as near to 1 as one can, [.01, 1] to [.08, 1.92] to [.28, 1.72] to
 # [.71, 1.29], with a margin of 1 % for bfloat16. So Polar Express (Amsel et al. 2025); Muon (Jordan
 # et al. 2024) takes one polynomial five times, of which each is 6 % of a training step on a CPU. On
-# held-out clips (160 steps of 8 clips, width 128, one seed) the loss is 3.054 with these three, 3.063
-# with those five, 3.086 with these three in every second step.
+# held-out clips (160 steps of 8 clips, width 128, one seed) the loss is 3.054 with these three and
+# 3.063 with those five; 3.086 if a matrix keeps its update for a second step.
 NEWTON_SCHULZ = ((8.0211, -22.956, 16.623), (3.6231, -2.6621, .5141), (2.687, -1.9711, .4406))
 
 
