@@ -53,6 +53,7 @@ clouds of features, of this repository's VAEs or of the networks of FVD, FID and
     python cyclesync.py --ckpt out/a2v-x/best.pt --data x/         # the same of real clips
     python cyclesync.py --ckpt weights/t2av-toybox.pt              # SyncFlow's and Harmony's
     python cyclesync.py --ckpt weights/vae-real.pt --data FOLDER   # how well a VAE codes clips
+    python cyclesync.py --ckpt out/a2v-x/best.pt --steps-study     # how few Euler steps are enough?
     python cyclesync.py --shift-study            # true clips, their sound up to 0.5 s late
     python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's tables
     python cyclesync.py --skip-blocks --audio x.wav --image f.png  # videos without one block each
@@ -70,10 +71,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import nullcontext
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import chain, islice, product
+from itertools import chain, islice, product, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +88,7 @@ from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_a
                   tensor_to_frames)
 from sample import (
     A2V_FILE, REAL_A2V_FILE, ROOT, encode_sound, encode_video, external_encoders,
-    generate_audio_video, generate_video, load, load_vae, pick_device, video_to_audio)
+    generate_audio_video, generate_video, load, load_vae, pick_device, recommended, video_to_audio)
 from toybox import (
     FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, UNREADABLE, detect_clip_events,
     detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
@@ -530,7 +532,7 @@ def v2a_from_checkpoint(path, args):
     device, autocast, _ = pick_device(args.device)
     system = load(path, device, args.vae, args.audio_vae, task="t2av or joint")
     # Without text there is no text guidance.
-    guidance = system.checkpoint["guidance"] | dict(cfg=1.)
+    settings = recommended(system.checkpoint) | dict(cfg=1.)
 
     def f_v2a(frames, fps):
         # Frames are repeated if they come at a lower rate.
@@ -538,7 +540,7 @@ def v2a_from_checkpoint(path, args):
         # To the size that the towers were trained for.
         x = resize(frames_to_tensor(frames), data.sides(system.checkpoint["size"]))
         wave = video_to_audio(system.model, system.vae, system.audio_vae, tensor_to_frames(x), "",
-                              autocast, steps=25, **guidance)
+                              autocast, **settings)
         return wave, system.audio_vae.cfg.rate
     return f_v2a
 
@@ -697,11 +699,13 @@ def picture_record(video, truth):
 
 def held_out_clips(args, size, audio_lead=0.):
     """The clips of the protocol: toybox clips that no training draws, or three windows of every
-    test clip of a dataset, of fewer clips more. Each sound begins `audio_lead` seconds before its
-    picture, so that it can be delayed without a gap."""
+    test clip of a dataset, of fewer clips more; of --steps-study other ones than of the tables:
+    toybox clips of another seed, or training clips. Each sound begins `audio_lead` seconds before
+    its picture, so that it can be delayed without a gap."""
     if args.data == "toybox":
         data.only_square(size)
-        clips = [toybox_clip(HELD_OUT + 10 ** 4 * args.seed + i, size) for i in range(args.clips)]
+        seed = args.seed + STUDY_SEED if args.steps_study else args.seed
+        clips = [toybox_clip(HELD_OUT + 10 ** 4 * seed + i, size) for i in range(args.clips)]
         for c in clips:
             c.update(name=str(c["seed"]), audio_lead=audio_lead)
             # The noise of the room precedes the clip.
@@ -712,7 +716,8 @@ def held_out_clips(args, size, audio_lead=0.):
 
     # Test clips in random order, until their windows are enough.
     found, layout = data.find_clips(args.data, args.data_root)
-    tests = [c for c in found if c["split"] == "test"]
+    split = "train" if args.steps_study else "test"
+    tests = [c for c in found if c["split"] == split]
     clips, unusable = [], []
     most = math.ceil(args.clips / max(1, len(tests)))
     for i in np.random.default_rng(args.seed).permutation(len(tests)):
@@ -726,14 +731,14 @@ def held_out_clips(args, size, audio_lead=0.):
         except BadInput as error:
             unusable.append(str(error))
     skipped = f", {len(unusable)} clips cannot be used, such as {unusable[0]}" if unusable else ""
-    print(f"{layout}; {len(clips)} windows are scored{skipped}")
+    print(f"{layout}; {len(clips)} windows of the {split} split are scored{skipped}")
     if len(clips) < 2:
-        raise BadInput(f"--data {args.data}: {len(clips)} usable windows in its test split; at "
+        raise BadInput(f"--data {args.data}: {len(clips)} usable windows in its {split} split; at "
                        "least two are needed")
     clips = clips[:args.clips]
     sources = {clip["source"] for clip in clips}
     if len(sources) < 5:
-        print(f"only {len(sources)} test clips: shuffled sounds may be of the same clip, and "
+        print(f"only {len(sources)} {split} clips: shuffled sounds may be of the same clip, and "
               "intervals say little about other clips")
     return clips
 
@@ -838,6 +843,8 @@ class Scorer:
         system = load(path, self.device, args.vae, args.audio_vae, args.pretrained)
         self.model, self.vae, self.audio_vae = system.model, system.vae, system.audio_vae
         self.ckpt = system.checkpoint
+        self.guidance = recommended(self.ckpt, steps=args.steps)
+        self.steps = self.guidance.pop("steps")
         self.size = args.resolution or self.ckpt["size"]
         self.clips = held_out_clips(args, self.size)
         self.captions = [c["caption"] for c in self.clips]
@@ -874,7 +881,7 @@ def evaluate(args):
     scorer = open_scorer(args.ckpt, args)
     size = "x".join(map(str, data.sides(scorer.size)))
     print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; {len(scorer.clips)} "
-          f"held-out clips of {len(scorer.videos[0])} frames at {size} px; {args.steps} steps; "
+          f"held-out clips of {len(scorer.videos[0])} frames at {size} px; {scorer.steps} steps; "
           f"{scorer.note}; in brackets 95 % intervals over clips")
     table = Table(scorer.columns)
     table.add("ground_truth", "ground truth", *scorer.score(scorer.videos, scorer.sounds))
@@ -977,7 +984,7 @@ class AudioToVideo(Scorer):
         if args.fad and not self.v2a[0]:
             raise BadInput(f"--fad {args.fad}: measures sounds generated for the videos; give a "
                            "video-to-audio model by --v2a-cmd")
-        self.note = f"w_t = {self.ckpt['guidance']['cfg']:g}; CycleSync by {v2a_name}"
+        self.note = f"w_t = {self.guidance['cfg']:g}; CycleSync by {v2a_name}"
         sync = {key: title for key, title in SYNC_COLUMNS.items()
                 if self.v2a[0] or "cyclesync" not in key}
         self.columns = (TOYBOX_COLUMNS if self.toybox else REAL_COLUMNS) | sync
@@ -989,13 +996,17 @@ class AudioToVideo(Scorer):
     def rows(self):
         """Off-sync, then Audio Sync Guidance of several strengths, then the checkpoint's; of real
         clips also videos for the sound of another clip."""
-        asg, cfg = (float(self.ckpt["guidance"][k]) for k in ("asg", "cfg"))
+        asg, cfg = (float(self.guidance[k]) for k in ("asg", "cfg"))
         yield "off_sync", "off-sync", dict(cfg=cfg, use_audio=False)
         for w in sorted({0., 1., 2., 4.} - {asg}):
             yield f"asg_{w:g}", f"w_a = {w:g}", dict(asg=w, cfg=cfg)
         yield "generated", f"w_a = {asg:g}, the checkpoint's", dict(asg=asg, cfg=cfg)
         if not self.toybox:
             yield "shuffled", "... with shuffled sounds", dict(asg=asg, cfg=cfg, sounds="shuffled")
+
+    def study_rows(self):
+        guided = {rule: self.guidance[rule] for rule in ("asg", "cfg")}
+        yield "a2v", dict(guided=guided, plain=dict(asg=0., cfg=0.))
 
     def generate(self, asg=0., cfg=0., use_audio=True, sounds="own"):
         """asg, cfg: w_a, w_t of Syncphony eq. 6; use_audio=False: off-sync; sounds="shuffled": a
@@ -1006,8 +1017,8 @@ class AudioToVideo(Scorer):
             clips = [dict(c, audio=wave) for c, wave in zip(clips, shuffled(self.sounds))]
         videos = generate(
             self.model, self.vae, clips, self.autocast, self.args.seed, asg=asg, cfg=cfg,
-            still=self.ckpt["guidance"].get("still", 0.), steps=self.args.steps,
-            encoders=self.encoders, use_audio=use_audio)
+            still=self.guidance["still"], steps=self.steps, encoders=self.encoders,
+            use_audio=use_audio)
         return videos, self.sounds, True
 
     def features(self, videos, sounds):
@@ -1046,7 +1057,7 @@ class AudioToVideo(Scorer):
                 table.result["generated"][f"{figure}_minus_{other}"] = gain
                 print("{}: the checkpoint's minus {} {:+.3f} [{:+.3f}, {:+.3f}]".format(
                     REAL_COLUMNS[figure], other.replace("_", "-"), *gain))
-        table.result[f"asg_{self.ckpt['guidance']['asg']:g}"] = table.result["generated"]
+        table.result[f"asg_{self.guidance['asg']:g}"] = table.result["generated"]
 
 
 # ---------------------------------------------------------------------- rows of two towers
@@ -1074,7 +1085,6 @@ class Towers(Scorer):
         super().__init__(path, args)
         self.note = f"stage {self.ckpt['stage']}"
         self.harmony = self.model.cfg.system == "harmony"
-        self.guidance = self.ckpt["guidance"]
         # What either stream is when it is given: normalised latents (B, C, L, h, w), (B, A, S).
         self.z_v = torch.cat([encode_video(self.vae, v) for v in self.videos])
         self.z_a = torch.cat([encode_sound(self.audio_vae, w, self.device) for w in self.sounds])
@@ -1110,6 +1120,13 @@ class Towers(Scorer):
                 key = mode + suffixes.get(w, f"_{w:g}")
                 yield key, f"{MODES[mode]}, w = {w:g}", dict(mode=mode, cfg=w)
 
+    def study_rows(self):
+        """Every mode, with the checkpoint's guidance and without: scales of 1."""
+        off = dict.fromkeys(("cfg", *PLAIN) if self.harmony else ("cfg",), 1.)
+        for mode in MODES if self.harmony else ("v2a", "i2av", "t2av"):
+            guided = dict(mode=mode, **self.guidance)
+            yield mode, dict(guided=guided, plain=guided | off)
+
     def generate(self, mode, **settings):
         """A mode of MODES -> videos, waveforms, of which a given one comes back; whether they are
         for these clips' events."""
@@ -1123,7 +1140,7 @@ class Towers(Scorer):
             given |= dict(speech=[c["speech"] for c in self.clips], shift=self.guidance["shift"])
         videos, waves = generate_audio_video(
             self.model, self.vae, self.audio_vae, self.captions, len(self.videos[0]), self.size,
-            self.autocast, steps=self.args.steps,
+            self.autocast, steps=self.steps,
             seeds=[self.args.seed + i for i in range(len(self.clips))], **given | settings)
         videos = self.videos if videos is None else videos
         return videos, self.sounds if waves is None else waves, mode in ("v2a", "a2v")
@@ -1283,6 +1300,80 @@ def add_maps(table, towers):
     for name, records in found.items():
         table.add(name, f"map of {name}", records)
     table.result["maps"] = {name: table.result.pop(name) for name in found}
+
+
+# ---------------------------------------------------------------------- the steps study
+
+# Euler steps that are tried. All are compared with the first, with the checkpoint's guidance.
+STUDY_STEPS = (30, 10, 6, 4, 3, 2, 1)
+# Added to --seed: steps are chosen on clips that are in no table of this file.
+STUDY_SEED = 1000
+# What decides, where a row has it, and whether more of it is better. F1 and agreement do not notice
+# a smear at the right time, the residual does.
+DECIDING = dict(f1_50=1, onsets_f1_50=1, seen_f1_50=1, agreement_f1_50=1, motion=1, residual=-1)
+# As good: no figure is worse by more than this, with a probability of 97.5 % (the lower end of the
+# paired bootstrap interval). 48 clips have about 150 events; .02 of their F1 is 3 missed ones.
+MARGIN = .02
+# And no Frechet distance is longer than so many times that with 30 steps: sounds in few steps begin
+# at the right time, but are less varied than true ones. 8 clips of SyncFlow, a sound for a video:
+# 4.8 with 30 steps, 5.6 with 10, 8.3 with 6, 13 with 3, whose onset F1 is not lower.
+FARTHEST = 1.25
+
+
+def compare_steps(row, reference):
+    """Records and figures of two rows of the same clips -> `least_gain`, what the first has more
+    than the other in the figure that suffers most: the lower end of the interval of their
+    difference; `frechet_ratio`, the largest of its distances over those of the other."""
+    lows = []
+    for figure, sign in DECIDING.items():
+        gain = resample_clips(row[0], figure) - resample_clips(reference[0], figure)
+        _, low, _ = interval(sign * gain)
+        if math.isfinite(low):
+            lows.append(low)
+    # A stream that is given has the distance 0.
+    ratios = [row[1][k] / far for k, far in reference[1].items() if "frechet" in k and far]
+    return dict(least_gain=min(lows, default=NAN), frechet_ratio=max(ratios, default=1.))
+
+
+def steps_study(args):
+    """How few Euler steps are as good as 30, with the checkpoint's guidance and without any?
+
+    Along a straight path from noise to data one step is exact. Paths bend where noise may become
+    several things: the less the conditions leave open, the fewer steps are enough. Guidance bends
+    them further, so that without it fewer may do."""
+    scorer = open_scorer(args.ckpt, args)
+    print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; {len(scorer.clips)} clips "
+          f"that are in no other table; {scorer.note}; in brackets 95 % intervals over clips")
+    columns = {k: title for k, title in scorer.columns.items() if k in DECIDING or "frechet" in k}
+    table = Table(columns | dict(least_gain="least gain over 30", frechet_ratio="Frechet / of 30",
+                                 seconds="seconds per clip"))
+    # In every mode: the fewest steps down to which all are as good
+    enough = dict(guided=[], plain=[])
+    for mode, variants in scorer.study_rows():
+        print(MODES[mode])
+        reference = None
+        for name, guidance in variants.items():
+            for scorer.steps in STUDY_STEPS:
+                start = time.perf_counter()
+                generated = scorer.generate(**guidance)
+                seconds = (time.perf_counter() - start) / len(scorer.clips)
+                records, figures = row = scorer.score(*generated)
+                reference = reference or row
+                figures = figures | compare_steps(row, reference) | dict(seconds=seconds)
+                table.add(f"{mode}_{name}_{scorer.steps}", f"  {name}, steps: {scorer.steps}",
+                          records, figures)
+            rows = ((n, table.result[f"{mode}_{name}_{n}"]) for n in STUDY_STEPS)
+            good = takewhile(lambda row: row[1]["least_gain"] >= -MARGIN
+                             and row[1]["frechet_ratio"] <= FARTHEST, rows)
+            enough[name].append(min((n for n, _ in good), default=None))
+
+    # A checkpoint is used in all modes.
+    found = {name: None if None in steps else max(steps) for name, steps in enough.items()}
+    table.result["recommended_steps"] = found
+    print(f"steps that are enough (at most {MARGIN} worse than {STUDY_STEPS[0]} guided ones, "
+          f"Frechet distances up to {FARTHEST} times as long): "
+          + ", ".join(f"{name} {n or 'none'}" for name, n in found.items()))
+    table.finish(Path(args.out, "steps.csv"))
 
 
 # ---------------------------------------------------------------------- the shift study
@@ -1708,8 +1799,8 @@ def skip_block_study(args):
     # Of the video, `generate` uses the first frame and the length.
     frames = max(2, round(len(wave) / RATE * FPS))
     clip = dict(video=np.repeat(picture[None], frames, 0), audio=wave, caption="")
-    settings = dict(system.checkpoint["guidance"], steps=args.steps,
-                    encoders=external_encoders(model, args, [""], device))
+    settings = recommended(system.checkpoint, steps=args.steps)
+    settings["encoders"] = external_encoders(model, args, [""], device)
 
     def skip(tokens, *_):
         # Passes its tokens on, and adds no keys and values to the cache.
@@ -1738,6 +1829,8 @@ def arguments():
     p.add_argument("--pairs", nargs=2, metavar=("TRUE", "REMADE"), help="CycleSync of two folders")
     p.add_argument("--pairs-of-videos", nargs=2, metavar=("A", "B"), help="two folders of videos "
                    "with sound: which moves when it sounds?")
+    p.add_argument("--steps-study", action="store_true", help="quality and time of --ckpt over "
+                   "Euler steps, on clips of no other table: which number should it recommend?")
     p.add_argument("--shift-study", action="store_true", help="metrics on sounds that are late")
     p.add_argument("--skip-blocks", action="store_true", help="videos without one block each")
     p.add_argument("--audio", help="--skip-blocks: the sound")
@@ -1759,7 +1852,8 @@ def arguments():
     p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips")
     p.add_argument("--resolution", type=data.picture_size, help="side in pixels, or height x width "
                    "(of the checkpoint; --shift-study: 64)")
-    p.add_argument("--steps", type=number(int, 1, 1000), default=30, help="Euler steps per latent")
+    p.add_argument("--steps", type=number(int, 1, 1000), help="Euler steps, of a2v per latent; "
+                   "default: the checkpoint's, else its paper's")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of held-out clips and noise")
     # metrics
     p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: seconds that "
@@ -1781,7 +1875,8 @@ def main():
     args.ckpt = args.ckpt or str(A2V_FILE if args.data == "toybox" else REAL_A2V_FILE)
     # The first of these that is given says what to do.
     commands = dict(clip=score_clip, pairs=score_pairs, pairs_of_videos=score_videos,
-                    skip_blocks=skip_block_study, shift_study=shift_study, ablate=ablate)
+                    skip_blocks=skip_block_study, steps_study=steps_study,
+                    shift_study=shift_study, ablate=ablate)
     chosen = [command for name, command in commands.items() if getattr(args, name)]
     [*chosen, evaluate][0](args)
 

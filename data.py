@@ -594,8 +594,8 @@ def is_number(value, low=0., high=1e9):
 
 def is_guidance(value):
     # A shift of 0 would divide by 0.
-    lowest = dict(asg=0., cfg=0., still=0., sync_video=0., sync_audio=0., shift=.01)
-    return type(value) is dict and all(
+    lowest = dict(asg=0., cfg=0., still=0., sync_video=0., sync_audio=0., shift=.01, steps=1)
+    return type(value) is dict and type(value.get("steps", 1)) is int and all(
         name in lowest and is_number(number, lowest[name]) for name, number in value.items())
 
 

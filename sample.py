@@ -65,14 +65,20 @@ REAL_A2V_FILE = WEIGHTS / "a2v-real.pt"
 T2AV_FILE = WEIGHTS / "t2av-toybox.pt"
 JOINT_FILE = WEIGHTS / "joint-toybox.pt"
 SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}
-STEPS = {"a2v": 30, "t2av": 50, "joint": 40}                  # Euler steps; of a2v: per latent
-GUIDANCE = {   # train.py writes it into checkpoints; a flag of the same name has the last word
-    "a2v": dict(asg=1., cfg=0., still=0.),
-    "real": dict(asg=2., cfg=0., still=.2),   # of a2v trained from scratch on real clips
-    "pretrained": dict(asg=2., cfg=4.),       # w_a and w_t of Syncphony
-    "t2av": dict(cfg=2.),                     # w of SyncFlow eq. 3; the paper samples with 6
+STEPS = {"a2v": 30, "t2av": 50, "joint": 40}   # the papers' Euler steps; of a2v: per latent
+# What train.py writes into checkpoints; a flag of the same name has the last word. `steps`: the
+# fewest that are as good as 30 (cyclesync.py --steps-study). The toybox's videos are all but
+# determined by their sound, so its velocity field is nearly straight and a few steps follow it.
+GUIDANCE = {
+    "a2v": dict(asg=1., cfg=0., still=0., steps=3),
+    # of a2v trained from scratch on real clips
+    "real": dict(asg=2., cfg=0., still=.2, steps=4),
+    # w_a, w_t and steps of Syncphony
+    "pretrained": dict(asg=2., cfg=4., steps=STEPS["a2v"]),
+    # w of SyncFlow eq. 3; the paper samples with 6
+    "t2av": dict(cfg=2., steps=10),
     # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1. shift: as in training
-    "joint": dict(cfg=1., sync_video=3., sync_audio=2., shift=5.),
+    "joint": dict(cfg=1., sync_video=3., sync_audio=2., shift=5., steps=10),
 }
 BATCH = 16                                    # clips sampled by towers at a time
 WINDOW = 13                                   # latents of a clip in training
@@ -146,6 +152,13 @@ def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" o
         raise BadInput(f"{path}: made for {model.cfg.alpha:g} audio steps in a video latent, but "
                        f"with its VAEs there are {alpha:g}; train it again on these VAEs")
     return System(checkpoint["task"], model, vae, audio_vae, checkpoint)
+
+
+def recommended(checkpoint, **flags):
+    """Guidance and steps: a flag, or else what the checkpoint recommends, or else the system's."""
+    settings = GUIDANCE[checkpoint["task"]] | dict(steps=STEPS[checkpoint["task"]])
+    settings |= {k: v for k, v in checkpoint["guidance"].items() if k in settings}
+    return settings | {k: v for k, v in flags.items() if k in settings and v is not None}
 
 
 def load_vae(path=VAE_FILE, device="cpu", task="vae"):
@@ -848,90 +861,117 @@ def write_clip(path, pieces, wave, rate=RATE, maps=()):
 
 # --------------------------------------------------------------------------------- benchmark
 
-def staged_runs(model, latents=9, side=(24, 40)):
-    """Two functions that sample so many latents in Pyramid Flow's layout, with text guidance: by
-    `pyramid.staged_velocity`, and by `pyramid.HistoryCache`."""
-    device = next(model.parameters()).device
-    # A prompt of 24 tokens and a negative one of 58, padded to T5's 128. One step a stage: with
-    # more of them both take longer by the same factor.
-    text = torch.randn(2, 128, model.cfg.text_dim, device=device)
-    mask = torch.arange(128, device=device) < torch.tensor([[24], [58]], device=device)
-    pooled = torch.randn(2, model.cfg.pooled_dim, device=device)
-    z = torch.randn(1, model.cfg.latent, latents, *side, device=device)
-
-    @torch.no_grad()
-    def sample(cached):
-        network = pyramid.with_guidance(model, text, mask, pooled, cfg=4., cached=cached)
-        list(pyramid.sample_pyramid(network, z[:, :, :1], latents, z[:, :, 1:], (1, 1, 1)))
-
-    return partial(sample, False), partial(sample, True)
-
-
 @torch.no_grad()
-def benchmark(system, autocast):
-    """What guidance, audio and the cache cost: ratios of median times of 2 s clips; JSON last."""
+def benchmark(system, autocast, steps):
+    """What guidance, audio and the cache cost: ratios of median times of 2 s clips, of the
+    checkpoint's size, with so many Euler steps; seconds of computing per second of video, without
+    reading and writing files. JSON last."""
     model, vae = system.model, system.vae
     text = ["a ball drops"]
-    side = 2 * model.cfg.patch * vae.stride
+    size = data.sides(system.checkpoint["size"])
+    own = recommended(system.checkpoint, steps=steps)
 
     def video(**settings):
-        picture = np.full((1, side, side, 3), 128, np.uint8)
+        picture = np.full((1, *size, 3), 128, np.uint8)
         wave = np.zeros(2 * RATE, np.float32)
+        settings = dict(steps=steps) | settings
         list(generate_video(model, vae, picture, [wave], text, data.FRAMES, autocast, **settings))
 
     def both(audio_vae=system.audio_vae, **settings):
-        generate_audio_video(model, vae, audio_vae, text, data.FRAMES, side, autocast, **settings)
+        settings = dict(steps=steps) | settings
+        generate_audio_video(model, vae, audio_vae, text, data.FRAMES, size, autocast, **settings)
 
     # Which runs are compared: the first over the second
     if system.task == "a2v" and model.cfg.context_sigma == "shared":
-        pairs = {"plain_cached": staged_runs(model)}
+        run = published_sampler(model, vae, size, steps)
+        own_clip = partial(run, asg=own["asg"])
+        pairs = {"asg_on_off": (partial(run, asg=2.), run),
+                 "audio_on_off": (run, partial(run, audio=None)),
+                 "plain_cached": (partial(run, cached=False), run)}
     elif system.task == "a2v":
-        with autocast():
-            recomputed, cached = context_steps(model, side // vae.stride)
+        own_clip = partial(video, **own)
         pairs = {"asg_on_off": (partial(video, asg=2., cfg=4.), partial(video, cfg=4.)),
-                 "audio_on_off": (video, partial(video, use_audio=False)),
-                 "context_recomputed_cached": (recomputed, cached)}
+                 "audio_on_off": (video, partial(video, use_audio=False))}
+        for latents in (16, 30):
+            with autocast():
+                runs = context_runs(model, vae, size, latents, steps)
+            pairs[f"context_recomputed_cached_{latents}"] = runs
     else:
+        own_clip = partial(both, **own)
         on = dict(sync_video=3., sync_audio=2.) if system.task == "joint" else dict(cfg=2.)
         pairs = {"guidance_on_off": (partial(both, **on), both),
                  "audio_tower_on_off": (both, partial(both, audio_vae=None))}
 
     ratios = {}
     for name, runs in pairs.items():
-        # Both take turns, so that a machine that slows down slows both down.
-        times = np.zeros((8, 2))
-        for i, j in np.ndindex(times.shape):
-            start = time.perf_counter()
-            with autocast():
-                runs[j]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[i, j] = time.perf_counter() - start
-        # The first round warms up.
-        a, b = np.median(times[1:], 0)
+        a, b = median_seconds(runs, autocast)
         ratios[name] = round(a / b, 3)
-        print(f"{name:28s}{a / b:6.2f}   {a:.3f} s against {b:.3f} s")
+        print(f"{name:28s}{a / b:6.2f}   {a:.3f} s against {b:.3f} s", flush=True)
+    seconds, = median_seconds([own_clip], autocast)
+    ratios["seconds_per_second"] = round(seconds * FPS / data.FRAMES, 3)
+    print(f"{'seconds_per_second':28s}{ratios['seconds_per_second']:6.2f}   of computing, of "
+          f"video; {steps} steps, the checkpoint's guidance")
     print(json.dumps(ratios))
 
 
-def context_steps(model, side):
-    """Two functions, ten denoising steps at latent 12 each: with the context recomputed, and from
-    the cache."""
-    wave = np.zeros(round(2.2 * RATE), np.float32)
-    audio, (text, _, pooled) = encode_conditions(model, [wave], ["a ball drops"], len(wave), 0.)
-    z = torch.randn(1, model.cfg.latent, 13, side, side, device=text.device)
-    x = z[:, :, 12:]
+def median_seconds(runs, autocast, rounds=8):
+    """Median time of every function; they take turns, so that a machine that slows down slows all
+    of them down."""
+    times = np.zeros((rounds, len(runs)))
+    for i, j in np.ndindex(times.shape):
+        start = time.perf_counter()
+        with autocast():
+            runs[j]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times[i, j] = time.perf_counter() - start
+    # The first round warms up.
+    return np.median(times[1:], 0)
+
+
+def published_sampler(model, vae, size, steps):
+    """Of a model in Pyramid Flow's layout: a function that samples the latents of a 2 s clip, with
+    text guidance. Its conditions are random: the published encoders take longer than the clip."""
+    cfg = model.cfg
+    device = next(model.parameters()).device
+    L = n_latents(vae, data.FRAMES)
+    z = torch.randn(1, cfg.latent, L, *[n // vae.stride for n in size], device=device)
+    # 58 and 24 of the 128 tokens that T5 pads to: the published quality prompts are about so long
+    mask = torch.arange(128, device=device) < torch.tensor([[58], [24]], device=device)
+    text = torch.randn(2, 128, cfg.text_dim, device=device)
+    pooled = torch.randn(2, cfg.pooled_dim, device=device)
+    sound = torch.randn(1, math.ceil(L * cfg.alpha), cfg.audio_dim, device=device)
+    stage_steps = [len(part) for part in np.array_split(range(steps), 3)]
+
+    def run(audio=sound, asg=0., cached=True):
+        network = pyramid.with_guidance(model, text, mask, pooled, audio, asg, 4., cached)
+        for _ in pyramid.sample_pyramid(network, z[:, :, :1], L, z[:, :, 1:], stage_steps,
+                                        keep=cfg.context):
+            pass
+
+    return run
+
+
+def context_runs(model, vae, size, latents, steps):
+    """Two functions that sample the last of so many latents: with the context recomputed in every
+    step, and from the cache, which it then joins by one run more."""
+    samples = round((latents * vae.stride_t / FPS + .2) * RATE)
+    wave = np.zeros(samples, np.float32)
+    audio, (text, _, pooled) = encode_conditions(model, [wave], ["a ball drops"], samples, 0.)
+    sides = [n // vae.stride for n in size]
+    z = torch.randn(1, model.cfg.latent, latents, *sides, device=text.device)
+    x = z[:, :, -1:]
     sigma = torch.full((1, 1), .5, device=text.device)
     cache = KVCache(model, z[:, :, :1], text, pooled, audio)
-    for l in range(1, 12):
+    for l in range(1, latents - 1):
         cache.append(z[:, :, l:l + 1])
 
     def recomputed():
-        for _ in range(10):
+        for _ in range(steps):
             model.forward_teacher_forced(z, x, sigma, text, pooled, audio)
 
     def cached():
-        for _ in range(10):
+        for _ in range(steps + 1):
             cache.denoise_step(x, .5)
 
     return recomputed, cached
@@ -960,7 +1000,7 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "sync_video": ("joint", NOT_NEGATIVE, "Harmony: s_v of SyncCFG, 1 = off"),
     "sync_audio": ("joint", NOT_NEGATIVE, "Harmony: s_a of SyncCFG, 1 = off"),
     "steps": (ALL, data.number(int, 1, 1000),
-              "Euler steps: 30 per latent; of SyncFlow 50, of Harmony 40 for a clip"),
+              "Euler steps, of a2v per latent; default: the checkpoint's, else its paper's"),
     "seconds": (ALL, data.number(low=.1, high=data.MAX_SOUND),
                 "length of the video: the audio's, or 2 s"),
     "resolution": ("t2av joint", data.picture_size, "two towers: another than in training"),
@@ -1098,17 +1138,14 @@ def main():
     if args.compile:
         compile_network(system.model)
     if args.bench:
-        return benchmark(system, autocast)
+        return benchmark(system, autocast, recommended(checkpoint, **vars(args))["steps"])
 
     # What to generate: all of it is checked before the first is begun.
     jobs = read_jobs(args)
     for job in jobs:
         check_job(system, job, args)
 
-    # Guidance: a flag, or else what the checkpoint recommends, or else the system's
-    settings = GUIDANCE[task] | dict(steps=STEPS[task])
-    settings |= {k: v for k, v in checkpoint["guidance"].items() if k in settings}
-    settings |= {k: v for k, v in vars(args).items() if k in settings and v is not None}
+    settings = recommended(checkpoint, **vars(args))
     numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
     print(f"{description}\n{Path(args.ckpt).name}: {SYSTEMS[task]}, EMA weights after step "
           f"{checkpoint['step']}\n{numbers}")

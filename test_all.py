@@ -767,13 +767,17 @@ def test_the_last_call_of_a_stage_can_be_skipped():
     assert 0 < gap(exact, skipped) < .001
 
 
-def test_the_benchmark_of_a_published_network_runs_it_plain_and_with_its_cache():
+def test_the_benchmark_of_a_published_network_runs_it_plain_and_with_its_cache(monkeypatch):
     """Three latents of 1, 4 and 16 tokens, one call a stage; the cached runs as above."""
     net = little_flux()
+    monkeypatch.setattr(data, "FRAMES", 9)              # three latents
+    vae = SimpleNamespace(stride=8, stride_t=4)
+    run = sample.published_sampler(net, vae, (64, 64), steps=3)
     tokens = []
     net.x_embedder.register_forward_pre_hook(lambda module, x: tokens.append(x[0].shape[1]))
-    for run in sample.staged_runs(net, latents=3, side=(8, 8)):
-        run()
+    with torch.no_grad():
+        run(audio=None, cached=False)
+        run(audio=None)
     assert tokens[:6] == [1 + 1, 4 + 4, 16 + 16, 1 + 1 + 1, 1 + 4 + 4, 4 + 16 + 16]
     assert tokens[6:] == [1 + 1, 4 + 4, 16 + 16, 1 + 1, 1 + 4 + 4, 4 + 16 + 16]
 
@@ -1410,6 +1414,9 @@ def test_guidance_is_the_flag_s_else_the_checkpoint_s_else_the_system_s(toy, tmp
     """A checkpoint need not name a guidance rule for its flag to count."""
     content = data.load_checkpoint(toy / "a2v.pt", "a2v") | {"guidance": dict(asg=.5)}
     data.save_checkpoint(tmp_path / "a2v.pt", **content)
+    # Steps likewise; without a recommendation they are the paper's.
+    assert sample.recommended(content) == dict(asg=.5, cfg=0., still=0., steps=30)
+    assert sample.recommended(content | {"guidance": dict(steps=2)})["steps"] == 2
     flags = ["--image", toy / "f.png", "--audio", toy / "x.wav", "--ckpt", tmp_path / "a2v.pt",
              "--vae", toy / "vae.pt", "--steps", 1, "--seconds", .3, "--out", tmp_path]
     for more, cfg in ([], 0), (["--cfg", 3], 3):
@@ -1604,7 +1611,7 @@ def test_few_test_clips_are_said_to_be_few(monkeypatch, capsys, n):
     tests = [dict(name=f"{i}", kind="k", split="test") for i in range(n)]
     monkeypatch.setattr(data, "find_clips", lambda *_: (tests, "layout"))
     monkeypatch.setattr(data, "clip_windows", lambda *_: [dict(start=0.), dict(start=1.)])
-    args = SimpleNamespace(data="x", data_root="", seed=0, clips=2 * n)
+    args = SimpleNamespace(data="x", data_root="", seed=0, clips=2 * n, steps_study=False)
     clips = cyclesync.held_out_clips(args, 32)
     assert ("only 2 test clips: shuffled sounds may" in capsys.readouterr().out) == (n == 2)
     records = cyclesync.sync_records([[]] * 2 * n, [dict(onsets=[], peaks=None)] * 2 * n, clips, .1)
@@ -1688,6 +1695,27 @@ def test_the_difference_of_two_rows_is_paired():
         table.add(row, row, [dict(x=x + gain, y=(k, 1 + k)) for k, x in enumerate(values)])
     assert table.gain("y", "a", "b") == [0, 0, 0]
     assert table.gain("x", "b", "a") == pytest.approx([.5, .5, .5])
+
+
+def test_the_steps_study_recommends_the_fewest_steps_that_are_as_good_on_clips_of_no_table(
+        toy, tmp_path, capsys, monkeypatch):
+    """Of a model that is right with guidance and 3 steps or more, or a single one by chance."""
+    seeds = set()
+
+    def generate(model, vae, clips, *_, steps, asg, cfg, **settings):
+        seeds.update(c["seed"] for c in clips)
+        right = (asg, cfg) == (2, 4) and steps != 2
+        return [c["video"] if right else c["video"][:1].repeat(49, 0) for c in clips]
+
+    monkeypatch.setattr(cyclesync, "generate", generate)
+    monkeypatch.setattr(cyclesync, "STUDY_STEPS", (30, 3, 2, 1))
+    assert cli(cyclesync, "--steps-study", "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt",
+               "--clips", 4, "--out", tmp_path) == 0
+    result = last_json(capsys)
+    assert result["recommended_steps"] == dict(guided=3, plain=None)
+    assert result["a2v_guided_3"]["least_gain"] == 0 > result["a2v_guided_2"]["least_gain"]
+    assert result["a2v_plain_30"]["f1_50"] == 0 and "seconds" in result["a2v_plain_30"]
+    assert min(seeds) >= toybox.HELD_OUT + 10 ** 4 * cyclesync.STUDY_SEED
 
 
 @slow
@@ -2674,7 +2702,8 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
     assert len(moved) > 15, f"{len(moved)} tensors moved"
     assert all(k.startswith("single_transformer_blocks") for k in (*moved, *best["ema"])), moved
     assert any(".audio." in k for k in best["ema"])
-    assert best["guidance"] == dict(asg=2., cfg=4.)
+    # the paper's number of steps
+    assert best["guidance"] == dict(asg=2., cfg=4., steps=30)
     assert iio.imread(tmp_path / "x.mp4", plugin="FFMPEG").shape == (49, 64, 64, 3)
     assert cli(sample, *inputs) == 2 and "--pretrained" in capsys.readouterr().err
 
@@ -5032,18 +5061,16 @@ def test_the_command_samples_syncflow_from_text_and_for_a_video(towers_on_disk, 
 
 
 @pytest.mark.parametrize("file, ratios", [
-    pytest.param("a2v.pt", {"asg_on_off", "audio_on_off", "context_recomputed_cached"},
-                 marks=slow),
+    pytest.param("a2v.pt", {"asg_on_off", "audio_on_off", "context_recomputed_cached_16",
+                            "context_recomputed_cached_30"}, marks=slow),
     ("t2av/joint/best.pt", {"guidance_on_off", "audio_tower_on_off"})])
 def test_the_benchmark_prints_its_ratios_as_json(
         toy, towers_on_disk, monkeypatch, capsys, file, ratios):
-    """README: what guidance, audio layers or tower, and the cache cost."""
-    for name in ("generate_video", "generate_audio_video"):
-        monkeypatch.setattr(sample, name, partial(getattr(sample, name), steps=1))
+    """README: what guidance, audio layers or tower, and the cache cost; how fast clips are made."""
     monkeypatch.setattr(data, "FRAMES", 9)              # three latents
     folder = toy if file == "a2v.pt" else towers_on_disk[0]
-    assert cli(sample, "--bench", "--ckpt", folder / file) == 0
-    assert set(last_json(capsys)) == ratios
+    assert cli(sample, "--bench", "--steps", 1, "--ckpt", folder / file) == 0
+    assert set(last_json(capsys)) == ratios | {"seconds_per_second"}
 
 
 # ------------------------------------------------------------------------------------------ Harmony
@@ -5353,7 +5380,7 @@ def test_harmony_trains_the_sound_then_its_timbre_then_both(harmony_on_disk):
     header = (folder / "joint/scores.csv").read_text().splitlines()[0]
     assert moved("audio", "timbre") == {"audio"}
     assert moved("timbre", "joint") == {"video", "audio", "bridge"}
-    assert stages["joint"]["guidance"] == dict(cfg=1., sync_video=3., sync_audio=2., shift=5.)
+    assert stages["joint"]["guidance"] == sample.GUIDANCE["joint"]
     assert {"step", "video_driven", "audio_driven", "pairs"} <= set(header.split(","))
 
 

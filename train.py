@@ -616,7 +616,7 @@ class A2V:
         """Toybox: events of generated videos. Real clips: the loss on windows of the test split,
         and how well the motion of generated videos agrees with the true one, which is the score."""
         if not self.test:
-            videos = generate(self.net, self.vae, clips, self.autocast, steps=12, asg=0., cfg=0.)
+            videos = generate(self.net, self.vae, clips, self.autocast, **self.extra["guidance"])
             return Evaluation(*video_figures(videos, clips), videos)
         losses = []
         with torch.no_grad(), self.autocast():
@@ -632,8 +632,7 @@ class A2V:
         # At the published size videos would take hours.
         if self.args.pretrained:
             return Evaluation(dict(test_loss=loss), -loss)
-        videos = generate(self.net, self.vae, clips, self.autocast, steps=4,
-                          **self.extra["guidance"])
+        videos = generate(self.net, self.vae, clips, self.autocast, **self.extra["guidance"])
         records = [dict(motion=motion_agreement(motion_energy(c["video"]), motion_energy(v)))
                    for v, c in zip(videos, clips)]
         # The loss on test clips is lowest long before their motion follows the sound:
@@ -919,7 +918,7 @@ class TwoTowers:
             self.columns = ("video", "audio", "audio-driven video", "video-driven audio")
             guidance = GUIDANCE["joint"] | dict(shift=args.shift)
             # While training nothing is guided.
-            self.sampling = dict(cfg=1., sync_video=1, sync_audio=1, shift=args.shift)
+            self.sampling = guidance | dict(sync_video=1., sync_audio=1.)
             config = towers.HARMONY[args.size] | dict(
                 rope_align=not args.no_rope_align, use_gldi=not args.no_gldi)
         else:
@@ -1084,7 +1083,7 @@ class TwoTowers:
             settings["speech"] = [c.get("speech", "") for c in clips]
         return generate_audio_video(
             self.net, self.vae, audio_vae, [c["caption"] for c in clips], len(clips[0]["video"]),
-            self.args.resolution, self.autocast, steps=25, **settings, **given)
+            self.args.resolution, self.autocast, **settings, **given)
 
     def evaluate_events(self, clips, z_v, z_a):
         """What the stage can generate: figures of the toybox's events, the first videos and sounds.
@@ -1404,6 +1403,7 @@ class Run:
         self.best = -math.inf         # score of best.pt
         self.seconds = 0.             # of training, in all sessions
         self.logged = 0.              # seconds at the last line of the log
+        self.waited = 0.              # of them for batches, since that line
         self.reports = []             # since that line
         self.norms = []               # of the gradients since the last check
         self.stop = False             # was a signal received?
@@ -1437,7 +1437,9 @@ class Run:
         """Gradients of this step, averaged over micro-batches and processes."""
         accum = self.args.accum
         for i in range(accum):
+            start = time.perf_counter()
             generators, batch = next(micro_batches)
+            self.waited += time.perf_counter() - start
             # Processes exchange gradients at the last micro-batch.
             exchange = nullcontext()
             if self.sharded:
@@ -1490,15 +1492,18 @@ class Run:
         report = dict(zip(self.task.columns, report))
         lr = learning_rate(self.step - 1, self.args)
         each = (self.seconds - self.logged) / (len(self.reports) / self.args.accum)
+        waiting = self.waited / (self.seconds - self.logged)
         left = each * (self.args.steps - self.step) / 60
         log_rank0(f"step {self.step}/{self.args.steps}  loss {loss:.4f}  "
                   + "  ".join(f"{k} {v:.4g}" for k, v in report.items())
                   + f"  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * each:.0f} ms  "
+                  f"{100 * waiting:.0f} % waiting for data  "
                   f"{self.flops / each / 1e9:.0f} GFLOP/s  {peak_memory(self.device):.1f} GB  "
                   f"{left:.0f} min left")
         log_row(self.out / "log.csv", step=self.step, seconds=round(self.seconds, 1), loss=loss,
                 **report, lr=lr, ms=1000 * each)
         self.reports = []
+        self.waited = 0.
         self.logged = self.seconds
 
     def evaluate(self, clips):
