@@ -35,12 +35,14 @@ Not learned in the audio layers:
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 @dataclass
@@ -72,6 +74,8 @@ class MMDiTConfig:
 
 TEXT_BYTES = 96                     # what ByteText reads of a text; longer ones are cut
 BYTES_PER_TOKEN = 8                 # so a text is 12 tokens
+# FlexAttention has blocks of 128 x 128 tokens: with less than four by four none would be skipped.
+FLEX_TOKENS = 512
 WITHOUT_FLOAT64 = ("mps",)          # types of devices: the GPU of a Mac
 
 # What the sizes for the toybox have in common
@@ -137,7 +141,8 @@ def temporal_window(t_query, t_key, radius):
     return (distance < radius) | (distance <= nearest)
 
 
-def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, device="cpu"):
+def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, device="cpu",
+                         flex=False):
     """Who attends to whom when many latents of a clip are targets in one pass -> booleans (M, M),
     M = n_text + (n_clean + n_noisy) tokens_per_latent. The noisy latents are the last of the clip,
     of which all but the last are there as clean latents.
@@ -149,18 +154,25 @@ def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, d
         noisy 2              x       x        x    |             x
 
     Of the clean latents before it, a latent attends to the last `context` ones, and always to
-    latent 0. With 12 clean and 12 noisy latents 29 % of the mask is True."""
+    latent 0. With 12 clean and 12 noisy latents 29 % of the mask is True.
+
+    flex: the same for FlexAttention, which finds out which blocks of 128 x 128 tokens have no pair
+    at all and computes the other ones -> BlockMask. It is made of the same function."""
     # of every token: which latent it belongs to (text: latent 0), and whether it is noisy
     latents = torch.tensor([*range(n_clean), *range(n_clean + 1 - n_noisy, n_clean + 1)])
     latent = F.pad(latents.repeat_interleave(tokens_per_latent), (n_text, 0)).to(device)
     is_noisy = torch.arange(len(latent), device=device) >= n_text + n_clean * tokens_per_latent
-    query = latent[:, None]
-    key = latent[None]
 
-    same_latent = (query == key) & (is_noisy[:, None] == is_noisy[None])
-    earlier_clean = (key < query) & (query - key <= context) & ~is_noisy[None]
-    attention_sink = (key == 0) & ~is_noisy[None]
-    return same_latent | earlier_clean | attention_sink
+    def mask_mod(_batch, _head, query, key):
+        same_latent = (latent[query] == latent[key]) & (is_noisy[query] == is_noisy[key])
+        is_recent = (latent[key] < latent[query]) & (latent[query] <= latent[key] + context)
+        return same_latent | ((is_recent | (latent[key] == 0)) & ~is_noisy[key])
+
+    M = len(latent)
+    if flex:
+        return create_block_mask(mask_mod, None, None, M, M, device)
+    token = torch.arange(M, device=device)
+    return mask_mod(None, None, token[:, None], token)
 
 
 def rope_table(ids, axes, time_scale=1., device=None):
@@ -242,7 +254,8 @@ class Modulation(nn.Module):
         # the linear layer runs once per noise level, not once per token
         m = self.linear(F.silu(temb))                                   # (B, G, n D)
         if sigma_index is not None:
-            m = m[:, sigma_index]                                       # (B, N, n D)
+            # (the gradient of index_select takes half the time of that of m[:, sigma_index])
+            m = m.index_select(1, sigma_index)                          # (B, N, n D)
         return m.chunk(self.n, -1)                                      # n times (B, N or 1, D)
 
 
@@ -268,10 +281,40 @@ class Conditioning:
     rope: tuple                         # rotation of the tokens: cos, sin (T+N, d)
     n_text: int = 0                     # T; 0: the text is in the cache
     sigma_index: torch.Tensor = None    # (T+N,) row of temb of each token; None: G is 1
-    mask: torch.Tensor = None           # (B or 1, 1, T+N or 1, keys) booleans; None: all to all
+    # (B or 1, 1, T+N or 1, keys) booleans, a `Packing` or a BlockMask; None: all to all
+    mask: torch.Tensor = None
     audio_mask: torch.Tensor = None     # (N, S) booleans: the window of each video token
+    text_levels: int = 1                # the text takes some of the first rows of temb
+    n_queries: int = None               # the last tokens alone have queries; None: all of them
     groups: list = None                 # see `attention`; None: all queries attend to all keys
     slots: torch.Tensor = None          # (N,) of `KVCache`: where the new keys and values belong
+
+
+@dataclass
+class Packing:
+    """Attention in a packed sequence: samples of any length behind one another, without padding.
+
+    Queries and keys are cut into pieces, one for every text and every clip. Piece i of the queries
+    attends to the pieces sees[i] of the keys and to nothing else, so that no mask over all pairs is
+    needed. Here sample a trains its latent 2 and sample b its latent 1:
+
+        piece    0         1         2      3        4      5          6
+                 text a    text b    a 0    a 1      b 0    a noisy    b noisy
+        sees     0 2       1 4       0 2    0 2 3    1 4    0 2 3 5    1 4 6
+    """
+    query_sizes: list                   # tokens of every piece
+    key_sizes: list
+    sees: list
+    masks: list                         # of every piece of queries (n, m) booleans; None: all
+
+    def attend(self, q, k, v):
+        k = k.split(self.key_sizes, 2)
+        v = v.split(self.key_sizes, 2)
+        outputs = []
+        for i, queries in enumerate(q.split(self.query_sizes, 2)):
+            keys, values = (torch.cat([x[j] for j in self.sees[i]], 2) for x in (k, v))
+            outputs.append(attention(queries, keys, values, self.masks[i]))
+        return torch.cat(outputs, 1)
 
 
 def attention_weights(q, k, mask=None):
@@ -282,11 +325,21 @@ def attention_weights(q, k, mask=None):
     return scores.softmax(-1)
 
 
+compiled = cache(torch.compile)
+
+
 def attention(q, k, v, mask=None, groups=None):
     """q (B, K, N, d), k and v (B, K, M, d), mask broadcast to (B, K, N, M) -> (B, N, D)
 
     groups: [(n, m)], the next n queries attend to the first m keys. Causality by groups needs no
     mask (N, M), and without one the fused kernels are at their fastest."""
+    if isinstance(mask, Packing):
+        return mask.attend(q, k, v)
+    if isinstance(mask, BlockMask):
+        # compiled, on a GPU; uncompiled it would compute all pairs
+        eager = v.device.type == "cpu" or torch.compiler.is_compiling()
+        flex = flex_attention if eager else compiled(flex_attention)
+        return flex(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask).transpose(1, 2).flatten(2)
     if groups:
         outputs = []
         for (_, m), queries in zip(groups, q.split([n for n, _ in groups], 2)):
@@ -295,13 +348,30 @@ def attention(q, k, v, mask=None, groups=None):
         return torch.cat(outputs, 1)
     q = q.to(v.dtype)
     k = k.to(v.dtype)
-    # at the toybox's sizes the fused kernel has the slower backward pass on a CPU
+    # at the toybox's sizes the fused kernel has the slower backward pass on a CPU; with 240 queries
+    # and 300 keys both take the same time, with 611 keys the fused one takes 20 % less
     needs_gradient = q.requires_grad or k.requires_grad or v.requires_grad
-    if v.device.type == "cpu" and needs_gradient:
+    if v.device.type == "cpu" and needs_gradient and k.shape[2] < 300:
         out = attention_weights(q, k, mask).to(v.dtype) @ v             # (B, K, N, d)
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask)
     return out.transpose(1, 2).flatten(2)
+
+
+def queries_of_last(cond, n):
+    """Conditioning of a block from which only the last n tokens are read: it makes no others."""
+    mask = cond.mask
+    groups = cond.groups and cond.groups[-1:]
+    if isinstance(mask, Packing):
+        # there is one piece of them for every sample, that is for every row of temb
+        B = cond.temb.shape[1]
+        mask = Packing(mask.query_sizes[-B:], mask.key_sizes, mask.sees[-B:], mask.masks[-B:])
+    elif isinstance(mask, BlockMask):
+        # cutting it is not worth it: it would have to be made anew
+        return cond
+    elif mask is not None:
+        mask = mask[:, :, -n:]
+    return replace(cond, mask=mask, groups=groups, n_queries=n)
 
 
 class JointAttention(nn.Module):
@@ -323,10 +393,9 @@ class JointAttention(nn.Module):
     def forward(self, x, cond, cached_kv, text=None):
         """x (B, N, D), in double blocks text (B, T, D), cached_kv: rotated keys and values
         (B, K, M, d) of the clean context -> (B, T+N, D) before the output projection, new ones.
-        With groups for fewer than T+N queries: of the last tokens alone"""
-        n_queries = sum(n for n, _ in cond.groups) if cond.groups else None
+        With n_queries: of the last tokens alone"""
         q, k, v = project_qkv(x, self.K, (self.to_q, self.to_k, self.to_v),
-                              (self.norm_q, self.norm_k), n_queries)    # (B, K, N, d)
+                              (self.norm_q, self.norm_k), cond.n_queries)  # (B, K, N, d)
         if text is not None:
             linears = self.add_q_proj, self.add_k_proj, self.add_v_proj
             added = project_qkv(text, self.K, linears, (self.norm_added_q, self.norm_added_k))
@@ -409,8 +478,10 @@ class DoubleBlock(nn.Module):
         video_in = modulate(x, shift1, scale1)
         text_in = None
         if T:
-            # row 0 of temb: sigma = 0, or with context_sigma="shared" the one sigma of all tokens
-            text_adaln = self.norm1_context(cond.temb[:, :1])
+            # row 0 of temb: sigma = 0, or with context_sigma="shared" the one sigma of all tokens;
+            # in a packed sequence that of the text's sample
+            index = None if cond.sigma_index is None else cond.sigma_index[:T]
+            text_adaln = self.norm1_context(cond.temb[:, :cond.text_levels], index)
             text_in = modulate(text, *text_adaln[:2])
         # one attention over both, then each stream goes on alone
         attended, new_kv = self.attn(video_in, cond, cached_kv, text_in)         # (B, T+N, D)
@@ -602,7 +673,8 @@ class MMDiT(nn.Module):
 
     def encode_text(self, text_inputs):
         """Bytes (B, TEXT_BYTES) of `text_bytes`, or for external encoders what
-        pyramid.stack_prompts returns -> states (B, T, text_dim), their mask (B, T), pooled"""
+        pyramid.stack_prompts or unpadded_prompts returns, which stays -> states (B, T, text_dim),
+        their mask (B, T), pooled"""
         if self.cfg.text_encoder != "bytes":
             return text_inputs
         # no padding mask: the empty letters are learned; the shipped a2v weights were trained so
@@ -626,14 +698,24 @@ class MMDiT(nn.Module):
         """Rotation of tokens at ids (N, 3), with text at (0, 0, 0) before them."""
         return rope_table(F.pad(ids, (0, 0, n_text, 0)), self.cfg.axes, self.cfg.time_scale, device)
 
-    def project_audio(self, audio_features, times, start=0):
+    def project_audio(self, audio_features, times, start=0, packing=None):
         """Audio features (B, S, A) of steps start .. start + S - 1, times (N,) of the video tokens
-        -> keys and values of every single block, mask (N, S). Without audio: None, None."""
+        -> keys and values of every single block, mask (N, S). Without audio: None, None. packing:
+        that of the self-attention, if the tokens are those of several samples"""
         if audio_features is None:
             return None, None
         device = audio_features.device
-        t = audio_positions(audio_features.shape[1], self.cfg.alpha, start)     # (S,)
+        B, S = audio_features.shape[:2]
+        t = audio_positions(S, self.cfg.alpha, start)                           # (S,)
         audio_mask = temporal_window(times, t, self.cfg.window).to(device)      # eq. 7
+        if packing is not None:
+            # the audio of all samples behind one another; a latent attends to that of its sample,
+            # whose number is that of the text that it sees
+            sizes = packing.query_sizes[B:]
+            owners = [pieces[:1] for pieces in packing.sees[B:]]
+            audio_mask = Packing(sizes, B * [S], owners, audio_mask.split(sizes))
+            audio_features = audio_features.flatten(0, 1)[None]                 # (1, B S, A)
+            t = t.repeat(B)
         # keys stand at (t_i, 0, 0); without Audio RoPE all of them at 0
         t = t if self.cfg.audio_rope else torch.zeros_like(t)
         rope = self.rope(F.pad(t[:, None], (0, 2)), device)
@@ -643,6 +725,7 @@ class MMDiT(nn.Module):
     def run_blocks(self, clips, text, cond, audio_kv=None, cached_kv=None, n_off_sync=0,
                    adaln=None):
         """Output for the last of `clips` (B + n_off_sync, C, L, h, w); [(keys, values) per block].
+        Of a packed sequence: list of the outputs for the last clips, one for every sample.
 
         clips: list of latents (B, C, L_i, h_i, w_i); text (B, T, text_dim), None: it is in the
         cache; audio_kv: of `project_audio`; cached_kv: per block, those of the clean context;
@@ -657,6 +740,10 @@ class MMDiT(nn.Module):
         def repeat(t):
             return torch.cat([t, t[:n_off_sync]])
 
+        packed = isinstance(cond.mask, Packing)
+        targets = clips[-cond.temb.shape[1]:] if packed else clips[-1:]
+        sizes = [z[0, 0].numel() // self.cfg.patch ** 2 for z in targets]
+        n = sum(sizes)                                                          # output tokens
         n_double = len(self.transformer_blocks)
         new_kv = []
         for i, block in enumerate(self.all_blocks()):
@@ -666,22 +753,22 @@ class MMDiT(nn.Module):
                 mask = cond.mask if cond.mask is None or len(cond.mask) == 1 else repeat(cond.mask)
                 cond = replace(cond, temb=repeat(cond.temb), mask=mask)
                 tokens = repeat(tokens)
-            # nothing but the output reads the last block: the last group of queries is enough
-            if cond.groups and i == len(self.all_blocks()) - 1 >= n_double:
-                cond = replace(cond, groups=cond.groups[-1:])
+            # nothing but the output reads the last block
+            if i == len(self.all_blocks()) - 1 >= n_double and n < tokens.shape[1]:
+                cond = queries_of_last(cond, n)
             # a block is given its own ones of the lists: torch.compile compiles it once for all
             past = cached_kv[i] if cached_kv else None
             audio = audio_kv[i - n_double] if audio_kv and i >= n_double else None
             tokens, kv = block(tokens, cond, past, audio, adaln[i] if adaln else None)
             new_kv.append(kv)
 
-        # the last clip's tokens; scale before shift, as in diffusers' AdaLayerNormContinuous
-        L, h, w = clips[-1].shape[2:]
-        n = L * h * w // self.cfg.patch ** 2
+        # scale before shift, as in diffusers' AdaLayerNormContinuous
         index = None if cond.sigma_index is None else cond.sigma_index[-n:]
         scale, shift = adaln[-1] if adaln else self.norm_out(cond.temb, index)
         out = self.proj_out(modulate(tokens[:, -n:], shift, scale))             # (B, n, p p C)
-        return unpatchify(out, L, h, w, self.cfg.patch), new_kv
+        outputs = [unpatchify(part, *z.shape[2:], self.cfg.patch)
+                   for part, z in zip(out.split(sizes, 1), targets)]
+        return outputs if packed else outputs[0], new_kv
 
     def to_velocity(self, out, x, sigma):
         return velocity_from_output(out, x, sigma) if self.cfg.precondition else out
@@ -693,13 +780,19 @@ class MMDiT(nn.Module):
         ids (N, 3) of the clips' tokens; mask (B or 1, 1, T+N, T+N); timestep (B, G) in 0..1000;
         text (B, T, text_dim); pooled (B, pooled_dim); audio_features (B, S, A) from the step
         `audio_start` on, None: no audio layers; sigma_index: see `Conditioning`; clips,
-        n_off_sync: see `run_blocks`"""
+        n_off_sync: see `run_blocks`.
+
+        With a `Packing` for a mask, clips and text are those of all samples behind one another,
+        in one row; timestep (B, 1), and sigma_index is the number of a token's sample"""
         T = text.shape[1]
+        packing = mask if isinstance(mask, Packing) else None
         # positions, noise levels and audio, then the blocks
-        audio_kv, audio_mask = self.project_audio(audio_features, ids[:, 0], audio_start)
+        audio_kv, audio_mask = self.project_audio(audio_features, ids[:, 0], audio_start, packing)
         temb = self.time_text_embed(timestep, pooled)                           # (B, G, D)
         rope = self.rope(ids, text.device, T)
         cond = Conditioning(temb, rope, T, sigma_index, mask, audio_mask)
+        if packing:
+            cond = replace(cond, temb=temb.transpose(0, 1), text_levels=len(temb))
         return self.run_blocks(clips, text, cond, audio_kv, n_off_sync=n_off_sync)[0]
 
     def all_adaln(self, temb, n_off_sync=0):
@@ -730,13 +823,14 @@ class MMDiT(nn.Module):
         clean = clean[:, :, :-1]
         # noisy latents stand at the times of the clean latents that they will become
         ids = position_ids([*range(L - 1), *range(L - M, L)], h, w)             # (N, 3)
-        mask = teacher_forcing_mask(T, L - 1, M, h * w, self.cfg.context, noisy.device)
+        flex = noisy.is_cuda and T + len(ids) >= FLEX_TOKENS
+        mask = teacher_forcing_mask(T, L - 1, M, h * w, self.cfg.context, noisy.device, flex)
         # a noise level for every noisy latent; text and clean latents take row 0, sigma = 0
         timestep = 1000 * F.pad(sigma, (1, 0))                                  # (B, 1+M)
         index = torch.arange(1, M + 1).repeat_interleave(h * w)
-        index = F.pad(index, (T + (L - 1) * h * w, 0)).to(noisy.device)               # (T+N,)
-        out = self([clean, noisy], ids, mask[None, None], timestep, text, pooled, audio_features,
-                   index)
+        index = F.pad(index, (T + (L - 1) * h * w, 0)).to(noisy.device)         # (T+N,)
+        out = self([clean, noisy], ids, mask if flex else mask[None, None], timestep, text, pooled,
+                   audio_features, index)
         return self.to_velocity(out, noisy, sigma[:, None, :, None, None])
 
 

@@ -32,8 +32,10 @@ import torch
 import torch.nn.functional as F
 
 from data import BadInput, build, replacing
-from losses import add_noise, combine_guidance, motion_weight, rand_each, randn_each
-from model import Conditioning, CrossAttention, MMDiT, MMDiTConfig, init_weights, position_ids
+from losses import (
+    add_noise, combine_guidance, motion_weight, rand_each, randn_each, to_device)
+from model import (
+    Conditioning, CrossAttention, MMDiT, MMDiTConfig, Packing, init_weights, position_ids)
 from vae import CausalVideoVAE, VAEConfig
 
 # Name of the files of weights in a folder of the hub, before .safetensors or .bin.
@@ -351,39 +353,87 @@ def draw_stage_sample(z_levels, latent, stage, generators):
     device = z_levels[0].device
 
     def randn_like(z):
-        return randn_each(generators, z.shape[1:]).to(device)
+        return randn_each(generators, z.shape[1:], device)
 
     target = [z[:, :, latent:latent + 1] for z in z_levels]             # (B, C, 1, h_k, w_k)
     eps = noise_pyramid(randn_like(target[-1]), len(target))
     start, end = stage_endpoints(target, eps, stage)
 
     # Context noise augmentation: one level per clip for its history, not given to the network.
-    level = CONTEXT_NOISE * rand_each(generators).to(device)
+    level = CONTEXT_NOISE * to_device(rand_each(generators), device)
     history = pyramid_history(z_levels, latent, stage.level)
     history = [add_noise(clip, randn_like(clip), level) for clip in history]
 
     # One of 1000 noise levels of the stage, and its timestep.
-    i = (1000 * rand_each(generators)).long().to(device)
+    i = to_device((1000 * rand_each(generators)).long(), device)
     noisy = add_noise(end, start, 1 - i / 1000)
     first, last = stage.times
     timestep = first + (last - first) * i / 1000
     return [*history, noisy], timestep, start - end
 
 
+def packed_velocities(model, samples, timestep, text, pooled, audio=None):
+    """`staged_velocity` of B samples with histories and texts of their own, in ONE pass without
+    padding -> list of B velocities (1, C, 1, h_b, w_b).
+
+    The tokens of all samples stand in one row, so that every layer but the attention runs once:
+
+        text of 0, of 1, .. | history of 0, of 1, .. | noisy latent of 0, of 1, ..
+
+    In the attention a text or clip meets those of its sample alone (`model.Packing`).
+
+    samples: of each one its clips (1, C, L_i, h_i, w_i) as in `staged_velocity`; timestep (B,);
+    text: of each one (T_b, D), without padding; pooled (B, P); audio (B, S, A) or None"""
+    B = len(samples)
+    history = []                        # of all samples: (sample, clip, positions of its tokens)
+    noisy = []
+    for b, clips in enumerate(samples):
+        tokens = [clip.shape[2] * math.prod(model.token_grid(clip)) for clip in clips]
+        parts = list(zip([b] * len(clips), clips, clip_ids(model, clips).split(tokens)))
+        history += parts[:-1]
+        noisy += parts[-1:]
+    owners, clips, ids = zip(*history, *noisy)
+    sizes = [len(states) for states in text] + [len(part) for part in ids]
+
+    # Piece b is the text of sample b, the pieces from B on are the clips. A clip sees the text, the
+    # clips before it and itself; the text sees the first clip.
+    pieces = [[b] for b in range(B)]    # of each sample
+    sees = []
+    for piece, b in enumerate(owners, start=B):
+        pieces[b].append(piece)
+        sees.append(pieces[b].copy())
+    sees = [of_sample[:2] for of_sample in pieces] + sees
+    # Causal in time, with text at time 0. A mask is needed where the first clip has several
+    # latents. (All of this is known to the CPU: no GPU has to be waited for.)
+    times = [torch.zeros(size) for size in sizes[:B]] + [part[:, 0] for part in ids]
+    masks = []
+    for queries, keys in enumerate(sees):
+        causal = times[queries][:, None] >= torch.cat([times[piece] for piece in keys])
+        masks.append(None if causal.all() else to_device(causal, pooled.device))
+
+    owner = torch.tensor([*range(B), *owners]).repeat_interleave(torch.tensor(sizes))
+    return model(clips, torch.cat(ids), Packing(sizes, sizes, sees, masks), timestep[:, None],
+                 torch.cat(list(text))[None], pooled, audio, to_device(owner, pooled.device))
+
+
 def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_latent,
                  skip_audio=False, lambda_motion=1.):
     """Syncphony's objective in Pyramid Flow's layout: ONE latent of every clip, in one stage.
 
-    z (B, C, L, h, w) normalised latents; text_inputs, audio_inputs, generators and skip_audio as in
-    `losses.syncphony_loss`; rows: positions (B,) of these clips in the batch of the step;
-    fine_latent: the latent that the finest stage trains, 1 .. L-1, one for the step -> loss,
-    report: mean squared error of each stage, nan without a clip."""
+    z (B, C, L, h, w) normalised latents; text_inputs: states without padding, B times (T_b, D),
+    None, pooled (B, P); audio_inputs, generators and skip_audio as in `losses.syncphony_loss`;
+    rows: positions (B,) of these clips in the batch of the step; fine_latent: the latent that the
+    finest stage trains, 1 .. L-1, one for the step -> loss, report: mean squared error of each
+    stage, nan without a clip."""
     B, _, L = z.shape[:3]
     n = max(STAGE_OF_ROW) + 1
-    text, mask, pooled = model.encode_text(text_inputs)                 # (B, T, D), (B, T), (B, P)
+    text, _, pooled = model.encode_text(text_inputs)                    # B x (T_b, D), (B, P)
     audio = None if skip_audio else model.encode_audio(audio_inputs)    # (B, S, A)
-    losses = []
-    report = torch.full((n,), float("nan"), device=z.device)
+
+    # Draw the sample of every clip, stage by stage.
+    samples = [None] * B
+    timesteps = [None] * B
+    targets = []
     for stage in make_stages(n):
         s = stage.level
         members = [b for b, row in enumerate(rows) if STAGE_OF_ROW[row % len(STAGE_OF_ROW)] == s]
@@ -392,17 +442,25 @@ def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_lat
         # The fine stage costs most, and a late latent has the longest history. So where the fine
         # stage trains late latents the coarse ones train early ones, and the cost varies less.
         latent = fine_latent if s == n - 1 else L - fine_latent
-        z_levels = latent_pyramid(z[members], n)
+        z_levels = latent_pyramid(torch.stack([z[b] for b in members]), n)
         clips, timestep, velocity = draw_stage_sample(
             z_levels, latent, stage, [generators[b] for b in members])
-        v_hat = staged_velocity(model, clips, timestep, text[members], mask[members],
-                                pooled[members], None if skip_audio else audio[members])
+        for k, b in enumerate(members):
+            samples[b] = [clip[k:k + 1] for clip in clips]
+            timesteps[b] = timestep[k]
 
         # Syncphony eq. 1, on clean latents at the stage's resolution. Latent 0, a single frame, is
         # coded by other rules: its difference from latent 1 is not motion and does not weigh.
         pair = z_levels[s][:, :, latent - 1:latent + 1]
         weight = motion_weight(pair, lambda_motion, skip=2 if latent == 1 else 1)[:, :, 1:]
-        error = (v_hat.float() - velocity).square()                     # (b, C, 1, h_k, w_k)
+        targets.append((s, members, velocity, weight))
+
+    v_hat = packed_velocities(model, samples, torch.stack(timesteps), text, pooled, audio)
+    report = torch.full((n,), float("nan"), device=z.device)
+    losses = []
+    for s, members, velocity, weight in targets:
+        of_stage = torch.cat([v_hat[b] for b in members]).float()       # (b, C, 1, h_k, w_k)
+        error = (of_stage - velocity).square()
         report[s] = error.detach().mean()
         losses.append((error * weight).mean() * len(members))
     # Every clip counts the same, whatever the resolution of its stage.
@@ -650,6 +708,15 @@ def stack_prompts(table, captions, device):
     # float32 first: under bfloat16 autocast a CPU refuses to stack float16.
     columns = zip(*([x.float() for x in table[caption]] for caption in captions))
     return tuple(torch.stack(column).to(device) for column in columns)
+
+
+def unpadded_prompts(table, captions, device):
+    """The same for `pyramid_loss`: B states (T_b, D) of the real tokens, None, pooled (B, P)."""
+    # The table is on the CPU, so that no GPU has to wait for the lengths.
+    rows = [table[caption] for caption in captions]
+    states = [to_device(states[:mask.sum()].float(), device) for states, mask, _ in rows]
+    pooled = torch.stack([pooled.float() for _, _, pooled in rows])     # (B, P)
+    return states, None, to_device(pooled, device)
 
 
 class ExternalEncoders:

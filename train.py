@@ -594,7 +594,7 @@ class A2V:
         if rngs:
             captions = drop_text(captions, rngs, self.args.drop_text)
         if self.args.pretrained:
-            text = pyramid.stack_prompts(self.prompts, captions, self.device)
+            text = pyramid.unpadded_prompts(self.prompts, captions, self.device)
         else:
             text = to_device(networks.text_bytes(captions), self.device)
         audio = data.gather(cache, "features" if self.args.pretrained else "mels", index)
