@@ -73,7 +73,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import chain, islice, product, takewhile
 from pathlib import Path
@@ -87,8 +87,9 @@ import data
 from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, replacing,
                   tensor_to_frames)
 from sample import (
-    A2V_FILE, REAL_A2V_FILE, ROOT, encode_sound, encode_video, external_encoders,
-    generate_audio_video, generate_video, load, load_vae, pick_device, recommended, video_to_audio)
+    A2V_FILE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video, external_encoders,
+    generate_audio_video, generate_video, load, load_vae, pick_autocast, pick_device, recommended,
+    video_to_audio)
 from toybox import (
     FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, UNREADABLE, detect_clip_events,
     detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
@@ -529,8 +530,9 @@ def oracle(clip):
 
 def v2a_from_checkpoint(path, args):
     """A checkpoint of train.py --task t2av or joint as f."""
-    device, autocast, _ = pick_device(args.device)
+    device, _ = pick_device(args.device)
     system = load(path, device, args.vae, args.audio_vae, task="t2av or joint")
+    autocast, _ = autocast_for(system, args.dtype, device)
     # Without text there is no text guidance.
     settings = recommended(system.checkpoint) | dict(cfg=1.)
 
@@ -839,8 +841,10 @@ class Scorer:
         self.args = args
         # The true events are known in the toybox alone.
         self.toybox = args.data == "toybox"
-        self.device, self.autocast, self.described = pick_device(args.device)
+        self.device, place = pick_device(args.device)
         system = load(path, self.device, args.vae, args.audio_vae, args.pretrained)
+        self.autocast, precision = autocast_for(system, args.dtype, self.device)
+        self.described = f"{place}, {precision}"
         self.model, self.vae, self.audio_vae = system.model, system.vae, system.audio_vae
         self.ckpt = system.checkpoint
         self.guidance = recommended(self.ckpt, steps=args.steps)
@@ -913,15 +917,16 @@ PICTURE_COLUMNS = dict(psnr="PSNR, dB", psnr_moving="where it moves", ssim="SSIM
 def score_vae(args):
     """Table of a VAE of video: beside it the first frame repeated, and the best linear autoencoder
     of the same rate, the principal components of these very clips."""
-    device, autocast, described = pick_device(args.device)
+    device, place = pick_device(args.device)
     vae = load_vae(args.ckpt, device)
     clips = held_out_clips(args, args.resolution or 64)
+    autocast, precision = pick_autocast(args.dtype, device, partial(reconstruct, vae, clips[:1]))
     videos = [clip["video"] for clip in clips]
     t, P = vae.stride_t, vae.stride
     size = "x".join(map(str, videos[0].shape[1:3]))
-    print(f"{described}\n{args.ckpt}: {t} frames x {P} x {P} pixels -> {vae.cfg.latent} numbers; "
-          f"{len(clips)} clips of {len(videos[0])} frames at {size} px, without frame 0; in "
-          "brackets 95 % intervals over clips")
+    print(f"{place}, {precision}\n{args.ckpt}: {t} frames x {P} x {P} pixels -> "
+          f"{vae.cfg.latent} numbers; {len(clips)} clips of {len(videos[0])} frames at {size} px, "
+          "without frame 0; in brackets 95 % intervals over clips")
     table = Table(PICTURE_COLUMNS)
     rows = dict(repeated=[video[:1].repeat(len(video), 0) for video in videos],
                 linear=project(videos, t, P, vae.cfg.latent),
@@ -1550,7 +1555,8 @@ def run_training(args, folder, flags):
     """Run train.py with these flags, and with those of this command that concern it."""
     print(f"training {folder}", flush=True)
     command = [sys.executable, ROOT / "train.py", "--seed", args.seed, "--eval-clips", 24,
-               "--device", args.device, "--data-root", args.data_root, "--out", folder, *flags]
+               "--device", args.device, "--dtype", args.dtype, "--data-root", args.data_root,
+               "--out", folder, *flags]
     for flag, path in (("--vae", args.vae), ("--audio-vae", args.audio_vae)):
         command += [flag, path] if path else []
     # Ctrl-C or SIGTERM reached the training, which has saved its state.
@@ -1791,8 +1797,9 @@ def skip_block_study(args):
     complete network first, and prints the mean |difference| from it, of 255."""
     if not (args.audio and args.image):
         raise BadInput("--skip-blocks: give --audio x.wav and --image f.png")
-    device, autocast, _ = pick_device(args.device)
+    device, _ = pick_device(args.device)
     system = load(args.ckpt, device, args.vae, pretrained=args.pretrained, task="a2v")
+    autocast, _ = autocast_for(system, args.dtype, device)
     model = system.model
     wave = read_audio(args.audio)
     picture = data.read_image(args.image, system.checkpoint["size"])
@@ -1867,6 +1874,8 @@ def arguments():
     p.add_argument("--out", default="out/cyclesync", help="folder for tables, pictures, ablations")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
                    help="where to run")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                   help="auto: the faster one, as measured")
     return p
 
 

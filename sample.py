@@ -80,6 +80,9 @@ GUIDANCE = {
     # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1. shift: as in training
     "joint": dict(cfg=1., sync_video=3., sync_audio=2., shift=5., steps=10),
 }
+# bfloat16 is taken where it is faster by this factor. Near a tie noise decides, and two runs would
+# differ for nothing.
+WORTH = 1.1
 BATCH = 16                                    # clips sampled by towers at a time
 WINDOW = 13                                   # latents of a clip in training
 OVERLAP = 3                                   # latents that two windows share, 0.5 s
@@ -89,23 +92,57 @@ LONGEST = 5 * MINUTE
 
 
 def pick_device(name="auto"):
-    """'auto' | 'cuda' | 'mps' | 'cpu' -> device, a maker of autocast contexts, both in one line."""
+    """'auto' | 'cuda' | 'mps' | 'cpu' -> device, the same in words."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if not available.get(name):
         raise BadInput(f"--device {name}: torch finds no such device; leave --device at auto")
+    what = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
+    return torch.device(name), f"{name} ({what})"
 
-    # bfloat16 only where the hardware has it: emulated, it is slower than float32. The CPU's
+
+def pick_autocast(dtype, device, step=None):
+    """'auto' | 'float32' | 'bfloat16' -> a maker of autocast contexts, and why in words.
+
+    Under autocast, matrix products are in bfloat16. Whether that pays depends on the network: the
+    products of a small one save less time than the casts before them take. So "auto" times `step`,
+    a pass of the network at hand, in both; without one bfloat16 is taken where it is native."""
+    bfloat16 = partial(torch.autocast, device.type, torch.bfloat16)
+    contexts = {"float32": nullcontext, "bfloat16": bfloat16}
+    if dtype in contexts:
+        return contexts[dtype], dtype
+    if dtype != "auto":
+        raise BadInput(f"--dtype {dtype}: expected auto, float32 or bfloat16")
+
+    # Where the hardware lacks bfloat16 it is emulated, at a multiple of the time. The CPU's
     # operator is missing in builds without mkldnn, such as those for Macs.
     is_native = {"cuda": partial(torch.cuda.is_bf16_supported, including_emulation=False),
                  "cpu": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)}
-    native = is_native.get(name, bool)()
-    autocast = partial(torch.autocast, name, torch.bfloat16) if native else nullcontext
-    what = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
-    precision = "bfloat16 autocast" if native else "float32: no native bfloat16"
-    return torch.device(name), autocast, f"{name} ({what}), {precision}"
+    if not is_native.get(device.type, bool)():
+        return nullcontext, "float32: no native bfloat16"
+    if step is None:
+        return bfloat16, "bfloat16"
+    speedup = time_ratio(step, nullcontext, bfloat16, device)
+    chosen = "bfloat16" if speedup >= WORTH else "float32"
+    return contexts[chosen], f"{chosen}: here bfloat16 is {speedup:.2f} x as fast as float32"
+
+
+def time_ratio(step, one, other, device):
+    """Least time of step() in context `one` over that in `other`, in about a second."""
+    times = {one: [], other: []}
+    end = time.perf_counter() + 1
+    # They take turns. The first round warms up: it makes kernels and fills caches.
+    while len(times[other]) < 2 or time.perf_counter() < end:
+        for context, measured in times.items():
+            start = time.perf_counter()
+            with context():
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            measured.append(time.perf_counter() - start)
+    return min(times[one][1:]) / min(times[other][1:])
 
 
 # ------------------------------------------------------------------------------- checkpoints
@@ -859,6 +896,25 @@ def write_clip(path, pieces, wave, rate=RATE, maps=()):
     write_strip(path, np.concatenate(shown), wave, rate, maps)
 
 
+def shortest_clip(system):
+    """One Euler step of each network of a system: what --dtype auto times."""
+    model, vae, size = system.model, system.vae, system.checkpoint["size"]
+    if system.task != "a2v":
+        generate_audio_video(model, vae, system.audio_vae, ["a"], data.FRAMES, size, steps=1)
+        return
+    picture = np.zeros((*data.sides(size), 3), np.uint8)
+    steps = 3 if model.cfg.context_sigma == "shared" else 1
+    # One latent after the first
+    list(generate_video(model, vae, [picture], [np.zeros(RATE, np.float32)], ["a"],
+                        vae.stride_t + 1, steps=steps))
+
+
+def autocast_for(system, dtype, device):
+    """`pick_autocast` of a system. Published networks, of 2 billion parameters, are not timed."""
+    is_published = system.model.cfg.text_encoder == "external" if system.task == "a2v" else False
+    return pick_autocast(dtype, device, None if is_published else partial(shortest_clip, system))
+
+
 # --------------------------------------------------------------------------------- benchmark
 
 @torch.no_grad()
@@ -1013,6 +1069,7 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "hubert": ("a2v", str, "of such a model: its HuBERT, a folder or a name on the hub"),
     "tiles": ("a2v", bool, "of such a model: decode in tiles, for memory"),
     "device": (ALL, str, "auto, cuda, mps or cpu"),
+    "dtype": (ALL, str, "float32, bfloat16 (autocast), or auto: the faster, as measured"),
     "compile": (ALL, bool, "torch.compile: half a minute to start, then faster steps"),
     "out": (ALL, str, "a folder, or the name of the .mp4"),
     "bench": (ALL, bool,
@@ -1025,7 +1082,7 @@ def arguments():
     for name, (_, kind, text) in FLAGS.items():
         options = dict(action="store_true") if kind is bool else dict(type=kind)
         p.add_argument("--" + name.replace("_", "-"), help=text, **options)
-    p.set_defaults(device="auto", out="out/", seed=0, shift_audio=0.)
+    p.set_defaults(device="auto", dtype="auto", out="out/", seed=0, shift_audio=0.)
     return p
 
 
@@ -1130,9 +1187,10 @@ def run_job(system, job, path, args, bar, settings):
 def main():
     # What to sample from
     args = arguments().parse_args()
-    device, autocast, description = pick_device(args.device)
+    device, place = pick_device(args.device)
     args.ckpt = args.ckpt or default_checkpoint(args)
     system = load(args.ckpt, device, args.vae, args.audio_vae, args.pretrained)
+    autocast, precision = autocast_for(system, args.dtype, device)
     task = system.task
     checkpoint = system.checkpoint
     if args.compile:
@@ -1147,7 +1205,7 @@ def main():
 
     settings = recommended(checkpoint, **vars(args))
     numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
-    print(f"{description}\n{Path(args.ckpt).name}: {SYSTEMS[task]}, EMA weights after step "
+    print(f"{place}, {precision}\n{Path(args.ckpt).name}: {SYSTEMS[task]}, EMA weights after step "
           f"{checkpoint['step']}\n{numbers}")
     # SyncCFG compares with clean partners, which a model knows from the one-way tasks alone.
     trained = checkpoint["args"]

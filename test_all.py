@@ -3402,7 +3402,7 @@ def fake_gpu():
                       lambda full_state_dict, **others: options(**others))
         patch.setattr(networks, "WITHOUT_FLOAT64", ("meta",))
         patch.setattr(train, "ThreadPoolExecutor", NoThread)
-        patch.setattr(train, "join_processes", lambda name: (FakeGPU.gpu, nullcontext, "fake"))
+        patch.setattr(train, "join_processes", lambda name: (FakeGPU.gpu, "fake"))
         yield FakeGPU.gpu
 
 
@@ -3485,16 +3485,92 @@ def test_every_sampler_stays_on_its_gpu(system):
 
 
 def test_bfloat16_is_used_where_the_hardware_has_it(monkeypatch):
-    """A Mac's build of torch has no mkldnn to ask; a T4 has bfloat16 by slow emulation alone."""
+    """A Mac's build of torch has no mkldnn to ask; a T4 has bfloat16 by slow emulation alone, which
+    --dtype may ask for."""
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
-    assert sample.pick_device("cpu")[1] is nullcontext
+    device, _ = sample.pick_device("cpu")
+    assert sample.pick_autocast("auto", device)[0] is nullcontext
+    assert sample.pick_autocast("bfloat16", device)[0]().fast_dtype is torch.bfloat16
     for name, native in (("Tesla T4", False), ("NVIDIA L4", True)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation=True: native or including_emulation)
-        device, autocast, text = sample.pick_device("cuda")
-        assert (autocast is not nullcontext) == native and name in text
+        device, text = sample.pick_device("cuda")
+        assert name in text
+        assert (sample.pick_autocast("auto", device)[0] is not nullcontext) == native
+
+
+@pytest.fixture
+def native_bfloat16(monkeypatch):
+    """The CPU says that it has bfloat16, and time is what the test says: a pass takes so much."""
+    clock = SimpleNamespace(now=0., float32=.1, bfloat16=.1)
+    native = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", native)
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: clock.now)
+
+    def step(*_):
+        clock.now += clock.bfloat16 if torch.is_autocast_enabled("cpu") else clock.float32
+    clock.step = step
+    return clock
+
+
+@pytest.mark.parametrize("bfloat16, taken, said", [
+    (.05, "bfloat16", "2.00 x"), (.097, "float32", "1.03 x"), (.2, "float32", "0.50 x")])
+def test_the_faster_dtype_is_taken_and_near_a_tie_float32(bfloat16, taken, said, native_bfloat16):
+    """In about a second, warming up included."""
+    native_bfloat16.bfloat16 = bfloat16
+    autocast, why = sample.pick_autocast("auto", torch.device("cpu"), native_bfloat16.step)
+    assert (autocast is nullcontext) == (taken == "float32")
+    assert why.startswith(f"{taken}: ") and said in why
+    assert native_bfloat16.now < 1.3
+
+
+def test_sampling_times_the_network_at_hand_and_says_so(toy, native_bfloat16, monkeypatch, tmp_path,
+                                                        capsys):
+    """--dtype forces either, and nothing is timed; another name is refused."""
+    shortest_clip = sample.shortest_clip
+
+    def timed(system):
+        shortest_clip(system)
+        native_bfloat16.step()
+    monkeypatch.setattr(sample, "shortest_clip", timed)
+    flags = ["--ckpt", toy / "a2v.pt", "--audio", toy / "x.wav", "--image", toy / "f.png",
+             "--steps", 1, "--seconds", .3, "--device", "cpu", "--out", tmp_path]
+    native_bfloat16.bfloat16 = .4
+    for dtype, said in (("auto", "float32: here bfloat16 is 0.25 x as fast as float32"),
+                        ("float32", "float32"), ("bfloat16", "bfloat16")):
+        native_bfloat16.now = 0.
+        assert cli(sample, *flags, "--dtype", dtype) == 0
+        assert f"threads), {said}\n" in capsys.readouterr().out
+        assert (native_bfloat16.now > 0) == (dtype == "auto")
+    assert cli(sample, *flags, "--dtype", "half") == 2
+    assert "expected auto, float32 or bfloat16" in capsys.readouterr().err
+
+
+def test_a_run_measures_its_dtype_and_a_resumed_one_keeps_it(runs, monkeypatch):
+    """--dtype has the last word. Measured are passes of the network in training, which leave no
+    gradients behind."""
+    d, run = runs
+    native = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", native)
+
+    def next_run(out, speedup, *flags):
+        def time_ratio(step, *_):
+            step()
+            return speedup
+        monkeypatch.setattr(sample, "time_ratio", time_ratio)
+        next_run = train.Run(train.parse_args([*run.flags, "--steps", 2, "--out", out, *flags]))
+        assert all(p.grad is None for p in next_run.net.parameters())
+        assert (next_run.autocast is nullcontext) == (next_run.args.dtype == "float32")
+        assert next_run.task.autocast is next_run.autocast
+        return next_run.args.dtype
+    assert next_run(d / "no dtype", 2.) == "bfloat16"
+    assert next_run(d / "no dtype", .5) == "float32"
+    monkeypatch.setattr(sample, "time_ratio", lambda *_: 2.)
+    assert run("dtype", "--steps", 1) == 0 and saved(d / "dtype")["args"]["dtype"] == "bfloat16"
+    assert next_run(d / "dtype", .5) == "bfloat16"
+    assert next_run(d / "dtype", 2., "--dtype", "float32") == "float32"
 
 
 def test_prompts_kept_in_float16_are_stacked_under_autocast():
@@ -3516,7 +3592,7 @@ def test_a_process_takes_its_gpu_before_anything_touches_cuda(monkeypatch):
     monkeypatch.setattr(train.dist, "init_process_group", calls.init_process_group)
     monkeypatch.setattr(train, "patient_group", Mock())
     monkeypatch.setattr(torch, "set_float32_matmul_precision", Mock())
-    device, _, _ = train.join_processes("auto")
+    device, _ = train.join_processes("auto")
     assert device == torch.device("cuda", 1)
     names = [call[0] for call in calls.mock_calls]
     assert names[0] == "set_device" and names[-1] == "init_process_group", names
@@ -5656,7 +5732,7 @@ def test_files_that_readme_and_results_name_exist(page):
 
 def shipped_syncphony(clips, **settings):
     system = sample.load(sample.A2V_FILE)
-    autocast = sample.pick_device("cpu")[1]
+    autocast = sample.autocast_for(system, "auto", torch.device("cpu"))[0]
     return cyclesync.generate(system.model, system.vae, clips, autocast, cfg=0., **settings)
 
 
@@ -5668,7 +5744,7 @@ def shipped_towers(file, clips, **settings):
         [c[key] for c in clips] for key in ("caption", "video", "audio", "events"))
 
     def generate(**given):
-        autocast = sample.pick_device("cpu")[1]
+        autocast = sample.autocast_for(system, "auto", torch.device("cpu"))[0]
         return sample.generate_audio_video(*towers, captions, 49, 64, autocast, **settings, **given)
 
     def encode(waves):

@@ -85,7 +85,7 @@ from losses import (
     BUCKETS, harmony_loss, image_loss, randn_each, syncflow_loss, syncphony_loss, to_device)
 from sample import (
     AUDIO_VAE_FILE, GUIDANCE, MEL_VAE_FILE, REAL_VAE_FILE, VAE_FILE, fingerprint,
-    generate_audio_video, load_vae, pick_device, steps_per_latent)
+    generate_audio_video, load_vae, pick_autocast, pick_device, steps_per_latent)
 from toybox import HELD_OUT, detect_clip_events, toybox_clip, vae_training_pair
 
 COUNT = number(int, 1)
@@ -104,6 +104,7 @@ COMMON = dict(
     out=(None, str, "folder of checkpoints and logs; None: out/TASK, or out/TASK-DATA"),
     seed=(0, COUNT_OR_NONE, "of everything that is random"),
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
+    dtype=("auto", ("auto", "float32", "bfloat16"), "auto: the faster one, as measured"),
     compile=(False, bool, "torch.compile: half a minute to start, then faster steps"),
     no_compile=(False, bool, "not even on CUDA, where it is the default without --pretrained"),
     # how long; a step is one update of the weights
@@ -228,9 +229,9 @@ STATISTICS = 64
 ENOUGH_PSNR = 24
 EVALUATION_DRAWS = 4        # of noise, in the evaluation of two towers
 # Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
-# cosine) leave samples and objective as they are; --device, --compile and --accum change rounding.
-# VAEs are compared by fingerprint, wherever they lie.
-MAY_DIFFER = {"steps", "accum", "device", "compile", "no_compile", "checkpointing", "out",
+# cosine) leave samples and objective as they are; --device, --dtype, --compile and --accum change
+# rounding. VAEs are compared by fingerprint, wherever they lie.
+MAY_DIFFER = {"steps", "accum", "device", "dtype", "compile", "no_compile", "checkpointing", "out",
               "data_root", "init", "vae", "audio_vae", "pretrained", "log_every", "sample_every",
               "save_every", "eval_clips"}
 OTHER_VERSION = "was written by another version of train.py; take that one"
@@ -324,21 +325,21 @@ def world_size():
 
 
 def join_processes(name):
-    """Connect torchrun's processes. --device -> device of this process, autocast, description."""
+    """Connect torchrun's processes. --device -> device of this process, the same in words."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name in ("auto", "cuda") and torch.cuda.is_available():
         # Before anything touches CUDA: else every process opens a context on GPU 0, and FSDP, which
         # takes the current device, puts all shares there.
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
-    device, autocast, text = pick_device(name)
+    device, text = pick_device(name)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
     # The stages of a task are several runs of one group of processes.
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         patient_group()
-    return device, autocast, text
+    return device, text
 
 
 @cache
@@ -1353,7 +1354,7 @@ class Run:
     def __init__(self, args):
         self.args = args
         self.out = Path(args.out)
-        self.device, self.autocast, text = join_processes(args.device)
+        self.device, place = join_processes(args.device)
         parts = world_size() * args.accum
         if args.batch_size % parts:
             raise BadInput(f"--batch-size {args.batch_size} must be a multiple of processes x "
@@ -1361,6 +1362,7 @@ class Run:
         self.micro_batch = args.batch_size // parts
         # What a run with other settings has left is refused before anything is prepared.
         self.last = self.load_last()
+        self.autocast, precision = pick_autocast(args.dtype, self.device)
 
         # The task prepares its data and builds its network, whose initial weights --seed decides.
         # Process 0 comes first: it leaves files behind, which the others find.
@@ -1374,11 +1376,14 @@ class Run:
         self.flops = count_flops(self.task) * args.batch_size             # of a step
         sizes = [p.numel() / 1e6 for p in self.net.parameters()]
         trained = [p.numel() / 1e6 for p in self.net.parameters() if p.requires_grad]
-        log_rank0(f"device      {text}\n"
-                  f"parameters  {sum(sizes):.2f} M, {sum(trained):.2f} M trained\n"
-                  f"compute     {self.flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips")
         # Of a model on Pyramid Flow only what is trained is saved.
         self.published = bool(getattr(args, "pretrained", None))
+        # Its frozen half may be in bfloat16 already: it is not timed.
+        if args.dtype == "auto" and not self.published:
+            precision = self.measure_dtype()
+        log_rank0(f"device      {place}, {precision}\n"
+                  f"parameters  {sum(sizes):.2f} M, {sum(trained):.2f} M trained\n"
+                  f"compute     {self.flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips")
         self.sharded = getattr(args, "fsdp", False)
         # With --pretrained shapes change from step to step: not worth compiling for.
         if self.device.type == "cuda" and not args.no_compile and not self.published:
@@ -1390,8 +1395,8 @@ class Run:
         where = "cpu" if self.published else self.device
         self.ema = {k: local_shard(p.detach()).to(where, copy=True)
                     for k, p in self.net.named_parameters() if p.requires_grad}
-        # Muon's products are in bfloat16 where that is native, in float32 elsewhere.
-        dtype = torch.float32 if isinstance(self.autocast(), nullcontext) else torch.bfloat16
+        # Muon's products are in the dtype of the network's.
+        dtype = torch.float32 if self.autocast is nullcontext else torch.bfloat16
         self.optimisers = make_optimisers(self.net, args.optimizer, args.lr, dtype)
 
         # How states are gathered: complete, in the CPU's memory. The same calls serve one process,
@@ -1407,6 +1412,26 @@ class Run:
         self.reports = []             # since that line
         self.norms = []               # of the gradients since the last check
         self.stop = False             # was a signal received?
+
+    def measure_dtype(self):
+        """`pick_autocast` for forward and backward passes of four clips -> why in words. Process 0
+        decides for all."""
+        batch = self.task.batch(0, [0, 1, 2, 3])
+
+        def step():
+            self.task.loss(self.net, seeded_each(range(4)), **batch)[0].backward()
+            self.net.zero_grad(set_to_none=True)
+
+        _, why = pick_autocast("auto", self.device, step)
+        if world_size() > 1:
+            of_all = [why]
+            dist.broadcast_object_list(of_all, group=patient_group())
+            why = of_all[0]
+        # The name of the type, which a checkpoint keeps, comes first.
+        self.args.dtype = why.split(":")[0]
+        self.autocast, _ = pick_autocast(self.args.dtype, self.device)
+        self.task.autocast = self.autocast
+        return why
 
     def on_signal(self, number, frame):
         """Ctrl-C or SIGTERM: the first one ends the run after its step, with a checkpoint; the
@@ -1557,6 +1582,10 @@ class Run:
         path = self.out / "last.pt"
         ckpt = data.load_checkpoint(path, self.args.task) if path.is_file() else None
         self.refuse(ckpt and self.other_settings(ckpt))
+        # It goes on in the dtype it had: measured again, the other one might win.
+        before = ckpt and ckpt["args"].get("dtype")
+        if self.args.dtype == "auto" and before in ("float32", "bfloat16"):
+            self.args.dtype = before
         return ckpt
 
     def resume(self):
