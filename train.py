@@ -1281,7 +1281,7 @@ def count_flops(task):
     batch = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x,
                      task.batch(0, [0, 1, 2, 3]))
     with torch.device("meta"):
-        net = type(task.net)(task.net.cfg)
+        net = type(task.net)(task.net.cfg).to("meta")                   # tables out of numpy as well
     # What is frozen has no backward pass.
     for copy, p in zip(net.parameters(), task.net.parameters()):
         copy.requires_grad_(p.requires_grad)
@@ -1374,16 +1374,12 @@ class Run:
             barrier()
         self.net = self.task.net.to(self.device)
         self.flops = count_flops(self.task) * args.batch_size             # of a step
-        sizes = [p.numel() / 1e6 for p in self.net.parameters()]
-        trained = [p.numel() / 1e6 for p in self.net.parameters() if p.requires_grad]
         # Of a model on Pyramid Flow only what is trained is saved.
         self.published = bool(getattr(args, "pretrained", None))
         # Its frozen half may be in bfloat16 already: it is not timed.
         if args.dtype == "auto" and not self.published:
             precision = self.measure_dtype()
-        log_rank0(f"device      {place}, {precision}\n"
-                  f"parameters  {sum(sizes):.2f} M, {sum(trained):.2f} M trained\n"
-                  f"compute     {self.flops / 1e9:.0f} GFLOP per step of {args.batch_size} clips")
+        self.describe(f"{place}, {precision}")
         self.sharded = getattr(args, "fsdp", False)
         # With --pretrained shapes change from step to step: not worth compiling for.
         if self.device.type == "cuda" and not args.no_compile and not self.published:
@@ -1412,6 +1408,15 @@ class Run:
         self.reports = []             # since that line
         self.norms = []               # of the gradients since the last check
         self.stop = False             # was a signal received?
+
+    def describe(self, device):
+        """What is trained, and where."""
+        sizes = [p.numel() / 1e6 for p in self.net.parameters()]
+        trained = [p.numel() / 1e6 for p in self.net.parameters() if p.requires_grad]
+        log_rank0(f"device      {device}\n"
+                  f"parameters  {sum(sizes):.2f} M, {sum(trained):.2f} M trained\n"
+                  f"compute     {self.flops / 1e9:.0f} GFLOP per step of {self.args.batch_size} "
+                  "clips")
 
     def measure_dtype(self):
         """`pick_autocast` for forward and backward passes of four clips -> why in words. Process 0
