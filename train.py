@@ -1281,7 +1281,7 @@ def count_flops(task):
     batch = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x,
                      task.batch(0, [0, 1, 2, 3]))
     with torch.device("meta"):
-        net = type(task.net)(task.net.cfg).to("meta")                   # tables out of numpy as well
+        net = type(task.net)(task.net.cfg).to("meta")       # tables out of numpy as well
     # What is frozen has no backward pass.
     for copy, p in zip(net.parameters(), task.net.parameters()):
         copy.requires_grad_(p.requires_grad)
