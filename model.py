@@ -361,7 +361,8 @@ def attention(q, k, v, mask=None, groups=None):
 def queries_of_last(cond, n):
     """Conditioning of a block from which only the last n tokens are read: it makes no others."""
     mask = cond.mask
-    groups = cond.groups and cond.groups[-1:]
+    # latent 0 is in a group with the text: of that the text makes no queries either
+    groups = cond.groups and [(n, cond.groups[-1][1])]
     if isinstance(mask, Packing):
         # there is one piece of them for every sample, that is for every row of temb
         B = cond.temb.shape[1]

@@ -5831,7 +5831,7 @@ def test_the_shipped_video_vae_draws_motion_in_appearances_its_latents_do_not_ho
 @slow
 def test_a_shipped_two_tower_model_serves_as_the_video_to_audio_model_of_cyclesync():
     """Syncphony section 4: f makes a sound of the video's length from its frames alone."""
-    args = SimpleNamespace(device="cpu", vae=None, audio_vae=None)
+    args = SimpleNamespace(device="cpu", dtype="auto", vae=None, audio_vae=None)
 
     f_v2a = cyclesync.v2a_from_checkpoint(sample.T2AV_FILE, args)
     wave, rate = f_v2a(np.zeros((25, 96, 128, 3), np.uint8), 24)
