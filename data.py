@@ -716,7 +716,7 @@ class ShapesOnly(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is nn.init.normal_:
             return kwargs["tensor"]
-        if function in (torch.Tensor.mul, torch.Tensor.div):
+        if function in (torch.Tensor.mul, torch.Tensor.div, torch.Tensor.uniform_):
             return args[0]
         function = torch.empty if function is torch.randn else function
         return function(*args, **kwargs)

@@ -281,10 +281,10 @@ def draw_scene(scene, s, size=64):
     ramp = pixels[:, None, None]                                              # (H, 1, 1)
     picture = (1 - ramp) * scene["back"][0] + ramp * scene["back"][1]
     picture = np.repeat(picture, size, axis=1)[None]                          # (1, H, W, 3)
-    # Scene coordinates (1, H, W): mirrored, moved and zoomed about the middle.
-    x, y = np.meshgrid(1 - pixels if scene["flip"] else pixels, pixels)
-    x = ((x - .5 - scene["x"]) / scene["scale"] + .5)[None].astype(np.float32)
-    y = ((y - .5 - scene["y"]) / scene["scale"] + .5)[None].astype(np.float32)
+    # Scene coordinates, x (1, 1, W) and y (1, H, 1): mirrored, moved and zoomed about the middle.
+    x = 1 - pixels if scene["flip"] else pixels
+    x = ((x - .5 - scene["x"]) / scene["scale"] + .5)[None, None].astype(np.float32)
+    y = ((pixels - .5 - scene["y"]) / scene["scale"] + .5)[None, :, None].astype(np.float32)
 
     def cover(distance):
         # Anti-aliasing: coverage falls from 1 to 0 over one pixel across the edge.
