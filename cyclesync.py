@@ -441,14 +441,15 @@ def motion_records(videos, clips, remade):
         curve = motion_energy(video)
         late, confidence = lag(curve, FPS, clip["strength"])
         # Where nothing moves nothing should flicker: the error, in steps of 255, of the pixels that
-        # never leave the first frame.
+        # never leave the first frame, as a sum and a count. So each such pixel counts the same:
+        # before a camera that shakes there are few, and they lie beside edges.
         still = ~has_moved(truth).any(0)                                     # (H, W)
         flicker = np.abs(video[1:].astype(np.int16) - decoded[1:])[:, still]
         records.append(picture_record(video, truth) | dict(
             motion=motion_agreement(clip["curve"], curve),
             hits=hit_agreement(clip["hits"], curve, FPS),
             lag_s=late, lag_confidence=confidence,
-            flicker=float(flicker.mean()) if still.any() else NAN))
+            flicker=(float(flicker.sum()), flicker.size)))
     return records
 
 
