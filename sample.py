@@ -66,19 +66,19 @@ T2AV_FILE = WEIGHTS / "t2av-toybox.pt"
 JOINT_FILE = WEIGHTS / "joint-toybox.pt"
 SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}
 STEPS = {"a2v": 30, "t2av": 50, "joint": 40}   # the papers' Euler steps; of a2v: per latent
-# What train.py writes into checkpoints; a flag of the same name has the last word. `steps`: the
-# fewest that are as good as 30 (cyclesync.py --steps-study). The toybox's videos are all but
-# determined by their sound, so its velocity field is nearly straight and a few steps follow it.
+# What train.py writes into checkpoints; a flag of the same name has the last word.
 GUIDANCE = {
-    "a2v": dict(asg=1., cfg=0., still=0., steps=3),
+    # 6 steps are the fewest as good as 30 (cyclesync.py --steps-study). The toybox's videos are all
+    # but determined by their sound: its velocity field is nearly straight, and few steps follow it.
+    "a2v": dict(asg=1., cfg=0., still=0., steps=6),
     # of a2v trained from scratch on real clips
     "real": dict(asg=2., cfg=0., still=.2, steps=4),
     # w_a, w_t and steps of Syncphony
     "pretrained": dict(asg=2., cfg=4., steps=STEPS["a2v"]),
-    # w of SyncFlow eq. 3; the paper samples with 6
-    "t2av": dict(cfg=2., steps=10),
+    # w of SyncFlow eq. 3; the paper samples with 6. 25 steps, half of the paper's: not studied yet
+    "t2av": dict(cfg=2., steps=25),
     # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1. shift: as in training
-    "joint": dict(cfg=1., sync_video=3., sync_audio=2., shift=5., steps=10),
+    "joint": dict(cfg=1., sync_video=3., sync_audio=2., shift=5., steps=25),
 }
 # bfloat16 is taken where it is faster by this factor. Near a tie noise decides, and two runs would
 # differ for nothing.
@@ -1070,7 +1070,7 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "tiles": ("a2v", bool, "of such a model: decode in tiles, for memory"),
     "device": (ALL, str, "auto, cuda, mps or cpu"),
     "dtype": (ALL, str, "float32, bfloat16 (autocast), or auto: the faster, as measured"),
-    "compile": (ALL, bool, "torch.compile: half a minute to start, then faster steps"),
+    "compile": (ALL, bool, "torch.compile: a slow start, then faster steps"),
     "out": (ALL, str, "a folder, or the name of the .mp4"),
     "bench": (ALL, bool,
               "measure what guidance, audio and cache cost (with --prompt: two towers), and stop"),

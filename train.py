@@ -105,7 +105,7 @@ COMMON = dict(
     seed=(0, COUNT_OR_NONE, "of everything that is random"),
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
     dtype=("auto", ("auto", "float32", "bfloat16"), "auto: the faster one, as measured"),
-    compile=(False, bool, "torch.compile: half a minute to start, then faster steps"),
+    compile=(False, bool, "torch.compile: a slow start, then faster steps"),
     no_compile=(False, bool, "not even on CUDA, where it is the default without --pretrained"),
     # how long; a step is one update of the weights
     steps=(1500, COUNT, "optimiser steps (of each stage)"),
