@@ -213,17 +213,27 @@ def apply_rope(x, table):
 
 # -------------------------------------------------------------------------------------- small parts
 
-def split_heads(x, K):
-    return x.unflatten(2, (K, -1)).transpose(1, 2)                      # (B, N, D) -> (B, K, N, d)
+def split_heads(x, K, norm=nn.Identity()):
+    """(B, N, D) -> (B, K, N, d), with `norm` over the channels of every head"""
+    # The norm comes first: of transposed heads it would make a copy, and so would `attention`,
+    # whose fused kernel lays its output out in memory as its queries are.
+    return norm(x.unflatten(2, (K, -1))).transpose(1, 2)
+
+
+def join(parts, dim):
+    """torch.cat; without a copy if all parts but one are empty, as the text is in a cached step."""
+    parts = [part for part in parts if part.shape[dim]]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def project_qkv(x, K, linears, norms, n_queries=None):
     """x (B, N, D) by three linear layers -> queries (of the last n_queries tokens, None: of all),
     keys, values (B, K, N, d)"""
     sources = x[:, -n_queries:] if n_queries else x, x, x
-    q, k, v = (split_heads(linear(source), K) for linear, source in zip(linears, sources))
     # queries and keys are normalised per head, which keeps the scores bounded
-    return norms[0](q), norms[1](k), v
+    norms = *norms, nn.Identity()
+    parts = zip(linears, sources, norms)
+    return [split_heads(linear(source), K, norm) for linear, source, norm in parts]
 
 
 def modulate(x, shift, scale):
@@ -282,8 +292,8 @@ class Conditioning:
     n_text: int = 0                     # T; 0: the text is in the cache
     sigma_index: torch.Tensor = None    # (T+N,) row of temb of each token; None: G is 1
     # (B or 1, 1, T+N or 1, keys) booleans, a `Packing` or a BlockMask; None: all to all
-    mask: torch.Tensor = None
-    audio_mask: torch.Tensor = None     # (N, S) booleans: the window of each video token
+    mask: torch.Tensor = None           # (without gradients also of `additive`)
+    audio_mask: torch.Tensor = None     # (N, S) likewise: the window of each video token
     text_levels: int = 1                # the text takes some of the first rows of temb
     n_queries: int = None               # the last tokens alone have queries; None: all of them
     groups: list = None                 # see `attention`; None: all queries attend to all keys
@@ -315,6 +325,12 @@ class Packing:
             keys, values = (torch.cat([x[j] for j in self.sees[i]], 2) for x in (k, v))
             outputs.append(attention(queries, keys, values, self.masks[i]))
         return torch.cat(outputs, 1)
+
+
+def additive(mask, dtype):
+    """Booleans -> what is added to the scores, 0 or -inf. scaled_dot_product_attention makes it of
+    a boolean mask, three operators; made before, it is made once for all layers and steps."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def attention_weights(q, k, mask=None):
@@ -402,7 +418,8 @@ class JointAttention(nn.Module):
             added = project_qkv(text, self.K, linears, (self.norm_added_q, self.norm_added_k))
             q, k, v = (torch.cat(pair, 2) for pair in zip(added, (q, k, v)))    # (B, K, T+N, d)
         # a key is rotated before it is cached: the position of its token does not change
-        q = apply_rope(q, [table[-q.shape[2]:] for table in cond.rope])
+        n = cond.n_queries
+        q = apply_rope(q, [table[-n:] for table in cond.rope] if n else cond.rope)
         k = apply_rope(k, cond.rope).to(v.dtype)
         new_kv = k, v
         if cond.slots is not None:
@@ -429,7 +446,7 @@ class Attention(nn.Module):
     def project_kv(self, source, rope=None):
         """Source (B, S, A) -> keys and values (B, K, S, d)"""
         # they do not depend on x: if the source is the same in all steps they are computed once
-        k = self.norm_k(split_heads(self.to_k(source), self.K))         # Syncphony eq. 8
+        k = split_heads(self.to_k(source), self.K, self.norm_k)         # Syncphony eq. 8
         v = split_heads(self.to_v(source), self.K)
         if rope is not None:
             k = apply_rope(k, rope)                                     # eq. 9, keys
@@ -438,7 +455,7 @@ class Attention(nn.Module):
     def forward(self, x, kv, rope=None, mask=None, attention_maps=None):
         """x (B, N, D), kv of `project_kv`, mask (N, S) or wider -> (B, N, D). A list
         `attention_maps` gets the softmax (B, K, N, S) appended."""
-        q = self.norm_q(split_heads(self.to_q(x), self.K))              # eq. 8
+        q = split_heads(self.to_q(x), self.K, self.norm_q)              # eq. 8
         if rope is not None:
             q = apply_rope(q, rope)                                     # eq. 9, queries
         # for pictures of where the model attends: the fused kernel does not return its weights
@@ -492,7 +509,7 @@ class DoubleBlock(nn.Module):
             _, _, gate1, shift2, scale2, gate2 = text_adaln
             text = text + gate1 * self.attn.to_add_out(attended[:, :T])
             text = text + gate2 * self.ff_context(modulate(text, shift2, scale2))
-        return torch.cat([text, x], 1), new_kv
+        return join([text, x], 1), new_kv
 
 
 class SingleBlock(nn.Module):
@@ -519,13 +536,14 @@ class SingleBlock(nn.Module):
             text, x = tokens.tensor_split([cond.n_text], 1)
             rope = [table[cond.n_text:] for table in cond.rope]
             synced = self.audio(x[:rows], audio_kv, rope, cond.audio_mask)
-            tokens = torch.cat([text, torch.cat([synced, x[rows:]])], 1)
+            tokens = join([text, join([synced, x[rows:]], 0)], 1)
         # attention and MLP side by side, modulated alike, with one output projection
         shift, scale, gate = adaln or self.norm(cond.temb, cond.sigma_index)
         normed = modulate(tokens, shift, scale)
         attended, new_kv = self.attn(normed, cond, cached_kv)                    # (B, T+N, D)
         # keys and values are of all tokens; queries may be of the last ones alone (`run_blocks`)
-        tokens, normed, gate = (x[:, -attended.shape[1]:] for x in (tokens, normed, gate))
+        if cond.n_queries:
+            tokens, normed, gate = (x[:, -cond.n_queries:] for x in (tokens, normed, gate))
         mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")                  # (B, T+N, 4D)
         return tokens + gate * self.proj_out(torch.cat([attended, mlp], 2)), new_kv
 
@@ -733,7 +751,7 @@ class MMDiT(nn.Module):
         n_off_sync: how many of the first rows run once more, without audio layers (eq. 2);
         adaln: of `all_adaln`, None: computed here"""
         # patches to tokens, after those of the text
-        tokens = torch.cat([patchify(z, self.cfg.patch) for z in clips], 1)
+        tokens = join([patchify(z, self.cfg.patch) for z in clips], 1)
         tokens = self.x_embedder(tokens)                                        # (B, N, D)
         if text is not None:
             tokens = torch.cat([self.context_embedder(text), tokens], 1)        # (B, T+N, D)
@@ -807,7 +825,7 @@ class MMDiT(nn.Module):
         """A step of `KVCache`: velocity of the latent x (B, C, 1, h, w), off-sync rows last."""
         out, _ = self.run_blocks([x], None, cond, audio_kv, cached_kv, n_off_sync, adaln)
         # the precondition needs the input of every row
-        return self.to_velocity(out, torch.cat([x, x[:n_off_sync]]), sigma)
+        return self.to_velocity(out, join([x, x[:n_off_sync]], 0), sigma)
 
     # ---- training where clean tokens have sigma = 0 (context_sigma="zero")
 
@@ -907,6 +925,7 @@ class KVCache:
             slots = torch.arange(start, start + self.n, device=device)
             filled = self.n_sink + min(latent, W + 1) * self.n
             mask = (torch.arange(self.n_slots, device=device) < filled)[None, None, None]
+            mask = additive(mask, self.kv[0][1].dtype)
         start = 0
         if audio is not None:
             # a slice of constant length that holds the window: t_i = (i + .5)/alpha - .5 > l -
@@ -916,6 +935,8 @@ class KVCache:
             start = max(0, min(start, audio.shape[1] - length))
             audio = audio[:, start:start + length]
         self.audio_kv, audio_mask = model.project_audio(audio, ids[:, 0], start)
+        if audio is not None:
+            audio_mask = additive(audio_mask, self.audio_kv[0][1].dtype)
         rope = model.rope(ids, device, n_text)
         self.cond = Conditioning(None, rope, n_text, mask=mask, audio_mask=audio_mask,
                                  slots=slots)
