@@ -299,15 +299,17 @@ def make_generators(seeds):
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-def skip_still(x, still):
-    """Latents x (B, C, L, h, w), normalised, with exact rest where they are nearly at rest, like
-    the skipped blocks of a video codec: x or 0 at every position, by its RMS over the channels.
+def shrink_to_rest(x, still):
+    """Latents x (B, C, L, h, w), normalised, with the RMS over the channels lower by `still` at
+    every position, and rest where that would be below 0 (group soft thresholding).
 
     For VAEs whose latents are differences from those of a still clip (`VAEConfig.reference`). Test
     windows of The Greatest Hits at 64 px, 95 % of positions: RMS below .06 where no pixel leaves
-    the first frame, above .17 where most pixels do."""
+    the first frame, above .17 where most pixels do. A threshold that leaves the latents above it as
+    they are gives more flicker at the same agreement of motion (RESULTS.md)."""
     rms = x.square().mean(1, keepdim=True).sqrt()             # (B, 1, L, h, w)
-    return x * (rms > still)
+    # The bound is for a latent of zero, which is at rest already.
+    return x * (1 - still / rms.clamp(min=1e-6)).clamp(min=0)
 
 
 def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0., cfg=0.,
@@ -316,8 +318,8 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 
     z0 (B, C, 1, h, w): latent of the first frame; audio (B, S, A) features, None: audio layers are
     skipped; text: (states, mask, pooled) of B rows, or of 2 B rows [full; null] for text guidance
-    (`encode_conditions`); asg, cfg: w_a, w_t >= 0; still: see `skip_still`, 0 = off. Clip i draws
-    its noise from seeds[i] alone."""
+    (`encode_conditions`); asg, cfg: w_a, w_t >= 0; still: see `shrink_to_rest`, 0 = off. Clip i
+    draws its noise from seeds[i] alone."""
     B = len(z0)
     states, _, pooled = text                                  # (R·B, T, ·), (R·B, ·)
     R = len(states) // B
@@ -343,7 +345,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
     generators = make_generators(seeds)
     for _ in range(1, n_latents):
         x = {"video": randn_each(generators, z0.shape[1:]).to(z0)}
-        x = skip_still(euler(velocity, x, sigma_steps(steps), bar)["video"], still)
+        x = shrink_to_rest(euler(velocity, x, sigma_steps(steps), bar)["video"], still)
         # The finished latent joins the cache of every branch as a clean one.
         cache.append(rows(x))
         yield x
@@ -1052,7 +1054,7 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "asg": ("a2v", NOT_NEGATIVE, "Syncphony: w_a, Audio Sync Guidance; 0 = off"),
     "cfg": (ALL, NOT_NEGATIVE,
             "text guidance: Syncphony's w_t, 0 = off; of two towers S, 1 = off"),
-    "still": ("a2v", NOT_NEGATIVE, "what moves less than this is at rest (skip_still); 0 = off"),
+    "still": ("a2v", NOT_NEGATIVE, "how much all motion is reduced (shrink_to_rest); 0 = off"),
     "sync_video": ("joint", NOT_NEGATIVE, "Harmony: s_v of SyncCFG, 1 = off"),
     "sync_audio": ("joint", NOT_NEGATIVE, "Harmony: s_a of SyncCFG, 1 = off"),
     "steps": (ALL, data.number(int, 1, 1000),
