@@ -17,7 +17,8 @@ Four callers run these blocks, and agree where they overlap:
     forward_teacher_forced     training: [text; clean latents; noisy latents] in one pass, so that
                                every latent of a clip is a target (see `teacher_forcing_mask`)
     KVCache                    sampling, one latent after another: keys and values of the finished
-                               latents are kept, a step runs the noisy latent only
+                               latents are kept, so that a step runs the noisy latent only, and a
+                               latent's first step the finished one before it along with it
     pyramid.staged_velocity    Pyramid Flow's own: clean latents at falling resolutions, then the
                                noisy one at the resolution of its stage
     pyramid.HistoryCache       the same for sampling: keys and values of the coarsest ones are kept
@@ -74,6 +75,9 @@ class MMDiTConfig:
 
 TEXT_BYTES = 96                     # what ByteText reads of a text; longer ones are cut
 BYTES_PER_TOKEN = 8                 # so a text is 12 tokens
+# Of so many latents KVCache makes keys and values of the audio at once. With 1, each would be made
+# four times, as windows overlap, and not 1.8 times; with more, steps attend to more masked ones.
+AUDIO_LATENTS = 4
 # FlexAttention has blocks of 128 x 128 tokens: with less than four by four none would be skipped.
 FLEX_TOKENS = 512
 WITHOUT_FLOAT64 = ("mps",)          # types of devices: the GPU of a Mac
@@ -814,17 +818,18 @@ class MMDiT(nn.Module):
             cond = replace(cond, temb=temb.transpose(0, 1), text_levels=len(temb))
         return self.run_blocks(clips, text, cond, audio_kv, n_off_sync=n_off_sync)[0]
 
-    def all_adaln(self, temb, n_off_sync=0):
-        """The adaLN vectors of the video tokens, from temb (B, 1, D): per block, of the output."""
+    def all_adaln(self, temb, n_off_sync=0, sigma_index=None):
+        """The adaLN vectors of the video tokens, from temb (B, G, D): per block, of the output."""
         rows = torch.cat([temb, temb[:n_off_sync]])
-        return [*(block.norm1(temb) for block in self.transformer_blocks),
-                *(block.norm(rows) for block in self.single_transformer_blocks),
-                self.norm_out(rows)]
+        return [*(block.norm1(temb, sigma_index) for block in self.transformer_blocks),
+                *(block.norm(rows, sigma_index) for block in self.single_transformer_blocks),
+                self.norm_out(rows[:, -1:])]
 
-    def cached_step(self, x, sigma, adaln, cond, audio_kv, cached_kv, n_off_sync):
-        """A step of `KVCache`: velocity of the latent x (B, C, 1, h, w), off-sync rows last."""
-        out, _ = self.run_blocks([x], None, cond, audio_kv, cached_kv, n_off_sync, adaln)
+    def cached_step(self, clips, sigma, adaln, cond, audio_kv, cached_kv, n_off_sync):
+        """A step of `KVCache`: velocity of the last clip (B, C, 1, h, w), off-sync rows last."""
+        out, _ = self.run_blocks(clips, None, cond, audio_kv, cached_kv, n_off_sync, adaln)
         # the precondition needs the input of every row
+        x = clips[-1]
         return self.to_velocity(out, join([x, x[:n_off_sync]], 0), sigma)
 
     # ---- training where clean tokens have sigma = 0 (context_sigma="zero")
@@ -858,24 +863,31 @@ class MMDiT(nn.Module):
 class KVCache:
     """One latent after another: the keys and values of the finished ones, text included.
 
-        | text | latent 0 | 14 | 15 | 16 | 4 | 5 | 6 | 7 | 8 | 9 | 10 | 11 | 12 | 13 |     W = 12,
-        '------ sink -----'------ ring: latent l in slot (l - 1) mod (W + 1) --------'     now: 16
+        | text | latent 0 | text | latent 0 | 15 | 16 | 17 | 4 | 5 | 6 |  ...  | 12 | 13 | 14 |
+        '- sink of even --'-- of odd ones --'--- ring: latent l in slot (l - 1) mod (W + 2) ---'
 
     It is exact: the context has sigma = 0 (`context_sigma="zero"`) and never attends to the noisy
     latent, a key keeps the rotation of its own time, and the audio window of a finished latent is
     fixed. (Where sigma is "shared", as published: `pyramid.HistoryCache`.) The order of keys does
     not matter, since their time is in their rotation.
 
-    The ring holds the last W latents and the noisy one, which replaces the oldest: every step
-    writes its keys into the same slots and attends to the whole cache, without a copy of it. The
-    step at sigma = 0 is the last one of a latent, and its keys stay. The sink stays, since
-    attention degrades when its first tokens are dropped (attention sinks, StreamingLLM, Xiao et al.
-    2023); beyond latent W it is rotated on, so that no key is farther away than in training. A mask
-    hides slots that are still empty; on a CPU (size tiny) these cost at most 3 % of a step.
+    Every step writes its keys into the same slots of the ring and attends to the whole cache,
+    without a copy of it; a mask hides what is empty, or more than W latents back. The keys that
+    stay are those of the finished latent, at sigma = 0. They cost no pass of their own: the first
+    step of the next latent makes them, a pass over both with a noise level for each.
 
-    So a step is one function of tensors whose shapes never change, `MMDiT.cached_step`, and
-    torch.compile makes one graph of it for clips of any length. What depends on sigma or on the
-    latent is an input of the graph and computed once for each: `noise_level`, `begin_latent`."""
+        keys ->      sink  |  4   5   6  ...  14   15   16   17        W = 12
+        clean 16     even  |  x   x   x        x    x    x             sigma = 0
+        noisy 17     odd   |      x   x        x    x    x    x        sigma = 1
+
+    So a latent takes as many passes as steps. The sink stays, since attention degrades when its
+    first tokens are dropped (attention sinks, StreamingLLM, Xiao et al. 2023). Beyond latent W it
+    is rotated on, so that no key is farther away than in training; it is there twice, since the
+    two latents of a pass need two rotations.
+
+    Shapes never change. So torch.compile makes two graphs of a step, `MMDiT.cached_step`, of one
+    latent and of two, for clips of any length. What depends on sigma or on the latent is an input
+    of the graph and computed once for each: `noise_level`, `begin_latent`."""
 
     @torch.no_grad()
     def __init__(self, model, first, text, pooled, audio_features=None, n_off_sync=0):
@@ -889,17 +901,19 @@ class KVCache:
         self.n_off_sync = n_off_sync
         self.n = self.grid[0] * self.grid[1]
         self.n_sink = text.shape[1] + self.n
-        self.n_slots = self.n_sink + (model.cfg.context + 1) * self.n
+        self.n_ring = model.cfg.context + 2                                     # in latents
         self.levels = {}                # of `noise_level`
+        self.finished = None            # the latent before this one, if its keys are to be made
         # prefill: text and latent 0, without a context
-        self.begin_latent(0, text.shape[1])
-        _, temb, _ = self.noise_level(0., first)
-        cond = replace(self.cond, temb=temb)
-        _, self.sink = model.run_blocks([first], text, cond, self.audio_kv, n_off_sync=n_off_sync)
-        # per block: keys and values (rows, K, n_slots, d), in single blocks with off-sync rows; the
+        _, temb, _ = self.noise_level((0.,), first)
+        rope = model.rope(position_ids([0], *self.grid), pooled.device, text.shape[1])
+        audio_kv, audio_mask = self.audio_around([0])
+        cond = Conditioning(temb, rope, text.shape[1], audio_mask=audio_mask)
+        _, self.sink = model.run_blocks([first], text, cond, audio_kv, n_off_sync=n_off_sync)
+        # per block: keys and values (rows, K, slots, d), in single blocks with off-sync rows; the
         # ring is 0, not empty memory: masked values have weight 0, and 0 * nan would be nan
-        ring = (0, 0, 0, self.n_slots - self.n_sink)
-        self.kv = [(F.pad(k, ring), F.pad(v, ring)) for k, v in self.sink]
+        ring = (0, 0, 0, self.n_ring * self.n)
+        self.kv = [[F.pad(torch.cat([t, t], 2), ring) for t in sink] for sink in self.sink]
         self.step = model.cached_step
         if model.compiled_step is not None:
             self.step = model.compiled_step
@@ -909,68 +923,93 @@ class KVCache:
                 torch._dynamo.mark_static_address(cached, guard=False)
         self.begin_latent(1)
 
-    def begin_latent(self, latent, n_text=0):
-        """What all steps of a latent share: its rotation, the keys in use, the audio around it."""
-        model = self.model
-        cfg = model.cfg
+    def audio_around(self, latents):
+        """Keys and values per block of the audio in the windows of consecutive latents, masks
+        (latents, S) of the windows"""
+        cfg = self.model.cfg
         audio = self.audio_features
-        device = self.pooled.device
-        self.latent = latent
-        ids = position_ids([latent], *self.grid)                                # (n, 3)
-        mask = slots = None
-        if latent:
-            # its own slots in the ring; in use are the sink and what was filled so far
-            W = cfg.context
-            start = self.n_sink + (latent - 1) % (W + 1) * self.n
-            slots = torch.arange(start, start + self.n, device=device)
-            filled = self.n_sink + min(latent, W + 1) * self.n
-            mask = (torch.arange(self.n_slots, device=device) < filled)[None, None, None]
-            mask = additive(mask, self.kv[0][1].dtype)
-        start = 0
-        if audio is not None:
-            # a slice of constant length that holds the window: t_i = (i + .5)/alpha - .5 > l -
-            # radius gives i > (l + .5 - radius) alpha - .5; 2 radius alpha steps follow
-            length = math.ceil(2 * cfg.window * cfg.alpha) + 1
-            start = math.floor((latent + .5 - cfg.window) * cfg.alpha)
-            start = max(0, min(start, audio.shape[1] - length))
-            audio = audio[:, start:start + length]
-        self.audio_kv, audio_mask = model.project_audio(audio, ids[:, 0], start)
-        if audio is not None:
-            audio_mask = additive(audio_mask, self.audio_kv[0][1].dtype)
-        rope = model.rope(ids, device, n_text)
-        self.cond = Conditioning(None, rope, n_text, mask=mask, audio_mask=audio_mask,
-                                 slots=slots)
+        if audio is None:
+            return None, torch.zeros(len(latents), 0, device=self.pooled.device)
+        # a slice of constant length: t_i = (i + .5)/alpha - .5 > l - radius gives
+        # i > (l + .5 - radius) alpha - .5; 2 radius alpha steps follow, alpha for each other l
+        length = math.ceil((2 * cfg.window + AUDIO_LATENTS) * cfg.alpha) + 1
+        start = math.floor((latents[0] + .5 - cfg.window) * cfg.alpha)
+        start = max(0, min(start, audio.shape[1] - length))
+        times = torch.tensor(latents).float()
+        kv, mask = self.model.project_audio(audio[:, start:start + length], times, start)
+        return kv, additive(mask, kv[0][1].dtype)
 
-    def noise_level(self, sigma, like):
-        """What depends on sigma, a number, and not on the latent: sigma as a tensor, temb, adaLN.
+    def begin_latent(self, latent):
+        """What the steps of a latent share: rotation, keys in use and slots for its own, audio. Of
+        the finished latent and this one: `pair`; of this one: `alone`."""
+        self.latent = latent
+        device = self.pooled.device
+        W = self.model.cfg.context
+        n = self.n
+        latents = torch.tensor([[latent - 1], [latent]])
+        cos, sin = self.model.rope(position_ids(latents[:, 0], *self.grid), device)
+        # the latents that the ring holds (below 1: none yet), and which of them the two see
+        held = latent - (latent - 1 - torch.arange(self.n_ring)) % self.n_ring
+        ring = (held >= 1) & (held <= latents) & (held >= latents - W)          # (2, W+2)
+        sinks = latents % 2 == torch.arange(2)                                  # (2, 2)
+        parts = sinks.repeat_interleave(self.n_sink, 1), ring.repeat_interleave(n, 1)
+        mask = additive(torch.cat(parts, 1), self.kv[0][1].dtype)               # (2, slots)
+        mask = mask[None, None].to(device)
+        slots = 2 * self.n_sink + (latents - 1) % self.n_ring * n + torch.arange(n)
+        slots = slots.to(device)                                                # (2, n)
+        i = (latent - 1) % AUDIO_LATENTS
+        if i == 0:
+            around = range(latent - 1, latent + AUDIO_LATENTS)
+            self.audio_kv, self.windows = self.audio_around(around)
+        windows = self.windows[i:i + 2]                                         # (2, S)
+        self.pair = Conditioning(None, (cos, sin), mask=mask.repeat_interleave(n, 2),
+                                 audio_mask=windows.repeat_interleave(n, 0), slots=slots.flatten())
+        # (a mask of one row is that of all tokens)
+        self.alone = Conditioning(None, (cos[n:], sin[n:]), mask=mask[:, :, 1:],
+                                  audio_mask=windows[1:], slots=slots[1])
+        # its sink is moved in time so that it stays W latents before it
+        if latent > W:
+            table = self.model.rope(torch.tensor([[latent - W, 0., 0.]]), device)
+            own = slice(latent % 2 * self.n_sink, (latent % 2 + 1) * self.n_sink)
+            for (cached, _), (sink, _) in zip(self.kv, self.sink):
+                cached[:, :, own] = apply_rope(sink.float(), table).to(sink.dtype)
+
+    def noise_level(self, sigmas, like):
+        """What depends on the sigmas of one or two latents, numbers, and not on the latents: the
+        last one as a tensor, temb, adaLN.
 
         All latents have the same sigmas, so it is kept: 12 % of a step on a CPU (size tiny)."""
-        if sigma not in self.levels:
-            timestep = torch.full((len(like), 1), 1000. * sigma, device=like.device)
-            temb = self.model.time_text_embed(timestep, self.pooled)            # (B, 1, D)
-            adaln = self.model.all_adaln(temb, self.n_off_sync)
-            self.levels[sigma] = like.new_tensor(sigma), temb, adaln
-        return self.levels[sigma]
+        if sigmas not in self.levels:
+            timestep = torch.tensor([1000. * sigma for sigma in sigmas], device=like.device)
+            timestep = timestep.expand(len(like), -1)                           # (B, G)
+            temb = self.model.time_text_embed(timestep, self.pooled)            # (B, G, D)
+            index = torch.arange(len(sigmas), device=like.device).repeat_interleave(self.n)
+            adaln = self.model.all_adaln(temb, self.n_off_sync, index if len(sigmas) > 1 else None)
+            self.levels[sigmas] = like.new_tensor(sigmas[-1]), temb, adaln
+        return self.levels[sigmas]
 
     @torch.no_grad()
     def denoise_step(self, x, sigma):
         """Velocity of the noisy latent x (B, C, 1, h, w) at sigma, a number, off-sync rows last ->
         (B + n_off_sync, C, 1, h, w)"""
-        sigma, temb, adaln = self.noise_level(sigma, x)
-        cond = replace(self.cond, temb=temb)
-        # another layout of x in memory would be another graph
-        x = x.contiguous()
-        return self.step(x, sigma, adaln, cond, self.audio_kv, self.kv, self.n_off_sync)
+        clips = [x]
+        cond = self.alone
+        if self.finished is not None:
+            clips = [self.finished, x]
+            cond = self.pair
+            self.finished = None
+        # another layout in memory would be another graph
+        clips = [clip.contiguous() for clip in clips]
+        sigma, temb, adaln = self.noise_level((0., sigma)[-len(clips):], x)
+        cond = replace(cond, temb=temb)
+        return self.step(clips, sigma, adaln, cond, self.audio_kv, self.kv, self.n_off_sync)
 
     @torch.no_grad()
     def append(self, z):
         """Go on to the next latent, z (B, C, 1, h, w) being the finished one."""
-        # its keys replace those of the noisy latent
-        self.denoise_step(z, 0.)
-        # the sink's keys are moved in time so that they stay W latents before the next one
-        excess = self.latent + 1 - self.model.cfg.context
-        if excess > 0:
-            table = self.model.rope(torch.tensor([[excess, 0., 0.]]), z.device)
-            for (slots, _), (sink, _) in zip(self.kv, self.sink):
-                slots[:, :, :self.n_sink] = apply_rope(sink.float(), table).to(sink.dtype)
+        if self.finished is None:
+            self.finished = z
+        else:
+            # this latent had no step: the keys of both are made now
+            self.denoise_step(z, 0.)
         self.begin_latent(self.latent + 1)

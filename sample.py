@@ -264,8 +264,8 @@ def find_vae(checkpoint, kind, path, override, device):
 def compile_network(model):
     """--compile. No default: a clip of 2 s is ready long before the compiler is."""
     if isinstance(model, MMDiT) and model.cfg.context_sigma == "zero":
-        # All steps of all latents are one graph (see `KVCache`), on a GPU a CUDA graph: the CPU
-        # starts it as a whole, not kernel after kernel.
+        # All steps of all latents are two graphs (see `KVCache`), on a GPU CUDA graphs: the CPU
+        # starts them as a whole, not kernel after kernel.
         model.compiled_step = torch.compile(model.cached_step, mode="reduce-overhead",
                                             dynamic=False)
     else:
@@ -1012,7 +1012,7 @@ def published_sampler(model, vae, size, steps):
 
 def context_runs(model, vae, size, latents, steps):
     """Two functions that sample the last of so many latents: with the context recomputed in every
-    step, and from the cache, which it then joins by one run more."""
+    step, and from the cache, which the latent before it joins in the first step."""
     samples = round((latents * vae.stride_t / FPS + .2) * RATE)
     wave = np.zeros(samples, np.float32)
     audio, (text, _, pooled) = encode_conditions(model, [wave], ["a ball drops"], samples, 0.)
@@ -1021,7 +1021,7 @@ def context_runs(model, vae, size, latents, steps):
     x = z[:, :, -1:]
     sigma = torch.full((1, 1), .5, device=text.device)
     cache = KVCache(model, z[:, :, :1], text, pooled, audio)
-    for l in range(1, latents - 1):
+    for l in range(1, latents - 2):
         cache.append(z[:, :, l:l + 1])
 
     def recomputed():
@@ -1029,7 +1029,9 @@ def context_runs(model, vae, size, latents, steps):
             model.forward_teacher_forced(z, x, sigma, text, pooled, audio)
 
     def cached():
-        for _ in range(steps + 1):
+        # each time it goes on by a latent
+        cache.append(x)
+        for _ in range(steps):
             cache.denoise_step(x, .5)
 
     return recomputed, cached

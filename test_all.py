@@ -377,11 +377,11 @@ def test_the_cache_has_one_shape_and_finite_results_however_long_the_clip():
     for l in range(1, 12):
         shapes |= {t.shape for kv in cache.kv for t in kv}
         audio_shapes |= {k.shape for k, _ in cache.audio_kv}
-        in_use.append(int((cache.cond.mask == 0).sum()))
+        in_use.append(int((cache.alone.mask == 0).sum()))
         assert torch.isfinite(cache.denoise_step(x[:, :, l - 1:l], .5)).all(), f"latent {l}"
         cache.append(z[:, :, l:l + 1])
     sink, n = 12 + 4, 4
-    assert shapes == {(2, 2, sink + 4 * n, 64)}
+    assert shapes == {(2, 2, 2 * sink + 5 * n, 64)}
     assert len(audio_shapes) == 1, audio_shapes
     # keys in use: the sink, the filled slots and the noisy latent's own
     assert in_use == [sink + min(l, 3) * n + n for l in range(11)]
@@ -424,22 +424,45 @@ def assert_compiled_is_eager(net, z, x, a, compiled_step, tolerance):
         compiled = kv_cache(net, clip, a, n_off_sync=2)
         net.compiled_step = None
         for l in range(1, clip.shape[2]):
-            step = x[:, :, l - 1:l], (1., .37)[l % 2]
-            v = compiled.denoise_step(*step)
-            assert gap(v, eager.denoise_step(*step)) < tolerance, f"latent {l}"
+            for sigma in (1., .37):
+                step = x[:, :, l - 1:l], sigma
+                v = compiled.denoise_step(*step)
+                assert gap(v, eager.denoise_step(*step)) < tolerance, f"latent {l}"
             compiled.append(clip[:, :, l:l + 1])
             eager.append(clip[:, :, l:l + 1])
 
 
 @slow
-def test_forty_latents_of_two_clips_are_steps_of_one_compiled_graph():
-    """No shape, layout or number in a step changes with the latent, sigma or clip; append is a
-    step. fullgraph: nothing in it returns to Python, so no `.item()` and no boolean indexing."""
+def test_forty_latents_of_two_clips_are_steps_of_two_compiled_graphs():
+    """Of one latent, and of the finished and the noisy one. No shape, layout or number in a step
+    changes with the latent, sigma or clip. fullgraph: nothing in it returns to Python, so no
+    `.item()` and no boolean indexing."""
     counter = CompileCounterWithBackend("eager")
     net = shaken(small(context=4, n_single=1))
     step = torch.compile(net.cached_step, backend=counter, dynamic=False, fullgraph=True)
     assert_compiled_is_eager(net, *inputs(L=41, S=240), step, 1e-10)
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2
+
+
+def test_a_finished_latent_takes_no_pass_of_its_own_and_has_the_keys_that_one_would_make():
+    """Two steps a latent, beyond the ring's end, two clips with a null and an off-sync row each;
+    the other cache has a third step, at sigma = 0, whose keys stay."""
+    net = shaken(small(context=3))
+    z, x, a = inputs(L=9, S=80)
+    joint, apart = kv_cache(net, z, a, 2), kv_cache(net, z, a, 2)
+    for cache in (joint, apart):
+        cache.step = Mock(wraps=net.cached_step)
+    for l in range(1, 9):
+        for sigma in (1., .37):
+            noisy = x[:, :, l - 1:l] * sigma
+            v = joint.denoise_step(noisy, sigma)
+            assert gap(v, apart.denoise_step(noisy, sigma)) < 1e-10, f"latent {l}, sigma {sigma}"
+        apart.denoise_step(z[:, :, l:l + 1], 0.)
+        for cache in (joint, apart):
+            cache.append(z[:, :, l:l + 1])
+        apart.finished = None
+    assert joint.step.call_count == 2 * 8
+    assert apart.step.call_count == 3 * 8
 
 
 def test_beyond_the_ring_text_and_latent_0_keep_the_distance_that_training_had():
@@ -3892,7 +3915,7 @@ def test_the_cache_on_a_gpu_equals_the_whole_pass():
 
 
 @gpu
-def test_a_step_of_the_cache_is_one_cuda_graph():
+def test_the_steps_of_the_cache_are_two_cuda_graphs():
     """--compile: nothing in it keeps the compiler from recording it, and none of its inputs is
     copied that is as large as the cache. Beyond the ring's end, two clips."""
     torch._dynamo.reset()
@@ -3901,7 +3924,7 @@ def test_a_step_of_the_cache_is_one_cuda_graph():
     sample.compile_network(net)
     z, x, a = (t.to(GPU) for t in inputs(L=12))
     assert_compiled_is_eager(net, z, x, a, net.compiled_step, 1e-8)
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 2
     assert counters["inductor"]["cudagraph_skips"] == 0
     # a graph was recorded
     assert counters["inductor"]["cudagraph_recorded_non_static_inputs"] > 0
