@@ -308,8 +308,8 @@ class Conditioning:
 class Packing:
     """Attention in a packed sequence: samples of any length behind one another, without padding.
 
-    Queries and keys are cut into pieces, one for every text and every clip. Piece i of the queries
-    attends to the pieces sees[i] of the keys and to nothing else, so that no mask over all pairs is
+    Queries and keys are cut into pieces. Piece i of the queries attends to the pieces sees[i] of
+    the keys, or to the first tokens of them, and to nothing else, so that no mask over all pairs is
     needed. Here sample a trains its latent 2 and sample b its latent 1:
 
         piece    0         1         2      3        4      5          6
@@ -318,15 +318,17 @@ class Packing:
     """
     query_sizes: list                   # tokens of every piece
     key_sizes: list
-    sees: list
+    sees: list                          # of every piece of queries: [(piece, its first tokens)]
     masks: list                         # of every piece of queries (n, m) booleans; None: all
+    n_targets: int = 0                  # so many of the last pieces are noisy latents
+    owners: list = None                 # of the video tokens: [(so many, number of their sample)]
 
     def attend(self, q, k, v):
         k = k.split(self.key_sizes, 2)
         v = v.split(self.key_sizes, 2)
         outputs = []
         for i, queries in enumerate(q.split(self.query_sizes, 2)):
-            keys, values = (torch.cat([x[j] for j in self.sees[i]], 2) for x in (k, v))
+            keys, values = (torch.cat([x[j][:, :, :n] for j, n in self.sees[i]], 2) for x in (k, v))
             outputs.append(attention(queries, keys, values, self.masks[i]))
         return torch.cat(outputs, 1)
 
@@ -384,9 +386,9 @@ def queries_of_last(cond, n):
     # latent 0 is in a group with the text: of that the text makes no queries either
     groups = cond.groups and [(n, cond.groups[-1][1])]
     if isinstance(mask, Packing):
-        # there is one piece of them for every sample, that is for every row of temb
-        B = cond.temb.shape[1]
-        mask = Packing(mask.query_sizes[-B:], mask.key_sizes, mask.sees[-B:], mask.masks[-B:])
+        p = mask.n_targets
+        mask = replace(mask, query_sizes=mask.query_sizes[-p:], sees=mask.sees[-p:],
+                       masks=mask.masks[-p:])
     elif isinstance(mask, BlockMask):
         # cutting it is not worth it: it would have to be made anew
         return cond
@@ -732,11 +734,10 @@ class MMDiT(nn.Module):
         t = audio_positions(S, self.cfg.alpha, start)                           # (S,)
         audio_mask = temporal_window(times, t, self.cfg.window).to(device)      # eq. 7
         if packing is not None:
-            # the audio of all samples behind one another; a latent attends to that of its sample,
-            # whose number is that of the text that it sees
-            sizes = packing.query_sizes[B:]
-            owners = [pieces[:1] for pieces in packing.sees[B:]]
-            audio_mask = Packing(sizes, B * [S], owners, audio_mask.split(sizes))
+            # the audio of all samples behind one another; a latent attends to that of its sample
+            sizes, owners = zip(*packing.owners)
+            audio_mask = Packing(sizes, B * [S], [[(b, S)] for b in owners],
+                                 audio_mask.split(sizes))
             audio_features = audio_features.flatten(0, 1)[None]                 # (1, B S, A)
             t = t.repeat(B)
         # keys stand at (t_i, 0, 0); without Audio RoPE all of them at 0

@@ -60,15 +60,13 @@ NEGATIVE_PROMPT = (
 # ---------------------------------------------------------------------------------- the network
 
 def clip_ids(model, clips):
-    """Positions (N, 3) of all tokens of clips that stand one after another in time, each laid over
-    the grid of the last one."""
+    """Positions (N, 3) of all tokens of clips, each laid over the grid of the last one. The first
+    clip begins at time 0, and each later one ends one latent after the one before it."""
     h, _ = model.token_grid(clips[-1])
     ids = []
-    t = 0
-    for z in clips:
+    for end, z in enumerate(clips, start=clips[0].shape[2]):
         rows, cols = model.token_grid(z)
-        ids.append(position_ids(range(t, t + z.shape[2]), rows, cols, h / rows))
-        t += z.shape[2]
+        ids.append(position_ids(range(end - z.shape[2], end), rows, cols, h / rows))
     return torch.cat(ids)
 
 
@@ -307,7 +305,7 @@ def block_noise(shape, generator=None):
     return (4 / 3) ** .5 * (x - upsample2(downsample2(x)))
 
 
-def pyramid_history(z_levels, n_past, level):
+def pyramid_history(z_levels, n_past, level, n_targets=1):
     """The clean latents 0 .. n_past-1, as latent n_past attends to them in the stage of `level`.
 
     The nearest one has the resolution of the stage, each one before it the next coarser. All that
@@ -317,15 +315,19 @@ def pyramid_history(z_levels, n_past, level):
         level 1    [0 1 2 3] at level 0                    [4] at level 1
         level 0    [0 1 2 3] at level 0                    [4] at level 0
 
-    z_levels: of `latent_pyramid` -> list of (B, C, L_k, h_k, w_k), the oldest first.
+    z_levels: of `latent_pyramid` -> list of (B, C, L_k, h_k, w_k), the oldest first. n_targets:
+    what so many latents attend to, n_past the last of them (drawn in `pieces_of_sample`).
     """
-    # Going back: level, level - 1, ... 1. The coarsest stage has one latent apart as well.
-    single_levels = range(level, 0, -1) if level > 0 else [0]
+    # Going back: level, level - 1, ... 1.
+    single_levels = range(level, 0, -1)
+    # A latent of the coarsest stage has one apart as well, as in the original.
+    if level == 0 and n_targets == 1:
+        single_levels = [0]
     clips = []
     for back, single_level in enumerate(single_levels, start=1):
-        latent = n_past - back
-        if latent >= 0:
-            clips.insert(0, z_levels[single_level][:, :, latent:latent + 1])
+        end = n_past - back + 1
+        if end > 0:
+            clips.insert(0, z_levels[single_level][:, :, max(end - n_targets, 0):end])
     n_oldest = n_past - len(single_levels)
     if n_oldest > 0:
         clips.insert(0, z_levels[0][:, :, :n_oldest])
@@ -347,21 +349,22 @@ def stage_endpoints(z_levels, eps_levels, stage):
 
 # --------------------------------------------------------------------------------- the objective
 
-def draw_stage_sample(z_levels, latent, stage, generators):
-    """Latent number `latent` of B clips, noisy, after its history -> clips, timestep (B,), velocity
-    (B, C, 1, h_k, w_k). z_levels: of `latent_pyramid`; generators: one for each clip."""
+def draw_stage_sample(z_levels, latent, stage, generators, n=1):
+    """The n latents of B clips up to number `latent`, noisy, after their history -> clips,
+    timestep (B,), velocity (B, C, n, h_k, w_k). z_levels: of `latent_pyramid`; generators: one for
+    each clip."""
     device = z_levels[0].device
 
     def randn_like(z):
         return randn_each(generators, z.shape[1:], device)
 
-    target = [z[:, :, latent:latent + 1] for z in z_levels]             # (B, C, 1, h_k, w_k)
+    target = [z[:, :, latent - n + 1:latent + 1] for z in z_levels]     # (B, C, n, h_k, w_k)
     eps = noise_pyramid(randn_like(target[-1]), len(target))
     start, end = stage_endpoints(target, eps, stage)
 
     # Context noise augmentation: one level per clip for its history, not given to the network.
     level = CONTEXT_NOISE * to_device(rand_each(generators), device)
-    history = pyramid_history(z_levels, latent, stage.level)
+    history = pyramid_history(z_levels, latent, stage.level, n)
     history = [add_noise(clip, randn_like(clip), level) for clip in history]
 
     # One of 1000 noise levels of the stage, and its timestep.
@@ -372,59 +375,109 @@ def draw_stage_sample(z_levels, latent, stage, generators):
     return [*history, noisy], timestep, start - end
 
 
+def pieces_of_sample(b, n_text, lengths, sizes):
+    """Who sees whom in sample b -> texts, history, noisy latents, each {piece: [(a piece that it
+    sees, how many of its first tokens)]}.
+
+    The noisy latents of a sample share what their histories have in common: all tokens have one
+    noise level and none attends to later latents, so that it is the same for all of them in all
+    layers (the reason of `HistoryCache`). Noisy latents 1 to 5 of a clip in stage 2:
+
+        noisy    (clip 3)    1   2   3   4   5     A column is a noisy latent over its history. A
+        level 2  (clip 2)    0   1   2   3   4     latent sees itself, all that is under it, and in
+        level 1  (clip 1)        0   1   2   3     the FIRST clip what is to the left as well: noisy
+        level 0  (clip 0)            0   1   2     5 sees 4, 3, 2 1 0, and 2 of level 1 sees 1 0.
+                             |   |   '-------'
+        text                 x   x       x         Text and latent 0 see each other, so there is one
+                                                   for each level of latent 0, under its columns.
+
+    With noisy latent 5 alone there are 5, 4, 3, 2 1 0 and one text. Tokens for every noisy latent,
+    of clips of 16 latents of 24x40 and a text of 30 tokens:
+
+        stage              0      1      2    mean of 1 : 2 : 1
+        one a clip       165    255    657    333
+        all 15            32    138    555    216    (in stage 2 each has a fine latent before it)
+
+    n_text: tokens of the text; of every clip, from below: lengths, its latents; sizes, the tokens
+    of one. Piece (b, clip, column) is one latent, with columns counted from the right; (b, 0, 0) is
+    the whole first clip; (b, "text", clip) is the text under the columns that end in this clip."""
+    def latent(clip, column):
+        if clip:
+            return (b, clip, column), sizes[clip]
+        return (b, 0, 0), (lengths[0] - column) * sizes[0]
+
+    texts, latents = {}, {}
+    for clip, length in enumerate(lengths):
+        for column in reversed(range(length if clip else 1)):
+            # the column ends in the first clip that is long enough
+            bottom = next(c for c, n in enumerate(lengths) if n > column)
+            text = (b, "text", bottom), n_text
+            latents[b, clip, column] = [text, *(latent(c, column) for c in range(bottom, clip + 1))]
+            # and the oldest latent of that clip is latent 0
+            texts[b, "text", bottom] = [text, latent(bottom, lengths[bottom] - 1)]
+    latents = list(latents.items())
+    n = lengths[-1]
+    return texts, dict(latents[:-n]), dict(latents[-n:])
+
+
 def packed_velocities(model, samples, timestep, text, pooled, audio=None):
-    """`staged_velocity` of B samples with histories and texts of their own, in ONE pass without
-    padding -> list of B velocities (1, C, 1, h_b, w_b).
+    """`staged_velocity` of B samples with histories and texts of their own, each with one noisy
+    latent or several, in ONE pass without padding -> list of B velocities (1, C, n_b, h_b, w_b).
 
     The tokens of all samples stand in one row, so that every layer but the attention runs once:
 
-        text of 0, of 1, .. | history of 0, of 1, .. | noisy latent of 0, of 1, ..
+        texts of 0, of 1, .. | history of 0, of 1, .. | noisy latents of 0, of 1, ..
 
-    In the attention a text or clip meets those of its sample alone (`model.Packing`).
+    In the attention a piece of the row meets pieces of its own sample alone (`model.Packing`).
 
-    samples: of each one its clips (1, C, L_i, h_i, w_i) as in `staged_velocity`; timestep (B,);
-    text: of each one (T_b, D), without padding; pooled (B, P); audio (B, S, A) or None"""
-    B = len(samples)
-    history = []                        # of all samples: (sample, clip, positions of its tokens)
-    noisy = []
+    samples: of each one its clips (1, C, L_c, h_c, w_c), the noisy latents last: of
+    `draw_stage_sample`; timestep (B,); text: of each one (T_b, D), without padding; pooled (B, P);
+    audio (B, S, A) or None"""
+    parts = {}, {}, {}                  # pieces of texts, of histories, of noisy latents
+    history_ids, noisy_ids = [], []
+    masks = {}
     for b, clips in enumerate(samples):
-        tokens = [clip.shape[2] * math.prod(model.token_grid(clip)) for clip in clips]
-        parts = list(zip([b] * len(clips), clips, clip_ids(model, clips).split(tokens)))
-        history += parts[:-1]
-        noisy += parts[-1:]
-    owners, clips, ids = zip(*history, *noisy)
-    sizes = [len(states) for states in text] + [len(part) for part in ids]
+        lengths = [clip.shape[2] for clip in clips]
+        sizes = [math.prod(model.token_grid(clip)) for clip in clips]
+        for part, pieces in zip(parts, pieces_of_sample(b, len(text[b]), lengths, sizes)):
+            part.update(pieces)
+        ids = clip_ids(model, clips)
+        n_noisy = lengths[-1] * sizes[-1]
+        history_ids.append(ids[:-n_noisy])
+        noisy_ids.append(ids[-n_noisy:])
+        # A mask is needed where the first clip has several latents: causal, with text at time 0.
+        # (All of this is known to the CPU: no GPU has to be waited for.)
+        if lengths[0] > 1:
+            times = ids[:lengths[0] * sizes[0], 0]
+            causal = times[:, None] >= F.pad(times, (len(text[b]), 0))
+            masks[b, 0, 0] = to_device(causal, pooled.device)
 
-    # Piece b is the text of sample b, the pieces from B on are the clips. A clip sees the text, the
-    # clips before it and itself; the text sees the first clip.
-    pieces = [[b] for b in range(B)]    # of each sample
-    sees = []
-    for piece, b in enumerate(owners, start=B):
-        pieces[b].append(piece)
-        sees.append(pieces[b].copy())
-    sees = [of_sample[:2] for of_sample in pieces] + sees
-    # Causal in time, with text at time 0. A mask is needed where the first clip has several
-    # latents. (All of this is known to the CPU: no GPU has to be waited for.)
-    times = [torch.zeros(size) for size in sizes[:B]] + [part[:, 0] for part in ids]
-    masks = []
-    for queries, keys in enumerate(sees):
-        causal = times[queries][:, None] >= torch.cat([times[piece] for piece in keys])
-        masks.append(None if causal.all() else to_device(causal, pooled.device))
-
-    owner = torch.tensor([*range(B), *owners]).repeat_interleave(torch.tensor(sizes))
-    return model(clips, torch.cat(ids), Packing(sizes, sizes, sees, masks), timestep[:, None],
-                 torch.cat(list(text))[None], pooled, audio, to_device(owner, pooled.device))
+    texts, history, noisy = parts
+    sees = texts | history | noisy
+    number = {piece: i for i, piece in enumerate(sees)}
+    # of itself each piece sees all
+    sizes = [dict(keys)[piece] for piece, keys in sees.items()]
+    ids = history_ids + noisy_ids
+    packing = Packing(
+        sizes, sizes, [[(number[piece], n) for piece, n in keys] for keys in sees.values()],
+        [masks.get(piece) for piece in sees], n_targets=len(noisy),
+        owners=list(zip(map(len, ids), 2 * [*range(len(samples))])))
+    clips = [*chain(*(clips[:-1] for clips in samples)), *(clips[-1] for clips in samples)]
+    owner = torch.tensor([b for b, *_ in sees]).repeat_interleave(torch.tensor(sizes))
+    return model(clips, torch.cat(ids), packing, timestep[:, None],
+                 torch.cat([text[b] for b, *_ in texts])[None], pooled, audio,
+                 to_device(owner, pooled.device))
 
 
 def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_latent,
                  skip_audio=False, lambda_motion=1.):
-    """Syncphony's objective in Pyramid Flow's layout: ONE latent of every clip, in one stage.
+    """Syncphony's objective in Pyramid Flow's layout: every clip in one stage, at one timestep.
 
     z (B, C, L, h, w) normalised latents; text_inputs: states without padding, B times (T_b, D),
     None, pooled (B, P); audio_inputs, generators and skip_audio as in `losses.syncphony_loss`;
-    rows: positions (B,) of these clips in the batch of the step; fine_latent: the latent that the
-    finest stage trains, 1 .. L-1, one for the step -> loss, report: mean squared error of each
-    stage, nan without a clip."""
+    rows: positions (B,) of these clips in the batch of the step; fine_latent: the ONE latent of a
+    clip that the finest stage trains, 1 .. L-1, the same for the step, or None: every stage trains
+    all of them -> loss, report: mean squared error of each stage, nan without a clip."""
     B, _, L = z.shape[:3]
     n = max(STAGE_OF_ROW) + 1
     text, _, pooled = model.encode_text(text_inputs)                    # B x (T_b, D), (B, P)
@@ -441,25 +494,28 @@ def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_lat
             continue
         # The fine stage costs most, and a late latent has the longest history. So where the fine
         # stage trains late latents the coarse ones train early ones, and the cost varies less.
-        latent = fine_latent if s == n - 1 else L - fine_latent
+        if fine_latent is None:
+            first, last = 1, L - 1
+        else:
+            first = last = fine_latent if s == n - 1 else L - fine_latent
         z_levels = latent_pyramid(torch.stack([z[b] for b in members]), n)
         clips, timestep, velocity = draw_stage_sample(
-            z_levels, latent, stage, [generators[b] for b in members])
+            z_levels, last, stage, [generators[b] for b in members], last - first + 1)
         for k, b in enumerate(members):
             samples[b] = [clip[k:k + 1] for clip in clips]
             timesteps[b] = timestep[k]
 
         # Syncphony eq. 1, on clean latents at the stage's resolution. Latent 0, a single frame, is
         # coded by other rules: its difference from latent 1 is not motion and does not weigh.
-        pair = z_levels[s][:, :, latent - 1:latent + 1]
-        weight = motion_weight(pair, lambda_motion, skip=2 if latent == 1 else 1)[:, :, 1:]
+        part = z_levels[s][:, :, first - 1:last + 1]
+        weight = motion_weight(part, lambda_motion, skip=2 if first == 1 else 1)[:, :, 1:]
         targets.append((s, members, velocity, weight))
 
     v_hat = packed_velocities(model, samples, torch.stack(timesteps), text, pooled, audio)
     report = torch.full((n,), float("nan"), device=z.device)
     losses = []
     for s, members, velocity, weight in targets:
-        of_stage = torch.cat([v_hat[b] for b in members]).float()       # (b, C, 1, h_k, w_k)
+        of_stage = torch.cat([v_hat[b] for b in members]).float()       # (b, C, n, h_k, w_k)
         error = (of_stage - velocity).square()
         report[s] = error.detach().mean()
         losses.append((error * weight).mean() * len(members))

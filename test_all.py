@@ -932,6 +932,73 @@ def test_a_packed_batch_is_every_sample_alone_and_runs_real_tokens_alone(
     assert (packed[2] - padded[2]).norm() < 1e-5 * padded[2].norm()
 
 
+@pytest.mark.parametrize("level, L, tokens, texts", [
+    (0, 5, 4 + 4, 1), (1, 5, 16 + 16 + 3, 2), (2, 5, 64 + 64 + 12 + 2, 3), (2, 3, 32 + 32 + 4, 2)])
+def test_all_latents_of_a_clip_in_one_pass_are_each_one_alone(level, L, tokens, texts):
+    """Velocities and gradient, of two clips with texts of 3 and 5 tokens. What the histories have
+    in common is run once, and text once for every resolution of latent 0."""
+    net = little_flux(audio_dim=6, alpha=5., n_single=1).double()
+    z_levels = pyramid.latent_pyramid(normal(2, 4, L, 8, 8))            # 1, 4 and 16 tokens
+    noisy = normal(*z_levels[level][:, :, 1:].shape, seed=1)
+    text, pooled, audio = [normal(3, 12), normal(5, 12)], normal(2, 8), normal(2, 40, 6)
+    timestep = torch.tensor([300., 700.]).double()
+    runs = []
+    for layer in (net.x_embedder, net.context_embedder):
+        layer.register_forward_hook(lambda _, x, y: runs.append(y.shape[1]))
+
+    def alone(b, u):
+        history = pyramid.pyramid_history(z_levels, u, level)
+        row = slice(b, b + 1)
+        return pyramid.staged_velocity(
+            net, [clip[row] for clip in [*history, noisy[:, :, u - 1:u]]], timestep[row],
+            text[b][None], torch.ones(1, len(text[b])), pooled[row], audio[row])
+
+    def with_gradient(velocities):
+        v = torch.cat(velocities, 2)                                    # (1, C, 2 (L-1), h, w)
+        net.zero_grad()
+        (v * normal(*v.shape, seed=2)).sum().backward()
+        return v, torch.cat([p.grad.flatten() for p in net.parameters()])
+    clips = [*pyramid.pyramid_history(z_levels, L - 1, level, L - 1), noisy]
+    samples = [[clip[b:b + 1] for clip in clips] for b in range(2)]
+    v, gradient = with_gradient(
+        pyramid.packed_velocities(net, samples, timestep, text, pooled, audio))
+    assert sorted(runs) == sorted([2 * tokens, (3 + 5) * texts])
+    v_each, gradient_each = with_gradient(
+        [alone(b, u) for b, u in product(range(2), range(1, L))])
+    assert gap(v, v_each) < 1e-10
+    assert (gradient - gradient_each).norm() < 1e-10 * gradient_each.norm()
+
+
+def test_the_loss_of_all_latents_weighs_each_and_is_the_mean_over_clips(monkeypatch):
+    """Syncphony eq. 1 for latents 1 to 4. A clip draws from its own generator: the loss of a batch
+    is the mean of its parts'."""
+    net = little_flux(audio_dim=6, alpha=5.).double()
+    z, pooled, audio = normal(4, 4, 5, 8, 8), normal(4, 8), normal(4, 30, 6)
+    text = [normal(T, 12) for T in range(1, 5)]
+    sizes = []
+    net.proj_out.register_forward_hook(lambda _, x, y: sizes.append(y.shape[1]))
+
+    def loss(*rows):
+        rows = list(rows)
+        inputs = [text[b] for b in rows], None, pooled[rows]
+        gens = [generators(4)[b] for b in rows]
+        return pyramid.pyramid_loss(net, z[rows], inputs, audio[rows], rows, gens, None)[0]
+    whole = loss(0, 1, 2, 3)
+    assert sizes == [4 * 1 + 2 * 4 * 4 + 4 * 16]
+    assert gap((loss(0, 1) + loss(2, 3)) / 2, whole) < 1e-10
+
+    def unit_error(z_levels, last, stage, generators, n):
+        targets = z_levels[stage.level][:, :, last + 1 - n:last + 1]
+        return [targets], torch.zeros(len(targets)), torch.ones_like(targets)
+
+    def zero_velocities(model, samples, *conditions):
+        return [torch.zeros_like(clips[-1]) for clips in samples]
+    monkeypatch.setattr(pyramid, "draw_stage_sample", unit_error)
+    monkeypatch.setattr(pyramid, "packed_velocities", zero_velocities)
+    weight = losses.motion_weight(z[3:4], skip=2)[:, :, 1:]
+    assert gap(loss(3), weight.mean()) < 1e-10
+
+
 # ---------------------------------------------------------------------------- vae.py
 
 PUBLISHED_KIND = dict(widths=(8, 8, 16, 16), groups=4, latent=4)    # the published layers, narrow
@@ -2864,12 +2931,16 @@ def flags_of(kind, request):
 def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
         pyramid_flow, tmp_path, monkeypatch, capsys):
     """Syncphony section 4.1: from the published folder to a training step, a checkpoint, a video.
-    What is frozen stays as it was, bit for bit."""
+    What is frozen stays as it was, bit for bit. --layout all trains all latents, and evaluates one
+    as --layout one does."""
     folder, flags = pyramid_flow
     monkeypatch.setattr(train.Run, "measure_dtype", None)     # of 2 billion parameters: not timed
+    loss = Mock(wraps=pyramid.pyramid_loss)
+    monkeypatch.setattr(pyramid, "pyramid_loss", loss)
     assert cli(train, *flags, "--steps", 2, "--batch-size", 4, "--eval-clips", 3,
-               "--checkpointing", "--out", tmp_path) == 0
+               "--checkpointing", "--layout", "all", "--out", tmp_path) == 0
     assert "test_loss" in capsys.readouterr().out
+    assert {call.args[6] for call in loss.call_args_list} == {None, 1}
     clip = toybox.toybox_clip(5, 64)
     iio.imwrite(tmp_path / "f.png", clip["video"][0])
     soundfile.write(tmp_path / "x.wav", clip["audio"], 16000)
@@ -2934,6 +3005,7 @@ def test_help_gives_the_default_of_every_setting_of_a_task(task, capsys, monkeyp
     (["--pretrained", "x"], "give --data and --hubert"),
     (["--pretrained", "x", "--hubert", "y", "--data", "z", "--resolution", 96], "multiples of 64"),
     (["--size", "miniflux"], "--pretrained"),
+    (["--layout", "all"], "--layout all: for --pretrained"),
 ])
 def test_a_setting_that_does_not_fit_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
     """A flag of another task names that task; nothing is written."""

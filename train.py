@@ -152,6 +152,7 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         no_audio_rope=(False, bool, "ablation: audio without positions, Syncphony table 11"),
         pretrained=(None, str, "train on top of Pyramid Flow, downloaded to this folder"),
         hubert=(None, str, "with --pretrained: HuBERT for audio features, folder or hub name"),
+        layout=("one", ("one", "all"), "with --pretrained: latents of a clip that a step trains"),
         fsdp=(False, bool, "with --pretrained: share weights and states among processes"))),
     "t2av": (COMMON, TOWERS, dict(
         size=("tiny", towers.SYNCFLOW, "size of the towers"),
@@ -305,6 +306,8 @@ def check(args):
     if not args.pretrained and (args.size == "miniflux" or args.hubert):
         raise BadInput("--size miniflux and --hubert go with Pyramid Flow's weights; give their "
                        "folder by --pretrained, or train tiny or small")
+    if not args.pretrained and args.layout == "all":
+        raise BadInput("--layout all: for --pretrained; without it all latents are trained anyway")
     if args.pretrained and (not args.hubert or args.data == "toybox"):
         raise BadInput(f"--pretrained {args.pretrained}: trains on real clips with HuBERT "
                        "features; give --data and --hubert facebook/hubert-large-ls960-ft")
@@ -517,7 +520,8 @@ def held_out_clips(test, n, resolution=None):
 
 class A2V:
     """Latents, sounds and captions -> velocity loss. From scratch every latent of a clip is a
-    target (`syncphony_loss`); on top of Pyramid Flow one latent, at one of three resolutions."""
+    target (`syncphony_loss`); on top of Pyramid Flow one latent, or all of them at one noise level,
+    at one of three resolutions (`pyramid_loss`)."""
 
     def __init__(self, args, device, autocast):
         self.args = args
@@ -579,7 +583,9 @@ class A2V:
         # Flow's loss has its fine targets in one latent.
         rng = step_rng(self.args, "step", step)
         skip_audio = rng.random() < self.args.skip_audio
-        latent = int(rng.integers(1, batch["z"].shape[2]))
+        latent = None                   # all latents
+        if self.args.layout == "one":
+            latent = int(rng.integers(1, batch["z"].shape[2]))
         return dict(batch, rows=rows, skip_audio=skip_audio, latent=latent)
 
     def windows(self, cache, index, rngs=None):
