@@ -54,6 +54,8 @@ clouds of features, of this repository's VAEs or of the networks of FVD, FID and
     python cyclesync.py --ckpt weights/t2av-toybox.pt              # SyncFlow's and Harmony's
     python cyclesync.py --ckpt weights/vae-real.pt --data FOLDER   # how well a VAE codes clips
     python cyclesync.py --ckpt out/a2v-x/best.pt --steps-study     # how few Euler steps are enough?
+    python cyclesync.py --stress                 # two sounds at once, noise, a minute, ...
+    python cyclesync.py --negatives              # guidance away from zeros, silence, no caption
     python cyclesync.py --shift-study            # true clips, their sound up to 0.5 s late
     python cyclesync.py --ablate syncphony       # trains and scores the rows of the paper's tables
     python cyclesync.py --skip-blocks --audio x.wav --image f.png  # videos without one block each
@@ -89,9 +91,9 @@ from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_a
 from sample import (
     A2V_FILE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video, external_encoders,
     generate_audio_video, generate_video, load, load_vae, pick_autocast, pick_device, recommended,
-    video_to_audio)
+    sample_autoregressive, video_to_audio)
 from toybox import (
-    FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, UNREADABLE, detect_clip_events,
+    FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, TIMING, UNREADABLE, detect_clip_events,
     detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
 from vae import join_positions, principal_components, split_positions
 
@@ -259,16 +261,22 @@ def event_scores(truth, found):
     return summarise([event_record(t, f) for t, f in zip(truth, found)])
 
 
-def toybox_records(videos, clips):
-    """Videos against the clips they were generated for -> records."""
+def toybox_records(videos, clips, start=0., end=math.inf):
+    """Videos against the clips they were generated for, from `start` to `end` seconds -> records.
+    """
     records = []
     for video, clip in zip(videos, clips):
-        found, residual, readable = detect_clip_events(video, clip)
-        quiet = len(clip["events"]) == 0
-        records.append(event_record(clip["events"], found) | dict(
-            kind=clip["kind"], true_times=clip["events"], detected_times=found,
+        found, residual, readable = detect_clip_events(video, clip, start, end)
+        truth = clip["events"]
+        truth = truth[(truth >= start) & (truth < end)]
+        record = event_record(truth, found)
+        paired, _ = record["precision_100"]
+        record |= dict(
+            kind=clip["kind"], true_times=truth, detected_times=found,
             residual=(float(residual.sum()), len(residual)), readable=readable,
-            false_per_quiet_clip=len(found) if quiet else NAN))
+            false_per_quiet_clip=len(found) if len(truth) == 0 else NAN,
+            false_per_s=(len(found) - paired, min(end, len(video) / FPS) - start))
+        records.append(record)
     return records
 
 
@@ -843,7 +851,7 @@ class Scorer:
         # The true events are known in the toybox alone.
         self.toybox = args.data == "toybox"
         self.device, place = pick_device(args.device)
-        system = load(path, self.device, args.vae, args.audio_vae, args.pretrained)
+        system = load(path, self.device, args.vae, args.audio_vae, args.pretrained, self.task)
         self.autocast, precision = autocast_for(system, args.dtype, self.device)
         self.described = f"{place}, {precision}"
         self.model, self.vae, self.audio_vae = system.model, system.vae, system.audio_vae
@@ -982,6 +990,8 @@ SYNC_COLUMNS = dict(cyclesync_set="CycleSync set", cyclesync_merged="merged", av
 class AudioToVideo(Scorer):
     """Syncphony: a video for the first picture and the sound of every clip."""
 
+    task = "a2v"
+
     def __init__(self, path, args):
         super().__init__(path, args)
         self.encoders = external_encoders(self.model, args, self.captions, self.device)
@@ -1014,9 +1024,10 @@ class AudioToVideo(Scorer):
         guided = {rule: self.guidance[rule] for rule in ("asg", "cfg")}
         yield "a2v", dict(guided=guided, plain=dict(asg=0., cfg=0.))
 
-    def generate(self, asg=0., cfg=0., use_audio=True, sounds="own"):
+    def generate(self, asg=0., cfg=0., use_audio=True, sounds="own", **settings):
         """asg, cfg: w_a, w_t of Syncphony eq. 6; use_audio=False: off-sync; sounds="shuffled": a
-        clip's first frame with another clip's sound, scored against its own."""
+        clip's first frame with another clip's sound, scored against its own; settings: of
+        `generate_video`."""
         # Noise, first frames and captions stay those of the clip.
         clips = self.clips
         if sounds == "shuffled":
@@ -1024,7 +1035,7 @@ class AudioToVideo(Scorer):
         videos = generate(
             self.model, self.vae, clips, self.autocast, self.args.seed, asg=asg, cfg=cfg,
             still=self.guidance["still"], steps=self.steps, encoders=self.encoders,
-            use_audio=use_audio)
+            use_audio=use_audio, **settings)
         return videos, self.sounds, True
 
     def features(self, videos, sounds):
@@ -1082,6 +1093,7 @@ PLAIN = dict(sync_video=1., sync_audio=1.)             # no SyncCFG
 class Towers(Scorer):
     """SyncFlow's or Harmony's two towers, on clips of the toybox."""
 
+    task = "t2av or joint"
     columns = PAIR_COLUMNS
 
     def __init__(self, path, args):
@@ -1227,11 +1239,7 @@ def timbre(wave):
 def other_variations(clips, n=9):
     """For every toybox clip the sounds of n other takes of its thing in which something happens.
     The picture does not show the material: only a reference can."""
-    found = []
-    for clip in clips:
-        takes = (toybox_clip(clip["seed"], video=False, variation=k) for k in range(1, 100))
-        found.append(list(islice((t["audio"] for t in takes if len(t["events"])), n)))
-    return found
+    return [list(islice(other_takes(clip["seed"]), n)) for clip in clips]
 
 
 def timbre_records(waves, takes, clips):
@@ -1380,6 +1388,184 @@ def steps_study(args):
           f"Frechet distances up to {FARTHEST} times as long): "
           + ", ".join(f"{name} {n or 'none'}" for name, n in found.items()))
     table.finish(Path(args.out, "steps.csv"))
+
+
+# ---------------------------------------------------------------------- the stress split
+
+# A sound from off-screen is at most that loud beside events, of the loudest (`toybox.record`).
+OFF_SCREEN = .12
+CLOSE = .26                     # seconds: the least distance of six events in a clip
+ROLLOUT = 60                    # seconds: thirty clips of training in a row
+
+
+def other_takes(seed, kind=None):
+    """Sounds of a toybox clip's thing, or of one of another kind, at other times in other rooms."""
+    takes = (toybox_clip(seed, kind=kind, video=False, variation=k) for k in range(1, 100))
+    return (take["audio"] for take in takes if len(take["events"]))
+
+
+def mix(sound, other, measure, level=1.):
+    """Two sounds (samples,), the second of `level` times the loudness (np.std, np.ptp) of the first
+    -> their sum, within [-1, 1]."""
+    both = sound + level * measure(sound) / measure(other) * other
+    return (both / max(1, np.abs(both).max())).astype(np.float32)
+
+
+def stress_clips(clips):
+    """Toybox clips in which something happens, made harder -> {condition: clips}. What should move
+    is the thing in the picture, at its own events, and these can be known:
+
+    plain          as they are
+    two sounds     beside another thing, as loud. A mouth sings, all else is struck: beside a mouth
+                   it is a ball, else a mouth, and the picture shows which sound is meant
+    noise, 0 dB    beside white noise of the same power
+    off-screen     beside the same thing in another room. Neither picture nor timbre says which
+                   sounds are meant, the level does: events are at most 8 dB below the loudest of
+                   them, the other sounds 18
+    six events     closer than in training, but for mouths and lamps; without rollers, which need
+                   0.85 s from one pin to the next"""
+    conditions = ("plain", "two sounds", "noise, 0 dB", "off-screen", "six events")
+    found = {condition: [] for condition in conditions}
+    for clip in [clip for clip in clips if len(clip["events"])]:
+        seed, kind, sound = (clip[key] for key in ("seed", "kind", "audio"))
+        rng = np.random.default_rng([seed, 1732])
+        other = next(other_takes(seed, "ball" if kind == "mouth" else "mouth"))
+        sounds = {"plain": sound,
+                  "two sounds": mix(sound, other, np.std),
+                  "noise, 0 dB": mix(sound, rng.standard_normal(len(sound)), np.std),
+                  "off-screen": mix(sound, next(other_takes(seed)), np.ptp, OFF_SCREEN)}
+        for condition, wave in sounds.items():
+            found[condition].append(dict(clip, audio=wave))
+        if kind != "roller":
+            # What the least distances leave of the clip is shared out at random.
+            first, _ = TIMING[kind]
+            slack = FRAMES / FPS - .12 - first - 5 * CLOSE
+            events = first + np.cumsum([0., *(CLOSE + slack * rng.dirichlet(np.ones(6))[:5])])
+            dense = toybox_clip(seed, clip["video"].shape[1], events=events)
+            found["six events"].append(clip | dense)
+    if not all(found.values()):
+        raise BadInput(f"--clips {len(clips)}: in too few of them something happens; give more")
+    return found
+
+
+def rollout(clip):
+    """A minute of a clip's thing."""
+    frames = ROLLOUT * FPS + 1
+    # Of the video, `generate` uses the first frame and the length.
+    video = np.broadcast_to(clip["video"][0], (frames, *clip["video"][0].shape))
+    return clip | toybox_clip(clip["seed"], frames=frames, video=False) | dict(video=video)
+
+
+def stress(args):
+    """The table of a checkpoint on `stress_clips` and on a minute in one piece: models that make no
+    error on plain clips can be compared there."""
+    if args.data != "toybox":
+        raise BadInput(f"--stress with --data {args.data}: the stress split is one of the toybox; "
+                       "leave --data out")
+    scorer = AudioToVideo(args.ckpt, args)
+    conditions = stress_clips(scorer.clips)
+    plain = conditions["plain"]
+    # So few that they take no more than three times as long as all else.
+    conditions["60 s"] = [rollout(clip) for clip in plain[:math.ceil(len(plain) / 6)]]
+    windows = {"60 s": {"60 s, the first 10": (0, 10),
+                        "60 s, the last 10": (ROLLOUT - 10, ROLLOUT)}}
+    print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; the {len(plain)} of "
+          f"{args.clips} held-out clips in which something happens, {len(conditions['60 s'])} for "
+          f"60 s; {scorer.steps} steps; {scorer.note}; in brackets 95 % intervals over clips")
+    # false: events detected more than 100 ms from any true one
+    table = Table(dict(f1_50="F1 50 ms", false_per_s="false / second", residual="residual",
+                       off_sync="F1 off-sync"))
+    asg, cfg = (scorer.guidance[rule] for rule in ("asg", "cfg"))
+    for condition, scorer.clips in conditions.items():
+        guided, _, _ = scorer.generate(asg, cfg)
+        off_sync, _, _ = scorer.generate(cfg=cfg, use_audio=False)
+        for title, span in windows.get(condition, {condition: ()}).items():
+            rows = [toybox_records(videos, scorer.clips, *span) for videos in (guided, off_sync)]
+            records = [labels(clip) | record | dict(off_sync=other["f1_50"])
+                       for clip, record, other in zip(scorer.clips, *rows)]
+            table.add(title, title, records)
+    table.finish(Path(args.out, "stress.csv"))
+
+
+# ---------------------------------------------------------------------- negatives of guidance
+
+# What the other prediction lacks; the rows of the network for a clip, in double and single blocks:
+# only single blocks have audio layers, so that rows which skip them begin there.
+NEGATIVES = dict(none=("no guidance", "1, 1"),
+                 skipped=("audio layers skipped", "1, 2"),      # Syncphony's Audio Sync Guidance
+                 zero=("zeros as features", "2, 2"),            # usual in audio-driven models
+                 silent=("silence as sound", "2, 2"),           # the idea of Harmony's SyncCFG
+                 null=("empty caption", "2, 2"))                # text guidance, as a control
+
+
+def sample_away_from(negative, w, model, z0, n, audio, text, cfg, **settings):
+    """`sample_autoregressive` with guidance of weight w away from rows of the same text whose audio
+    features are zero, or those of silence."""
+    other = torch.zeros_like(audio)
+    if negative == "silent":
+        silence = data.log_mel(np.zeros(audio.shape[1] * RATE // 50, np.float32))
+        other = other + model.encode_audio(torch.from_numpy(silence)[None].to(audio.device))
+    audio = torch.cat([audio, other])
+    text = [torch.cat([part, part]) for part in text]
+    yield from sample_autoregressive(model, z0, n, audio, text, cfg=w, **settings)
+
+
+def negatives(args):
+    """What should guidance lead away from? One network and one formula, v + w (v - v_negative),
+    with four choices of v_negative; three seeds of clips and noise."""
+    runs = {}                                    # condition, negative, w: records of every seed
+    seconds = {name: [] for name in NEGATIVES}
+    variants = {("none", 0.): {}}
+    for w in (1., 2.):
+        variants["skipped", w] = dict(asg=w)
+        variants["null", w] = dict(cfg=w)
+        for negative in ("zero", "silent"):
+            variants[negative, w] = dict(sampler=partial(sample_away_from, negative, w))
+    for args.seed in range(args.seed, args.seed + 3):
+        scorer = AudioToVideo(args.ckpt, args)
+        if scorer.encoders:
+            raise BadInput(f"--negatives: {args.ckpt} was trained on top of Pyramid Flow, whose "
+                           "sampler has no such rows; give one that was trained from scratch")
+        conditions = {"real clips": scorer.clips}
+        if scorer.toybox:
+            conditions = stress_clips(scorer.clips)
+        # They take turns: what else the machine does slows all of them.
+        turns = list(product(conditions, variants))
+        for condition, variant in tqdm(turns, desc=f"seed {args.seed}", disable=None, leave=False):
+            scorer.clips = conditions[condition]
+            start = time.perf_counter()
+            videos, _, _ = scorer.generate(**variants[variant])
+            seconds[variant[0]].append((time.perf_counter() - start) / len(videos))
+            if scorer.toybox:
+                records = toybox_records(videos, scorer.clips)
+            else:
+                records = motion_records(videos, scorer.analysed, scorer.remade)
+            records = [labels(clip) | record for clip, record in zip(scorer.clips, records)]
+            runs.setdefault((condition, *variant), []).append(records)
+
+    columns = dict(f1_50="F1 50 ms", gain="gain", false_per_s="false / second", residual="residual")
+    if not scorer.toybox:
+        columns = dict(motion="motion agreement", gain="gain", hits="hit agreement",
+                       flicker="flicker")
+    print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; {scorer.steps} steps; "
+          "mean ± deviation of three seeds; gain: of the first column over no guidance, with its "
+          "95 % interval over clips")
+    table = Table(columns | dict(seconds="seconds per clip", rows="rows, double/single"))
+    for (condition, negative, w), of_seeds in runs.items():
+        figure, _, *others = columns
+        records = list(chain(*of_seeds))
+        if negative == "none":
+            print(condition)
+            reference = resample_clips(records, figure)
+        gain = interval(resample_clips(records, figure) - reference)
+        figures = {key: [resample_clips(of_seed, key)[0] for of_seed in of_seeds]
+                   for key in (figure, *others)}
+        name, rows = NEGATIVES[negative]
+        figures |= dict(gain="{:+.3f} [{:+.2f}, {:+.2f}]".format(*gain), rows=rows,
+                        seconds=float(np.median(seconds[negative])))
+        table.add(f"{condition}, {negative}, {w:g}", f"  {name}" + f", {w:g}" * (w > 0), records,
+                  figures)
+    table.finish(Path(args.out, "negatives.csv"))
 
 
 # ---------------------------------------------------------------------- the shift study
@@ -1839,6 +2025,10 @@ def arguments():
                    "with sound: which moves when it sounds?")
     p.add_argument("--steps-study", action="store_true", help="quality and time of --ckpt over "
                    "Euler steps, on clips of no other table: which number should it recommend?")
+    p.add_argument("--stress", action="store_true", help="--ckpt on two sounds at once, noise, "
+                   "sounds from off-screen, dense events, a minute in one piece")
+    p.add_argument("--negatives", action="store_true", help="--ckpt guided away from other things "
+                   "than Syncphony: zeros, silence, no caption")
     p.add_argument("--shift-study", action="store_true", help="metrics on sounds that are late")
     p.add_argument("--skip-blocks", action="store_true", help="videos without one block each")
     p.add_argument("--audio", help="--skip-blocks: the sound")
@@ -1885,8 +2075,8 @@ def main():
     args.ckpt = args.ckpt or str(A2V_FILE if args.data == "toybox" else REAL_A2V_FILE)
     # The first of these that is given says what to do.
     commands = dict(clip=score_clip, pairs=score_pairs, pairs_of_videos=score_videos,
-                    skip_blocks=skip_block_study, steps_study=steps_study,
-                    shift_study=shift_study, ablate=ablate)
+                    skip_blocks=skip_block_study, steps_study=steps_study, stress=stress,
+                    negatives=negatives, shift_study=shift_study, ablate=ablate)
     chosen = [command for name, command in commands.items() if getattr(args, name)]
     [*chosen, evaluate][0](args)
 

@@ -318,8 +318,8 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 
     z0 (B, C, 1, h, w): latent of the first frame; audio (B, S, A) features, None: audio layers are
     skipped; text: (states, mask, pooled) of B rows, or of 2 B rows [full; null] for text guidance
-    (`encode_conditions`); asg, cfg: w_a, w_t >= 0; still: see `shrink_to_rest`, 0 = off. Clip i
-    draws its noise from seeds[i] alone."""
+    (`encode_conditions`), for which audio may have 2 B rows, too; asg, cfg: w_a, w_t >= 0; still:
+    see `shrink_to_rest`, 0 = off. Clip i draws its noise from seeds[i] alone."""
     B = len(z0)
     states, _, pooled = text                                  # (R·B, T, ·), (R·B, ·)
     R = len(states) // B
@@ -332,7 +332,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 
     # The off-sync branch equals the full one up to the first audio layer, where the model repeats
     # the first B rows: a step runs [full; null] through the double blocks, then + [off-sync].
-    audio_rows = None if audio is None else rows(audio)
+    audio_rows = audio if audio is None or len(audio) == len(states) else rows(audio)
     n_off_sync = B if asg > 0 else 0
     cache = KVCache(model, rows(z0), states, pooled, audio_rows, n_off_sync)
 
@@ -489,12 +489,13 @@ def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
 
 
 def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullcontext, cfg=0.,
-                   still=0., use_audio=True, tiles=False, encoders=None, **settings):
+                   still=0., use_audio=True, tiles=False, encoders=None,
+                   sampler=sample_autoregressive, **settings):
     """Pictures uint8 (B, H, W, 3), waveforms (samples,) -> yields uint8 (B, f, H, W, 3) pieces.
 
     Frame 0 is the picture itself, and there are `frames` in all. use_audio=False: without audio
     layers. tiles: decode large frames in tiles. encoders: `ExternalEncoders` of a model on Pyramid
-    Flow. settings: of `sample_autoregressive`."""
+    Flow. settings: of the sampler."""
     L = n_latents(vae, frames)
     # Audio for complete latents, and 20 ms more, so that the last frame has full windows of mels
     samples = math.ceil(complete_frames(vae, frames) / FPS * RATE) + RATE // 50
@@ -515,7 +516,7 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     yield pictures[:, None]
 
     # Later latents are decoded as soon as they are finished.
-    sampler = partial(sample_autoregressive, still=still)
+    sampler = partial(sampler, still=still)
     if model.cfg.context_sigma == "shared":
         sampler = sample_stages
     latents = sampler(model, z0, L, audio if use_audio else None, text, cfg=cfg, **settings)

@@ -1321,6 +1321,21 @@ def test_the_reader_finds_every_event_of_real_renders_to_half_a_frame():
         assert_close(clip["kind"], found, clip["events"], .5 / 24 + .005)
 
 
+def test_a_window_of_a_roll_out_is_scored_without_what_the_cut_would_add():
+    """A mouth that is open at the cut opened before it; motion and seconds are the window's."""
+    clip = toybox.toybox_clip(3, 32, 121, kind="mouth", events=np.array([.5, 1.95, 3.2]))
+    video = clip["video"].copy()
+    # The first event is not drawn.
+    video[:40] = video[0]
+    window, = cyclesync.toybox_records([video], [clip], 2, 4)
+    assert_close("times", window["detected_times"], [3.2], .01)
+    assert window["f1_50"] == (2, 2) and window["false_per_s"] == (0, 2)
+    first, = cyclesync.toybox_records([video], [clip], 0, 2)
+    assert first["f1_50"] == (2, 3) and first["false_per_s"] == (0, 2)
+    assert window["residual"][1] + first["residual"][1] == (
+        cyclesync.toybox_records([video], [clip])[0]["residual"][1])
+
+
 @slow
 def test_the_reader_abstains_where_frames_cannot_be_read_rather_than_invent_events():
     """36 clips whose second half, or half of whose frames, are blurred, noisy or another clip's."""
@@ -1955,6 +1970,88 @@ def test_few_steps_are_as_good_in_the_figure_that_suffers_most():
     low = -np.mean(differences) - 1.96 * differences.std() / 40 ** .5
     assert row == dict(least_gain=pytest.approx(low, abs=.0015), frechet_ratio=1.5)
     assert abs(row["least_gain"] + np.mean(differences)) > .004
+
+
+def test_every_condition_of_the_stress_split_is_what_it_says():
+    """What is added has the level named, and moves nothing; six events in two seconds, which can be
+    read in the true picture."""
+    clips = [toybox.toybox_clip(cyclesync.HELD_OUT + i, 32) for i in range(8)]
+    found = cyclesync.stress_clips(clips)
+    plain = found.pop("plain")
+    assert plain == [c for c in clips if len(c["events"])] and len(plain) < len(clips)
+
+    for clip, dense in zip([c for c in plain if c["kind"] != "roller"], found.pop("six events")):
+        assert len(dense["events"]) == 6 and dense["events"][-1] < 1.93
+        assert np.diff(dense["events"]).min() > .25
+        assert (dense["video"][0] == clip["video"][0]).all()
+        record, = cyclesync.toybox_records([dense["video"]], [dense])
+        assert record["f1_50"] == (12, 12), dense["kind"]
+
+    for name, condition in found.items():
+        for clip, hard in zip(plain, condition):
+            seed, is_mouth = clip["seed"], clip["kind"] == "mouth"
+            other, measure, decibels = {
+                "two sounds": (next(cyclesync.other_takes(seed, "ball" if is_mouth else "mouth")),
+                               np.std, 0),
+                "noise, 0 dB": (np.random.default_rng([seed, 1732]).standard_normal(32667),
+                                np.std, 0),
+                "off-screen": (next(cyclesync.other_takes(seed)), np.ptp, -18.4)}[name]
+            # The sum of two known sounds, of which least squares gives the levels
+            pair = np.stack([clip["audio"], other], 1, dtype=float)
+            levels = np.linalg.lstsq(pair, hard["audio"])[0]
+            assert_close(name, pair @ levels, hard["audio"], 1e-6)
+            sound, added = map(measure, (pair * levels).T)
+            assert_close(name, 20 * np.log10(added / sound), decibels, .05)
+            assert np.abs(hard["audio"]).max() <= 1 and levels.min() > 0
+            assert hard["events"] is clip["events"] and hard["video"] is clip["video"]
+    with pytest.raises(data.BadInput, match="give more"):
+        cyclesync.stress_clips(clips[:0])
+
+
+@pytest.mark.parametrize("negative", ["zero", "silent"])
+def test_guidance_may_lead_away_from_other_features_by_the_same_formula(negative):
+    """v + w (v - v_negative): in one step latent 1 is as linear in the predictions as v is."""
+    net = shaken(small()).float()
+    with torch.no_grad():
+        text = net.encode_text(text_bytes(["a ball"]))
+        audio = net.encode_audio(normal(1, 60, 64).float())
+        silence = torch.from_numpy(data.log_mel(np.zeros(30 * 320, np.float32)))[None]
+        other = net.encode_audio(silence) if negative == "silent" else 0 * audio
+        args = net, normal(1, 4, 1, 4, 4).float(), 2
+        own, away = (next(sample.sample_autoregressive(*args, features, text, 1))
+                     for features in (audio, other))
+        guided = next(cyclesync.sample_away_from(negative, 2., *args, audio, text, 0., steps=1))
+    assert gap(own, away) > 1e-3
+    assert gap(guided, own + 2 * (own - away)) < 1e-4
+
+
+def test_the_tables_of_stress_and_negatives_have_a_row_for_every_condition(
+        toy, tmp_path, capsys, monkeypatch):
+    """A model that is right scores 1 where the truth can be known; without guidance it is still."""
+    def generate(model, vae, clips, *_, asg, cfg, use_audio, sampler=None, **settings):
+        if use_audio and (asg or sampler):
+            return [toybox.draw_scene(c["scene"], c["state"], 32) for c in clips]
+        return [np.repeat(c["video"][:1], len(c["video"]), 0) for c in clips]
+
+    monkeypatch.setattr(cyclesync, "generate", generate)
+    monkeypatch.setattr(cyclesync, "ROLLOUT", 12)
+    flags = ["--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt", "--clips", 2, "--dtype", "float32",
+             "--out", tmp_path]
+    assert cli(cyclesync, "--stress", *flags) == 0
+    result = last_json(capsys)
+    assert len(result) == 7
+    for row, figures in result.items():
+        assert (figures["f1_50"], figures["false_per_s"], figures["off_sync"]) == (1, 0, 0), row
+
+    monkeypatch.setattr(cyclesync, "stress_clips", lambda clips: dict(plain=clips, hard=clips))
+    assert cli(cyclesync, "--negatives", *flags) == 0
+    result = last_json(capsys)
+    assert len(result) == 2 * 9
+    row = result["hard, zero, 2"]
+    assert row["f1_50"] == [1, 1, 1] and row["gain"].startswith("+1.000") and row["seconds"] >= 0
+    assert result["hard, none, 0"]["f1_50"] == [0, 0, 0]
+    assert result["plain, null, 1"]["gain"] == "+0.000 [+0.00, +0.00]"
+    assert cli(cyclesync, "--stress", "--data", tmp_path, *flags) == 2
 
 
 @slow

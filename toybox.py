@@ -455,12 +455,13 @@ def sample_caption(kind, n, off_screen, rng):
     return f"{subject} {verbs[rng.integers(len(verbs))]}{count}"
 
 
-def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, variation=0):
+def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, variation=0, events=None):
     """One clip of the toybox, a pure function of its arguments.
 
     size        height and width in pixels, a multiple of 16
     video       False leaves out the pictures, which take most of the time
     variation   k > 0: the same thing (scene, colours, material) with other events in another room
+    events      (n,) in seconds: these instead of random ones, of 0.1 s if it is a mouth
 
     -> dict:
     video       uint8 (F, size, size, 3)           audio       float32 (F / 24 x 16 000,)
@@ -478,9 +479,12 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, variation=0
     # At least 8 % of the clips are silent, 10 % have off-screen sound alone: in both nothing moves.
     # A fifth of the others have off-screen sound too.
     mood = rng.random()
-    events = durations = np.zeros(0)
+    drawn = np.zeros(0), np.zeros(0)
     if mood > .18:
-        events, durations = sample_events(kind, seconds, rng)
+        drawn = sample_events(kind, seconds, rng)
+    if events is not None:
+        drawn = events, np.full(len(events), .1)
+    events, durations = drawn
     off_screen = bool(.08 <= mood < .18 or rng.random() < .2 * (mood > .18))
     state = state_curve(kind, events, durations, np.arange(frames) / FPS)
     room = seed + (variation << 40)
@@ -597,11 +601,17 @@ def refine_peak(kind, s, tops, i):
     return candidates[int(np.argmin([misfit(t) for t in candidates]))]
 
 
-def detect_clip_events(video, clip):
-    """Video -> event times (n,), residuals of moving frames, share of frames that can be read."""
+def detect_clip_events(video, clip, start=0., end=np.inf):
+    """Video -> event times (n,) and residuals of moving frames from `start` to `end` seconds, share
+    of frames that can be read."""
     s, residual = track_states(video, clip["scene"])
     valid = residual < UNREADABLE
-    return detect_events(clip["kind"], s, valid), residual[np.abs(s) > MOVING], float(valid.mean())
+    # The whole video is read: a cut within a motion would be an event too many, or too few.
+    events = detect_events(clip["kind"], s, valid)
+    events = events[(events >= start) & (events < end)]
+    t = np.arange(len(s)) / FPS
+    moving = (np.abs(s) > MOVING) & (t >= start) & (t < end)
+    return events, residual[moving], float(valid.mean())
 
 
 def fit_scene(frame, kind):
