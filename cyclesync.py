@@ -859,7 +859,9 @@ class Scorer:
         self.guidance = recommended(self.ckpt, steps=args.steps)
         self.steps = self.guidance.pop("steps")
         self.size = args.resolution or self.ckpt["size"]
-        self.clips = held_out_clips(args, self.size)
+        # Several draws of a clip differ in their noise; they stay neighbours, see `shuffled`.
+        clips = held_out_clips(args, self.size)
+        self.clips = list(chain.from_iterable([clip] * args.draws for clip in clips))
         self.captions = [c["caption"] for c in self.clips]
         self.videos = [c["video"] for c in self.clips]
         self.sounds = [c["audio"] for c in self.clips]
@@ -2048,6 +2050,8 @@ def arguments():
     p.add_argument("--data", default="toybox", help=f"or {', '.join(data.DATASETS)}, or a folder")
     p.add_argument("--data-root", default="data", help="where datasets and caches are")
     p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips")
+    p.add_argument("--draws", type=number(int, 1, 100), default=1, help="videos per clip, each from "
+                   "noise of its own: figures and intervals are then of their means")
     p.add_argument("--resolution", type=data.picture_size, help="side in pixels, or height x width "
                    "(of the checkpoint; --shift-study: 64)")
     p.add_argument("--steps", type=number(int, 1, 1000), help="Euler steps, of a2v per latent; "
