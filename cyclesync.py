@@ -2050,8 +2050,8 @@ def arguments():
     p.add_argument("--data", default="toybox", help=f"or {', '.join(data.DATASETS)}, or a folder")
     p.add_argument("--data-root", default="data", help="where datasets and caches are")
     p.add_argument("--clips", type=number(int, 2, 10000), default=96, help="held-out clips")
-    p.add_argument("--draws", type=number(int, 1, 100), default=1, help="videos per clip, each from "
-                   "noise of its own: figures and intervals are then of their means")
+    p.add_argument("--draws", type=number(int, 1, 100), default=1, help="videos per clip, each "
+                   "from noise of its own: figures and intervals are of their means")
     p.add_argument("--resolution", type=data.picture_size, help="side in pixels, or height x width "
                    "(of the checkpoint; --shift-study: 64)")
     p.add_argument("--steps", type=number(int, 1, 1000), help="Euler steps, of a2v per latent; "

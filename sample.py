@@ -1099,9 +1099,9 @@ def default_checkpoint(args):
         return str(T2AV_FILE)
     if not (args.image and args.audio):
         return str(A2V_FILE)
-    # Weights of real clips, where there are any, for what the toybox cannot have drawn
+    # Weights of real clips for what the toybox cannot have drawn
     drawn = is_toybox_picture(data.read_image(args.image, 32))
-    weights = A2V_FILE if drawn or not REAL_A2V_FILE.is_file() else REAL_A2V_FILE
+    weights = A2V_FILE if drawn else REAL_A2V_FILE
     kind = "a" if drawn else "not a"
     print(f"{data.one_line(args.image)}: {kind} toybox picture; weights/{weights.name}")
     return str(weights)
