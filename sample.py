@@ -489,13 +489,12 @@ def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
 
 
 def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullcontext, cfg=0.,
-                   still=0., use_audio=True, tiles=False, encoders=None,
-                   sampler=sample_autoregressive, **settings):
+                   still=0., use_audio=True, tiles=False, encoders=None, sampler=None, **settings):
     """Pictures uint8 (B, H, W, 3), waveforms (samples,) -> yields uint8 (B, f, H, W, 3) pieces.
 
     Frame 0 is the picture itself, and there are `frames` in all. use_audio=False: without audio
     layers. tiles: decode large frames in tiles. encoders: `ExternalEncoders` of a model on Pyramid
-    Flow. settings: of the sampler."""
+    Flow. sampler: in place of `sample_autoregressive`, which takes the settings."""
     L = n_latents(vae, frames)
     # Audio for complete latents, and 20 ms more, so that the last frame has full windows of mels
     samples = math.ceil(complete_frames(vae, frames) / FPS * RATE) + RATE // 50
@@ -516,7 +515,7 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     yield pictures[:, None]
 
     # Later latents are decoded as soon as they are finished.
-    sampler = partial(sampler, still=still)
+    sampler = partial(sampler or sample_autoregressive, still=still)
     if model.cfg.context_sigma == "shared":
         sampler = sample_stages
     latents = sampler(model, z0, L, audio if use_audio else None, text, cfg=cfg, **settings)
