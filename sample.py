@@ -68,10 +68,12 @@ SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}
 STEPS = {"a2v": 30, "t2av": 50, "joint": 40}   # the papers' Euler steps; of a2v: per latent
 # What train.py writes into checkpoints; a flag of the same name has the last word.
 GUIDANCE = {
-    # 6 steps are the fewest as good as 30 (cyclesync.py --steps-study). The toybox's videos are all
-    # but determined by their sound: its velocity field is nearly straight, and few steps follow it.
+    # The toybox's videos are all but determined by their sound: its velocity field is nearly
+    # straight, and few steps follow it (cyclesync.py --steps-study). After short trainings w_a = 1
+    # is best; the shipped file, trained for longer, recommends 2 steps without guidance.
     "a2v": dict(asg=1., cfg=0., still=0., steps=6),
-    # of a2v trained from scratch on real clips
+    # of a2v from scratch on real clips: with a lower w_a motion follows the sound less, with a
+    # lower `still` the background flickers by more than 2 of 255 (RESULTS.md)
     "real": dict(asg=2., cfg=0., still=.2, steps=4),
     # w_a, w_t and steps of Syncphony
     "pretrained": dict(asg=2., cfg=4., steps=STEPS["a2v"]),
