@@ -70,7 +70,8 @@ STEPS = {"a2v": 30, "t2av": 50, "joint": 40}   # the papers' Euler steps; of a2v
 GUIDANCE = {
     # The toybox's videos are all but determined by their sound: its velocity field is nearly
     # straight, and few steps follow it (cyclesync.py --steps-study). After short trainings w_a = 1
-    # is best; the shipped file, trained for longer, recommends 2 steps without guidance.
+    # is best, with which 6 steps are as good as 30; the shipped file, trained for longer,
+    # recommends 2 steps without guidance.
     "a2v": dict(asg=1., cfg=0., still=0., steps=6),
     # of a2v from scratch on real clips: with a lower w_a motion follows the sound less, with a
     # lower `still` the background flickers by more than 2 of 255 (RESULTS.md)

@@ -2054,6 +2054,17 @@ def test_the_tables_of_stress_and_negatives_have_a_row_for_every_condition(
     assert cli(cyclesync, "--stress", "--data", tmp_path, *flags) == 2
 
 
+def test_several_draws_of_a_clip_differ_in_their_noise_alone(toy):
+    """--draws: several videos per clip, each from noise of its own, beside one another."""
+    args = cyclesync.arguments().parse_args("--clips 2 --draws 2 --steps 1".split())
+    scorer = cyclesync.AudioToVideo(toy / "a2v.pt", args)
+    a, also_a, b, also_b = scorer.clips
+    assert a is also_a and b is also_b and a is not b
+    videos, _, _ = scorer.generate()
+    for one, other in (videos[:2], videos[2:]):
+        assert (one[0] == other[0]).all() and (one != other).any()
+
+
 @slow
 def test_real_clips_are_scored_beside_shuffled_sounds_without_a_video_to_audio_model(
         toy, tmp_path, capsys, monkeypatch):
