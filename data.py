@@ -1158,9 +1158,11 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
                 rows.append([item["name"], window["caption"], window["start"], window["speech"]])
                 yield window
 
-    # Four windows of up to 256 pixels fit in any memory.
+    # As many windows at once as fit in any memory: 16 of 64 pixels, 4 of 256, one that is larger.
+    height, _ = sides(settings["resolution"])
+    at_once = 1024 // height if height <= 256 else 1
     windows = usable_windows()
-    while batch := list(islice(windows, 4 if sides(settings["resolution"])[0] <= 256 else 1)):
+    while batch := list(islice(windows, at_once)):
         if vae:
             video = torch.from_numpy(np.stack([w["video"] for w in batch])).movedim(-1, 1)
             moments = torch.stack(vae.encode_chunks(video), 1).float().cpu()  # (n, 2, C, L, h, w)
