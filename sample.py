@@ -58,8 +58,8 @@ ROOT = Path(__file__).parent
 WEIGHTS = ROOT / "weights"
 VAE_FILE = WEIGHTS / "vae-toybox.pt"
 REAL_VAE_FILE = WEIGHTS / "vae-real.pt"
-AUDIO_VAE_FILE = WEIGHTS / "audio-vae-toybox.pt"              # of waveforms, for SyncFlow
-MEL_VAE_FILE = WEIGHTS / "mel-vae-toybox.pt"                  # of spectra, for Harmony
+AUDIO_VAE_FILE = WEIGHTS / "audio-vae-toybox.pt"              # of waveforms, SyncFlow's paper
+MEL_VAE_FILE = WEIGHTS / "mel-vae-toybox.pt"                  # of spectra, the default
 A2V_FILE = WEIGHTS / "a2v-toybox.pt"
 REAL_A2V_FILE = WEIGHTS / "a2v-real.pt"
 T2AV_FILE = WEIGHTS / "t2av-toybox.pt"
@@ -210,7 +210,7 @@ def load_vae(path=VAE_FILE, device="cpu", task="vae"):
     network, config_class = CausalVideoVAE, VAEConfig
     if checkpoint["task"] != "vae":
         network, config_class = AudioVAE, AudioVAEConfig
-        # of waveforms (SyncFlow) or of spectra (Harmony)
+        # of waveforms or of spectra
         front = "mel" if checkpoint["task"] == "mel-vae" else "waveform"
         config = {**config, "front": front}
     return data.build(network, config_class, config, checkpoint["ema"], path).to(device).eval()

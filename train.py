@@ -4,8 +4,8 @@
     python train.py --task t2av         SyncFlow: text -> video and sound, in three stages
     python train.py --task joint        Harmony: video and sound, each also from the other
     python train.py --task vae          the autoencoder of videos that those three train on
-    python train.py --task audio-vae    the autoencoder of waveforms (SyncFlow's sound)
-    python train.py --task mel-vae      the autoencoder of mel spectra (Harmony's sound)
+    python train.py --task mel-vae      the autoencoder of sounds, as log-mel spectra
+    python train.py --task audio-vae    another one, of waveforms, as SyncFlow's paper has it
     python train.py --task a2v --data my_clips              on real clips; so with vae, t2av, joint
     python train.py --task joint --help                     the settings of one task
     torchrun --nproc_per_node=2 train.py --task a2v         several processes, the same result
@@ -137,6 +137,9 @@ LATENTS = dict(   # of the tasks that train on latents, which are coded once and
 )
 TOWERS = dict(
     LATENTS,
+    # Of spectra. No sound is generated better than the VAE codes true ones: onset F1 is .987 after
+    # this one, .945 after the one of waveforms (SyncFlow's paper); Frechet of log-mels 1.6, 4.0.
+    audio_vae=(str(MEL_VAE_FILE), str, "the VAE that makes the latents of the sound"),
     init=(None, str, "checkpoint to start from; None: that of the stage before, in --out"),
     # Most of what a video tower learns is appearance, of which a clip shows one example.
     pictures=(8, COUNT_OR_NONE, "still pictures to learn from beside every clip"),
@@ -157,7 +160,6 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
     "t2av": (COMMON, TOWERS, dict(
         size=("tiny", towers.SYNCFLOW, "size of the towers"),
         stage=("all", ("video", "audio", "joint", "all"), "what is trained"),
-        audio_vae=(str(AUDIO_VAE_FILE), str, "the VAE that makes the latents of the sound"),
         # losses.ot_permutation says why it is off.
         ot=(False, bool, "minibatch optimal transport between noise and data"),
         no_adaptor=(False, bool, "ablation: audio attends to bare video features"),
@@ -165,7 +167,6 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
     "joint": (COMMON, TOWERS, dict(
         size=("tiny", towers.HARMONY, "size of the towers"),
         stage=("all", ("video", "audio", "timbre", "joint", "all"), "what is trained"),
-        audio_vae=(str(MEL_VAE_FILE), str, "the VAE that makes the latents of the sound"),
         shift=5.,   # the paper's, in training and in sampling
         lambda_v=(.1, NOT_NEGATIVE, "weight of the audio-driven loss, of the video (eq. 3)"),
         lambda_a=(.3, NOT_NEGATIVE, "weight of the video-driven loss, of the audio (eq. 3)"),
@@ -940,9 +941,9 @@ class TwoTowers:
             args, self.vae, autocast, audio_encoder=self.encode_waveform,
             audio_tag=fingerprint(self.audio_vae), variations=2 if self.harmony else 1)
         if self.test and Path(args.audio_vae) in (AUDIO_VAE_FILE, MEL_VAE_FILE):
+            task = "mel-vae" if self.audio_vae.cfg.front == "mel" else "audio-vae"
             log_rank0("warning: --audio-vae was trained on the toybox's sounds; one of recordings: "
-                      f"train.py --task {'mel' if self.harmony else 'audio'}-vae --data "
-                      f"{shlex.quote(args.data)}")
+                      f"train.py --task {task} --data {shlex.quote(args.data)}")
         # Window of the cache -> all windows of its clip, among which references are chosen.
         self.windows_of_clip = {}
         for windows in self.cache["clips"]:
