@@ -54,6 +54,7 @@ clouds of features, of this repository's VAEs or of the networks of FVD, FID and
     python cyclesync.py --ckpt weights/t2av-toybox.pt              # SyncFlow's and Harmony's
     python cyclesync.py --ckpt weights/vae-real.pt --data FOLDER   # how well a VAE codes clips
     python cyclesync.py --ckpt out/a2v-x/best.pt --steps-study     # how few Euler steps are enough?
+    python cyclesync.py --ckpt weights/joint-toybox.pt --guidance-study    # how strong, and when?
     python cyclesync.py --stress                 # two sounds at once, noise, a minute, ...
     python cyclesync.py --negatives              # guidance away from zeros, silence, no caption
     python cyclesync.py --shift-study            # true clips, their sound up to 0.5 s late
@@ -710,12 +711,12 @@ def picture_record(video, truth):
 
 def held_out_clips(args, size, audio_lead=0.):
     """The clips of the protocol: toybox clips that no training draws, or three windows of every
-    test clip of a dataset, of fewer clips more; of --steps-study other ones than of the tables:
-    toybox clips of another seed, or training clips. Each sound begins `audio_lead` seconds before
-    its picture, so that it can be delayed without a gap."""
+    test clip of a dataset, of fewer clips more; of --steps-study and --guidance-study other ones
+    than of the tables: toybox clips of another seed, or training clips. Each sound begins
+    `audio_lead` seconds before its picture, so that it can be delayed without a gap."""
     if args.data == "toybox":
         data.only_square(size)
-        seed = args.seed + STUDY_SEED if args.steps_study else args.seed
+        seed = args.seed + STUDY_SEED * (args.steps_study or args.guidance_study)
         clips = [toybox_clip(HELD_OUT + 10 ** 4 * seed + i, size) for i in range(args.clips)]
         for c in clips:
             c.update(name=str(c["seed"]), audio_lead=audio_lead)
@@ -1147,6 +1148,20 @@ class Towers(Scorer):
             guided = dict(mode=mode, **self.guidance)
             yield mode, dict(guided=guided, plain=guided | off)
 
+    def guidance_rows(self):
+        """Either stream for the other, and both: the scales that act there, on intervals."""
+        names = tuple(PLAIN) if self.harmony else ("cfg",)
+        acting = dict(v2a=names[-1:], i2av=names) | (dict(a2v=names[:1]) if self.harmony else {})
+        for mode, keys in acting.items():
+            variants = {}
+            for values in STUDY_SCALES[self.model.cfg.system]:
+                scales = {k: v for k, v in zip(names, values) if k in keys}
+                for low, high in STUDY_INTERVALS if set(scales.values()) != {1.} else ():
+                    name = f"{' '.join(f'{v:g}' for v in scales.values())} at {low:g}-{high:g}"
+                    variants[name] = scales | dict(interval=(low, high))
+            variants["plain"] = dict.fromkeys(names, 1.)
+            yield mode, {k: dict(mode=mode, **self.guidance | v) for k, v in variants.items()}
+
     def generate(self, mode, **settings):
         """A mode of MODES -> videos, waveforms, of which a given one comes back; whether they are
         for these clips' events."""
@@ -1322,6 +1337,15 @@ def add_maps(table, towers):
 
 # Euler steps that are tried. All are compared with the first, with the checkpoint's guidance.
 STUDY_STEPS = (30, 10, 6, 4, 3, 2, 1)
+# Scales that --guidance-study tries, the paper's first, in turns with intervals of noise levels:
+# s_v, s_a of Harmony, w of SyncFlow. All scales of 1 are tried once.
+STUDY_SCALES = dict(
+    harmony=((3., 2.), (2., 2.), (3., 1.5), (2., 1.5), (1.5, 1.5), (3., 1.), (1., 2.)),
+    syncflow=((6.,), (4.,), (3.,), (2.,)))
+# All of them; without the noisiest ones, .7 as for SiT on ImageNet (REPA, Yu et al. 2024); the
+# middle of Kynkaanniemi et al. 2024 (EDM's .28 to 2.9 is sigma / (1 - sigma) here); without the
+# least noisy. Under Harmony's shift of 5, 68 % of the steps are above .7 and 21 % above .95.
+STUDY_INTERVALS = ((0., 1.), (0., .95), (0., .7), (.22, .74), (.5, 1.))
 # Added to --seed: steps are chosen on clips that are in no table of this file.
 STUDY_SEED = 1000
 # What decides, where a row has it, and whether more of it is better. F1 and agreement do not notice
@@ -1337,18 +1361,44 @@ FARTHEST = 1.25
 
 
 def compare_steps(row, reference):
-    """Records and figures of two rows of the same clips -> `least_gain`, what the first has more
-    than the other in the figure that suffers most: the lower end of the interval of their
-    difference; `frechet_ratio`, the largest of its distances over those of the other."""
-    lows = []
+    """Records and figures of two rows of the same clips -> what the first has more than the other
+    in the figure that suffers most: `gain`, value and interval as text; `least_gain`, its lower
+    end; `frechet_ratio`, the largest of its distances over those of the other."""
+    gains = []
     for figure, sign in DECIDING.items():
         gain = resample_clips(row[0], figure) - resample_clips(reference[0], figure)
-        _, low, _ = interval(sign * gain)
+        value, low, high = interval(sign * gain)
         if math.isfinite(low):
-            lows.append(low)
+            gains.append((low, value, high))
+    low, value, high = min(gains, default=(NAN, NAN, NAN))
     # A stream that is given has the distance 0.
     ratios = [row[1][k] / far for k, far in reference[1].items() if "frechet" in k and far]
-    return dict(least_gain=min(lows, default=NAN), frechet_ratio=max(ratios, default=1.))
+    return dict(gain=f"{value:+.3f} [{low:+.2f}, {high:+.2f}]", least_gain=low,
+                frechet_ratio=max(ratios, default=1.))
+
+
+def study(scorer, rows, steps_tried):
+    """Every mode with every guidance and number of steps, compared with its first row -> `Table`.
+    rows: pairs of a mode and {name: settings}."""
+    print(f"{scorer.described}\n{scorer.args.ckpt}: step {scorer.ckpt['step']}; "
+          f"{len(scorer.clips)} clips that are in no other table; {scorer.note}; in brackets 95 % "
+          "intervals over clips; gain: of the figure that suffers most, over the first row")
+    columns = {k: title for k, title in scorer.columns.items() if k in DECIDING or "frechet" in k}
+    table = Table(columns | dict(gain="gain", frechet_ratio="Frechet / of first",
+                                 seconds="seconds per clip"))
+    for mode, variants in rows:
+        print(MODES[mode])
+        reference = None
+        for name, scorer.steps in product(variants, steps_tried):
+            start = time.perf_counter()
+            generated = scorer.generate(**variants[name])
+            seconds = (time.perf_counter() - start) / len(scorer.clips)
+            records, figures = row = scorer.score(*generated)
+            reference = reference or row
+            figures = figures | compare_steps(row, reference) | dict(seconds=seconds)
+            title = f"  {name}" + f", steps: {scorer.steps}" * (len(steps_tried) > 1)
+            table.add(f"{mode}_{name}_{scorer.steps}", title, records, figures)
+    return table
 
 
 def steps_study(args):
@@ -1358,30 +1408,15 @@ def steps_study(args):
     several things: the less the conditions leave open, the fewer steps are enough. Guidance bends
     them further, so that without it fewer may do."""
     scorer = open_scorer(args.ckpt, args)
-    print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; {len(scorer.clips)} clips "
-          f"that are in no other table; {scorer.note}; in brackets 95 % intervals over clips")
-    columns = {k: title for k, title in scorer.columns.items() if k in DECIDING or "frechet" in k}
-    table = Table(columns | dict(least_gain="least gain over 30", frechet_ratio="Frechet / of 30",
-                                 seconds="seconds per clip"))
+    modes = dict(scorer.study_rows())
+    table = study(scorer, modes.items(), STUDY_STEPS)
     # In every mode: the fewest steps down to which all are as good
     enough = dict(guided=[], plain=[])
-    for mode, variants in scorer.study_rows():
-        print(MODES[mode])
-        reference = None
-        for name, guidance in variants.items():
-            for scorer.steps in STUDY_STEPS:
-                start = time.perf_counter()
-                generated = scorer.generate(**guidance)
-                seconds = (time.perf_counter() - start) / len(scorer.clips)
-                records, figures = row = scorer.score(*generated)
-                reference = reference or row
-                figures = figures | compare_steps(row, reference) | dict(seconds=seconds)
-                table.add(f"{mode}_{name}_{scorer.steps}", f"  {name}, steps: {scorer.steps}",
-                          records, figures)
-            rows = ((n, table.result[f"{mode}_{name}_{n}"]) for n in STUDY_STEPS)
-            good = takewhile(lambda row: row[1]["least_gain"] >= -MARGIN
-                             and row[1]["frechet_ratio"] <= FARTHEST, rows)
-            enough[name].append(min((n for n, _ in good), default=None))
+    for mode, name in product(modes, enough):
+        rows = ((n, table.result[f"{mode}_{name}_{n}"]) for n in STUDY_STEPS)
+        good = takewhile(lambda row: row[1]["least_gain"] >= -MARGIN
+                         and row[1]["frechet_ratio"] <= FARTHEST, rows)
+        enough[name].append(min((n for n, _ in good), default=None))
 
     # A checkpoint is used in all modes.
     found = {name: None if None in steps else max(steps) for name, steps in enough.items()}
@@ -1390,6 +1425,15 @@ def steps_study(args):
           f"Frechet distances up to {FARTHEST} times as long): "
           + ", ".join(f"{name} {n or 'none'}" for name, n in found.items()))
     table.finish(Path(args.out, "steps.csv"))
+
+
+def guidance_study(args):
+    """Which scales of guidance, at which noise levels, make two streams agree and still sound like
+    true ones? Strong guidance does the first at the cost of the second (the Frechet distances)."""
+    scorer = Towers(args.ckpt, args)
+    print(f"{scorer.steps} steps; rows: scales (s_v, s_a, or w) at noise levels")
+    table = study(scorer, scorer.guidance_rows(), (scorer.steps,))
+    table.finish(Path(args.out, "guidance.csv"))
 
 
 # ---------------------------------------------------------------------- the stress split
@@ -2027,6 +2071,8 @@ def arguments():
                    "with sound: which moves when it sounds?")
     p.add_argument("--steps-study", action="store_true", help="quality and time of --ckpt over "
                    "Euler steps, on clips of no other table: which number should it recommend?")
+    p.add_argument("--guidance-study", action="store_true", help="agreement and Frechet distances "
+                   "of a two-tower --ckpt over guidance scales and the noise levels they act at")
     p.add_argument("--stress", action="store_true", help="--ckpt on two sounds at once, noise, "
                    "sounds from off-screen, dense events, a minute in one piece")
     p.add_argument("--negatives", action="store_true", help="--ckpt guided away from other things "
@@ -2079,7 +2125,8 @@ def main():
     args.ckpt = args.ckpt or str(A2V_FILE if args.data == "toybox" else REAL_A2V_FILE)
     # The first of these that is given says what to do.
     commands = dict(clip=score_clip, pairs=score_pairs, pairs_of_videos=score_videos,
-                    skip_blocks=skip_block_study, steps_study=steps_study, stress=stress,
+                    skip_blocks=skip_block_study, steps_study=steps_study,
+                    guidance_study=guidance_study, stress=stress,
                     negatives=negatives, shift_study=shift_study, ablate=ablate)
     chosen = [command for name, command in commands.items() if getattr(args, name)]
     [*chosen, evaluate][0](args)

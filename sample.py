@@ -387,7 +387,8 @@ def impose(x, given, noise, sigma, is_clean):
     return torch.cat([given, x[:, :, n:]], 2), levels
 
 
-def sample_joint(model, noise, sigmas, branches, known, reference=None, bar=None, pulls=None):
+def sample_joint(model, noise, sigmas, branches, known, reference=None, interval=(0., 1.),
+                 bar=None, pulls=None):
     """SyncFlow and Harmony: video and audio from noise to clean together -> {stream: latents}.
 
     noise      {"video": (B, C, L, h, w), "audio": (B, A, S)}, or one of them; normalised latents
@@ -395,10 +396,16 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, bar=None
                "scale": {stream: S}, guidance away from the branch}}; "cond" replaces nothing
     known      {stream: latents}: its beginning, or all of it
     reference  (B, A, R) clean audio latents of the timbre that is wanted (Harmony)
+    interval   noise levels between which guidance acts; elsewhere "cond" runs alone (R = 1), which
+               is cheaper. Kynkaanniemi et al. 2024: at high noise guidance makes samples too alike,
+               at low noise it changes little
+
+                   sigma   1 ----------- high ------------- low ---------- 0
+                   rows    cond    |  cond, null, silent, static  |     cond
+
     pulls      a list that gets of every step how strongly SyncCFG pulls, (B, L, h, w)"""
     harmony = model.cfg.system == "harmony"
-    text = [torch.cat(parts) for parts in zip(*(branch["text"] for branch in branches.values()))]
-    ref = None if reference is None else torch.cat([reference] * len(branches))
+    low, high = interval
 
     def network_input(stream, x, sigma, branch):
         # Harmony's video tower takes a noise level per latent, its audio tower one per clip, so
@@ -410,10 +417,13 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, bar=None
 
     def velocity(x, sigma):
         # All branches are rows of one batch.
+        acting = branches if low <= sigma <= high else dict(cond=branches["cond"])
+        text = [torch.cat(parts) for parts in zip(*(b["text"] for b in acting.values()))]
+        ref = None if reference is None else torch.cat([reference] * len(acting))
         rows = dict.fromkeys(("video", "audio"))
         levels = dict.fromkeys(rows)
         for stream in x:
-            inputs = [network_input(stream, x[stream], sigma, b) for b in branches.values()]
+            inputs = [network_input(stream, x[stream], sigma, b) for b in acting.values()]
             rows[stream], levels[stream] = map(torch.cat, zip(*inputs))       # (R·B, L or S)
             if stream == "audio" or not harmony:
                 levels[stream] = levels[stream][:, -1]                        # (R·B,)
@@ -421,9 +431,9 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, bar=None
         guided = {}
         for stream, v_rows in zip(rows, v):
             if stream in x:
-                v_of = dict(zip(branches, v_rows.float().chunk(len(branches))))
+                v_of = dict(zip(acting, v_rows.float().chunk(len(acting))))
                 # SyncFlow eq. 3; Harmony eqs. 9, 10
-                terms = [(b["scale"].get(stream, 1), v_of[name]) for name, b in branches.items()]
+                terms = [(b["scale"].get(stream, 1), v_of[name]) for name, b in acting.items()]
                 guided[stream] = combine_guidance(v_of["cond"], *terms)
                 if pulls is not None and "silent" in v_of and stream == "video":
                     pulls.append((v_of["cond"] - v_of["silent"]).abs().mean(1))
@@ -552,8 +562,13 @@ class JointRequest:
     sync_video: float = 1.                    # Harmony: s_v of SyncCFG
     sync_audio: float = 1.                    # Harmony: s_a of SyncCFG
     shift: float = 1.                         # of the noise levels, as in training
+    interval: tuple = (0., 1.)                # noise levels at which guidance acts
 
     def __post_init__(self):
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise BadInput(f"guidance interval {low:g} to {high:g}: two noise levels are needed, "
+                           "0 <= low < high <= 1; 0 to 1 is all of them")
         if self.seeds is None:
             self.seeds = list(range(len(self.captions)))
 
@@ -640,7 +655,8 @@ def prepare_conditions(model, vae, audio_vae, request):
         branches["null"] = dict(text=null_text, scale=scale)
     # Harmony was trained with more time at high noise; SyncFlow's steps are uniform.
     sigmas = sigma_steps(request.steps, request.shift)
-    return dict(noise=noise, sigmas=sigmas, branches=branches, known=known, reference=request.refs)
+    return dict(noise=noise, sigmas=sigmas, branches=branches, known=known, reference=request.refs,
+                interval=request.interval)
 
 
 def decode_video(vae, z, frames, pictures):

@@ -33,7 +33,7 @@ from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from multiprocessing import active_children, get_context
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -1958,6 +1958,46 @@ def test_the_steps_study_recommends_the_fewest_steps_that_are_as_good_on_clips_o
     assert min(seeds) >= toybox.HELD_OUT + 10 ** 7
 
 
+def test_the_guidance_study_compares_what_acts_in_every_mode_with_the_paper_on_clips_of_no_table(
+        tmp_path, capsys, monkeypatch):
+    """A sound for a video is led by s_a alone, a video for a sound by s_v. The checkpoint's other
+    settings stay."""
+    calls = []
+
+    class Fake(cyclesync.Towers):
+        def __init__(self, path, args):
+            self.args, self.steps, self.harmony = args, 7, True
+            self.model = SimpleNamespace(cfg=SimpleNamespace(system="harmony"))
+            self.guidance = dict(cfg=1., sync_video=9., sync_audio=9., shift=4.)
+            self.described, self.note, self.ckpt = "", "", dict(step=1)
+            self.clips = cyclesync.held_out_clips(args, 32)
+
+        def generate(self, **settings):
+            calls.append(settings | dict(steps=self.steps))
+            return [settings["sync_audio"]]
+
+        def score(self, s_a):
+            records = [dict(onsets_f1_50=(.5 - s_a / 10, 1)) for _ in self.clips]
+            return records, dict(frechet_mels=s_a)
+    monkeypatch.setattr(cyclesync, "Towers", Fake)
+    monkeypatch.setattr(cyclesync, "STUDY_SCALES", dict(harmony=((3., 2.), (3., 1.), (2., 2.))))
+    monkeypatch.setattr(cyclesync, "STUDY_INTERVALS", ((0., 1.), (.5, .9)))
+    assert cli(cyclesync, "--guidance-study", "--ckpt", "x", "--clips", 2, "--out", tmp_path) == 0
+
+    assert all((c["shift"], c["cfg"], c["steps"]) == (4, 1, 7) for c in calls)
+    tried = {mode: [[c["sync_video"], c["sync_audio"], *c.get("interval", ())]
+                    for c in calls if c["mode"] == mode] for mode in cyclesync.MODES}
+    assert tried["v2a"] == [[9, 2, 0, 1], [9, 2, .5, .9], [1, 1]], "the last one: no guidance"
+    assert tried["a2v"] == [[s, 9, *ends] for s in (3, 2) for ends in ((0, 1), (.5, .9))] + [[1, 1]]
+    assert tried["i2av"][0] == [3, 2, 0, 1] and len(tried["i2av"]) == 7 and not tried["t2av"]
+    result = last_json(capsys)
+    assert result["v2a_plain_7"]["gain"] == "+0.100 [+0.10, +0.10]"
+    assert result["v2a_plain_7"]["frechet_ratio"] == .5
+    # Those of a table begin at HELD_OUT + 10^4 times its --seed.
+    args = cyclesync.arguments().parse_args(["--guidance-study", "--clips", "2"])
+    assert min(c["seed"] for c in cyclesync.held_out_clips(args, 32)) >= toybox.HELD_OUT + 10 ** 7
+
+
 def test_few_steps_are_as_good_in_the_figure_that_suffers_most():
     """The lower end of the paired interval, also of figures of which less is better; beside it the
     largest ratio of two Frechet distances. What a row lacks does not decide."""
@@ -1968,6 +2008,7 @@ def test_few_steps_are_as_good_in_the_figure_that_suffers_most():
     row = cyclesync.compare_steps((few, dict(frechet_a=3., frechet_b=1., frechet_given=0.)),
                                   (many, dict(frechet_a=2., frechet_b=2., frechet_given=0.)))
     low = -np.mean(differences) - 1.96 * differences.std() / 40 ** .5
+    assert row.pop("gain").startswith(f"{-np.mean(differences):+.3f} [{row['least_gain']:+.2f}, ")
     assert row == dict(least_gain=pytest.approx(low, abs=.0015), frechet_ratio=1.5)
     assert abs(row["least_gain"] + np.mean(differences)) > .004
 
@@ -5442,6 +5483,36 @@ def test_guidance_of_two_towers_is_syncflow_equation_3_on_both_streams():
     for stream in ("video", "audio"):
         null, cond, guided, _ = (x[stream] for x, _ in results)
         assert gap(guided, null + 6 * (cond - null)) < 1e-5, stream
+
+
+def test_guidance_acts_at_the_noise_levels_of_its_interval_and_costs_nothing_elsewhere():
+    """Outside it a step has one row a clip, not one a branch. What four steps give is then what the
+    first two give with guidance, and the last two, from there on, without."""
+    net = small_towers().float()
+    whole, _ = sample_request(net, joint_request(["a"], cfg=3.))
+    early, calls = sample_request(net, joint_request(["a"], cfg=3., interval=(.6, 1.)))
+    middle, of_middle = sample_request(net, joint_request(["a"], cfg=3., interval=(.5, .75)))
+    plain, _ = sample_request(net, joint_request(["a"]))
+    assert [len(c[0]) for c in calls] == [2, 2, 1, 1], "sigma 1, .75, .5, .25"
+    assert [len(c[0]) for c in of_middle] == [1, 2, 2, 1], "both ends are within"
+    results = [whole, early, middle, plain]
+    for a, b in combinations(results, 2):
+        assert gap(a["video"], b["video"]) > 1e-4 < gap(a["audio"], b["audio"])
+    # The state after two steps goes on without guidance.
+    request = joint_request(["a"], cfg=3.)
+    with torch.no_grad():
+        conditions = sample.prepare_conditions(net, None, None, request)
+        sigmas = conditions.pop("sigmas")
+        half = sample.sample_joint(net, sigmas=sigmas[:3], **conditions)
+        conditions |= dict(noise=half, branches=dict(cond=conditions["branches"]["cond"]))
+        rest = sample.sample_joint(net, sigmas=sigmas[2:], **conditions)
+    assert all(gap(rest[stream], early[stream]) < 1e-5 for stream in rest)
+
+
+@pytest.mark.parametrize("wrong", [(.7, .3), (.5, .5), (-.1, 1.), (0., 1.5), (math.nan, 1.)])
+def test_an_interval_of_guidance_is_two_noise_levels(wrong):
+    with pytest.raises(data.BadInput, match="0 <= low < high <= 1"):
+        joint_request(["a"], interval=wrong)
 
 
 def test_a_long_video_gets_its_audio_in_overlapping_windows(monkeypatch):
