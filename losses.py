@@ -242,7 +242,7 @@ def syncflow_loss(model, z_v, z_a, text_inputs, generators, stage="joint", ot=Fa
     x_a = None if stage == "video" else add_noise(z_a, eps_a, sigma)
     v_v, v_a = model(x_v, x_a, sigma, sigma, *model.encode_text(text_inputs))
 
-    absent = z_v.new_tensor(torch.nan)
+    absent = z_v.new_full((), torch.nan)
     error_v = absent if v_v is None else mean_error(v_v, z_v, eps_v)
     error_a = absent if v_a is None else mean_error(v_a, z_a, eps_a)
     if stage == "joint" and v_v is not None:
@@ -306,7 +306,7 @@ def harmony_loss(model, z_v, z_a, text_inputs, transcripts, generators, ref=None
     text = model.encode_text(text_inputs)
     if stage != "video":
         text = (*text, *model.encode_audio_text(text_inputs, transcripts))
-    joint_v = joint_a = driven_v = driven_a = z_v.new_tensor(torch.nan)
+    joint_v = joint_a = driven_v = driven_a = z_v.new_full((), torch.nan)
     loss = z_v.new_zeros(())
     if stage == "video":
         v_v, _ = model(x_v, None, sigma_v, None, *text)

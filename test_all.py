@@ -3438,7 +3438,9 @@ def test_three_polynomials_make_a_matrix_nearly_orthogonal(dtype, top):
     u, v = (torch.linalg.qr(torch.randn(n, 40))[0] for n in (40, 90))
     for s in (torch.logspace(0, -3, 40), torch.tensor([1.] + 39 * [1e-4])):
         x = (u * s) @ v.T
-        for y in (train.orthogonalise(x.to(dtype)), train.orthogonalise(x.T.to(dtype)).T):
+        wide = train.orthogonalise(torch.stack([x, 2 * x]).to(dtype))[1]
+        tall = train.orthogonalise(x.T[None].to(dtype))[0]
+        for y in (wide, tall.T):
             after = torch.linalg.svdvals(y.float())
             share = torch.linalg.svdvals(x) / x.norm()
             assert after[share >= .01].min() > 2 - top and after.max() < top, after
@@ -3450,7 +3452,7 @@ def test_muons_steps_are_those_of_torch_in_bfloat16(monkeypatch):
     """With Muon's own polynomial, five times, train.Muon is torch.optim.Muon, bit for bit."""
     monkeypatch.setattr(train, "NEWTON_SCHULZ", 5 * ((3.4445, -4.775, 2.0315),))
     torch.manual_seed(0)
-    own = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 16), (16, 8))]
+    own = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 16), (16, 8), (8, 16))]
     torchs = [torch.nn.Parameter(p.detach().clone()) for p in own]
     muon = train.Muon(own, lr=.01, weight_decay=.01, dtype=torch.bfloat16)
     reference = torch.optim.Muon(torchs, lr=.01, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
@@ -4065,6 +4067,17 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 GPU = torch.device("cuda")
 
 
+@pytest.fixture
+def no_tf32():
+    """Products and convolutions in all bits of float32. train.py on CUDA, in a test before, or
+    torch's default rounds their inputs to 11 bits."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    torch.set_float32_matmul_precision(precision)
+
+
 def loss_and_gradient(kind, request, device, autocast=nullcontext, compiled=False):
     """Of one batch of a task, whose weights follow from a seed -> loss, gradient, on the CPU."""
     args = train.parse_args([*flags_of(kind, request), "--batch-size", 4])
@@ -4090,19 +4103,15 @@ ALL_KINDS = ["a2v", "pretrained", "t2av", "joint", "vae", "real vae", "audio-vae
 
 @gpu
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_a_step_on_a_gpu_is_that_of_a_cpu(kind, request):
+def test_a_step_on_a_gpu_is_that_of_a_cpu(kind, request, no_tf32):
     """In float32 without TF32: sums in another order, over graphs of a hundred operations."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        on_gpu = loss_and_gradient(kind, request, GPU)
-    torch.set_float32_matmul_precision(precision)
+    on_gpu = loss_and_gradient(kind, request, GPU)
     assert_same_step(on_gpu, loss_and_gradient(kind, request, torch.device("cpu")), 1e-3)
 
 
 @gpu
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_autocast_is_near_float32(kind, request):
+def test_autocast_is_near_float32(kind, request, no_tf32):
     """bfloat16 has 8 bits, a rounding error of 0.4 %: 5 % of the gradient's norm is ten of them."""
     autocast = partial(torch.autocast, GPU.type, torch.bfloat16)
     plain = loss_and_gradient(kind, request, GPU)
@@ -4111,7 +4120,7 @@ def test_autocast_is_near_float32(kind, request):
 
 @gpu
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_compiled_is_eager(kind, request):
+def test_compiled_is_eager(kind, request, no_tf32):
     plain = loss_and_gradient(kind, request, GPU)
     assert_same_step(loss_and_gradient(kind, request, GPU, compiled=True), plain, 1e-3)
 
@@ -4149,7 +4158,7 @@ def test_the_steps_of_the_cache_are_two_cuda_graphs():
 
 
 @gpu
-def test_flexattention_trains_like_the_mask(monkeypatch):
+def test_flexattention_trains_like_the_mask(monkeypatch, no_tf32):
     """Loss and gradient of one pass over 12 + 8 x 64 tokens, with FlexAttention and without."""
     results = []
     for least in (512, 10 ** 6):

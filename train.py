@@ -1140,18 +1140,19 @@ NEWTON_SCHULZ = ((8.0211, -22.956, 16.623), (3.6231, -2.6621, .5141), (2.687, -1
 
 
 def orthogonalise(x):
-    """Matrix (M, N) -> one with its singular vectors, and singular values near 1, by Newton-Schulz:
-    y <- a y + b (y y^T) y + c (y y^T)^2 y acts on each singular value as a polynomial. Those below
-    .01 of the norm, about half of a gradient's, grow by the same factor, 78, and remain small."""
+    """Matrices (n, M, N) -> such with their singular vectors, and singular values near 1, by
+    Newton-Schulz: y <- a y + b (y y^T) y + c (y y^T)^2 y acts on each singular value as a
+    polynomial. Those below .01 of the norm, about half of a gradient's, grow by the same factor,
+    78, and remain small."""
     # The smaller side first, so that the products are small.
-    tall = x.shape[0] > x.shape[1]
-    y = x.T if tall else x
+    tall = x.shape[1] > x.shape[2]
+    y = x.mT if tall else x
     # All singular values to [0, 1]
-    y = y / y.norm().clamp(min=1e-7)
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for a, b, c in NEWTON_SCHULZ:
-        gram = y @ y.T
-        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return y.T if tall else y
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.mT if tall else y
 
 
 class Muon(torch.optim.Optimizer):
@@ -1168,18 +1169,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in [p for p in group["params"] if p.grad is not None]:
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                # Nesterov momentum.
-                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"])
-                update = orthogonalise(update.flatten(1).to(self.dtype))
-                # Entries of the size of AdamW's, about 0.2 (Moonlight, 2025).
-                size = .2 * math.sqrt(max(update.shape))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-group["lr"] * size)
+            # Matrices of one shape are a batch: a GPU would take longer to start the products one
+            # by one than to compute them.
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault((len(p), p[0].numel()), []).append(p)
+            for shape, params in shapes.items():
+                self.step_of_shape(params, shape, group)
+
+    def step_of_shape(self, params, shape, group):
+        """The step of all parameters that are matrices of this shape."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        # Nesterov momentum.
+        grads = [p.grad for p in params]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+        updates = torch.stack([update.flatten(1).to(self.dtype) for update in updates])
+        # Entries of the size of AdamW's, about 0.2 (Moonlight, 2025).
+        size = .2 * math.sqrt(max(shape))
+        updates = orthogonalise(updates).to(params[0].dtype).unbind()
+        updates = [update.reshape(p.shape) for update, p in zip(updates, params)]
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, updates, alpha=-group["lr"] * size)
 
 
 def make_optimisers(net, name, lr, dtype=torch.float32):
@@ -1272,6 +1287,8 @@ def make_objective(task, args):
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
+        # What earlier stages compiled counts towards the 8 variants that torch makes of a block.
+        torch.compiler.reset()
         # Blocks are alike, so that they are compiled once. The autoencoders have none.
         for module in blocks or [objective]:
             module.compile()
