@@ -89,6 +89,11 @@ train.generate = in_one_step(train.generate)
 train.generate_audio_video = in_one_step(train.generate_audio_video)
 
 
+# Where there is a GPU, only the tests that name it use it: on CUDA train.py compiles, a minute a run.
+if torch.cuda.is_available():
+    train.COMMON["device"] = ("cpu", *train.COMMON["device"][1:])
+
+
 def golden(name):
     """Inputs and outputs of the original programs, run on a CPU in float32 -> dict of arrays."""
     with np.load(HERE / f"assets/golden/{name}.npz") as arrays:
