@@ -90,9 +90,9 @@ import data
 from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, replacing,
                   tensor_to_frames)
 from sample import (
-    A2V_FILE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video, external_encoders,
-    generate_audio_video, generate_video, load, load_vae, pick_autocast, pick_device, recommended,
-    sample_autoregressive, video_to_audio)
+    A2V_FILE, GUIDANCE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video,
+    external_encoders, generate_audio_video, generate_video, load, load_vae, pick_autocast,
+    pick_device, recommended, sample_autoregressive, video_to_audio)
 from toybox import (
     FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, TIMING, UNREADABLE, detect_clip_events,
     detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
@@ -881,9 +881,8 @@ class Scorer:
         return self.remade, self.sounds
 
     def ablation_row(self, **settings):
-        """Generate and score -> the figures of a row."""
-        records, figures = self.score(*self.generate(**settings))
-        return summarise(records) | figures
+        """Generate and score -> records, figures of the row."""
+        return self.score(*self.generate(**settings))
 
 
 def open_scorer(path, args):
@@ -1040,6 +1039,20 @@ class AudioToVideo(Scorer):
             still=self.guidance["still"], steps=self.steps, encoders=self.encoders,
             use_audio=use_audio, **settings)
         return videos, self.sounds, True
+
+    @cached_property
+    def stress_clips(self):
+        return stress_clips(self.clips)
+
+    def stress_row(self, condition, **settings):
+        """Generate and score on a condition of the stress split -> records of its F1 at 50 ms."""
+        plain = self.clips
+        self.clips = self.stress_clips[condition]
+        videos, _, _ = self.generate(**settings)
+        found = toybox_records(videos, self.clips)
+        records = [labels(c) | {condition: r["f1_50"]} for c, r in zip(self.clips, found)]
+        self.clips = plain
+        return records
 
     def features(self, videos, sounds):
         """-> {distance: features (n, d)}, for the distances between clouds of them."""
@@ -1238,9 +1251,12 @@ class Towers(Scorer):
         row = super().ablation_row
         if not self.harmony:
             return row(mode="v2a", **guidance)
-        a2v, v2a = row(mode="a2v", **guidance), row(mode="v2a", **guidance)
-        either = dict(a2v_f1_50=a2v["seen_f1_50"], v2a_f1_50=v2a["onsets_f1_50"])
-        return row(mode="i2av", **guidance) | either
+        records, figures = row(mode="i2av", **guidance)
+        a2v, _ = row(mode="a2v", **guidance)
+        v2a, _ = row(mode="v2a", **guidance)
+        for record, video, sound in zip(records, a2v, v2a):
+            record |= dict(a2v_f1_50=video["seen_f1_50"], v2a_f1_50=sound["onsets_f1_50"])
+        return records, figures
 
 
 # ---------------------------------------------------------------------- Harmony: timbre, maps
@@ -1681,38 +1697,50 @@ def shift_study(args):
 
 # flags: of train.py, for every training. towers: stages that come first, each from the one before;
 # stage: that of the rows, which starts from the last tower. paper: what it reports.
+# figures: of the table; stress: conditions of `stress_clips`, whose F1 at 50 ms is in a second one.
 # A row: title, the paper's figure, flags of train.py, guidance. Equal flags share one training.
+# minus: a row -> those that are compared with it.
 # Cross-task synergy off; SyncCFG on.
 NO_CTS = "--lambda-v 0 --lambda-a 0"
 SYNCCFG = dict(sync_video=3., sync_audio=2.)
 ABLATIONS = dict(
-    # CycleSync on AVSync15: tables 3, 4, 11.
+    # CycleSync on AVSync15: tables 3, 4, 11. Young models miss events of plain clips too, so that
+    # no row is at the ceiling.
     syncphony=dict(
         flags="--task a2v", towers=(), stage="", paper="CycleSync",
         figures="f1_50 f1_100 cyclesync_set cyclesync_merged residual frechet_latent".split(),
+        stress=("two sounds", "noise, 0 dB", "off-screen", "six events"),
         rows=[("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.)),
               ("without Audio RoPE", "14.41 ± 1.40", "--no-audio-rope", dict(asg=0.)),
               ("off-sync (audio skipped)", "12.34 ± 1.14", "", dict(use_audio=False)),
               ("full model", "15.31 ± 1.49", "", dict(asg=0.)),
               ("with ASG, w_a = 1", "15.94 ± 1.56", "", dict(asg=1.)),
               ("with ASG, w_a = 2", "16.48 ± 1.28", "", dict(asg=2.)),
-              ("with ASG, w_a = 4", "16.26 ± 1.40", "", dict(asg=4.))]),
+              ("with ASG, w_a = 4", "16.26 ± 1.40", "", dict(asg=4.))],
+        minus={"full model": ["without motion-aware loss", "without Audio RoPE",
+                              "off-sync (audio skipped)", "with ASG, w_a = 1",
+                              "with ASG, w_a = 2", "with ASG, w_a = 4"]}),
     # FAD on Greatest Hits, lower is better: table 4; figure 5 sweeps w.
     syncflow=dict(
         flags="--task t2av", towers=("--stage video",), stage="--stage audio", paper="FAD",
         figures="onsets_f1_50 onsets_f1_100 onsets_shuffled cyclesync_merged frechet_mels".split(),
-        rows=[("full, sound for video, w = 1", "0.92", "", dict(cfg=1.)),
+        stress=(),
+        rows=[("full, sound for video", "0.92", "", dict(cfg=1.)),
               ("without adaptor", "2.34", "--no-adaptor", dict(cfg=1.)),
               ("text to sound, no video", "1.01", "--no-video", dict(cfg=1.)),
               ("with optimal transport", "(its default)", "--ot", dict(cfg=1.)),
-              ("full, w = 2", "", "", dict(cfg=2.)),
-              ("full, w = 4", "", "", dict(cfg=4.)),
-              ("full, w = 6", "(its default)", "", dict(cfg=6.))]),
-    # Sync-C on speech: one part after the other (main paper), all but one (supplement, table 4).
+              *[(f"full, w = {w}", "(its default)" * (w == 6), "", dict(cfg=float(w)))
+                for w in (2, 3, 4, 6, 8)]],
+        minus={"full, sound for video": ["without adaptor", "text to sound, no video",
+                                         "with optimal transport",
+                                         *[f"full, w = {w}" for w in (2, 3, 4, 6, 8)]]}),
+    # Sync-C on speech: one part after the other (main paper), all but one (supplement, table 4,
+    # where `+ CTS` is the row without SyncCFG and `+ RoPE alignment` that without CTS as well).
     harmony=dict(
         flags="--task joint --batch-size 8", towers=("--stage video", "--stage audio"),
         stage="--stage joint", paper="Sync-C",
         figures="agreement_f1_50 agreement_shuffled a2v_f1_50 v2a_f1_50 residual".split(),
+        stress=(),
         rows=[("none of it", "4.20", f"{NO_CTS} --no-rope-align --no-gldi", PLAIN),
               ("+ GLDI", "4.29", f"{NO_CTS} --no-rope-align", PLAIN),
               ("+ RoPE alignment", "4.80", NO_CTS, PLAIN),
@@ -1720,63 +1748,178 @@ ABLATIONS = dict(
               ("+ SyncCFG: full", "6.51", "", SYNCCFG),
               ("full but RoPE alignment", "5.60", "--no-rope-align", SYNCCFG),
               ("full but GLDI", "5.30", "--no-gldi", SYNCCFG),
-              ("full but CTS", "1.13", NO_CTS, SYNCCFG)]))
+              ("full but CTS", "1.13", NO_CTS, SYNCCFG)],
+        minus={"none of it": ["+ GLDI"], "+ GLDI": ["+ RoPE alignment"],
+               "+ RoPE alignment": ["+ CTS"],
+               "+ SyncCFG: full": ["+ CTS", "full but RoPE alignment", "full but GLDI",
+                                   "+ RoPE alignment", "full but CTS"]}))
 # Harmony's figure 3, how soon a training learns its tasks: the flags of the trainings.
 LEARNING = {"audio-driven alone": "--lambda-joint 0 --lambda-v 1 --lambda-a 0",
             "joint loss alone": NO_CTS, "CTS": ""}
 
 
 def ablate(args):
-    """Train every variant with every seed, score its rows: mean ± standard deviation over seeds.
-    What is done is kept: the same command goes on where it stopped, within a training too."""
+    """Train every variant with every seed, score its rows; then the tables: mean ± standard
+    deviation over seeds, and what rows have more than the one they are compared with.
+
+    What is done is kept: the same command goes on where it stopped, within a training too. Started
+    several times at once, on one machine, it shares the trainings:
+
+        process 1   video tower 0 > audio tower 0 > row a, seed 0 > row d, seed 0 > ..
+        process 2   video tower 1 > audio tower 1 > row b, seed 0 > row a, seed 1 > ..  > tables
+        process 3   video tower 2 > audio tower 2 > row c, seed 0 > row b, seed 1 > ..
+    """
     if args.data != "toybox":
         raise BadInput(f"--ablate with --data {args.data}: the ablations are scored by the "
                        "toybox's truth; leave --data out")
     ablation = ABLATIONS[args.ablate]
     towers, stage, rows = (ablation[key] for key in ("towers", "stage", "rows"))
     learning = LEARNING if args.ablate == "harmony" else {}
-    seeds, steps, clips = (1, 400, 800) if args.quick else (3, 800, 1500)
-    args.clips = 48 if args.quick else args.clips
+    seeds, steps, clips = (1, 400, 800) if args.quick else (3, 800, 2000)
+    steps = args.train_steps or steps
+    args.clips = min(32, args.clips) if args.quick else args.clips
+    # Of one network all rows take as many Euler steps, with guidance or without.
+    args.steps = args.steps or GUIDANCE[ablation["flags"].split()[1]]["steps"]
     root = Path(args.out, f"ablation-{args.ablate}-{steps}")
+    # Rows with the same flags share a training.
     variants = dict.fromkeys([*[flags for _, _, flags, _ in rows], *learning.values()])
-    trainings = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
+    parts = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
+    # Learning curves need evaluations on the way.
+    evaluations = dict.fromkeys(towers, 1) | {stage: 4 if learning else 1}
+
+    def scored(seed, part, flags):
+        return training_folder(root, part, flags, seed) / f"scores-{args.clips}-{args.steps}.json"
 
     # A training that has its scores is skipped; one that was stopped goes on from its last.pt.
-    scores = {title: [] for title, *_ in rows}
-    for args.seed in range(seeds):
-        init = []
-        for part, flags in trainings:
-            folder = training_folder(root, part, flags, args.seed)
-            scored = folder / f"scores-{args.clips}.json"
-            if not scored.is_file():
-                # Learning curves need evaluations on the way, four in all.
-                is_curve = part == stage and flags in learning.values()
-                run_training(args, folder, [
-                    *f"{ablation['flags']} {part} {flags}".split(), *init, "--steps", steps,
-                    "--clips", clips, "--sample-every", steps // 4 if is_curve else steps])
-                # Every training seed meets other held-out clips.
-                settings = {title: guidance for title, _, row_flags, guidance in rows
-                            if (part, flags) == (stage, row_flags)}
-                scorer = open_scorer(folder / "best.pt", args) if settings else None
-                bar = tqdm(settings.items(), desc="scoring", disable=None, leave=False)
-                result = {title: scorer.ablation_row(**guidance) for title, guidance in bar}
-                data.write_text(scored, json.dumps(to_json(result)))
-            # The next tower starts from this one, all rows from the last.
-            if part in towers:
-                init = ["--init", folder / "best.pt"]
-            for title, figures in json.loads(scored.read_text()).items():
-                scores[title].append(figures)
-
-    # A list of values, one per seed, is shown as mean ± standard deviation.
-    print(f"{steps} steps on {clips} clips, {args.clips} held-out clips, {seeds} training seeds")
-    columns = {key: key for key in ablation["figures"]}
-    table = Table(columns | dict(paper=f"paper: {ablation['paper']}"))
-    for title, paper, *_ in rows:
-        figures = {key: [row[key] for row in scores[title]] for key in ablation["figures"]}
-        table.add(title, title, figures=figures | dict(paper=paper))
+    trainings = missing = list(product(range(seeds), parts))
+    while missing:
+        for args.seed, (part, flags) in missing:
+            # A tower starts from the one before, all rows from the last.
+            before = towers[:towers.index(part)] if part in towers else towers
+            start = scored(args.seed, before[-1], "") if before else None
+            file = scored(args.seed, part, flags)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with data.locked(file.parent, wait=False) as free:
+                # Else another process is at work on it, or on the tower.
+                if free and not file.is_file() and (start is None or start.is_file()):
+                    init = ["--init", start.parent / "best.pt"] if start else []
+                    run_training(args, file.parent, [
+                        *f"{ablation['flags']} {part} {flags}".split(), *init, "--steps", steps,
+                        "--clips", clips, "--sample-every", max(1, steps // evaluations[part])])
+                    score_rows(file, part, flags, ablation, args)
+        missing = [(seed, part) for seed, part in trainings if not scored(seed, *part).is_file()]
+        # They are the work of others.
+        time.sleep(5 if missing else 0)
+    scores = read_scores(scored(seed, *part) for seed, part in trainings)
+    print(f"{steps} steps on {clips} clips, {args.clips} held-out clips, {args.steps} Euler steps, "
+          f"{seeds} training seeds")
+    table = ablation_tables(ablation, scores)
     if learning:
         add_learning(table, root, stage, seeds)
-    table.finish()
+    table.finish(root / "clips.csv")
+
+
+def score_rows(file, part, flags, ablation, args):
+    """Score the rows of one training and write them: all records, so that any two rows can be
+    compared clip by clip later. Every training seed meets other held-out clips."""
+    rows = {title: guidance for title, _, row_flags, guidance in ablation["rows"]
+            if (part, flags) == (ablation["stage"], row_flags)}
+    scorer = open_scorer(file.parent / "best.pt", args) if rows else None
+    kept = ("clip", "kind", *ablation["figures"], *ablation["stress"])
+    result = {}
+    for title, guidance in tqdm(rows.items(), desc="scoring", disable=None, leave=False):
+        records, figures = scorer.ablation_row(**guidance)
+        for condition in ablation["stress"]:
+            records += scorer.stress_row(condition, **guidance)
+        # What has no value is nan, which is not equal to itself.
+        known = [{key: record[key] for key in kept if record.get(key, NAN) == record.get(key)}
+                 for record in records]
+        distances = {key: figures[key] for key in kept if key in figures}
+        result[title] = dict(records=known, figures=distances)
+    data.write_text(file, json.dumps(result, default=float))
+
+
+def read_scores(files):
+    """What `score_rows` has written -> title -> records and figures for every training seed."""
+    scores = {}
+    for title, row in chain.from_iterable(json.loads(f.read_text()).items() for f in files):
+        # JSON has lists for pairs.
+        row["records"] = [{key: tuple(value) if isinstance(value, list) else value
+                           for key, value in record.items()} for record in row["records"]]
+        scores.setdefault(title, []).append(row)
+    return scores
+
+
+def ablation_tables(ablation, scores):
+    """Title -> a row's scores for every training seed -> Table of the rows, and of differences."""
+    figures = ablation["figures"]
+    summaries = {title: [summarise(row["records"]) | row["figures"] for row in rows]
+                 for title, rows in scores.items()}
+    # A list of values, one per seed, is shown as mean ± standard deviation.
+    values = {title: {key: [summary.get(key, NAN) for summary in of_seeds]
+                      for key in (*figures, *ablation["stress"])}
+              for title, of_seeds in summaries.items()}
+    table = Table({key: key for key in figures} | dict(paper=f"paper: {ablation['paper']}"))
+    for title, paper, *_ in ablation["rows"]:
+        table.add(title, title, figures=values[title] | dict(paper=paper))
+        for seed, row in enumerate(scores[title]):
+            table.records += [dict(row=title, seed=seed) | record for record in row["records"]]
+
+    # Seed by seed and clip by clip: the same order of training clips, the same noise in training
+    # and in sampling, the same held-out clips. What they do to both rows drops out.
+    differences = {}
+    for reference, titles in ablation["minus"].items():
+        for title in titles:
+            row = differences[title, reference] = dict(interval={}, seeds={})
+            for key, of_seeds in values[title].items():
+                row["seeds"][key] = np.subtract(of_seeds, values[reference][key]).tolist()
+                gain = paired_gain(scores[title], scores[reference], key)
+                # A distance belongs to no clip: its differences are shown as mean ± deviation.
+                row[key] = row["seeds"][key]
+                if gain is not None:
+                    row[key], *row["interval"][key] = interval(gain)
+
+    def add_differences(columns):
+        table.head({key: key for key in columns})
+        shown = None
+        for (title, reference), row in differences.items():
+            if reference != shown:
+                print(f"minus {reference}; in brackets 95 % intervals over seeds and clips")
+            shown = reference
+            table.add(f"{title} - {reference}", f"  {title}", figures=row)
+    add_differences(figures)
+    if ablation["stress"]:
+        print("F1 at 50 ms on the stress split")
+        table.head({key: key for key in ablation["stress"]})
+        for title, row in values.items():
+            table.add(title, title, figures=table.result[title])
+        add_differences(ablation["stress"])
+    return table
+
+
+def paired_gain(rows, others, key, rounds=1000):
+    """Two rows' scores for every training seed -> (1 + rounds,): the mean over seeds of what the
+    first has more in `key`, then that of seeds drawn anew, and of each its clips drawn anew. None
+    where no clip has it.
+
+    Three seeds show little of how seeds vary, and drawing 3 of 3 makes that part of the interval
+    too narrow by the square root of 2/3; but their own clips are drawn beside them, which is in
+    the variation of the seeds already, so that all in all intervals are about right."""
+    gains = []
+    for row, other in zip(rows, others):
+        # Both rows need a value: else draws are not of the same clips.
+        pairs = [pair for pair in zip(row["records"], other["records"])
+                 if all(key in record for record in pair)]
+        if pairs:
+            first, second = zip(*pairs)
+            gains.append(resample_clips(first, key) - resample_clips(second, key))
+    if not gains:
+        return None
+    gains = np.array(gains)                                                   # (seeds, 1 + 1000)
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(len(gains), size=(rounds, len(gains)))
+    draws = rng.integers(1, gains.shape[1], size=(rounds, len(gains)))
+    return np.concatenate([[gains[:, 0].mean()], gains[seeds, draws].mean(1)])
 
 
 def training_folder(root, stage, flags, seed):
@@ -1789,7 +1932,7 @@ def run_training(args, folder, flags):
     print(f"training {folder}", flush=True)
     command = [sys.executable, ROOT / "train.py", "--seed", args.seed, "--eval-clips", 24,
                "--device", args.device, "--dtype", args.dtype, "--data-root", args.data_root,
-               "--out", folder, *flags]
+               "--out", folder, "--no-compile", *flags]   # too short for compiling to pay
     for flag, path in (("--vae", args.vae), ("--audio-vae", args.audio_vae)):
         command += [flag, path] if path else []
     # Ctrl-C or SIGTERM reached the training, which has saved its state.
@@ -1801,8 +1944,8 @@ def run_training(args, folder, flags):
 
 
 def add_learning(table, root, stage, seeds):
-    """Harmony's figure 3: F1 during the trainings of LEARNING, from their scores.csv; means over
-    training seeds."""
+    """Harmony's figure 3: F1 during the trainings of LEARNING, from their scores.csv: mean ±
+    standard deviation over training seeds."""
     curves = {}
     for (name, flags), column in product(LEARNING.items(), ("audio_driven", "pairs")):
         found = []
@@ -1811,11 +1954,15 @@ def add_learning(table, root, stage, seeds):
                 rows = list(csv.DictReader(f))
             found.append([float(row[column]) for row in rows])
         steps = [int(row["step"]) for row in rows]
-        curves[f"{name}: {column}"] = np.mean(found, 0).tolist()
+        curves[f"{name}: {column}"] = np.transpose(found)                 # (steps, seeds)
+    for column in ("audio_driven", "pairs"):
+        gain = curves[f"CTS: {column}"] - curves[f"joint loss alone: {column}"]
+        curves[f"CTS - joint: {column}"] = gain
     table.head({step: f"step {step}" for step in steps})
     for name, values in curves.items():
-        table.add(name, name, figures=dict(zip(steps, values)))
-    draw_curves(root / "learning.png", steps, curves, "steps", "F1 at 50 ms, without guidance")
+        table.add(name, name, figures=dict(zip(steps, values.tolist())))
+    means = {name: values.mean(1) for name, values in curves.items() if " - " not in name}
+    draw_curves(root / "learning.png", steps, means, "steps", "F1 at 50 ms, without guidance")
 
 
 # ---------------------------------------------------------------------- files, blocks
@@ -2082,9 +2229,11 @@ def arguments():
     p.add_argument("--audio", help="--skip-blocks: the sound")
     p.add_argument("--image", help="--skip-blocks: the first frame")
     p.add_argument("--ablate", choices=tuple(ABLATIONS), help="train and score a paper's ablation "
-                   "tables: an hour or two on 2 cores, harmony's a day")
-    p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings: 20 "
-                   "minutes, harmony's an hour")
+                   "tables, up to 4 hours on 2 cores; started several times, it shares the work")
+    p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings, 20 "
+                   "minutes")
+    p.add_argument("--train-steps", type=number(int, 4), help="--ablate: of every training; "
+                   "default: 800, with --quick 400")
     # checkpoints
     p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
                    "--data that is not the toybox the one of real clips")

@@ -1192,15 +1192,21 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
 
 
 @contextmanager
-def locked(folder):
-    """Of the processes that write to a folder, one at a time is in this block."""
+def locked(folder, wait=True):
+    """Of the processes that write to a folder, one at a time is in this block. Without `wait` all
+    are, and get whether they are that one."""
     import fcntl                                          # not on Windows
     handle = os.open(folder, os.O_RDONLY)
     try:
         # The lock goes with its process. File systems without locks are used without.
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        first = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            first = False
+        except OSError:
+            pass
+        yield first
     finally:
         os.close(handle)
 

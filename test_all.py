@@ -2379,7 +2379,8 @@ def test_one_table_holds_the_rows_of_the_protocol(toy, tmp_path, capsys, real):
                  ["stage-video"] + ["stage-audio"] * 7, marks=slow)])
 def test_an_ablation_trains_what_is_missing_and_scores_every_row(
         toy, harmony_on_disk, tmp_path, monkeypatch, capsys, name, folders, starts):
-    """Rows start from one tower; Ctrl-C in a training ends with 130, the same command goes on."""
+    """Rows start from one tower; Ctrl-C in a training ends with 130, the same command goes on. All
+    records are kept, of the stress split too, and every row has its difference from another."""
     d, _, tower_flags = harmony_on_disk
     checkpoint = dict(syncphony=toy / "a2v.pt", syncflow=d / "t2av/joint/best.pt",
                       harmony=d / "harmony/joint/best.pt")[name]
@@ -2415,10 +2416,67 @@ def test_an_ablation_trains_what_is_missing_and_scores_every_row(
     assert (ran[:len(folders)], inits) == (folders, starts)
     for title, paper, *_ in ablation["rows"]:
         assert result[title]["paper"] == paper
-        assert set(ablation["figures"]) < set(result[title]), title
+        assert {*ablation["figures"], *ablation["stress"]} < set(result[title]), title
+    for reference, titles in ablation["minus"].items():
+        for title, figure in product(titles, ablation["figures"] + [*ablation["stress"]]):
+            ours, theirs = result[title][figure][0], result[reference][figure][0]
+            gain = result[f"{title} - {reference}"]
+            assert gain["seeds"][figure] == ([pytest.approx(ours - theirs, abs=2e-4)]
+                                             if None not in (ours, theirs) else [None]), title
+    lines = (tmp_path / f"ablation-{name}-400/clips.csv").read_text().splitlines()
+    # Two clips in every row; in Syncphony's also two of every condition of the stress split.
+    assert len(lines) == 1 + 2 * len(ablation["rows"]) * (1 + len(ablation["stress"]))
     if name == "harmony":
-        assert result["CTS: pairs"] == {"200": .5, "400": .5}
-        assert result["CTS: audio_driven"] == {"200": .2, "400": .4}
+        assert result["CTS: pairs"] == {"200": [.5], "400": [.5]}
+        assert result["CTS - joint: audio_driven"] == {"200": [0], "400": [0]}
+
+
+def test_differences_of_an_ablation_are_paired_by_seed_and_clip():
+    """Two rows that differ by .1 in every clip: clips vary by .3, seeds by .2, the difference does
+    not. Of a clip that one row lacks nothing is compared."""
+    rng = np.random.default_rng(0)
+    rows = [dict(records=[dict(f1=10. * seed + x) for x in rng.normal(size=20)])
+            for seed in range(3)]
+    better = [dict(records=[dict(f1=r["f1"] + .1) for r in row["records"]]) for row in rows]
+    del better[0]["records"][3]["f1"]
+    low, high = np.quantile(cyclesync.paired_gain(better, rows, "f1")[1:], (.025, .975))
+    assert_close("the same difference everywhere", [low, high], [.1, .1], 1e-9)
+    # One seed differs: an interval over seeds contains it, one over clips of all seeds does not.
+    for record in better[2]["records"]:
+        record["f1"] += .6
+    value, low, high = cyclesync.interval(cyclesync.paired_gain(better, rows, "f1"))
+    assert_close("value", value, .3, 1e-9)
+    assert low < .11 and high > .69
+    assert cyclesync.paired_gain(better, rows, "f1_50") is None
+
+
+def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, capsys):
+    """A training that another process is at work on is left to it: nothing is trained twice, and
+    rows wait for their tower."""
+    ran = []
+    root = tmp_path / "ablation-syncflow-400"
+
+    def run(args, folder, flags):
+        ran.append(folder.name)
+    def score(file, *_):
+        file.write_text(json.dumps({}))
+    monkeypatch.setattr(cyclesync, "run_training", run)
+    monkeypatch.setattr(cyclesync, "score_rows", score)
+    monkeypatch.setattr(cyclesync, "ablation_tables", lambda *_: cyclesync.Table({}))
+    video = root / "stage-video-0"
+    video.mkdir(parents=True)
+    other = data.locked(video)
+    other.__enter__()
+
+    def sleep(seconds):
+        if seconds and video.exists() and not list(video.iterdir()):
+            assert ran == []
+            (video / "scores-32-25.json").write_text("{}")
+            other.__exit__(None, None, None)
+    monkeypatch.setattr(cyclesync.time, "sleep", sleep)
+    assert cli(cyclesync, "--ablate", "syncflow", "--quick", "--steps", 25, "--out", tmp_path) == 0
+    assert ran == ["stage-audio-0", "stage-audio-no-adaptor-0", "stage-audio-no-video-0",
+                   "stage-audio-ot-0"]
 
 
 def test_the_skip_block_study_shows_one_strip_for_every_block(toy, tmp_path, capsys):
