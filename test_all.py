@@ -89,7 +89,7 @@ train.generate = in_one_step(train.generate)
 train.generate_audio_video = in_one_step(train.generate_audio_video)
 
 
-# Where there is a GPU, only the tests that name it use it: on CUDA train.py compiles, a minute a run.
+# Where there is a GPU, only tests that name it use it: on CUDA train.py compiles, a minute a run.
 if torch.cuda.is_available():
     train.COMMON["device"] = ("cpu", *train.COMMON["device"][1:])
 
