@@ -53,7 +53,9 @@ def velocity(z, eps):
 def to_device(x, device):
     """A copy of x for which the CPU does not wait. Pinned memory is read by the GPU itself, when
     what was queued before is done; any other copy first waits for all of that."""
-    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+    from_cpu_to_gpu = torch.device(device).type == "cuda" and x.device.type == "cpu"
+    # torch.compile cannot trace pinning.
+    if from_cpu_to_gpu and not torch.compiler.is_compiling():
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 

@@ -1026,7 +1026,7 @@ def little_audio_vae(front="waveform", **changes):
 
 def motion_twice(n, size=32, blocks=2):
     """n VAE training clips of two objects of a kind: 2 x (n, 3, frames, size, size) in [-1, 1]."""
-    videos = np.stack([toybox.vae_training_pair(i, size, blocks) for i in range(n)])
+    videos = np.stack([toybox.vae_training_pair([i], size, blocks) for i in range(n)])
     return data.frames_to_tensor(videos).unbind(1)
 
 

@@ -497,11 +497,12 @@ def toybox_clip(seed, size=64, frames=FRAMES, kind=None, video=True, variation=0
     return clip
 
 
-def vae_training_pair(seed, size=64, blocks=4):
+def vae_training_pair(seeds, size=64, blocks=4):
     """Training data of a VAE that codes stretches of 4 frames independently (kernel_t = 1): two
     things of one kind that move alike, frame 0 and `blocks` stretches, mostly moving ones
-    -> uint8 (2, 1 + 4 * blocks, size, size, 3). All 49 frames would mostly stand still."""
-    rng = np.random.default_rng([seed, 3141])
+    -> uint8 (2, 1 + 4 * blocks, size, size, 3). All 49 frames would mostly stand still. seeds: any
+    integers."""
+    rng = np.random.default_rng([*seeds, 3141])
     scene = sample_scene(rng)
     events, durations = sample_events(scene["kind"], FRAMES / FPS, rng)
     state = state_curve(scene["kind"], events, durations, np.arange(FRAMES) / FPS)
