@@ -2092,18 +2092,27 @@ def test_the_tables_of_stress_and_negatives_have_a_row_for_every_condition(
         assert (figures["f1_50"], figures["false_per_s"], figures["off_sync"]) == (1, 0, 0), row
     # Taking every onset for an event is right where there are no others.
     assert result["plain"]["onsets"] == 1 > result["two sounds"]["onsets"]
-    assert result["60 s, the last 10"]["onsets"] > .5
+    assert result["60 s, the first 10"]["onsets"] > .9 < result["60 s, the last 10"]["onsets"]
 
     monkeypatch.setattr(cyclesync, "stress_clips", lambda clips: dict(plain=clips, hard=clips))
     assert cli(cyclesync, "--negatives", *flags) == 0
     result = last_json(capsys)
     assert len(result) == 2 * 9
     row = result["hard, zero, 2"]
-    assert row["f1_50"] == [1, 1, 1] and row["f1_50_gain"] == 1 and row["seconds"] >= 0
-    assert row["interval"]["f1_50_gain"] == [1, 1] and row["false_per_s_gain"] == 0
+    assert row["f1_50"] == [1, 1, 1] == result["hard, skipped, 1"]["f1_50"]
+    assert row["f1_50_gain"] == 1 and row["interval"]["f1_50_gain"] == [1, 1]
+    assert row["false_per_s_gain"] == 0 and row["seconds"] >= 0
     assert result["hard, none, 0"]["f1_50"] == [0, 0, 0]
     assert result["plain, null, 1"]["f1_50_gain"] == 0
     assert cli(cyclesync, "--stress", "--data", tmp_path, *flags) == 2
+
+    # The gain is that over no guidance, also where this is right, and its interval a paired one.
+    monkeypatch.setattr(cyclesync, "generate", lambda model, vae, clips, *_, **settings: [
+        toybox.draw_scene(c["scene"], c["state"], 32) for c in clips])
+    assert cli(cyclesync, "--negatives", *flags) == 0
+    row = last_json(capsys)["hard, zero, 2"]
+    assert row["f1_50"] == [1, 1, 1] and row["f1_50_gain"] == 0
+    assert row["interval"]["f1_50_gain"] == row["interval"]["residual_gain"] == [0, 0]
 
 
 def test_several_draws_of_a_clip_differ_in_their_noise_alone(toy):
