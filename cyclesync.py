@@ -90,7 +90,7 @@ import data
 from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, replacing,
                   tensor_to_frames)
 from sample import (
-    A2V_FILE, GUIDANCE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video,
+    A2V_FILE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video,
     external_encoders, generate_audio_video, generate_video, load, load_vae, pick_autocast,
     pick_device, recommended, sample_autoregressive, video_to_audio)
 from toybox import (
@@ -1723,7 +1723,9 @@ def shift_study(args):
 # stage: that of the rows, which starts from the last tower. paper: what it reports.
 # figures: of the table; stress: conditions of `stress_clips`, whose F1 at 50 ms is in a second one.
 # A row: title, the paper's figure, flags of train.py, guidance. Equal flags share one training.
-# minus: a row -> those that are compared with it.
+# minus: a row -> those that are compared with it. quick: steps of the trainings of --quick. euler:
+# steps of sampling, of all rows, with guidance or without: what train.py's files recommend; of
+# Harmony, whose rows are sampled in three modes, fewer, which halves the time.
 # Cross-task synergy off; SyncCFG on.
 NO_CTS = "--lambda-v 0 --lambda-a 0"
 SYNCCFG = dict(sync_video=3., sync_audio=2.)
@@ -1732,6 +1734,7 @@ ABLATIONS = dict(
     # no row is at the ceiling.
     syncphony=dict(
         flags="--task a2v", towers=(), stage="", paper="CycleSync",
+        quick=400, euler=6,
         figures="f1_50 f1_100 cyclesync_set cyclesync_merged residual frechet_latent".split(),
         stress=("two sounds", "noise, 0 dB", "off-screen", "six events"),
         rows=[("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.)),
@@ -1747,6 +1750,7 @@ ABLATIONS = dict(
     # FAD on Greatest Hits, lower is better: table 4; figure 5 sweeps w.
     syncflow=dict(
         flags="--task t2av", towers=("--stage video",), stage="--stage audio", paper="FAD",
+        quick=400, euler=25,
         figures="onsets_f1_50 onsets_f1_100 onsets_shuffled cyclesync_merged frechet_mels".split(),
         stress=(),
         rows=[("full, sound for video", "0.92", "", dict(cfg=1.)),
@@ -1762,7 +1766,7 @@ ABLATIONS = dict(
     # where `+ CTS` is the row without SyncCFG and `+ RoPE alignment` that without CTS as well).
     harmony=dict(
         flags="--task joint --batch-size 8", towers=("--stage video", "--stage audio"),
-        stage="--stage joint", paper="Sync-C",
+        stage="--stage joint", paper="Sync-C", quick=160, euler=15,
         figures="agreement_f1_50 agreement_shuffled a2v_f1_50 v2a_f1_50 residual".split(),
         stress=(),
         rows=[("none of it", "4.20", f"{NO_CTS} --no-rope-align --no-gldi", PLAIN),
@@ -1799,11 +1803,10 @@ def ablate(args):
     ablation = ABLATIONS[args.ablate]
     towers, stage, rows = (ablation[key] for key in ("towers", "stage", "rows"))
     learning = LEARNING if args.ablate == "harmony" else {}
-    seeds, steps, clips = (1, 400, 800) if args.quick else (3, 800, 2000)
+    seeds, steps, clips = (1, ablation["quick"], 800) if args.quick else (3, 800, 2000)
     steps = args.train_steps or steps
     args.clips = min(32, args.clips) if args.quick else args.clips
-    # Of one network all rows take as many Euler steps, with guidance or without.
-    args.steps = args.steps or GUIDANCE[ablation["flags"].split()[1]]["steps"]
+    args.steps = args.steps or ablation["euler"]
     root = Path(args.out, f"ablation-{args.ablate}-{steps}")
     # Rows with the same flags share a training.
     variants = dict.fromkeys([*[flags for _, _, flags, _ in rows], *learning.values()])
@@ -2257,7 +2260,7 @@ def arguments():
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings, 20 "
                    "minutes")
     p.add_argument("--train-steps", type=number(int, 4), help="--ablate: of every training; "
-                   "default: 800, with --quick 400")
+                   "default: 800, with --quick 400, harmony's 160")
     # checkpoints
     p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
                    "--data that is not the toybox the one of real clips")
