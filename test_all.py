@@ -3190,6 +3190,11 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
     assert best["guidance"] == dict(asg=2., cfg=4., steps=30)
     assert iio.imread(tmp_path / "x.mp4", plugin="FFMPEG").shape == (49, 64, 64, 3)
     assert cli(sample, *inputs) == 2 and "--pretrained" in capsys.readouterr().err
+    # What it costs, plain and with the cache; three latents
+    monkeypatch.setattr(data, "FRAMES", 17)
+    assert cli(sample, "--bench", *inputs[:2], "--pretrained", folder, "--steps", 3) == 0
+    assert set(last_json(capsys)) == {"asg_on_off", "audio_on_off", "plain_cached",
+                                      "seconds_per_second", "seconds_per_latent"}
 
 
 @slow
@@ -5742,7 +5747,7 @@ def test_the_command_samples_syncflow_from_text_and_for_a_video(towers_on_disk, 
 
 @pytest.mark.parametrize("file, ratios", [
     pytest.param("a2v.pt", {"asg_on_off", "audio_on_off", "context_recomputed_cached_16",
-                            "context_recomputed_cached_30"}, marks=slow),
+                            "context_recomputed_cached_30", "seconds_per_latent"}, marks=slow),
     ("t2av/joint/best.pt", {"guidance_on_off", "audio_tower_on_off"})])
 def test_the_benchmark_prints_its_ratios_as_json(
         toy, towers_on_disk, monkeypatch, capsys, file, ratios):
