@@ -205,7 +205,7 @@ STAGES = {   # share of --lr, batches of so many times --batch-size, parts that 
     "t2av": {
         "video": (1, 1, ("video",)),
         "audio": (1, 2, ("audio",)),
-        "joint": (.3, 1, ("video", "audio"))},
+        "joint": (.6, 1, ("video", "audio"))},
     # Harmony section 2: the video tower (the paper has Wan2.2's); the audio tower, with references
     # of the timbre out of the clip itself; with references out of other clips of that voice; both
     # towers and their bridges.
