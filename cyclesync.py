@@ -1577,9 +1577,9 @@ def stress(args):
 #     wave --> log-mel --> MelEncoder, norm --> features --> keys, values --> audio layers --> v
 #     silent: 0                               zero: 0                         skipped
 #
-# Zeros stand where Hallo and LatentSync put them: behind the encoder, before the keys and values, of
-# which the biases are left. So the layers add a constant. RMS of what the values of one audio step
-# add, over that of true sounds, in the layers of weights/a2v-toybox.pt and a2v-real.pt: zeros
+# Zeros stand where Hallo and LatentSync put them: behind the encoder, before the keys and values,
+# of which the biases are left. So the layers add a constant. RMS of what the values of an audio
+# step add, over that of true sounds, in the layers of weights/a2v-toybox.pt and a2v-real.pt: zeros
 # 0.06-0.15, silence 0.3-0.9. A text encoder that gives all captions the same states (that of
 # a2v-real.pt; its clips have one caption) makes the last row the first one.
 NEGATIVES = dict(none=("no guidance", "1, 1"),
