@@ -81,7 +81,7 @@ def staged_velocity(model, clips, timestep, text, text_mask, pooled, audio=None,
     ids = clip_ids(model, clips)                                        # (N, 3)
     # causal in time; text stands at 0; padding attends to padding alone, so that no softmax is
     # over nothing
-    times = F.pad(ids[:, 0], (text.shape[1], 0)).to(text.device)
+    times = to_device(F.pad(ids[:, 0], (text.shape[1], 0)), text.device)
     causal = times[:, None] >= times[None]                              # (T+N, T+N)
     real = F.pad(text_mask.bool(), (0, len(ids)), value=True)           # (B, T+N)
     mask = (real[:, None] == real[:, :, None]) & causal                 # (B, T+N, T+N)
@@ -120,6 +120,12 @@ class HistoryCache:
 
     * The output is that of the noisy tokens: in the last block only they have queries and an MLP.
 
+    The calls of the coarse stages are so short that a GPU waits for the CPU to launch its kernels.
+    So what calls have in common is computed once:
+
+        begin_stage    positions, masks, keys and values of the audio: the same at all noise levels
+        noise_level    adaLN: the same for all latents
+
     Text and latent 0 attend to each other, as both stand at time 0. They are run together by the
     first latent that has latent 0 at the coarsest resolution: latent 3 in stage 2. When the window
     slides (`sample_pyramid`), all latents of the history move by one in time, towards latent 0, and
@@ -132,26 +138,35 @@ class HistoryCache:
     `cache_limit` is reached, the caches stay as they are, and latents behind them are run.
     """
 
-    def __init__(self, model, text, text_mask, pooled, reuse=1):
-        """Of one video: text (B, T, D), its mask (B, T), 1 before 0; pooled (B, P). reuse: see
-        `with_guidance`."""
+    def __init__(self, model, text, text_mask, pooled, audio=None, n_off_sync=0, reuse=1):
+        """Of one video: text (B, T, D), its mask (B, T), 1 before 0; pooled (B, P); audio and
+        n_off_sync as in `staged_velocity`. reuse: see `with_guidance`."""
         self.model = model
         self.pooled = pooled
+        self.audio = audio
+        self.n_off_sync = n_off_sync
         lengths = text_mask.sum(1).tolist()
         longest = int(max(lengths))
         self.text = text[:, :longest]
         self.text_mask = text_mask[:, :longest].bool() if min(lengths) < longest else None
         self.coarsest = None            # shape of a latent in the coarsest stage
         self.caches = {}                # {timestep: (latents in it, keys and values per block)}
+        self.levels = {}                # of `noise_level`
         self.room = cache_limit(pooled.device)
         self.reuse = reuse
         self.stage = None               # which latent and stage the last call was of,
         self.calls = 0                  # how many calls of them there were before it
         self.history = None             # keys and values of its whole history
 
-    def velocity(self, clips, timestep, audio=None, n_off_sync=0, latents_dropped=0):
+    def velocity(self, clips, timestep, latents_dropped=0):
         """As `staged_velocity`, for a number as timestep."""
         latents = list(chain.from_iterable(clip.split(1, dim=2) for clip in clips))
+        stage = latents_dropped, [z.shape for z in latents]
+        self.calls += 1
+        if stage != self.stage:
+            self.stage = stage
+            self.calls = 0
+            self.begin_stage(latents, latents_dropped)
         # how many latents are in the cache, and how many are in it after this call
         self.coarsest = self.coarsest or latents[-1].shape              # first call: of stage 0
         n_coarse = sum(z.shape == self.coarsest for z in latents[:-1])
@@ -160,52 +175,63 @@ class HistoryCache:
         if latents_dropped or n_cached >= n_coarse:
             n_cached, kv = 0, None
         # with reuse > 1: the noisy latent alone is run, in all calls of a stage but every k-th
-        stage = len(latents) + latents_dropped, latents[-1].shape
-        self.calls = self.calls + 1 if stage == self.stage else 0
-        self.stage = stage
         is_reused = self.calls % self.reuse > 0 and len(latents) > 1
         if is_reused:
             n_cached = len(latents) - 1
             kv = self.history
 
-        ids = clip_ids(self.model, clips)
-        out, new_kv, n_keys = self.run(latents, n_cached, kv, ids, timestep, audio, n_off_sync,
-                                       -latents_dropped * self.model.cfg.alpha)
+        out, new_kv = self.run(latents, n_cached, kv, timestep)
         if self.reuse > 1 and len(latents) > 1 and not is_reused:
-            self.history = first_keys(kv, new_kv, n_keys[-2])
+            self.history = first_keys(kv, new_kv, self.n_keys[-2])
         if n_coarse and not latents_dropped and not is_reused and self.room > 0:
-            kept = first_keys(kv, new_kv, n_keys[n_coarse - 1])
+            kept = first_keys(kv, new_kv, self.n_keys[n_coarse - 1])
             self.room -= sum(x.nbytes for x in kept) - sum(x.nbytes for x in kv or [])
             self.caches[timestep] = n_coarse, kept
         return out
 
-    def run(self, latents, n_cached, cached_kv, ids, timestep, audio, n_off_sync, audio_start):
-        """All latents but the first n_cached, whose keys and values there are -> output, new keys
-        and values, numbers of keys up to the end of each latent. ids (N, 3) of all latents."""
+    def begin_stage(self, latents, latents_dropped):
+        """What all calls of a stage of a latent share, as in `MMDiT.forward`: of all tokens."""
         model = self.model
-        pooled = self.pooled
-        text = None if n_cached else self.text                          # it goes with latent 0
-        n_text = 0 if n_cached else text.shape[1]
-
-        # each new latent attends to the keys up to its own; padding is masked
-        sizes = [math.prod(model.token_grid(z)) for z in latents]
-        n_keys = (self.text.shape[1] + np.cumsum(sizes)).tolist()
-        n_queries = sizes[n_cached:]
-        n_queries[0] += n_text
-        groups = list(zip(n_queries, n_keys[n_cached:]))
+        n_text = self.text.shape[1]
+        ids = clip_ids(model, latents)                                  # (N, 3)
+        # each latent attends to the keys up to its own
+        self.sizes = [math.prod(model.token_grid(z)) for z in latents]
+        self.n_keys = (n_text + np.cumsum(self.sizes)).tolist()
+        # padding is masked, the same for all queries
         mask = None
         if self.text_mask is not None:
-            mask = F.pad(self.text_mask, (0, sum(sizes)), value=True)[:, None, None]
+            mask = F.pad(self.text_mask, (0, len(ids)), value=True)[:, None, None]
+        # the audio runs on from the start, whatever part of the history was dropped
+        audio_start = -latents_dropped * model.cfg.alpha
+        self.audio_kv, windows = model.project_audio(self.audio, ids[:, 0], audio_start)
+        rope = model.rope(ids, self.pooled.device, n_text)
+        self.cond = Conditioning(None, rope, mask=mask, audio_mask=windows)
 
-        # as `MMDiT.forward`
-        ids = ids[sum(sizes[:n_cached]):]
-        audio_kv, audio_mask = model.project_audio(audio, ids[:, 0], audio_start)
-        timesteps = torch.full((len(pooled), 1), timestep, device=pooled.device)
-        temb = model.time_text_embed(timesteps, pooled)
-        rope = model.rope(ids, pooled.device, n_text)
-        cond = Conditioning(temb, rope, n_text, mask=mask, audio_mask=audio_mask, groups=groups)
-        out, kv = model.run_blocks(latents[n_cached:], text, cond, audio_kv, cached_kv, n_off_sync)
-        return out, kv, n_keys
+    def noise_level(self, timestep):
+        """temb and adaLN of all blocks, for all latents: 0.4 MB a row of the published network."""
+        if timestep not in self.levels:
+            timesteps = torch.full((len(self.pooled), 1), timestep, device=self.pooled.device)
+            temb = self.model.time_text_embed(timesteps, self.pooled)
+            self.levels[timestep] = temb, self.model.all_adaln(temb, self.n_off_sync)
+        return self.levels[timestep]
+
+    def run(self, latents, n_cached, cached_kv, timestep):
+        """All latents but the first n_cached, whose keys and values there are -> output, new keys
+        and values."""
+        text = None if n_cached else self.text                          # it goes with latent 0
+        n_text = 0 if n_cached else text.shape[1]
+        n_queries = self.sizes[n_cached:]
+        n_video = sum(n_queries)
+        n_queries[0] += n_text
+        # the last tokens are those that are run
+        temb, adaln = self.noise_level(timestep)
+        cond = replace(self.cond, temb=temb, n_text=n_text,
+                       rope=[table[-n_text - n_video:] for table in self.cond.rope],
+                       groups=list(zip(n_queries, self.n_keys[n_cached:])))
+        if self.audio_kv is not None:
+            cond.audio_mask = cond.audio_mask[-n_video:]
+        return self.model.run_blocks(latents[n_cached:], text, cond, self.audio_kv, cached_kv,
+                                     self.n_off_sync, adaln)
 
 
 def cache_limit(device):
@@ -551,7 +577,8 @@ def sample_pyramid(network, z0, n_latents, noise, steps, jump=block_noise, keep=
             # From the end of the stage before to twice the sides and the start of this one.
             if stage.level > 0:
                 x = upsample2(x)
-                x = stage.alpha * x + stage.beta * jump(x.shape).to(x)
+                b = to_device(jump(x.shape), x.device).to(x)
+                x = stage.alpha * x + stage.beta * b
             # From its start to its end by Euler steps. The history stays as it is.
             history = pyramid_history(past_levels, n_past, stage.level)
             times, sigmas = (grid.tolist() for grid in sampling_grid(stage, n_calls))
@@ -578,21 +605,22 @@ def with_guidance(model, text, mask, pooled, audio=None, asg=0., cfg=0., cached=
     reuse: of the cached, how many calls in turn share the history of the first. Not exact above 1:
     on random weights latents differ by 4 % of their deviation with 2 (6 % with 5).
     """
-    cache = HistoryCache(model, text, mask, pooled, reuse)
+    off_sync = 0
+    if audio is not None:
+        off_sync = len(audio) if asg > 0 else 0
+        audio = audio.repeat(len(text) // len(audio), 1, 1)             # (R B, S, A)
+    cache = HistoryCache(model, text, mask, pooled, audio, off_sync, reuse)
 
     def network(clips, timestep, latents_dropped=0):
         B = len(clips[-1])
         R = len(text) // B
-        off_sync = B if asg > 0 and audio is not None else 0
         clips = [clip.repeat(R, 1, 1, 1, 1) for clip in clips]
-        audio_rows = None if audio is None else audio.repeat(R, 1, 1)
-
         # rows of v: prompts, negative prompts (if R = 2), prompts without audio layers (if asg > 0)
         if cached:
-            v = cache.velocity(clips, timestep, audio_rows, off_sync, latents_dropped)
+            v = cache.velocity(clips, timestep, latents_dropped)
         else:
             timestep = torch.full((R * B,), timestep, device=text.device)
-            v = staged_velocity(model, clips, timestep, text, mask, pooled, audio_rows, off_sync,
+            v = staged_velocity(model, clips, timestep, text, mask, pooled, audio, off_sync,
                                 latents_dropped)
         audio_term = (1 + asg if off_sync else 1, v[-B:])
         text_term = (1 + cfg if R > 1 else 1, v[B:2 * B])

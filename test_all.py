@@ -782,8 +782,9 @@ def test_the_history_cache_runs_every_coarse_latent_once_per_stage_and_step(monk
     real_attention = networks.F.scaled_dot_product_attention
     monkeypatch.setattr(networks.F, "scaled_dot_product_attention", attention)
     net = little_flux(audio_dim=6, alpha=5.).double()
-    last_mlp = net.single_transformer_blocks[-1].proj_mlp
-    _, counts = sample_staged(net, 6, counted=(net.x_embedder, net.context_embedder, last_mlp))
+    last = net.single_transformer_blocks[-1]
+    _, counts = sample_staged(net, 6, counted=(
+        net.x_embedder, net.context_embedder, last.proj_mlp, last.audio.to_k, last.norm))
     video, text, last = (np.reshape(n, (-1, 2)) for n in (counts[0], counts[1], counts[2]))
     # Latents 1 to 5: [coarse latents that are new; finer ones; noisy]
     first, later = [1 + 1, 4 + 4, 16 + 16], [1 + 1, 1 + 4 + 4, 1 + 4 + 16 + 16]
@@ -795,6 +796,9 @@ def test_the_history_cache_runs_every_coarse_latent_once_per_stage_and_step(monk
     assert last.ravel().tolist() == 5 * [1, 1, 4, 4, 16, 16], "the last block, noisy tokens alone"
     # The masks of joint attention are of padding: the same for all queries
     assert {mask.shape[2] for mask in masks if mask.dim() == 4} == {1}
+    assert all(mask.is_floating_point() for mask in masks), "each block would convert booleans"
+    # The audio is projected once for each stage of a latent, adaLN for each of the six timesteps
+    assert (len(counts[3]), len(counts[4])) == (5 * 3, 6)
 
 
 def test_what_the_history_cache_has_no_memory_for_is_run_again(monkeypatch):
@@ -815,11 +819,12 @@ def test_the_history_of_a_call_can_be_reused_by_the_next_ones_of_its_stage():
     first, second = np.reshape(tokens, (-1, 2)).T
     assert first[-6:].tolist() == 2 * [1 + 1, 1 + 4 + 4, 1 + 4 + 16 + 16]
     assert second.tolist() == 4 * [1, 4, 16]
-    cache = pyramid.HistoryCache(net, normal(1, 8, 12), torch.ones(1, 8), normal(1, 8), reuse=2)
+    text, pooled, audio = normal(1, 8, 12), normal(1, 8), normal(1, 60, 6)
+    cache = pyramid.HistoryCache(net, text, torch.ones(1, 8), pooled, audio, reuse=2)
     clips = [normal(1, 4, L, side, side) for L, side in ((3, 2), (1, 4), (1, 8), (1, 8))]
     with torch.no_grad():
         cache.coarsest = clips[0][:, :, :1].shape
-        v, again = (cache.velocity(clips, 612., normal(1, 60, 6)) for _ in range(2))
+        v, again = (cache.velocity(clips, 612.) for _ in range(2))
     assert_close("velocity", again, v, 1e-9)
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from losses import expand_sigma
+from losses import expand_sigma, to_device
 from model import (BYTES_PER_TOKEN, MLP, Attention, ByteText, CrossAttention, Modulation,
                    TimeTextEmbed, audio_positions, check_axes, init_weights, modulate, rope_table,
                    temporal_window, unpatchify, velocity_from_output)
@@ -404,7 +404,8 @@ class SyncFlowAudioStream(nn.Module):
         if self.text_proj is not None:
             context = torch.cat([context, self.text_proj(text)], 1)     # (B, 1 + T, D)
             mask = torch.cat([mask, text_mask.bool()], 1)
-        rope = time_rope(audio_positions(z.shape[2], self.cfg.alpha).to(z.device), self.cfg)
+        times = to_device(audio_positions(z.shape[2], self.cfg.alpha), z.device)
+        rope = time_rope(times, self.cfg)
         return x, TowerConditioning(
             temb=temb, rope=rope, context=context, context_mask=mask[:, None, None])
 
@@ -432,8 +433,8 @@ class HarmonyAudioStream(AdaLNStream):
         index[R:R + S] = 1
         temb = self.time_embed(1000 * F.pad(sigma[:, None], (1, 0)))    # (B, 2, D)
         # Times: the reference stands before the target, at -R .. -1; text stands at 0.
-        times = torch.cat([torch.arange(-R, S), torch.zeros(text.shape[1])]).to(z.device)
-        rope = time_rope(times, self.cfg, self.cfg.alpha)
+        times = torch.cat([torch.arange(-R, S), torch.zeros(text.shape[1])])
+        rope = time_rope(to_device(times, z.device), self.cfg, self.cfg.alpha)
         # Padding of references and text.
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=z.device)
         if ref_mask is not None:

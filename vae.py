@@ -45,6 +45,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from losses import to_device
+
 
 # ---------------------------------------------------------------------------- video: layers
 
@@ -869,14 +871,18 @@ class AudioVAE(nn.Module):
             place.copy_(place * (1 - weight).sqrt() + part * weight.sqrt())
         return wave[:, :samples]
 
+    def shift_and_scale(self, z):
+        constants = torch.tensor([self.cfg.shift, self.cfg.scale], dtype=z.dtype)
+        return to_device(constants, z.device)[..., None]                # (A, 1) each
+
     def normalise(self, z):
         """Latents (B, A, S) -> about unit variance in every channel."""
-        shift, scale = z.new_tensor([self.cfg.shift, self.cfg.scale])[..., None]    # (A, 1) each
+        shift, scale = self.shift_and_scale(z)
         return (z - shift) * scale
 
     def denormalise(self, z):
         """The inverse of `normalise`."""
-        shift, scale = z.new_tensor([self.cfg.shift, self.cfg.scale])[..., None]
+        shift, scale = self.shift_and_scale(z)
         return z / scale + shift
 
 
