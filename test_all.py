@@ -3559,18 +3559,24 @@ def test_three_polynomials_make_a_matrix_nearly_orthogonal(dtype, top):
 
 
 def test_muons_steps_are_those_of_torch_in_bfloat16(monkeypatch):
-    """With Muon's own polynomial, five times, train.Muon is torch.optim.Muon, bit for bit."""
+    """With Muon's own polynomial, five times, train.Muon is torch.optim.Muon, bit for bit; also in
+    batches of one shape, as on a GPU."""
     monkeypatch.setattr(train, "NEWTON_SCHULZ", 5 * ((3.4445, -4.775, 2.0315),))
     torch.manual_seed(0)
     own = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 16), (16, 8), (8, 16))]
     torchs = [torch.nn.Parameter(p.detach().clone()) for p in own]
     muon = train.Muon(own, lr=.01, weight_decay=.01, dtype=torch.bfloat16)
     reference = torch.optim.Muon(torchs, lr=.01, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
+    for batched in (False, True, True):
         for p, q in zip(own, torchs):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
-        muon.step()
+        if batched:
+            with torch.no_grad():
+                muon.step_of_batch(own[::2], muon.param_groups[0])
+                muon.step_of_batch(own[1:2], muon.param_groups[0])
+        else:
+            muon.step()
         reference.step()
     for p, q in zip(own, torchs):
         assert torch.equal(p, q), (p - q).abs().max().item()
@@ -4067,6 +4073,23 @@ def test_a_run_measures_its_dtype_and_a_resumed_one_keeps_it(runs, monkeypatch, 
     monkeypatch.setattr(sample, "time_ratio", lambda *_: .5)
     process.measure_dtype()
     assert process.args.dtype == "bfloat16" and process.autocast is not nullcontext
+
+
+@pytest.mark.parametrize("flags, timed", [([], 0), (["--no-compile"], 1)])
+def test_what_is_compiled_for_a_gpu_is_not_timed_but_in_bfloat16(flags, timed, monkeypatch,
+                                                                 tmp_path):
+    def task(*_):
+        return SimpleNamespace(net=torch.nn.Identity())
+    for name, value in dict(task_class=lambda args: task, make_objective=Mock(),
+                            join_processes=lambda name: (torch.device("cuda"), "a GPU"),
+                            make_optimisers=Mock()).items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    measure = Mock(return_value="")
+    monkeypatch.setattr(train.Run, "measure_dtype", measure)
+    run = train.Run(train.parse_args(["--task", "vae", "--out", tmp_path, *flags]))
+    assert run.args.compile != timed and measure.call_count == timed
+    assert run.autocast is not nullcontext
 
 
 def test_prompts_kept_in_float16_are_stacked_under_autocast():

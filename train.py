@@ -104,7 +104,7 @@ COMMON = dict(
     out=(None, str, "folder of checkpoints and logs; None: out/TASK, or out/TASK-DATA"),
     seed=(0, COUNT_OR_NONE, "of everything that is random"),
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
-    dtype=("auto", ("auto", "float32", "bfloat16"), "auto: the faster one, as measured"),
+    dtype=("auto", ("auto", "float32", "bfloat16"), "auto: as measured; on CUDA bfloat16"),
     compile=(False, bool, "torch.compile: a slow start, then faster steps"),
     no_compile=(False, bool, "not even on CUDA, where it is the default without --pretrained"),
     # how long; a step is one update of the weights
@@ -1144,15 +1144,16 @@ def orthogonalise(x):
     Newton-Schulz: y <- a y + b (y y^T) y + c (y y^T)^2 y acts on each singular value as a
     polynomial. Those below .01 of the norm, about half of a gradient's, grow by the same factor,
     78, and remain small."""
-    # The smaller side first, so that the products are small.
-    tall = x.shape[1] > x.shape[2]
-    y = x.mT if tall else x
     # All singular values to [0, 1]
-    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    # (y y^T) y = y (y^T y): the smaller one of the two squares.
+    tall = y.shape[1] > y.shape[2]
     for a, b, c in NEWTON_SCHULZ:
-        gram = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return y.mT if tall else y
+        gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        left, right = (y, factor) if tall else (factor, y)
+        y = torch.baddbmm(y, left, right, beta=a)
+    return y
 
 
 class Muon(torch.optim.Optimizer):
@@ -1169,17 +1170,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            # Matrices of one shape are a batch: a GPU would take longer to start the products one
-            # by one than to compute them.
-            shapes = {}
+            # A GPU would take longer to start the products of single matrices than to compute them:
+            # all of one shape are a batch. A CPU has one matrix in its cache, but not a batch: in
+            # batches a step takes 1.2 times as long.
+            batches = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault((len(p), p[0].numel()), []).append(p)
-            for shape, params in shapes.items():
-                self.step_of_shape(params, shape, group)
+                    key = p if p.device.type == "cpu" else p.shape
+                    batches.setdefault(key, []).append(p)
+            for params in batches.values():
+                self.step_of_batch(params, group)
 
-    def step_of_shape(self, params, shape, group):
-        """The step of all parameters that are matrices of this shape."""
+    def step_of_batch(self, params, group):
+        """The step of parameters of one shape."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -1187,14 +1190,14 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, buffers, group["momentum"])
-        updates = torch.stack([update.flatten(1).to(self.dtype) for update in updates])
+        updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
+        # Kernels become matrices, and kernels again.
+        matrices = orthogonalise(updates.flatten(2).to(self.dtype))
+        updates = matrices.to(updates.dtype).view_as(updates)
         # Entries of the size of AdamW's, about 0.2 (Moonlight, 2025).
-        size = .2 * math.sqrt(max(shape))
-        updates = orthogonalise(updates).to(params[0].dtype).unbind()
-        updates = [update.reshape(p.shape) for update, p in zip(updates, params)]
+        size = .2 * math.sqrt(max(matrices.shape[1:]))
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, updates, alpha=-group["lr"] * size)
+        torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * size)
 
 
 def make_optimisers(net, name, lr, dtype=torch.float32):
@@ -1400,14 +1403,17 @@ class Run:
         self.flops = count_flops(self.task) * args.batch_size             # of a step
         # Of a model on Pyramid Flow only what is trained is saved.
         self.published = bool(getattr(args, "pretrained", None))
-        # Its frozen half may be in bfloat16 already: it is not timed.
-        if args.dtype == "auto" and not self.published:
+        # With --pretrained shapes change from step to step, not worth compiling for; and the frozen
+        # half may be in bfloat16 already: it is not timed.
+        if self.device.type == "cuda" and not args.no_compile and not self.published:
+            # Nor is what is compiled for a GPU, but in bfloat16 where that is native. Uncompiled, a
+            # small network waits for kernels to start, of which autocast adds some (a2v's tiny one:
+            # .62 x as fast, H100). Compiling merges them; to time that would be to compile twice.
+            args.compile = True
+        elif args.dtype == "auto" and not self.published:
             precision = self.measure_dtype()
         self.describe(f"{place}, {precision}")
         self.sharded = getattr(args, "fsdp", False)
-        # With --pretrained shapes change from step to step: not worth compiling for.
-        if self.device.type == "cuda" and not args.no_compile and not self.published:
-            args.compile = True
         # FSDP replaces the parameters, of which the lines below take hold.
         self.objective = make_objective(self.task, args)
 
@@ -1443,8 +1449,8 @@ class Run:
                   "clips")
 
     def measure_dtype(self):
-        """`pick_autocast` for forward and backward passes of four clips -> why in words. Process 0
-        decides for all."""
+        """`pick_autocast` for passes of four clips, forward and backward, not compiled -> why in
+        words. Process 0 decides for all."""
         batch = self.task.batch(0, [0, 1, 2, 3])
 
         def step():
