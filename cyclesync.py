@@ -1937,9 +1937,9 @@ def paired_gain(rows, others, key, rounds=1000):
     first has more in `key`, then that of seeds drawn anew, and of each its clips drawn anew. None
     where no clip has it.
 
-    Three seeds show little of how seeds vary, and drawing 3 of 3 makes that part of the interval
-    too narrow by the square root of 2/3; but their own clips are drawn beside them, which is in
-    the variation of the seeds already, so that all in all intervals are about right."""
+    Two small errors point in opposite directions: with 3 seeds a bootstrap shows 2/3 of the
+    variance between seeds; and clips are drawn within each seed as well, although that variation
+    is part of the one between seeds."""
     gains = []
     for row, other in zip(rows, others):
         # Both rows need a value: else draws are not of the same clips.
@@ -1973,7 +1973,7 @@ def run_training(args, folder, flags):
     # Ctrl-C or SIGTERM reached the training, which has saved its state.
     code = subprocess.run([str(part) for part in command]).returncode
     if code in (130, 143):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(code - 128)
     if code:
         raise BadInput(f"the training above ended with code {code}; the same command tries again")
 

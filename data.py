@@ -154,7 +154,9 @@ def on_sigterm(number, frame):
 
 def run_cli(main):
     """Run a program's `main`: bad input ends in one line on stderr and exit code 2, Ctrl-C and
-    SIGTERM in one line and 130 or 143."""
+    SIGTERM in one line and 130 or 143. Nothing half-written stays (`replacing`): a cache keeps its
+    complete shards, --jsonl its finished clips, and the same command goes on. A training has
+    handlers of its own (`train.Run.on_signal`)."""
     signal.signal(signal.SIGTERM, on_sigterm)
     # A log file grows while the run goes on; names that are not UTF-8 can be printed.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -593,7 +595,8 @@ def is_number(value, low=0., high=1e9):
 
 
 def is_guidance(value):
-    # A shift of 0 would divide by 0.
+    # Names are those of sample.GUIDANCE; a checkpoint with another one is refused. A shift of 0
+    # would divide by 0.
     lowest = dict(asg=0., cfg=0., still=0., sync_video=0., sync_audio=0., shift=.01, steps=1)
     return type(value) is dict and type(value.get("steps", 1)) is int and all(
         name in lowest and is_number(number, lowest[name]) for name, number in value.items())

@@ -14,7 +14,8 @@ Guidance   has one form for every rule of the three papers. S = 1 switches a ter
 
            paper                        negative prediction                 S
            Syncphony eqs. 2, 6 (ASG)    audio layers skipped                1 + w_a
-           Syncphony eqs. 5, 6 (CFG)    empty caption                       1 + w_t
+           Syncphony eqs. 5, 6 (CFG)    empty caption (on Pyramid Flow      1 + w_t
+                                        a prompt of flaws)
            SyncFlow eq. 3 (CFG)         empty caption                       w
            Harmony eqs. 9, 10           the other stream silent / static    s_v, s_a
 
@@ -285,14 +286,14 @@ def harmony_loss(model, z_v, z_a, text_inputs, transcripts, generators, ref=None
         audio-driven    noisy            clean            video        lambda_v = .1
         video-driven    clean            noisy            audio        lambda_a = .3
 
-    lambda_v weighs the AUDIO-driven loss, because that one trains the video. Beside a clean stream
-    the correspondence shows from the first step, between two noisy ones late in training.
+    noisy: at the clip's one sigma, a latent 0 that is given at 0; clean: at 0. lambda_v weighs the
+    AUDIO-driven loss, because that one trains the video. Beside a clean stream the correspondence
+    shows from the first step, between two noisy ones late in training.
 
     z_v (B, C, L, h, w), z_a (B, A, S); text_inputs, transcripts as `DualTower.encode_audio_text`
     takes them; ref (B, A, R), mask (B, R): clean references of the timbre. Stages 'video', 'audio',
     'timbre' train one stream; the last two differ in where train.py takes references from. shift:
-    5 as in Wan2.2. p_first_frame: share of clips whose latent 0 is given (clean, no loss).
-    """
+    5 as in Wan2.2. p_first_frame: share of clips whose latent 0 is given (clean, no loss)."""
     # One noise and one noise level per clip, which all forwards share.
     sigma = to_device(sample_sigma(rand_each(generators), sigma_dist, shift), z_v.device)   # (B,)
     eps_v = randn_each(generators, z_v.shape[1:], z_v.device)

@@ -420,8 +420,9 @@ class JointAttention(nn.Module):
 
     def forward(self, x, cond, cached_kv, text=None):
         """x (B, N, D), in double blocks text (B, T, D), cached_kv: rotated keys and values
-        (B, K, M, d) of the clean context -> (B, T+N, D) before the output projection, new ones.
-        With n_queries: of the last tokens alone"""
+        (B, K, M, d) that go before the new ones; with cond.slots all of a KVCache, into which the
+        new ones are written -> (B, T+N, D) before the output projection, new ones. With n_queries:
+        of the last tokens alone"""
         q, k, v = project_qkv(x, self.K, (self.to_q, self.to_k, self.to_v),
                               (self.norm_q, self.norm_k), cond.n_queries)  # (B, K, N, d)
         if text is not None:
@@ -883,10 +884,11 @@ class KVCache:
     fixed. (Where sigma is "shared", as published: `pyramid.HistoryCache`.) The order of keys does
     not matter, since their time is in their rotation.
 
-    Every step writes its keys into the same slots of the ring and attends to the whole cache,
-    without a copy of it; a mask hides what is empty, or more than W latents back. The keys that
-    stay are those of the finished latent, at sigma = 0. They cost no pass of their own: the first
-    step of the next latent makes them, a pass over both with a noise level for each.
+    Every step writes the keys of its one or two latents into their slots of the ring and attends
+    to the whole cache, without a copy of it; a mask hides what is empty, or more than W latents
+    back. Keys of a noisy latent are overwritten by its next step; those that stay are of the
+    finished one, at sigma = 0. They cost no pass of their own: the first step of the next latent
+    makes them, a pass over both with a noise level for each.
 
         keys ->      sink  |  4   5   6  ...  14   15   16   17        W = 12
         clean 16     even  |  x   x   x        x    x    x             sigma = 0
@@ -905,7 +907,8 @@ class KVCache:
     def __init__(self, model, first, text, pooled, audio_features=None, n_off_sync=0):
         """Latent 0 (B, C, 1, h, w), text (B, T, text_dim), pooled (B, pooled_dim), audio features
         (B, S, A) of the whole clip. The B rows are guidance branches of one or more clips; the
-        first n_off_sync of them get an off-sync row each."""
+        first n_off_sync of them get an off-sync row each, which has keys of its own, of a history
+        that skipped the audio layers as well."""
         self.model = model
         self.grid = model.token_grid(first)
         self.pooled = pooled

@@ -15,8 +15,11 @@ Three samplers share `losses.combine_guidance`, and all but sample_stages share 
     sample_joint            SyncFlow and Harmony: all latents of video and audio together
 
 **Guidance** compares the conditional velocity with those of branches in which ONE condition is
-replaced (table in losses.py): "null" has the empty caption, "off-sync" no audio layers; in "silent"
-and "static" the other stream is silence or a still. All branches of a step are rows of one batch.
+replaced (table in losses.py): "null" has the empty caption (on Pyramid Flow a prompt of flaws),
+"off-sync" no audio layers; in "silent" and "static" the other stream is silence or a still. All
+branches of a step are rows of one batch. A new rule of two towers is a branch in prepare_conditions
+and a field of JointRequest; of a2v, rows and a term in sample_autoregressive. Both need a name in
+GUIDANCE, FLAGS and data.is_guidance, and a row in the table.
 
 **Given streams.** A stream may be known in full, or its beginning (the first frame, the audio so
 far). `impose` puts it into x before every step, at the noise level that the network expects:
@@ -122,7 +125,8 @@ def pick_autocast(dtype, device, step=None):
         raise BadInput(f"--dtype {dtype}: expected auto, float32 or bfloat16")
 
     # Where the hardware lacks bfloat16 it is emulated, at a multiple of the time. The CPU's
-    # operator is missing in builds without mkldnn, such as those for Macs.
+    # operator is missing in builds without mkldnn, such as those for Macs. bool() is False: nothing
+    # is known of other devices and builds.
     is_native = {"cuda": partial(torch.cuda.is_bf16_supported, including_emulation=False),
                  "cpu": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)}
     if not is_native.get(device.type, bool)():
@@ -351,7 +355,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
     for _ in range(1, n_latents):
         x = {"video": randn_each(generators, z0.shape[1:]).to(z0)}
         x = shrink_to_rest(euler(velocity, x, sigma_steps(steps), bar)["video"], still)
-        # The finished latent joins the cache of every branch as a clean one.
+        # The first step of the next latent writes the clean keys of this one, in all branches.
         cache.append(rows(x))
         yield x
 
@@ -564,7 +568,8 @@ class JointRequest:
     sync_video: float = 1.                    # Harmony: s_v of SyncCFG
     sync_audio: float = 1.                    # Harmony: s_a of SyncCFG
     shift: float = 1.                         # of the noise levels, as in training
-    interval: tuple = (0., 1.)                # noise levels at which guidance acts
+    # noise levels, ends included, where all guidance acts; no flag: cyclesync.py --guidance-study
+    interval: tuple = (0., 1.)
 
     def __post_init__(self):
         low, high = self.interval
@@ -631,9 +636,9 @@ def prepare_conditions(model, vae, audio_vae, request):
     known = {stream: z for stream, z in known.items() if z is not None and stream in noise}
     missing = [s for s in noise if s not in known or known[s].shape[2] < noise[s].shape[2]]
 
-    # SyncCFG (Harmony section 3.4) strengthens neither the text nor a stream, but that both streams
-    # agree: it leads away from a partner that does nothing. That one is clean, as partners are in
-    # the one-way tasks of training. A tower alone has no partner.
+    # SyncCFG (Harmony section 3.4) makes the streams agree more: the video is led away from the one
+    # beside silence, the audio from the one beside a still picture. That partner is clean, as in
+    # the one-way tasks of training. A tower alone has none.
     text, null_text = encode_prompts(model, request)
     both = len(noise) == 2
     branches = {"cond": dict(text=text, scale={})}

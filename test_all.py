@@ -3332,7 +3332,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         target=lambda: sys.exit(cli(train, *flags, "--out", tmp_path / "stopped")))
     process.start()
     process.join(60)
-    assert process.exitcode == (130 if number == signal.SIGTERM else -number)
+    assert process.exitcode == (143 if number == signal.SIGTERM else -number)
     assert saved(tmp_path / "stopped")["step"] == 2
     monkeypatch.undo()
     assert cli(train, *flags, "--out", tmp_path / "stopped") == 0
@@ -3340,10 +3340,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_an_evaluation_ends_the_run_after_it(number, runs, monkeypatch):
+    """No step more; last.pt is of this step. Exit codes as of a shell, 128 + the number."""
+    d, run = runs
+
+    def evaluate(self, clips):
+        os.kill(os.getpid(), number)
+        return train.Evaluation({}, 0.)
+    monkeypatch.setattr(train.A2V, "evaluate", evaluate)
+    out = f"evaluation-{number}"
+    assert run(out, "--eval-clips", 1, "--sample-every", 2) == 128 + number
+    assert saved(d / out)["step"] == 2
+
+
 def test_the_second_signal_ends_a_run_at_once():
     """The first Ctrl-C asks for a checkpoint after the step; who presses again does not wait."""
     run = train.Run.__new__(train.Run)
-    run.stop = False
+    run.stop = 0
     run.on_signal(signal.SIGINT, None)
     assert run.stop
     with pytest.raises(KeyboardInterrupt):
@@ -5235,7 +5249,7 @@ def test_a_resumed_run_has_the_log_of_one_that_was_not_stopped(runs, tmp_path, m
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(train, "update_ema", stopped_in_step_2)
-    assert cli(train, *flags) == 130
+    assert cli(train, *flags) == 143
     monkeypatch.undo()
     # As SIGKILL in step 4 leaves them.
     shutil.copy(tmp_path / "whole/log.csv", out)

@@ -215,8 +215,9 @@ STAGES = {   # share of --lr, batches of so many times --batch-size, parts that 
         "timbre": (.3, 1, ("audio",)),
         "joint": (.6, 1, ("video", "audio", "bridge"))},
 }
-# Streams of random numbers: a generator is seeded by [--seed, its stream, step or sample id], so
-# that no two purposes share numbers. [--seed, epoch] orders the clips of an epoch.
+# Streams of random numbers: a generator is seeded by [--seed, its stream, step or sample id].
+# [--seed, epoch] orders the clips of an epoch: as zeros at the end of a seed do not count, epochs 1
+# to 5 have the seeds of step or sample 0 of the streams, which does no harm.
 STREAMS = dict(
     sample=1,         # by sample id: the window of a clip, dropped text, posteriors, stills
     step=2,           # by step: is audio skipped, which latent does Pyramid Flow's loss train
@@ -335,6 +336,7 @@ def join_processes(name):
         # Before anything touches CUDA: else every process opens a context on GPU 0, and FSDP, which
         # takes the current device, puts all shares there.
         torch.cuda.set_device(local_rank)
+        # Products of float32 are in TF32, in all trainings on CUDA.
         torch.set_float32_matmul_precision("high")
     device, text = pick_device(name)
     if device.type == "cuda":
@@ -363,14 +365,15 @@ def log_rank0(text):
         print(text)
 
 
-def any_process(stop):
-    """Did any process receive a signal? It arrives in different steps of different processes."""
+def signal_of_any(number):
+    """The signal that any process received, or 0. It arrives in different steps of different
+    processes."""
     if world_size() == 1:
-        return stop
+        return number
     # A number on the CPU: one on the GPU would be there after all that is queued.
-    count = torch.tensor(float(stop))
-    dist.all_reduce(count, group=patient_group())
-    return count.item() > 0
+    highest = torch.tensor(number)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=patient_group())
+    return highest.item()
 
 
 def seeded_each(ids, *numbers):
@@ -909,8 +912,9 @@ class AudioVAE:
 
 class TwoTowers:
     """SyncFlow (t2av): text -> video and sound on one noise level; audio attends to the features of
-    the video tower. Harmony (joint): either stream may be given as well; the network takes one
-    noise level per stream, the same sigma where both are noisy, 0 for a stream that is given."""
+    the video tower. Harmony (joint): either stream may be given as well; the network takes a noise
+    level per video latent and one of the audio, the same sigma where both are noisy, 0 for what is
+    given."""
 
     def __init__(self, args, device, autocast):
         self.args = args
@@ -1142,8 +1146,8 @@ NEWTON_SCHULZ = ((8.0211, -22.956, 16.623), (3.6231, -2.6621, .5141), (2.687, -1
 def orthogonalise(x):
     """Matrices (n, M, N) -> such with their singular vectors, and singular values near 1, by
     Newton-Schulz: y <- a y + b (y y^T) y + c (y y^T)^2 y acts on each singular value as a
-    polynomial. Those below .01 of the norm, about half of a gradient's, grow by the same factor,
-    78, and remain small."""
+    polynomial. Those below .01 of the norm, about half of a gradient's, grow by up to 78, the
+    product of the three a: .001 to .08, .01 to .73."""
     # All singular values to [0, 1]
     y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     # (y y^T) y = y (y^T y): the smaller one of the two squares.
@@ -1391,8 +1395,8 @@ class Run:
         self.last = self.load_last()
         self.autocast, precision = pick_autocast(args.dtype, self.device)
 
-        # The task prepares its data and builds its network, whose initial weights --seed decides.
-        # Process 0 comes first: it leaves files behind, which the others find.
+        # The task prepares its data (dtype auto: in bfloat16 if native, the network is timed below)
+        # and builds its network by --seed. Process 0 comes first: it leaves files for the others.
         if rank() > 0:
             barrier()
         torch.manual_seed(args.seed)
@@ -1437,7 +1441,7 @@ class Run:
         self.waited = 0.              # of them for batches, since that line
         self.reports = []             # since that line
         self.norms = []               # of the gradients since the last check
-        self.stop = False             # was a signal received?
+        self.stop = 0                 # number of the signal that was received
 
     def describe(self, device):
         """What is trained, and where."""
@@ -1469,11 +1473,11 @@ class Run:
         return why
 
     def on_signal(self, number, frame):
-        """Ctrl-C or SIGTERM: the first one ends the run after its step, with a checkpoint; the
-        second one at once."""
+        """Ctrl-C or SIGTERM: the first one ends the run after its step or evaluation, with a
+        checkpoint; the second one at once."""
         if self.stop:
-            raise KeyboardInterrupt
-        self.stop = True
+            raise KeyboardInterrupt(number)
+        self.stop = number
 
     def micro_batches(self):
         """-> the generators and inputs of every micro-batch from this step on. A thread draws the
@@ -1708,13 +1712,13 @@ def train(args):
     # Until the end of this stage: while the next one prepares, a signal ends the program.
     handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     micro_batches = run.micro_batches()
-    stopping = False
+    stopping = 0
     while run.step < args.steps and not stopping:
         start = time.perf_counter()
         run.accumulate_gradients(micro_batches)
         run.update()
         # If one process was asked to stop, all stop after this step.
-        stopping = any_process(run.stop)
+        stopping = signal_of_any(run.stop)
         if stopping or any(map(run.due, (args.log_every, args.sample_every, args.save_every))):
             norm = run.check()
         run.seconds += time.perf_counter() - start
@@ -1723,6 +1727,8 @@ def train(args):
         # All processes evaluate and gather; the first one writes.
         if run.due(args.sample_every):
             run.evaluate(clips)
+            # It takes long: a signal has come in it rather than in the step.
+            stopping = signal_of_any(run.stop)
         if run.due(args.save_every) or stopping:
             run.save_last()
     for s, handler in handlers.items():
@@ -1730,7 +1736,8 @@ def train(args):
     if stopping:
         print(f"stopped at step {run.step}; the same command continues from "
               f"{run.out / 'last.pt'}", file=sys.stderr)
-        sys.exit(130)
+        # As `run_cli`.
+        sys.exit(128 + stopping)
     log_rank0(f"done: {run.out / 'best.pt'}, {run.out / 'log.csv'}; {run.seconds:.0f} s of "
               "training")
 
