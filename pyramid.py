@@ -105,6 +105,10 @@ class HistoryCache:
         latent 7, step i     text 0 1 2 3 | 4    5  6    7
                              '- cached -'   '---- run ---'        then 4 joins the cache
 
+    In stages 1 and 0, whose history has fewer finer latents, three and two latents are run. Exact
+    as long as all latents have the same timesteps, attention is causal and finished latents do not
+    change.
+
     Three more savings, exact as well:
 
     * Text is cut to the longest one of the batch: nothing that is kept attends to padding.
@@ -129,8 +133,8 @@ class HistoryCache:
     Text and latent 0 attend to each other, as both stand at time 0. They are run together by the
     first latent that has latent 0 at the coarsest resolution: latent 3 in stage 2. When the window
     slides (`sample_pyramid`), all latents of the history move by one in time, towards latent 0, and
-    no longer attend to the one that was dropped. Every key changes, so from then on the whole
-    history is run in every call; the other three savings remain.
+    no longer attend to the one that was dropped. Every key changes, so the caches are emptied, and
+    from then on all of the history is run in every call; the other three savings remain.
 
     Memory: for the published network 184 kB a token in bfloat16 (24 blocks x 2 x 1920). At 384x640
     a coarse latent is 60 tokens, and there are 30 caches: after 16 latents 5 GB for each row of the
@@ -170,9 +174,12 @@ class HistoryCache:
         # how many latents are in the cache, and how many are in it after this call
         self.coarsest = self.coarsest or latents[-1].shape              # first call: of stage 0
         n_coarse = sum(z.shape == self.coarsest for z in latents[:-1])
+        # the window has moved: no key that is kept will be read again
+        if latents_dropped:
+            self.caches.clear()
         n_cached, kv = self.caches.get(timestep, (0, None))
-        # the window has moved, or this is another video: all of the history is run
-        if latents_dropped or n_cached >= n_coarse:
+        # this is another video: all of the history is run
+        if n_cached >= n_coarse:
             n_cached, kv = 0, None
         # with reuse > 1: the noisy latent alone is run, in all calls of a stage but every k-th
         is_reused = self.calls % self.reuse > 0 and len(latents) > 1

@@ -763,13 +763,19 @@ def sample_staged(net, n_latents, given=True, keep=30, counted=(), cached=True, 
 
 
 @pytest.mark.parametrize("given, keep", [(True, 30), (True, 3), (False, 4)])
-def test_the_history_cache_changes_no_latent_even_when_the_window_slides(given, keep):
-    """Text and audio guidance, padded prompts of two lengths; latent 0 given and generated."""
+def test_the_history_cache_changes_no_latent_even_when_the_window_slides(
+        given, keep, monkeypatch):
+    """Text and audio guidance, padded prompts of two lengths; latent 0 given and generated. Caches
+    that are of no use any more take no memory."""
+    made = []
+    real = pyramid.HistoryCache
+    monkeypatch.setattr(pyramid, "HistoryCache", lambda *a: made.append(real(*a)) or made[-1])
     net = little_flux(audio_dim=6, alpha=5.).double()
     plain, _ = sample_staged(net, 7, given, keep, cached=False)
     fast, _ = sample_staged(net, 7, given, keep)
     assert plain.abs().max() > 1 and plain.shape == fast.shape
     assert_close("latents", fast, plain, 1e-5)
+    assert bool(made[-1].caches) == (keep == 30)
 
 
 def test_the_history_cache_runs_every_coarse_latent_once_per_stage_and_step(monkeypatch):
