@@ -97,7 +97,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with the module's docstring as help, defaults shown, errors in one line."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            # What has no default says in words what is taken instead.
+            return action.help if action.default is None else super()._get_help_string(action)
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=self.Formatter, allow_abbrev=False)

@@ -101,7 +101,7 @@ COMMON = dict(
     # what and where
     data=("toybox", str, f"toybox, {', '.join(data.DATASETS)}, or a folder of clips"),
     data_root=("data", str, "folder of datasets and of caches of latents"),
-    out=(None, str, "folder of checkpoints and logs; None: out/TASK, or out/TASK-DATA"),
+    out=(None, str, "folder of checkpoints and logs; else out/TASK, or out/TASK-DATA"),
     seed=(0, COUNT_OR_NONE, "of everything that is random"),
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
     dtype=("auto", ("auto", "float32", "bfloat16"), "auto: as measured; on CUDA bfloat16"),
@@ -140,7 +140,7 @@ TOWERS = dict(
     # Of spectra. No sound is generated better than the VAE codes true ones: onset F1 is .987 after
     # this one, .945 after the one of waveforms (SyncFlow's paper); Frechet of log-mels 1.6, 4.0.
     audio_vae=(str(MEL_VAE_FILE), str, "the VAE that makes the latents of the sound"),
-    init=(None, str, "checkpoint to start from; None: that of the stage before, in --out"),
+    init=(None, str, "checkpoint to start from; else that of the stage before, in --out"),
     # Most of what a video tower learns is appearance, of which a clip shows one example.
     pictures=(8, COUNT_OR_NONE, "still pictures to learn from beside every clip"),
 )
