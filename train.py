@@ -1147,9 +1147,9 @@ def orthogonalise(x):
     """Matrices (n, M, N) -> such with their singular vectors, and singular values near 1, by
     Newton-Schulz: y <- a y + b (y y^T) y + c (y y^T)^2 y acts on each singular value as a
     polynomial. Those below .01 of the norm, about half of a gradient's, grow by up to 78, the
-    product of the three a: .001 to .08, .01 to .73."""
+    product of the three a: .001 to .08, .01 to .73. x is overwritten."""
     # All singular values to [0, 1]
-    y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    y = x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
     # (y y^T) y = y (y^T y): the smaller one of the two squares.
     tall = y.shape[1] > y.shape[2]
     for a, b, c in NEWTON_SCHULZ:
