@@ -150,8 +150,8 @@ def summarise(records):
 
 
 def shuffled(values):
-    """The level of chance: every clip gets the value of the clip half the list away. (Windows of
-    one clip are neighbours.)"""
+    """The level of chance: every clip gets the value of the clip half the list away. (Windows and
+    draws of one clip are neighbours.)"""
     half = len(values) // 2
     return [*values[half:], *values[:half]]
 
@@ -281,12 +281,12 @@ def toybox_records(videos, clips, start=0., end=math.inf):
     return records
 
 
-def shuffled_events(records):
-    """The level of chance of `toybox_records`: every clip with events against those of the next
-    such clip. -> a record for each, empty for clips without events."""
+def shuffled_events(records, draws=1):
+    """The level of chance of `toybox_records` of so many draws of every clip: each with events
+    against those of the next such clip. -> a record for each, empty for clips without events."""
     eventful = [i for i, r in enumerate(records) if len(r["true_times"])]
     chance = [{} for _ in records]
-    for i, other in zip(eventful, eventful[1:] + eventful[:1]):
+    for i, other in zip(eventful, eventful[draws:] + eventful[:draws]):
         chance[i] = event_record(records[other]["true_times"], records[i]["detected_times"])
     return chance
 
@@ -725,7 +725,8 @@ def held_out_clips(args, size, audio_lead=0.):
         seed = args.seed + STUDY_SEED * (args.steps_study or args.guidance_study)
         clips = [toybox_clip(HELD_OUT + 10 ** 4 * seed + i, size) for i in range(args.clips)]
         for c in clips:
-            c.update(name=str(c["seed"]), audio_lead=audio_lead)
+            # The source of all its draws (--draws): they are alike, as windows of one clip are.
+            c.update(name=str(c["seed"]), source=str(c["seed"]), audio_lead=audio_lead)
             # The noise of the room precedes the clip.
             if audio_lead:
                 c["audio"], _ = synthesise(c["scene"], c["events"] + audio_lead, c["durations"],
@@ -1083,7 +1084,8 @@ class AudioToVideo(Scorer):
         # In the toybox also the events in the picture against the true ones.
         records = toybox_records(videos, self.clips)
         sync_chance = sync_records(shuffled(times), analyses, self.clips, self.args.tolerance)
-        self.chance = [a | b for a, b in zip(shuffled_events(records), sync_chance)]
+        chance = shuffled_events(records, self.args.draws)
+        self.chance = [a | b for a, b in zip(chance, sync_chance)]
         figures["kinds"] = {k: summarise([r for r in records if r["kind"] == k]) for k in KINDS}
         return [a | b for a, b in zip(records, sync)], figures
 
@@ -1221,9 +1223,10 @@ class Towers(Scorer):
         for i, (clip, wave) in enumerate(zip(self.clips, waves)):
             sounding = onsets_in_sound(wave)
             # The streams against each other.
-            record = dict(clip=clip["name"], kind=clip["kind"], detected_times=found[i],
-                          residual=drawn[i]["residual"], agreement_f1_50=f1(found[i], sounding),
-                          agreement_shuffled=f1(other_found[i], sounding))
+            record = labels(clip) | dict(
+                detected_times=found[i], residual=drawn[i]["residual"],
+                agreement_f1_50=f1(found[i], sounding),
+                agreement_shuffled=f1(other_found[i], sounding))
             # Either stream against the events that it was generated for.
             if known:
                 scores = event_record(truth[i], sounding)
@@ -1291,8 +1294,9 @@ def timbre_records(waves, takes, clips):
     records = []
     for i, (clip, wave) in enumerate(zip(clips, waves)):
         scores = event_record(clip["events"], onsets_in_sound(wave))
-        record = dict(clip=clip["name"], onsets_f1_50=scores["f1_50"])
-        others = [j for j in eventful if j != i and clips[j]["kind"] == clip["kind"]]
+        record = labels(clip) | dict(onsets_f1_50=scores["f1_50"])
+        others = [j for j in eventful
+                  if clips[j]["kind"] == clip["kind"] and clips[j]["name"] != clip["name"]]
         if i in eventful and others:
             sound = timbre(wave)
             distance = [np.abs(sound - voice).mean() for voice in voices]
@@ -1340,7 +1344,7 @@ def map_records(maps, clips):
         for name, cell in (("attention", attention[i, steps].mean(0)), ("SyncCFG", pull[i])):
             # The share of the map on these places, over the share of the picture that they are.
             inside = cell / cell.sum() * F.adaptive_avg_pool2d(moves[None], cell.shape)[0]
-            found[name].append({group: (inside.sum() / moves.mean()).item()})
+            found[name].append(labels(clip) | {group: (inside.sum() / moves.mean()).item()})
     return found
 
 
@@ -1374,25 +1378,27 @@ STUDY_SEED = 1000
 # a smear at the right time, the residual does.
 DECIDING = dict(f1_50=1, onsets_f1_50=1, seen_f1_50=1, agreement_f1_50=1, motion=1, residual=-1)
 # As good: no figure is worse by more than this, with a probability of 97.5 % (the lower end of the
-# paired bootstrap interval). 48 clips have about 150 events; .02 of their F1 is 3 missed ones.
+# paired bootstrap interval). 48 clips have about 75 events; .02 of their F1 is 3 missed ones.
 MARGIN = .02
 # And no Frechet distance is longer than so many times that with 30 steps: sounds in few steps begin
-# at the right time, but are less varied than true ones. 8 clips of SyncFlow, a sound for a video:
-# 4.8 with 30 steps, 5.6 with 10, 8.3 with 6, 13 with 3, whose onset F1 is not lower.
+# at the right time, but are less varied than true ones. 48 clips of SyncFlow, a sound for a video:
+# 7.5 with 30 steps, 10.6 with 10, 14.7 with 6, 22 with 3, whose onset F1 is not lower.
 FARTHEST = 1.25
 
 
 def compare_steps(row, reference, deciding=DECIDING):
     """Records and figures of two rows of the same clips -> what the first has more than the other
-    in the figure that suffers most: `gain`, value and interval as text; `least_gain`, its lower
-    end; `frechet_ratio`, the largest of its distances over those of the other."""
+    in the figure whose interval reaches lowest: `gain`, value and interval as text; `least_gain`,
+    its lower end, -inf where there is no interval; `frechet_ratio`, the largest of its distances
+    over those of the other."""
     gains = []
     for figure, sign in deciding.items():
         gain = resample_clips(row[0], figure) - resample_clips(reference[0], figure)
         value, low, high = interval(sign * gain)
         # What does not differ at all, such as the figures of a given stream, says nothing.
-        if math.isfinite(low) and (low, high) != (0, 0):
-            gains.append((low, value, high))
+        if math.isfinite(value) and (value, low, high) != (0, 0, 0):
+            # Of one clip nothing is known about others: that may be any loss.
+            gains.append((-math.inf if math.isnan(low) else low, value, high))
     low, value, high = min(gains, default=(0., 0., 0.))
     # A stream that is given has the distance 0, up to rounding.
     ratios = [row[1][k] / far for k, far in reference[1].items() if "frechet" in k and far > 1e-6]
@@ -1405,7 +1411,8 @@ def study(scorer, rows, steps_tried):
     rows: pairs of a mode and {name: settings}."""
     print(f"{scorer.described}\n{scorer.args.ckpt}: step {scorer.ckpt['step']}; "
           f"{len(scorer.clips)} clips that are in no other table; {scorer.note}; in brackets 95 % "
-          "intervals over clips; gain: of the figure that suffers most, over the first row")
+          "intervals over clips; gain: over the first row, of the figure whose interval reaches "
+          "lowest")
     columns = {k: title for k, title in scorer.columns.items() if k in DECIDING or "frechet" in k}
     table = Table(columns | dict(gain="gain", frechet_ratio="Frechet / of first",
                                  seconds="seconds per clip"))
@@ -1436,11 +1443,14 @@ def steps_study(args):
     them further, so that without it fewer may do."""
     scorer = open_scorer(args.ckpt, args)
     modes = dict(scorer.study_rows())
-    table = study(scorer, modes.items(), STUDY_STEPS)
+    # On Pyramid Flow each of three resolutions takes a step.
+    least = 3 if getattr(scorer.model.cfg, "context_sigma", "") == "shared" else 1
+    tried = [n for n in STUDY_STEPS if n >= least]
+    table = study(scorer, modes.items(), tried)
     # In every mode: the fewest steps down to which all are as good
     enough = dict(guided=[], plain=[])
     for mode, name in product(modes, enough):
-        rows = ((n, table.result[f"{mode}_{name}_{n}"]) for n in STUDY_STEPS)
+        rows = ((n, table.result[f"{mode}_{name}_{n}"]) for n in tried)
         good = takewhile(lambda row: row[1]["least_gain"] >= -MARGIN
                          and row[1]["frechet_ratio"] <= FARTHEST, rows)
         enough[name].append(min((n for n, _ in good), default=None))
@@ -1860,7 +1870,7 @@ def score_rows(file, part, flags, ablation, args):
     rows = {title: guidance for title, _, row_flags, guidance in ablation["rows"]
             if (part, flags) == (ablation["stage"], row_flags)}
     scorer = open_scorer(file.parent / "best.pt", args) if rows else None
-    kept = ("clip", "kind", *ablation["figures"], *ablation["stress"])
+    kept = ("clip", "kind", "source", *ablation["figures"], *ablation["stress"])
     result = {}
     for title, guidance in tqdm(rows.items(), desc="scoring", disable=None, leave=False):
         records, figures = scorer.ablation_row(**guidance)

@@ -1992,6 +1992,19 @@ def test_the_steps_study_recommends_the_fewest_steps_that_are_as_good_on_clips_o
     # Those of a table begin at HELD_OUT + 10^4 times its --seed.
     assert min(seeds) >= toybox.HELD_OUT + 10 ** 7
 
+    # On Pyramid Flow three resolutions take a step each.
+    opened = cyclesync.open_scorer
+
+    def on_pyramid_flow(path, args):
+        scorer = opened(path, args)
+        scorer.model.cfg.context_sigma = "shared"
+        return scorer
+    monkeypatch.setattr(cyclesync, "open_scorer", on_pyramid_flow)
+    calls.clear()
+    assert cli(cyclesync, "--steps-study", "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt",
+               "--clips", 4, "--out", tmp_path) == 0
+    assert {steps for steps, *_ in calls} == {30, 3}
+
 
 def test_the_guidance_study_compares_what_acts_in_every_mode_with_the_paper_on_clips_of_no_table(
         tmp_path, capsys, monkeypatch):
@@ -2048,6 +2061,9 @@ def test_few_steps_are_as_good_in_the_figure_that_suffers_most():
     assert row.pop("gain").startswith(f"{-np.mean(differences):+.3f} [{row['least_gain']:+.2f}, ")
     assert row == dict(least_gain=pytest.approx(low, abs=.0015), frechet_ratio=1.5)
     assert abs(row["least_gain"] + np.mean(differences)) > .004
+    # Of one clip alone nothing is known: this is no reason to take fewer steps.
+    one = cyclesync.compare_steps((few[:1], {}), (many[:1], {}))
+    assert one["least_gain"] == -math.inf
 
 
 def test_every_condition_of_the_stress_split_is_what_it_says():
@@ -2146,7 +2162,8 @@ def test_the_tables_of_stress_and_negatives_have_a_row_for_every_condition(
 
 
 def test_several_draws_of_a_clip_differ_in_their_noise_alone(toy):
-    """--draws: several videos per clip, each from noise of its own, beside one another."""
+    """--draws: several videos per clip, each from noise of its own, beside one another. They count
+    as one clip, and chance is another clip's events."""
     args = cyclesync.arguments().parse_args("--clips 2 --draws 2 --steps 1".split())
     scorer = cyclesync.AudioToVideo(toy / "a2v.pt", args)
     a, also_a, b, also_b = scorer.clips
@@ -2154,6 +2171,9 @@ def test_several_draws_of_a_clip_differ_in_their_noise_alone(toy):
     videos, _, _ = scorer.generate()
     for one, other in (videos[:2], videos[2:]):
         assert (one[0] == other[0]).all() and (one != other).any()
+    records, _ = scorer.score(scorer.videos, scorer.sounds)
+    assert cyclesync.summarise(records)["clips"] == cyclesync.summarise(scorer.chance)["clips"] == 2
+    assert all(hits < most for hits, most in (record["f1_50"] for record in scorer.chance))
 
 
 @slow
@@ -6226,7 +6246,8 @@ def test_two_towers_are_scored_by_the_events_in_the_picture_and_in_the_sound(
 
 def test_a_map_is_compared_with_the_places_where_the_thing_can_move():
     """Harmony figures 3, 5: 1 for a flat map, the inverse of their area for a map on them alone."""
-    clip = toybox.toybox_clip(cyclesync.HELD_OUT + 3, kind="hammer") | dict(events=np.array([.6]))
+    clip = toybox.toybox_clip(cyclesync.HELD_OUT + 3, kind="hammer")
+    clip.update(events=np.array([.6]), name="")
     drawn = toybox.draw_scene(clip["scene"], np.linspace(*toybox.STATES["hammer"], 9), 64)
     moves = torch.from_numpy((np.ptp(drawn.astype(int), 0).max(-1) > 24)).float()    # (H, W)
 
@@ -6253,6 +6274,9 @@ def test_takes_of_one_thing_are_closer_in_timbre_than_other_things():
     def closer(waves):
         return cyclesync.summarise(cyclesync.timbre_records(waves, takes, clips))["closer"]
     assert closer(waves) > .75
+    # Other draws of a clip are no other clips.
+    both = cyclesync.timbre_records(2 * waves, 2 * takes, 2 * clips)
+    assert cyclesync.summarise(both)["closer"] == pytest.approx(closer(waves))
     assert closer(waves[::-1]) < .6
 
 
