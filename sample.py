@@ -402,9 +402,9 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, interval
                "scale": {stream: S}, guidance away from the branch}}; "cond" replaces nothing
     known      {stream: latents}: its beginning, or all of it
     reference  (B, A, R) clean audio latents of the timbre that is wanted (Harmony)
-    interval   noise levels between which guidance acts; elsewhere "cond" runs alone (R = 1), which
-               is cheaper. Kynkaanniemi et al. 2024: at high noise guidance makes samples too alike,
-               at low noise it changes little
+    interval   noise levels between which guidance acts; elsewhere "cond" runs alone, a row a clip,
+               and costs less. Kynkaanniemi et al. 2024: at high noise guidance makes samples too
+               alike, at low noise it changes little
 
                    sigma   1 ----------- high ------------- low ---------- 0
                    rows    cond    |  cond, null, silent, static  |     cond
@@ -572,7 +572,8 @@ class JointRequest:
     interval: tuple = (0., 1.)
 
     def __post_init__(self):
-        low, high = self.interval
+        # A list would be cut by `part`, as if it had a value per clip.
+        self.interval = low, high = tuple(self.interval)
         if not 0 <= low < high <= 1:
             raise BadInput(f"guidance interval {low:g} to {high:g}: two noise levels are needed, "
                            "0 <= low < high <= 1; 0 to 1 is all of them")

@@ -5697,6 +5697,8 @@ def test_guidance_acts_at_the_noise_levels_of_its_interval_and_costs_nothing_els
 def test_an_interval_of_guidance_is_two_noise_levels(wrong):
     with pytest.raises(data.BadInput, match="0 <= low < high <= 1"):
         joint_request(["a"], interval=wrong)
+    # The same for all clips, also where it is a list.
+    assert joint_request(["a", "b", "c"], interval=[.2, .7]).part(2, 3).interval == (.2, .7)
 
 
 def test_a_long_video_gets_its_audio_in_overlapping_windows(monkeypatch):
