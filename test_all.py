@@ -3609,11 +3609,11 @@ def test_muons_steps_are_those_of_torch_in_bfloat16(monkeypatch):
     torchs = [torch.nn.Parameter(p.detach().clone()) for p in own]
     muon = train.Muon(own, lr=.01, weight_decay=.01, dtype=torch.bfloat16)
     reference = torch.optim.Muon(torchs, lr=.01, weight_decay=.01, adjust_lr_fn="match_rms_adamw")
-    for batched in (False, True, True):
+    for in_batches in (False, True, True):
         for p, q in zip(own, torchs):
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.clone()
-        if batched:
+        if in_batches:
             with torch.no_grad():
                 muon.step_of_batch(own[::2], muon.param_groups[0])
                 muon.step_of_batch(own[1:2], muon.param_groups[0])
