@@ -45,8 +45,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from losses import to_device
-
 
 @dataclass
 class MMDiTConfig:
@@ -166,7 +164,8 @@ def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, d
     at all and computes the other ones -> BlockMask. It is made of the same function."""
     # of every token: which latent it belongs to (text: latent 0), and whether it is noisy
     latents = torch.tensor([*range(n_clean), *range(n_clean + 1 - n_noisy, n_clean + 1)])
-    latent = to_device(F.pad(latents.repeat_interleave(tokens_per_latent), (n_text, 0)), device)
+    latent = F.pad(latents.repeat_interleave(tokens_per_latent), (n_text, 0))
+    latent = latent.to(device, non_blocking=True)
     is_noisy = torch.arange(len(latent), device=device) >= n_text + n_clean * tokens_per_latent
 
     def mask_mod(_batch, _head, query, key):
@@ -200,7 +199,7 @@ def rope_table(ids, axes, time_scale=1., device=None):
     cos = angles.cos().float().repeat_interleave(2, -1)                 # (..., d)
     sin = angles.sin().float()                                          # (..., d/2)
     sin = torch.stack([-sin, sin], -1).flatten(-2)                      # (..., d)
-    return to_device(cos, device), to_device(sin, device)
+    return cos.to(device, non_blocking=True), sin.to(device, non_blocking=True)
 
 
 def check_axes(axes, head_dim):
@@ -739,7 +738,7 @@ class MMDiT(nn.Module):
         B, S = audio_features.shape[:2]
         t = audio_positions(S, self.cfg.alpha, start)                           # (S,)
         audio_mask = temporal_window(times, t, self.cfg.window)                 # eq. 7
-        audio_mask = to_device(audio_mask, device)
+        audio_mask = audio_mask.to(device, non_blocking=True)
         if packing is not None:
             # the audio of all samples behind one another; a latent attends to that of its sample
             sizes, owners = zip(*packing.owners)
@@ -865,7 +864,7 @@ class MMDiT(nn.Module):
         timestep = 1000 * F.pad(sigma, (1, 0))                                  # (B, 1+M)
         index = torch.arange(1, M + 1).repeat_interleave(h * w)
         index = F.pad(index, (T + (L - 1) * h * w, 0))                          # (T+N,)
-        index = to_device(index, noisy.device)
+        index = index.to(noisy.device, non_blocking=True)
         out = self([clean, noisy], ids, mask if flex else mask[None, None], timestep, text, pooled,
                    audio_features, index)
         return self.to_velocity(out, noisy, sigma[:, None, :, None, None])
@@ -969,9 +968,9 @@ class KVCache:
         sinks = latents % 2 == torch.arange(2)                                  # (2, 2)
         parts = sinks.repeat_interleave(self.n_sink, 1), ring.repeat_interleave(n, 1)
         mask = additive(torch.cat(parts, 1), self.kv[0][1].dtype)               # (2, slots)
-        mask = to_device(mask[None, None], device)
+        mask = mask[None, None].to(device, non_blocking=True)
         slots = 2 * self.n_sink + (latents - 1) % self.n_ring * n + torch.arange(n)
-        slots = to_device(slots, device)                                        # (2, n)
+        slots = slots.to(device, non_blocking=True)                            # (2, n)
         i = (latent - 1) % AUDIO_LATENTS
         if i == 0:
             around = range(latent - 1, latent + AUDIO_LATENTS)
@@ -996,7 +995,7 @@ class KVCache:
         All latents have the same sigmas, so it is kept: 12 % of a step on a CPU (size tiny)."""
         if sigmas not in self.levels:
             timestep = torch.tensor([1000. * sigma for sigma in sigmas])
-            timestep = to_device(timestep, like.device).expand(len(like), -1)   # (B, G)
+            timestep = timestep.to(like.device, non_blocking=True).expand(len(like), -1)  # (B, G)
             temb = self.model.time_text_embed(timestep, self.pooled)            # (B, G, D)
             index = torch.arange(len(sigmas), device=like.device).repeat_interleave(self.n)
             adaln = self.model.all_adaln(temb, self.n_off_sync, index if len(sigmas) > 1 else None)

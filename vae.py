@@ -45,8 +45,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from losses import to_device
-
 
 # ---------------------------------------------------------------------------- video: layers
 
@@ -873,7 +871,7 @@ class AudioVAE(nn.Module):
 
     def shift_and_scale(self, z):
         constants = torch.tensor([self.cfg.shift, self.cfg.scale], dtype=z.dtype)
-        return to_device(constants, z.device)[..., None]                # (A, 1) each
+        return constants.to(z.device, non_blocking=True)[..., None]          # (A, 1) each
 
     def normalise(self, z):
         """Latents (B, A, S) -> about unit variance in every channel."""
