@@ -90,9 +90,9 @@ import data
 from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, replacing,
                   tensor_to_frames)
 from sample import (
-    A2V_FILE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video,
-    external_encoders, generate_audio_video, generate_video, load, load_vae, pick_autocast,
-    pick_device, recommended, sample_autoregressive, video_to_audio)
+    A2V_FILE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video, external_encoders,
+    generate_audio_video, generate_video, load, load_vae, pick_autocast, pick_device, recommended,
+    sample_autoregressive, video_to_audio)
 from toybox import (
     FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, TIMING, UNREADABLE, detect_clip_events,
     detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
@@ -1853,7 +1853,8 @@ def ablate(args):
                     score_rows(file, part, flags, ablation, args)
         missing = [(seed, part) for seed, part in trainings if not scored(seed, *part).is_file()]
         # They are the work of others.
-        time.sleep(5 if missing else 0)
+        if missing:
+            time.sleep(5)
     scores = read_scores(scored(seed, *part) for seed, part in trainings)
     print(f"{steps} steps on {clips} clips, {args.clips} held-out clips, {args.steps} Euler steps, "
           f"{seeds} training seeds")
@@ -1875,8 +1876,8 @@ def score_rows(file, part, flags, ablation, args):
         records, figures = scorer.ablation_row(**guidance)
         for condition in ablation["stress"]:
             records += scorer.stress_row(condition, **guidance)
-        # What has no value is nan, which is not equal to itself.
-        known = [{key: record[key] for key in kept if record.get(key, NAN) == record.get(key)}
+        # Without nan, which is not equal to itself: what a clip lacks.
+        known = [{key: record[key] for key in kept if key in record and record[key] == record[key]}
                  for record in records]
         distances = {key: figures[key] for key in kept if key in figures}
         result[title] = dict(records=known, figures=distances)

@@ -52,8 +52,8 @@ def velocity(z, eps):
 
 
 def to_device(x, device):
-    """A copy of x for which the CPU does not wait. Pinned memory is read by the GPU itself, when
-    what was queued before is done; any other copy first waits for all of that."""
+    """x on a device; from CPU to GPU a copy for which the CPU does not wait. Pinned memory is read
+    by the GPU itself, when what was queued before is done; any other copy first waits for that."""
     from_cpu_to_gpu = torch.device(device).type == "cuda" and x.device.type == "cpu"
     # torch.compile cannot trace pinning.
     if from_cpu_to_gpu and not torch.compiler.is_compiling():

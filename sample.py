@@ -413,6 +413,13 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, interval
     harmony = model.cfg.system == "harmony"
     low, high = interval
 
+    def conditions(acting):
+        text = [torch.cat(parts) for parts in zip(*(branch["text"] for branch in acting.values()))]
+        ref = None if reference is None else torch.cat([reference] * len(acting))
+        return acting, text, ref
+    inside = conditions(branches)
+    outside = conditions(dict(cond=branches["cond"]))
+
     def network_input(stream, x, sigma, branch):
         # Harmony's video tower takes a noise level per latent, its audio tower one per clip, so
         # only audio given in full can be clean. SyncFlow has one for all.
@@ -423,9 +430,7 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, interval
 
     def velocity(x, sigma):
         # All branches are rows of one batch.
-        acting = branches if low <= sigma <= high else dict(cond=branches["cond"])
-        text = [torch.cat(parts) for parts in zip(*(b["text"] for b in acting.values()))]
-        ref = None if reference is None else torch.cat([reference] * len(acting))
+        acting, text, ref = inside if low <= sigma <= high else outside
         rows = dict.fromkeys(("video", "audio"))
         levels = dict.fromkeys(rows)
         for stream in x:

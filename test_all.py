@@ -2484,13 +2484,13 @@ def test_an_ablation_trains_what_is_missing_and_scores_every_row(
         assert {*ablation["figures"], *ablation["stress"]} < set(result[title]), title
     for reference, titles in ablation["minus"].items():
         for title, figure in product(titles, ablation["figures"] + [*ablation["stress"]]):
-            ours, theirs = result[title][figure][0], result[reference][figure][0]
+            value, other = result[title][figure][0], result[reference][figure][0]
             gain = result[f"{title} - {reference}"]
-            assert gain["seeds"][figure] == ([pytest.approx(ours - theirs, abs=2e-4)]
-                                             if None not in (ours, theirs) else [None]), title
+            assert gain["seeds"][figure] == ([pytest.approx(value - other, abs=2e-4)]
+                                             if None not in (value, other) else [None]), title
             # Distances have no interval.
-            if figure in gain["interval"] and None not in (ours, theirs):
-                assert gain[figure] == pytest.approx(ours - theirs, abs=2e-4), (title, figure)
+            if figure in gain["interval"] and None not in (value, other):
+                assert gain[figure] == pytest.approx(value - other, abs=2e-4), (title, figure)
     lines = (tmp_path / f"ablation-{name}-{ablation['quick']}/clips.csv").read_text().splitlines()
     # Two clips in every row; in Syncphony's also two of every condition of the stress split.
     assert len(lines) == 1 + 2 * len(ablation["rows"]) * (1 + len(ablation["stress"]))

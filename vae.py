@@ -870,6 +870,7 @@ class AudioVAE(nn.Module):
         return wave[:, :samples]
 
     def shift_and_scale(self, z):
+        """Of every channel of latents like z."""
         constants = torch.tensor([self.cfg.shift, self.cfg.scale], dtype=z.dtype)
         return constants.to(z.device, non_blocking=True)[..., None]          # (A, 1) each
 
