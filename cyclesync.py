@@ -36,10 +36,10 @@ No public code exists. Where the paper contradicts itself or is silent, this fil
                0-7 % of the onsets agree within 5 ms, 97-100 % within 50 ms)
     union      not defined. `set` counts equal times once, the literal reading: identical lists
                score 1, lists one analysis frame apart 0.5. `merged` counts a matched pair once: 1
-               for both. The paper's values (22 of 100 for real clips) fit `set`; `merged` can be
-               interpreted. Both are printed
+               for both. The paper's values (22 of 100 for real clips) fit `set`; `merged`, from 0
+               to 1, is the Jaccard index where pairs are one to one. Both are printed
     detector   librosa's at 22 050 Hz whatever the file's rate: at 16 kHz it reports every hit twice
-    silence    one side without an onset: 0. Both sides: undefined, the clip is left out, counted
+    silence    one side without an onset: 0. Both sides: undefined, the clip is left out
     +-         not said of what. Brackets are 95 % intervals over clips (bootstrap); windows of one
                clip are drawn together
 
@@ -253,6 +253,7 @@ def event_record(truth, found):
         record[f"precision_{ms}"] = len(lags), len(found)
         record[f"recall_{ms}"] = len(lags), len(truth)
         record[f"f1_{ms}"] = 2 * len(lags), len(truth) + len(found)
+    # `lags` are those within 100 ms now.
     record["timing_ms"] = 1000 * float(np.abs(lags).sum()), len(lags)
     return record
 
@@ -299,6 +300,7 @@ def onsets(wave, rate):
     import librosa
     # At 16 kHz the detector's local-maximum test spans no frame, and it reports every hit twice.
     wave = librosa.resample(np.asarray(wave, np.float32), orig_sr=rate, target_sr=22050)
+    # Its picker: the highest within 30 ms before, and above the mean of 100 ms around by .07.
     return librosa.onset.onset_detect(y=wave, sr=22050, hop_length=512, units="time")
 
 
@@ -437,7 +439,7 @@ def hit_agreement(times, curve, fps, tolerance=.1):
 def analyse_clip(clip):
     """A clip with the curves and onsets that every row of its table is compared with."""
     wave = clip["audio"]
-    return dict(clip, curve=motion_energy(clip["video"]), hits=onsets_in_sound(wave),
+    return dict(clip, curve=motion_energy(clip["video"]), sound_onsets=onsets_in_sound(wave),
                 strength=onset_strength(wave, RATE))
 
 
@@ -456,7 +458,7 @@ def motion_records(videos, clips, remade):
         flicker = np.abs(video[1:].astype(np.int16) - decoded[1:])[:, still]
         records.append(picture_record(video, truth) | dict(
             motion=motion_agreement(clip["curve"], curve),
-            hits=hit_agreement(clip["hits"], curve, FPS),
+            hits=hit_agreement(clip["sound_onsets"], curve, FPS),
             lag_s=late, lag_confidence=confidence,
             flicker=(float(flicker.sum()), flicker.size)))
     return records
@@ -1104,7 +1106,8 @@ class AudioToVideo(Scorer):
 # ---------------------------------------------------------------------- rows of two towers
 
 # onset F1: the sound against the true events, video F1: the picture against them, agreement F1: the
-# two against each other.
+# two against each other, all by `onsets_in_sound`. CycleSync: the row's sound against the true one,
+# without f, by librosa's onsets.
 PAIR_COLUMNS = dict(
     onsets_f1_50="onset F1", onsets_shuffled="shuffled", cyclesync_merged="CycleSync merged",
     seen_f1_50="video F1", agreement_f1_50="agreement F1", agreement_shuffled="shuffled",

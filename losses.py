@@ -52,8 +52,8 @@ def velocity(z, eps):
 
 
 def to_device(x, device):
-    """x on a device; from CPU to GPU a copy for which the CPU does not wait. Pinned memory is read
-    by the GPU itself, when what was queued before is done; any other copy first waits for that."""
+    """x on a device; from CPU to GPU a copy for which the CPU does not wait. From pinned memory the
+    GPU copies by itself, in its queue; from other memory the CPU waits for that queue."""
     from_cpu_to_gpu = torch.device(device).type == "cuda" and x.device.type == "cpu"
     # torch.compile cannot trace pinning.
     if from_cpu_to_gpu and not torch.compiler.is_compiling():
@@ -63,7 +63,8 @@ def to_device(x, device):
 
 def randn_each(generators, shape, device="cpu"):
     """Normal noise (B, *shape), row b from generators[b]: the noise of a sample does not depend on
-    the batch, micro-batch or process that it is in, or on the device."""
+    the batch, micro-batch or process that it is in, or on the device. Networks round differently
+    there: the same noise, and results that are alike to rounding."""
     return to_device(torch.stack([torch.randn(shape, generator=g) for g in generators]), device)
 
 
@@ -96,6 +97,8 @@ def sample_sigma(u, sigma_dist="uniform", shift=1.):
 def motion_weight(z, lambda_motion=1., skip=1):
     """Syncphony eq. 1 as a weight on the squared error: 1 + lambda m^2, m_l = z_l - z_(l-1).
 
+    Most of a clip is at rest, and unweighted, what rests would be most of the loss.
+
     z (B, C, L, h, w) -> weight of the same shape, without gradient. Eq. 1 weighs the error of z,
     z^ - z = -sigma (v^ - v). Its square is sigma^2 |v^ - v|^2; sigma^2 is the same for all values
     of a latent and is left out, as always in a loss of v; the weight stays. The first `skip`
@@ -120,8 +123,8 @@ def flow_loss(v_hat, v, sigma, weight=None):
     error = (v_hat.float() - v).square()                                # (B, C, L, h, w)
     loss = error.mean() if weight is None else (error * weight).mean()
 
-    # Mean error in each range of sigma. Masks and sums, because the CPU would have to wait for the
-    # size of a result of boolean indexing.
+    # Mean error in each range of sigma. Masks and sums: with boolean indexing the CPU would wait
+    # until the GPU knows the size of the result.
     per_latent = error.detach().mean((1, 3, 4))                         # (B, L)
     bucket = (sigma * BUCKETS).long().clamp(max=BUCKETS - 1)            # (B, L), 0..3
     inside = bucket == torch.arange(BUCKETS, device=sigma.device)[:, None, None]    # (4, B, L)
@@ -176,9 +179,9 @@ def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=F
 
     # Context noise augmentation: one small level per clip, in [0, 0.2], unknown to the network. In
     # sampling the latents before a target carry its own errors (exposure bias).
-    context_sigma = .2 * to_device(rand_each(generators, (1,)), z.device)
+    context_noise = .2 * to_device(rand_each(generators, (1,)), z.device)
     context_eps = randn_each(generators, (C, L, h, w), z.device)
-    context = add_noise(z, context_eps, context_sigma.expand(B, L))     # (B, C, L, h, w)
+    context = add_noise(z, context_eps, context_noise.expand(B, L))     # (B, C, L, h, w)
 
     # One pass predicts all targets. Target l attends to the context before it, never to itself
     # without noise (`teacher_forcing_mask`).

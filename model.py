@@ -30,7 +30,7 @@ Not learned in the audio layers:
                 both: the attention score depends on t_i - l                              eqs. 8-10
 
     B batch, in sampling rows = clips x guidance branches    L latent frames, h x w, of C channels
-    T text tokens    N video tokens, n = (h/p)(w/p) of them a latent, patch side p    W ring latents
+    T text tokens    N video tokens, n = (h/p)(w/p) of them a latent, patch side p    W cfg.context
     S audio steps at 50 Hz, of A channels    D width = K heads x d channels    G noise levels
 """
 import math
@@ -75,8 +75,9 @@ class MMDiTConfig:
 
 TEXT_BYTES = 96                     # what ByteText reads of a text; longer ones are cut
 BYTES_PER_TOKEN = 8                 # so a text is 12 tokens
-# Of so many latents KVCache makes keys and values of the audio at once. With 1, each would be made
-# four times, as windows overlap, and not 1.8 times; with more, steps attend to more masked ones.
+# For so many latents at a time KVCache projects keys and values of the audio. With 1, each audio
+# step would be projected 4 times, as windows overlap, instead of 1.8 times; with more, every video
+# token attends to more keys that are masked.
 AUDIO_LATENTS = 4
 # FlexAttention has blocks of 128 x 128 tokens: with less than four by four none would be skipped.
 FLEX_TOKENS = 512
@@ -130,7 +131,10 @@ def position_ids(times, h, w, cell=1.):
 def audio_positions(n, per_latent, start=0):
     """Times in latents of audio steps start .. start + n - 1 -> (n,): t_i = (i + 0.5)/alpha - 0.5.
 
-    The mean time of the steps that belong to latent l is l (Syncphony appendix D.2.1, step 1)."""
+    The mean time of the steps that belong to latent l is l (Syncphony appendix D.2.1, step 1).
+    Latent 0 has as long a part of this axis as the others, but one frame. So the window of latent
+    l, eq. 7, is (l - 1) t/24 to (l + 2) t/24 seconds of sound, with t frames a latent, whose frames
+    are shown from ((l - 1) t + 1)/24 to (l t + 1)/24."""
     return (torch.arange(start, start + n) + .5) / per_latent - .5
 
 
@@ -147,9 +151,9 @@ def temporal_window(t_query, t_key, radius):
 
 def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, device="cpu",
                          flex=False):
-    """Who attends to whom when many latents of a clip are targets in one pass -> booleans (M, M),
-    M = n_text + (n_clean + n_noisy) tokens_per_latent. The noisy latents are the last of the clip,
-    of which all but the last are there as clean latents.
+    """Who attends to whom when many latents of a clip are targets in one pass -> booleans
+    (tokens, tokens), tokens = n_text + (n_clean + n_noisy) tokens_per_latent. The noisy latents are
+    the last of the clip, of which all but the last are there as clean latents.
 
                    keys ->  text  clean 0  clean 1 | noisy 1  noisy 2
         text, clean 0        x       x             |
@@ -158,10 +162,10 @@ def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, d
         noisy 2              x       x        x    |             x
 
     Of the clean latents before it, a latent attends to the last `context` ones, and always to
-    latent 0. With 12 clean and 12 noisy latents 29 % of the mask is True.
+    latent 0. With 12 clean and 12 noisy latents of 4 tokens and a text of 12, 35 % is True.
 
-    flex: the same for FlexAttention, which finds out which blocks of 128 x 128 tokens have no pair
-    at all and computes the other ones -> BlockMask. It is made of the same function."""
+    flex: the same function as a BlockMask for FlexAttention, which skips blocks of 128 x 128 tokens
+    without a pair."""
     # of every token: which latent it belongs to (text: latent 0), and whether it is noisy
     latents = torch.tensor([*range(n_clean), *range(n_clean + 1 - n_noisy, n_clean + 1)])
     latent = F.pad(latents.repeat_interleave(tokens_per_latent), (n_text, 0))
@@ -173,10 +177,10 @@ def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, d
         is_recent = (latent[key] < latent[query]) & (latent[query] <= latent[key] + context)
         return same_latent | ((is_recent | (latent[key] == 0)) & ~is_noisy[key])
 
-    M = len(latent)
+    n = len(latent)
     if flex:
-        return create_block_mask(mask_mod, None, None, M, M, device)
-    token = torch.arange(M, device=device)
+        return create_block_mask(mask_mod, None, None, n, n, device)
+    token = torch.arange(n, device=device)
     return mask_mod(None, None, token[:, None], token)
 
 
@@ -295,11 +299,12 @@ class Conditioning:
     temb: torch.Tensor                  # (B, G, D) embedded noise levels and pooled text
     rope: tuple                         # rotation of the tokens: cos, sin (T+N, d)
     n_text: int = 0                     # T; 0: the text is in the cache
-    sigma_index: torch.Tensor = None    # (T+N,) row of temb of each token; None: G is 1
+    sigma_index: torch.Tensor = None    # (T+N,) row of temb of each token; None: G is 1,
+                                        # or all adaLN is given
     # (B or 1, 1, T+N or 1, keys) booleans, a `Packing` or a BlockMask; None: all to all
-    mask: torch.Tensor = None           # (without gradients also of `additive`)
+    mask: torch.Tensor = None           # without gradients also as 0 and -inf (`additive`)
     audio_mask: torch.Tensor = None     # (N, S) likewise: the window of each video token
-    text_levels: int = 1                # the text takes some of the first rows of temb
+    text_levels: int = 1                # how many of the first rows of temb are the text's
     n_queries: int = None               # the last tokens alone have queries; None: all of them
     groups: list = None                 # see `attention`; None: all queries attend to all keys
     slots: torch.Tensor = None          # (N,) of `KVCache`: where the new keys and values belong
@@ -621,7 +626,7 @@ class MelEncoder(nn.Module):
     """Small audio encoder in place of HuBERT: log-mels (B, 2S, 64), 100 Hz -> (B, S, A), 50 Hz.
 
     It reaches 1.3 s to either side: a ball must start to roll 0.8 s before the sound of its hit,
-    and the window of a latent (eq. 7) alone reaches 0.25 s ahead."""
+    and the window of a latent (eq. 7) alone ends 0.3 s after its last frame."""
 
     def __init__(self, A):
         super().__init__()
@@ -787,8 +792,9 @@ class MMDiT(nn.Module):
                 mask = cond.mask if cond.mask is None or len(cond.mask) == 1 else repeat(cond.mask)
                 cond = replace(cond, temb=repeat(cond.temb), mask=mask)
                 tokens = repeat(tokens)
-            # nothing but the output reads the last block
-            if i == len(self.all_blocks()) - 1 >= n_double and n < tokens.shape[1]:
+            # nothing but the output reads the last block, if it is a single-stream one
+            is_last = i == len(self.all_blocks()) - 1
+            if is_last and i >= n_double and n < tokens.shape[1]:
                 cond = queries_of_last(cond, n)
             # a block is given its own ones of the lists: torch.compile compiles it once for all
             past = cached_kv[i] if cached_kv else None
@@ -848,8 +854,9 @@ class MMDiT(nn.Module):
     def forward_teacher_forced(self, clean, noisy, sigma, text, pooled, audio_features=None):
         """Velocities of many latents in one pass, as `KVCache` gives them one by one.
 
-        clean (B, C, L, h, w): latents 0 .. L-1; noisy (B, C, M, h, w): the last M of them, at
-        sigma (B, M); text, pooled, audio_features as in `forward` -> like noisy"""
+        clean (B, C, L, h, w): latents 0 .. L-1, which the network takes for clean; noisy
+        (B, C, M, h, w): the last M of them, at sigma (B, M); text, pooled, audio_features as in
+        `forward` -> like noisy"""
         L = clean.shape[2]
         M = noisy.shape[2]
         T = text.shape[1]
@@ -896,7 +903,8 @@ class KVCache:
     So a latent takes as many passes as steps. The sink stays, since attention degrades when its
     first tokens are dropped (attention sinks, StreamingLLM, Xiao et al. 2023). Beyond latent W it
     is rotated on, so that no key is farther away than in training; it is there twice, since the
-    two latents of a pass need two rotations.
+    two latents of a pass need two rotations, and a third time as it was made, from which both are
+    rotated (`self.sink`).
 
     Shapes never change. So torch.compile makes two graphs of a step, `MMDiT.cached_step`, of one
     latent and of two, for clips of any length. What depends on sigma or on the latent is an input
@@ -985,8 +993,8 @@ class KVCache:
         if latent > W:
             table = self.model.rope(torch.tensor([[latent - W, 0., 0.]]), device)
             own = slice(latent % 2 * self.n_sink, (latent % 2 + 1) * self.n_sink)
-            for (cached, _), (sink, _) in zip(self.kv, self.sink):
-                cached[:, :, own] = apply_rope(sink.float(), table).to(sink.dtype)
+            for (cached, _), (unrotated, _) in zip(self.kv, self.sink):
+                cached[:, :, own] = apply_rope(unrotated.float(), table).to(cached.dtype)
 
     def noise_level(self, sigmas, like):
         """What depends on the sigmas of one or two latents, numbers, and not on the latents: the
@@ -1014,6 +1022,7 @@ class KVCache:
             self.finished = None
         # another layout in memory would be another graph
         clips = [clip.contiguous() for clip in clips]
+        # (0, sigma) of a pair, (sigma,) of one alone
         sigma, temb, adaln = self.noise_level((0., sigma)[-len(clips):], x)
         cond = replace(cond, temb=temb)
         return self.step(clips, sigma, adaln, cond, self.audio_kv, self.kv, self.n_off_sync)

@@ -10,7 +10,7 @@
 Three samplers share `losses.combine_guidance`, and all but sample_stages share `euler`:
 
     sample_autoregressive   Syncphony: one latent after the other, attending to a cache of the
-                            finished ones, so memory does not grow with the length of the audio
+                            first and the last finished ones: memory grows by the audio alone
     sample_stages           the same in Pyramid Flow's layout, three resolutions per latent
     sample_joint            SyncFlow and Harmony: all latents of video and audio together
 
@@ -18,7 +18,8 @@ Three samplers share `losses.combine_guidance`, and all but sample_stages share 
 replaced (table in losses.py): "null" has the empty caption (on Pyramid Flow a prompt of flaws),
 "off-sync" no audio layers; in "silent" and "static" the other stream is silence or a still. All
 branches of a step are rows of one batch. A new rule of two towers is a branch in prepare_conditions
-and a field of JointRequest; of a2v, rows and a term in sample_autoregressive. Both need a name in
+and a field of JointRequest; of a2v, rows and a term in sample_autoregressive and in
+pyramid.with_guidance, and an argument in cyclesync.AudioToVideo.generate. Both need a name in
 GUIDANCE, FLAGS and data.is_guidance, and a row in the table.
 
 **Given streams.** A stream may be known in full, or its beginning (the first frame, the audio so
@@ -327,8 +328,9 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 
     z0 (B, C, 1, h, w): latent of the first frame; audio (B, S, A) features, None: audio layers are
     skipped; text: (states, mask, pooled) of B rows, or of 2 B rows [full; null] for text guidance
-    (`encode_conditions`), for which audio may have 2 B rows, too; asg, cfg: w_a, w_t >= 0; still:
-    see `shrink_to_rest`, 0 = off. Clip i draws its noise from seeds[i] alone."""
+    (`encode_conditions`), for which audio may have 2 B rows, too, as in `cyclesync.py --negatives`;
+    asg, cfg: w_a, w_t >= 0; still: see `shrink_to_rest`, 0 = off. Clip i draws its noise from
+    seeds[i] alone."""
     B = len(z0)
     states, _, pooled = text                                  # (R·B, T, ·), (R·B, ·)
     R = len(states) // B
@@ -347,6 +349,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 
     def velocity(x, sigma):
         v = cache.denoise_step(rows(x["video"]), sigma).to(z0)
+        # Of a branch that there is not these are other rows; its scale is 1, so they drop out.
         full, null, off_sync = v[:B], v[B:2 * B], v[-B:]
         # Syncphony eq. 6
         return {"video": combine_guidance(full, (1 + asg, off_sync), (1 + cfg, null))}
@@ -381,8 +384,8 @@ def sample_stages(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0.,
 def impose(x, given, noise, sigma, is_clean):
     """Latents x with their beginning replaced by what is given -> latents, noise levels (B, L).
 
-    x, noise (B, ·, L, ...), given (B or 1, ·, n <= L, ...) or None. What is not clean has the same
-    noise in every step: it moves on the straight line from that to `given`."""
+    x, noise (B, ·, L, ...), given (B or 1, ·, n <= L, ...) or None. The noise
+    is the same in every step, so what is given and not clean moves straight from it to `given`."""
     levels = x.new_full((len(x), x.shape[2]), sigma)
     if given is None:
         return x, levels
@@ -443,7 +446,7 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, interval
         for stream, v_rows in zip(rows, v):
             if stream in x:
                 v_of = dict(zip(acting, v_rows.float().chunk(len(acting))))
-                # SyncFlow eq. 3; Harmony eqs. 9, 10
+                # SyncFlow eq. 3; Harmony eqs. 9, 10. The scale of "cond" itself is 1: no term.
                 terms = [(b["scale"].get(stream, 1), v_of[name]) for name, b in acting.items()]
                 guided[stream] = combine_guidance(v_of["cond"], *terms)
                 if pulls is not None and "silent" in v_of and stream == "video":
@@ -451,6 +454,7 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, interval
         return guided
 
     x = euler(velocity, noise, sigmas, bar)
+    # At sigma 0 `impose` gives back what was given.
     return {stream: network_input(stream, x[stream], 0., {})[0] for stream in x}
 
 
@@ -644,7 +648,7 @@ def prepare_conditions(model, vae, audio_vae, request):
 
     # SyncCFG (Harmony section 3.4) makes the streams agree more: the video is led away from the one
     # beside silence, the audio from the one beside a still picture. That partner is clean, as in
-    # the one-way tasks of training. A tower alone has none.
+    # the one-way tasks of training; text, transcript and reference stay. A tower alone has none.
     text, null_text = encode_prompts(model, request)
     both = len(noise) == 2
     branches = {"cond": dict(text=text, scale={})}
@@ -817,7 +821,7 @@ def read_delayed_audio(path, delay, rate=RATE):
     """Sound file -> waveform of the same length, delayed by so many seconds (earlier if < 0)."""
     wave = data.read_audio(path, rate)
     n = max(-len(wave), min(len(wave), round(delay * rate)))
-    moved = np.pad(wave, (n, 0)) if n > 0 else wave[-n:]
+    moved = np.pad(wave, (n, 0)) if n > 0 else wave[-n:]      # n = 0: all of it
     return fit_length(moved, len(wave))
 
 
@@ -1160,6 +1164,9 @@ def check_job(system, job, args):
         if not (job["audio"] and job["image"]):
             raise BadInput(f"{record}--audio and --image are both needed: python sample.py --audio "
                            "x.wav --image f.png; or give --prompt alone, or --video")
+        if args.still and system.model.cfg.context_sigma == "shared":
+            raise BadInput(f"--still is for models trained from scratch, and {args.ckpt} is on "
+                           "Pyramid Flow; leave it out")
     elif system.model.cfg.audio_only:
         raise BadInput(f"{args.ckpt}: of --no-video, an ablation for cyclesync.py; give another")
     elif not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):

@@ -30,10 +30,11 @@
 Everything random about a sample, its window, its caption, its noise, is a function of (seed, id);
 what all samples of a step have in common, of (seed, step). So a checkpoint holds no generator
 states: a run that was stopped (Ctrl-C, SIGTERM, even SIGKILL) is continued by the same command from
-the last saved step, takes the very steps it would have taken, and logs each of them once. And the
-gradient of a step is the same, to rounding, in one process, in several, and in micro-batches. Two
-exceptions couple the samples of a micro-batch, whose size is kept: --ot, and the spectral error of
-audio-vae.
+the last saved step, takes the very steps it would have taken, and logs each of them once: bit for
+bit on the same CPU with as many threads, processes and micro-batches; on a GPU sums may differ in
+their last bits. And the gradient of a step is the same, to rounding, in one process, in several,
+and in micro-batches. Two exceptions couple the samples of a micro-batch, whose size is kept: --ot,
+and the spectral error of audio-vae.
 
 **Written** to --out: `last.pt`, all that resuming needs; `best.pt`, the averaged (EMA) weights of
 the best evaluation in half precision, for sample.py; `log.csv`; strips and an mp4 per evaluation.
