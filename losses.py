@@ -234,18 +234,23 @@ def syncflow_loss(model, z_v, z_a, text_inputs, generators, stage="joint", ot=Fa
     audio    noisy, sigma      noisy, sigma      audio error: the video tower is frozen
     joint    noisy, sigma      noisy, sigma      video error + audio error
     """
+    # Which streams there are; audio_only: the ablation without video.
+    has_v = not model.cfg.audio_only
+    has_a = stage != "video"
     # One noise level for both streams (the paper's tau is 1 - sigma), and one optimal pairing.
     sigma = to_device(sample_sigma(rand_each(generators), sigma_dist, shift), z_v.device)   # (B,)
     eps_v = randn_each(generators, z_v.shape[1:], z_v.device)
     eps_a = randn_each(generators, z_a.shape[1:], z_a.device)
-    if ot:
-        order = ot_permutation([eps_v, eps_a], [z_v, z_a])
+    # (FLOPs are counted on the meta device, which has no numbers to pair.)
+    if ot and not z_v.is_meta:
+        noise = [eps_v] * has_v + [eps_a] * has_a
+        order = ot_permutation(noise, [z_v] * has_v + [z_a] * has_a)
         eps_v = eps_v[order]
         eps_a = eps_a[order]
 
-    # An absent stream is None, and so is its prediction. audio_only: the ablation without video.
-    x_v = None if model.cfg.audio_only else add_noise(z_v, eps_v, sigma)
-    x_a = None if stage == "video" else add_noise(z_a, eps_a, sigma)
+    # An absent stream is None, and so is its prediction.
+    x_v = add_noise(z_v, eps_v, sigma) if has_v else None
+    x_a = add_noise(z_a, eps_a, sigma) if has_a else None
     v_v, v_a = model(x_v, x_a, sigma, sigma, *model.encode_text(text_inputs))
 
     absent = z_v.new_full((), torch.nan)

@@ -3934,7 +3934,7 @@ def test_a_run_of_every_task_stays_on_its_gpu(kind, request, tmp_path, monkeypat
     data_flags = request.getfixturevalue("pyramid_flow")[1][4:6] if real else []
     flags = [*flags, *clips, *data_flags, "--data-root", tmp_path, "--batch-size", 2,
              "--eval-clips", 2, "--steps", 1, "--out", tmp_path]
-    flags += ["--ot", "--pictures", 1] if name == "t2av" else []
+    flags += ["--pictures", 1] if name == "t2av" else []
     # The first three latents of a clip, and the fewest operations.
     clip = toybox.toybox_clip(5, 32)
     clip.update(video=clip["video"][:9], audio=clip["audio"][:6000])
@@ -5626,6 +5626,29 @@ def test_syncflow_loss_is_rectified_flow_on_both_streams_at_one_noise_level(ot):
     loss, report = losses.syncflow_loss(net, z_v, z_a, captions, generators(4), ot=ot)
     assert report.tolist() == pytest.approx([error_v, error_a], rel=1e-5)
     assert loss.item() == pytest.approx(error_v + error_a, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage, audio_only, paired", [
+    ("video", False, {4}), ("audio", True, {3}), ("joint", False, {4, 3})])
+def test_optimal_transport_pairs_by_the_streams_there_are(stage, audio_only, paired, monkeypatch):
+    """An absent stream would add a cost that no one sees: random pairs. 4 video, 3 audio channels."""
+    net = small_towers(audio_only=audio_only)
+    pair = Mock(wraps=losses.ot_permutation)
+    monkeypatch.setattr(losses, "ot_permutation", pair)
+    z_v, z_a, _ = two_streams()
+    losses.syncflow_loss(net, z_v, z_a, text_bytes(["a", "b"]), generators(2), stage, ot=True)
+    for streams in pair.call_args.args:
+        assert {x.shape[1] for x in streams} == paired
+
+
+def test_optimal_transport_is_trained_and_not_evaluated(towers_on_disk, monkeypatch):
+    """--ot from the command to the checkpoint, FLOPs counted as always."""
+    d, run = towers_on_disk
+    pair = Mock(wraps=losses.ot_permutation)
+    monkeypatch.setattr(losses, "ot_permutation", pair)
+    monkeypatch.setattr(train, "count_flops", count_flops)
+    assert run("ot", "--ot", "--stage", "video", "--steps", 1, "--dtype", "float32") == 0
+    assert saved(d / "ot", "best.pt")["step"] == pair.call_count == 1
 
 
 def test_image_loss_is_rectified_flow_on_single_latents():

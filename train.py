@@ -1041,7 +1041,9 @@ class TwoTowers:
         """The system's loss."""
         args = self.args
         if not self.harmony:
-            return syncflow_loss(net, z_v, z_a, text, generators, args.stage, args.ot, args.sigma,
+            # Paired noise is easier: evaluations would not compare with those of other runs.
+            ot = args.ot and net.training
+            return syncflow_loss(net, z_v, z_a, text, generators, args.stage, ot, args.sigma,
                                  args.shift)
         # Evaluation reports all errors, also those that are not trained.
         weights = (args.lambda_v, args.lambda_a, args.lambda_joint) if net.training else (1, 1, 1)
