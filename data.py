@@ -1255,7 +1255,10 @@ def open_array(path, size, rows):
     assert path.stat().st_size == size
     array = np.load(path, mmap_mode="r")
     assert len(array) == rows and array.dtype in (np.float16, np.uint8)
-    return array
+    # np.memmap keeps its file open, and of a process 256 (macOS) or 1024 may be. torch's map does
+    # not: a cache has up to 500 shards of several arrays.
+    content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    return np.ndarray(array.shape, array.dtype, content, array.offset)
 
 
 def gather(cache, name, index):

@@ -2826,6 +2826,28 @@ def test_a_finished_cache_is_only_read_a_damaged_one_is_named(tmp_path, toy, mon
     assert contents(tmp_path) == before
 
 
+def test_a_cache_of_any_number_of_shards_is_read_with_few_open_files(tmp_path):
+    """500 shards of five arrays are more than a process may open. Shards may be empty."""
+    shards = [np.full((k % 3, 2), k, np.float16) for k in range(40)]
+    for k, shard in enumerate(shards):
+        path = tmp_path / f"{k:05d}-mels.npy"
+        np.save(path, shard)
+        content = dict(rows=[["a", "", 0., ""]] * len(shard), skipped={},
+                       files=dict(mels=dict(bytes=path.stat().st_size)))
+        (tmp_path / f"{k:05d}.json").write_text(json.dumps(content))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The next file gets the lowest number that is free.
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 16, hard))
+    try:
+        cache = data.open_cache(tmp_path)
+        rows = data.gather(cache, "mels", range(len(cache["at"])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.array_equal(rows, np.concatenate(shards))
+
+
 @slow
 def test_workers_prepare_in_order_and_their_death_is_one_line(tmp_path, monkeypatch):
     """More than 64 clips are read by processes. Every one imports torch first, which takes
