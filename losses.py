@@ -141,8 +141,9 @@ def mean_error(v_hat, z, eps, sigma=None):
     # Every sample has the same weight, however many of its latents count, so that the mean over
     # micro-batches is the mean over the batch.
     is_noisy = (sigma > 0).float()                                      # (B, L)
-    per_sample = (error.mean((1, 3, 4)) * is_noisy).sum(1) / is_noisy.sum(1)        # (B,)
-    return per_sample.mean()
+    per_sample = (error.mean((1, 3, 4)) * is_noisy).sum(1)             # (B,)
+    # (In one clip of 2^24 torch.rand gives a sigma of 0: no latent counts, and 0 / 0 is nan.)
+    return (per_sample / is_noisy.sum(1).clamp(min=1)).mean()
 
 
 def combine_guidance(v_pos, *terms):

@@ -1202,6 +1202,9 @@ def test_the_terms_of_the_losses_by_hand():
     nats = vae_module.kl_divergence(torch.tensor([0., 1, 0]), torch.tensor([0., 0, -2]))
     wave = torch.randn(2, 6400) * .1
     assert nats.tolist() == pytest.approx([0, .5, .5 * (1 + math.exp(-2))], abs=1e-6)
+    # Under autocast on a CPU.
+    mean, logvar = torch.zeros(9).bfloat16(), torch.linspace(-.1, .1, 9).bfloat16()
+    assert vae_module.kl_divergence(mean, logvar).min() >= 0
     assert vae_module.spectral_error(wave, wave) == 0
     assert vae_module.spectral_error(wave.roll(400, 1), wave) > .1
 
@@ -3299,12 +3302,16 @@ def test_help_gives_the_default_of_every_setting_of_a_task(task, capsys, monkeyp
     # Syncphony: 33000 steps, total batch 32.
     args = train.parse_args(["--pretrained", "x", "--hubert", "y", "--data", "z"])
     assert (args.steps, args.batch_size, args.size) == (33000, 32, "miniflux")
+    # The backbone knows the path without audio: no training of it (section 3.3).
+    assert args.skip_audio == 0
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--ot"], "--ot: a setting of --task t2av"),
     (["--task", "vae", "--shift=3"], "--shift: a setting of --task a2v and t2av and joint"),
     (["--task", "t2av", "--stage", "timbre"], "invalid choice: 'timbre'"),
+    (["--task", "t2av", "--no-video"], "add --stage audio"),
+    (["--task", "t2av", "--stage", "audio"], "give one by --init"),
     (["--lambda", 1], "unrecognized arguments: --lambda"),
     (["--lr", 0], "--lr: expected a number from"),
     (["--task", "joint", "--lambda-joint", 0, "--lambda-v", 0, "--lambda-a", 0], "nothing is left"),
@@ -5653,7 +5660,7 @@ def test_syncflow_loss_is_rectified_flow_on_both_streams_at_one_noise_level(ot):
 @pytest.mark.parametrize("stage, audio_only, paired", [
     ("video", False, {4}), ("audio", True, {3}), ("joint", False, {4, 3})])
 def test_optimal_transport_pairs_by_the_streams_there_are(stage, audio_only, paired, monkeypatch):
-    """An absent stream would add a cost that no one sees: random pairs. 4 video, 3 audio channels."""
+    """An absent stream's cost would pair at random. The video has 4 channels, the audio 3."""
     net = small_towers(audio_only=audio_only)
     pair = Mock(wraps=losses.ot_permutation)
     monkeypatch.setattr(losses, "ot_permutation", pair)
@@ -5663,6 +5670,7 @@ def test_optimal_transport_pairs_by_the_streams_there_are(stage, audio_only, pai
         assert {x.shape[1] for x in streams} == paired
 
 
+@slow
 def test_optimal_transport_is_trained_and_not_evaluated(towers_on_disk, monkeypatch):
     """--ot from the command to the checkpoint, FLOPs counted as always."""
     d, run = towers_on_disk
@@ -5843,6 +5851,21 @@ def test_syncflow_trains_the_video_then_the_audio_then_both(towers_on_disk):
     assert moved("video", "audio") == {"audio"}
     assert moved("audio", "joint") == {"video", "audio"}
     assert run("odd", "--stage", "audio", "--init", d / "mel-vae.pt") == 2
+
+
+@slow
+def test_a_stage_does_not_go_on_from_a_start_that_has_changed(towers_on_disk, capsys):
+    """When the stage before was trained on, that would be lost without a word. Checkpoints that do
+    not say where they started go on."""
+    d, run = towers_on_disk
+    shutil.copytree(d / "t2av", d / "again")
+    for stage in ("audio", "joint"):
+        capsys.readouterr()
+        assert run("again", "--steps", 3, "--eval-clips", 0) == 2
+        assert f"{stage}/last.pt: started from other weights" in capsys.readouterr().err
+        ckpt = saved(d / "again" / stage)
+        del ckpt["started_from"]
+        torch.save(ckpt, d / "again" / stage / "last.pt")
 
 
 def test_syncflow_and_harmony_train_on_the_vae_of_spectra_which_codes_sounds_best():
@@ -6088,6 +6111,15 @@ def test_a_given_first_latent_is_clean_and_no_part_of_the_loss(stage):
     assert sigma_v[:, 1:].min() > 0
     assert error(1.)[0] == given
     assert error(0.)[0] > given + 5
+
+
+def test_a_clip_that_drew_no_noise_has_no_error_and_no_gradient():
+    """torch.rand gives 0 once in 2^24 draws. An average over none of its latents would be nan."""
+    v_hat = torch.ones(2, 4, 5, 2, 2, requires_grad=True)
+    sigma = torch.tensor([[0.], [.5]]).expand(2, 5)
+    loss = losses.mean_error(v_hat, torch.zeros(v_hat.shape), torch.zeros(v_hat.shape), sigma)
+    loss.backward()
+    assert loss.item() == .5 and v_hat.grad[0].abs().max() == 0
 
 
 def test_attention_maps_reproduce_the_video_to_audio_layer():

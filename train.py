@@ -141,7 +141,7 @@ TOWERS = dict(
     # Of spectra. No sound is generated better than the VAE codes true ones: onset F1 is .987 after
     # this one, .945 after the one of waveforms (SyncFlow's paper); Frechet of log-mels 1.6, 4.0.
     audio_vae=(str(MEL_VAE_FILE), str, "the VAE that makes the latents of the sound"),
-    init=(None, str, "checkpoint to start from; else that of the stage before, in --out"),
+    init=(None, str, "checkpoint to start from; --stage all starts each stage from the one before"),
     # Most of what a video tower learns is appearance, of which a clip shows one example.
     pictures=(8, COUNT_OR_NONE, "still pictures to learn from beside every clip"),
 )
@@ -195,12 +195,16 @@ REAL = {
     # This kl hardly limits what is coded: 4700 nats in a latent of 8 x 8 positions. Muon's update
     # of these matrices takes about as long as the gradient of 8 crops, so AdamW is the default.
     "vae": dict(kl=1e-3, batch_size=8, steps=2000, optimizer="adamw", lr=1e-3)}
-# Syncphony: 33000 steps of 32 clips; the paper does not give its learning rate.
-PRETRAINED = dict(size="miniflux", steps=33000, batch_size=32, lr=5e-5, ema=.9999)
+# Syncphony: 33000 steps of 32 clips; the paper does not give its learning rate. The published
+# backbone knows the path without audio layers, which guidance takes "without additional training"
+# (section 3.3).
+PRETRAINED = dict(size="miniflux", steps=33000, batch_size=32, lr=5e-5, ema=.9999, skip_audio=0.)
 # Its averaged weights lie in the CPU's memory; one copy over the bus in 20 steps is enough.
 EMA_EVERY_PRETRAINED = 20
 
-STAGES = {   # share of --lr, batches of so many times --batch-size, parts that are trained
+# Share of --lr, batches of so many times --batch-size (both under --stage all only), parts that are
+# trained.
+STAGES = {
     # SyncFlow section 3.2. Stage two builds no graph of the video tower, so that twice the batch
     # costs the same; stage three is a fine-tuning. The shares of --lr were chosen by short runs.
     "t2av": {
@@ -234,7 +238,7 @@ ENOUGH_PSNR = 24
 EVALUATION_DRAWS = 4        # of noise, in the evaluation of two towers
 # Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
 # cosine) leave samples and objective as they are; --device, --dtype, --compile and --accum change
-# rounding. VAEs are compared by fingerprint, wherever they lie.
+# rounding. VAEs and what --init holds are compared by content, wherever they lie.
 MAY_DIFFER = {"steps", "accum", "device", "dtype", "compile", "no_compile", "checkpointing", "out",
               "data_root", "init", "vae", "audio_vae", "pretrained", "log_every", "sample_every",
               "save_every", "eval_clips"}
@@ -299,6 +303,11 @@ def check(args):
     if args.task == "joint" and not (args.lambda_joint or args.lambda_v or args.lambda_a):
         raise BadInput("--lambda-joint 0 --lambda-v 0 --lambda-a 0: nothing is left to learn; "
                        "leave one of them above 0")
+    if args.task == "t2av" and args.no_video and args.stage != "audio":
+        raise BadInput("--no-video: an ablation of the audio tower; add --stage audio")
+    if args.task == "t2av" and args.stage == "audio" and not (args.init or args.no_video):
+        raise BadInput("--stage audio: trains on a frozen video tower; give one by "
+                       "--init out/t2av/video/best.pt")
     if args.task != "a2v":
         return
     # FSDP shares what it trains among processes, and Muon needs whole matrices.
@@ -957,12 +966,16 @@ class TwoTowers:
         self.net = towers.DualTower(config)
         self.start_stage()
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), stage=args.stage,
-                          audio_vae=fingerprint(self.audio_vae), guidance=guidance)
+                          audio_vae=fingerprint(self.audio_vae), guidance=guidance,
+                          started_from=self.started_from)
 
     def start_stage(self):
         """Weights of --init; which parameters are trained."""
+        self.started_from = None
         if self.args.init:
             before = data.load_checkpoint(self.args.init, self.args.task)
+            # Names these weights: no two trainings take as long to the microsecond.
+            self.started_from = [before.get(name) for name in ("stage", "step", "seconds")]
             weights = before["ema"]
             # Of stage "video" the audio tower is as it was initialised, perhaps in another size.
             if before["stage"] == "video":
@@ -1707,6 +1720,11 @@ class Run:
         same_config = autoencoder or ckpt["config"] == asdict(self.net.cfg)
         if set(ckpt["ema"]) != set(self.ema) or not same_config:
             return OTHER_VERSION
+        # (Older files do not say.)
+        now = self.task.extra.get("started_from")
+        if ckpt.get("started_from", now) != now:
+            return ("started from other weights (by another --init, or the stage before was "
+                    "trained on); remove it")
         return None
 
 

@@ -541,7 +541,10 @@ def tile_starts(n, tile, overlap):
 
 def kl_divergence(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)) of every latent value, in nats."""
-    return .5 * (mean.square() + logvar.exp() - 1 - logvar).float()
+    # Before terms cancel: in bfloat16, which autocast keeps on a CPU, the sum may be negative.
+    mean = mean.float()
+    logvar = logvar.float()
+    return .5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
 def video_vae_loss(vae, source, target, noise, kl):
