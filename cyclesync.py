@@ -78,7 +78,7 @@ import time
 from contextlib import nullcontext
 from functools import cached_property, partial
 from importlib.util import find_spec
-from itertools import chain, islice, product, takewhile
+from itertools import chain, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +92,11 @@ from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_a
 from sample import (
     A2V_FILE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video, external_encoders,
     generate_audio_video, generate_video, load, load_vae, pick_autocast, pick_device, recommended,
-    sample_autoregressive, video_to_audio)
+    sample_autoregressive, sigma_steps, video_to_audio)
 from toybox import (
-    FPS, FRAMES, HELD_OUT, KINDS, RATE, RISEN, STATES, TIMING, UNREADABLE, detect_clip_events,
-    detect_events, draw_scene, fit_scene, synthesise, toybox_clip, track_states)
+    FPS, FRAMES, FREE_END, HELD_OUT, KINDS, RATE, RISEN, STATES, TIMING, UNREADABLE,
+    detect_clip_events, detect_events, draw_scene, fit_scene, synthesise, toybox_clip,
+    track_states)
 from vae import join_positions, principal_components, split_positions
 
 NAN = float("nan")
@@ -184,8 +185,13 @@ class Table:
         print(" " * 26 + "".join(f" {title:>20s}" for title in columns.values()))
 
     def add(self, key, title, records=(), figures=None):
-        """Print a row: the summary of its records, and `figures` that no single clip has."""
-        row = (summarise(records) if records else {}) | (figures or {})
+        """Print a row: the summary of its records, and `figures` that no single clip has, with
+        their own intervals if they have some."""
+        row = figures or {}
+        if records:
+            summary = summarise(records)
+            intervals = summary["interval"] | row.get("interval", {})
+            row = summary | row | dict(interval=intervals)
         self.result[key] = row
         self.records += [dict(row=key) | record for record in records]
         cells = [self.cell(row, name) for name in self.columns]
@@ -718,10 +724,12 @@ def picture_record(video, truth):
 # ---------------------------------------------------------------------- clips and videos
 
 def held_out_clips(args, size, audio_lead=0.):
-    """The clips of the protocol: toybox clips that no training draws, or three windows of every
-    test clip of a dataset, of fewer clips more; of --steps-study and --guidance-study other ones
-    than of the tables: toybox clips of another seed, or training clips. Each sound begins
-    `audio_lead` seconds before its picture, so that it can be delayed without a gap."""
+    """The clips of the protocol: toybox clips that no training draws, or windows of a dataset's
+    test clips, three of each, more where there are too few clips. Steps and guidance are chosen on
+    others than the tables are made of: --steps-study and --guidance-study take toybox clips of
+    another seed, and of a dataset --steps-study takes training clips (--guidance-study knows none).
+    Each sound begins `audio_lead` seconds before its picture, so that it can be delayed without a
+    gap."""
     if args.data == "toybox":
         data.only_square(size)
         seed = args.seed + STUDY_SEED * (args.steps_study or args.guidance_study)
@@ -1176,11 +1184,18 @@ class Towers(Scorer):
         """Either stream for the other, and both: the scales that act there, on intervals."""
         names = tuple(PLAIN) if self.harmony else ("cfg",)
         acting = dict(v2a=names[-1:], i2av=names) | (dict(a2v=names[:1]) if self.harmony else {})
+        # The noise levels of the steps that an interval acts in -> that interval. None at all is
+        # the row without guidance.
+        levels = sigma_steps(self.steps, self.guidance.get("shift", 1.))[:-1]
+        intervals = {}
+        for low, high in STUDY_INTERVALS:
+            intervals.setdefault(tuple(s for s in levels if low <= s <= high), (low, high))
+        intervals.pop((), None)
         for mode, keys in acting.items():
             variants = {}
             for values in STUDY_SCALES[self.model.cfg.system]:
                 scales = {k: v for k, v in zip(names, values) if k in keys}
-                for low, high in STUDY_INTERVALS if set(scales.values()) != {1.} else ():
+                for low, high in intervals.values() if set(scales.values()) != {1.} else ():
                     name = f"{' '.join(f'{v:g}' for v in scales.values())} at {low:g}-{high:g}"
                     variants[name] = scales | dict(interval=(low, high))
             variants["plain"] = dict.fromkeys(names, 1.)
@@ -1373,7 +1388,8 @@ STUDY_SCALES = dict(
     syncflow=((6.,), (4.,), (3.,), (2.,)))
 # All of them; without the noisiest ones, .7 as for SiT on ImageNet (REPA, Yu et al. 2024); the
 # middle of Kynkaanniemi et al. 2024 (EDM's .28 to 2.9 is sigma / (1 - sigma) here); without the
-# least noisy. Under Harmony's shift of 5, 68 % of the steps are above .7 and 21 % above .95.
+# least noisy. Under Harmony's shift of 5, 68 % of the steps are above .7 and 21 % above .95. Of two
+# within which the same steps lie (in 10 steps the third and the fourth) only the first is tried.
 STUDY_INTERVALS = ((0., 1.), (0., .95), (0., .7), (.22, .74), (.5, 1.))
 # Added to --seed: steps are chosen on clips that are in no table of this file.
 STUDY_SEED = 1000
@@ -1426,15 +1442,16 @@ def study(scorer, rows, steps_tried):
             # Some pictures made from text fit no scene: residuals of 3 to 30, which decide nothing.
             del deciding["residual"]
         reference = None
-        for name, scorer.steps in product(variants, steps_tried):
+        for name, steps in product(variants, steps_tried):
+            scorer.steps = steps
             start = time.perf_counter()
             generated = scorer.generate(**variants[name])
             seconds = (time.perf_counter() - start) / len(scorer.clips)
             records, figures = row = scorer.score(*generated)
             reference = reference or row
             figures = figures | compare_steps(row, reference, deciding) | dict(seconds=seconds)
-            title = f"  {name}" + f", steps: {scorer.steps}" * (len(steps_tried) > 1)
-            table.add(f"{mode}_{name}_{scorer.steps}", title, records, figures)
+            title = f"  {name}" + f", steps: {steps}" * (len(steps_tried) > 1)
+            table.add(f"{mode}_{name}_{steps}", title, records, figures)
     return table
 
 
@@ -1453,10 +1470,13 @@ def steps_study(args):
     # In every mode: the fewest steps down to which all are as good
     enough = dict(guided=[], plain=[])
     for mode, name in product(modes, enough):
-        rows = ((n, table.result[f"{mode}_{name}_{n}"]) for n in tried)
-        good = takewhile(lambda row: row[1]["least_gain"] >= -MARGIN
-                         and row[1]["frechet_ratio"] <= FARTHEST, rows)
-        enough[name].append(min((n for n, _ in good), default=None))
+        fewest = None
+        for n in tried:
+            row = table.result[f"{mode}_{name}_{n}"]
+            if not (row["least_gain"] >= -MARGIN and row["frechet_ratio"] <= FARTHEST):
+                break
+            fewest = n
+        enough[name].append(fewest)
 
     # A checkpoint is used in all modes.
     found = {name: None if None in steps else max(steps) for name, steps in enough.items()}
@@ -1528,7 +1548,7 @@ def stress_clips(clips):
         if kind != "roller":
             # What the least distances leave of the clip is shared out at random.
             first, _ = TIMING[kind]
-            slack = FRAMES / FPS - .12 - first - 5 * CLOSE
+            slack = FRAMES / FPS - FREE_END - first - 5 * CLOSE
             events = first + np.cumsum([0., *(CLOSE + slack * rng.dirichlet(np.ones(6))[:5])])
             dense = toybox_clip(seed, clip["video"].shape[1], events=events)
             found["six events"].append(clip | dense)
@@ -1566,13 +1586,16 @@ def stress(args):
     table = Table(dict(f1_50="F1 50 ms", false_per_s="false / second", residual="residual",
                        off_sync="F1 off-sync", onsets="F1 of all onsets"))
     asg, cfg = (scorer.guidance[rule] for rule in ("asg", "cfg"))
-    for condition, scorer.clips in conditions.items():
+    for condition, clips in conditions.items():
+        scorer.clips = clips
         guided, _, _ = scorer.generate(asg, cfg)
-        off_sync, _, _ = scorer.generate(cfg=cfg, use_audio=False)
+        # Without the sound these are the plain clips, and so are their off-sync videos.
+        if condition not in ("two sounds", "noise, 0 dB", "off-screen"):
+            off_sync, _, _ = scorer.generate(cfg=cfg, use_audio=False)
         for title, span in windows.get(condition, {condition: ()}).items():
-            rows = [toybox_records(videos, scorer.clips, *span) for videos in (guided, off_sync)]
+            rows = [toybox_records(videos, clips, *span) for videos in (guided, off_sync)]
             records = []
-            for clip, record, other in zip(scorer.clips, *rows):
+            for clip, record, other in zip(clips, *rows):
                 times = onsets_in_sound(clip["audio"])
                 start, end = span or (0, math.inf)
                 onset = event_record(record["true_times"], times[(times >= start) & (times < end)])
@@ -1604,7 +1627,8 @@ NEGATIVES = dict(none=("no guidance", "1, 1"),
 
 def sample_away_from(negative, w, model, z0, n, audio, text, cfg, **settings):
     """`sample_autoregressive` with guidance of weight w away from rows of the same text whose audio
-    features are zero, or those of silence."""
+    features are zero, or those of silence. These rows take the place of those without text, so that
+    cfg, which every sampler gets, has to be 0."""
     other = torch.zeros_like(audio)
     if negative == "silent":
         silence = data.log_mel(np.zeros(audio.shape[1] * RATE // 50, np.float32))
@@ -1616,8 +1640,8 @@ def sample_away_from(negative, w, model, z0, n, audio, text, cfg, **settings):
 
 def negatives(args):
     """What should guidance lead away from? One network and one formula, v + w (v - v_negative),
-    with four choices of v_negative; three seeds of clips and noise. (Of real clips there are so few
-    that a seed may have the same ones, with other noise.)"""
+    with every v_negative of NEGATIVES; three seeds of clips and noise. (Of real clips there are so
+    few that a seed may have the same ones, with other noise.)"""
     runs = {}                                    # condition, negative, w: records of every seed
     seconds = {name: [] for name in NEGATIVES}
     variants = {("none", 0.): {}}
@@ -1626,7 +1650,8 @@ def negatives(args):
         variants["null", w] = dict(cfg=w)
         for negative in ("zero", "silent"):
             variants[negative, w] = dict(sampler=partial(sample_away_from, negative, w))
-    for args.seed in range(args.seed, args.seed + 3):
+    for seed in range(args.seed, args.seed + 3):
+        args.seed = seed
         scorer = AudioToVideo(args.ckpt, args)
         if scorer.encoders:
             raise BadInput(f"--negatives: {args.ckpt} was trained on top of Pyramid Flow, whose "
@@ -1636,7 +1661,7 @@ def negatives(args):
             conditions = stress_clips(scorer.clips)
         # They take turns: what else the machine does slows all of them.
         turns = list(product(conditions, variants))
-        for condition, variant in tqdm(turns, desc=f"seed {args.seed}", disable=None, leave=False):
+        for condition, variant in tqdm(turns, desc=f"seed {seed}", disable=None, leave=False):
             scorer.clips = conditions[condition]
             start = time.perf_counter()
             videos, _, _ = scorer.generate(**variants[variant])
@@ -1646,24 +1671,30 @@ def negatives(args):
             records = [labels(clip) | record for clip, record in zip(scorer.clips, records)]
             runs.setdefault((condition, *variant), []).append(records)
 
-    # The figures of a row and their gains over no guidance
-    columns = dict(f1_50="F1 50 ms", f1_50_gain="gain", residual="residual", residual_gain="gain",
-                   false_per_s="false / second", false_per_s_gain="gain")
+    columns = dict(f1_50="F1 50 ms", residual="residual", false_per_s="false / second")
     if not scorer.toybox:
-        columns = dict(motion="motion agreement", motion_gain="gain", hits="hit agreement",
-                       hits_gain="gain", flicker="flicker", flicker_gain="gain")
+        columns = dict(motion="motion agreement", hits="hit agreement", flicker="flicker")
     print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; {scorer.steps} steps; "
           "mean ± deviation of three seeds; gain: over no guidance, of the same clips and noise, "
           "with its 95 % interval over clips; cost: rows of the network in double and single "
           "blocks, seconds per clip")
-    table = Table(columns | dict(cost="cost"))
+    negatives_table(columns, runs, seconds).finish(Path(args.out, "negatives.csv"))
+
+
+def negatives_table(columns, runs, seconds):
+    """columns: figures and their titles; runs: (condition, negative, w) -> records of every seed;
+    seconds: negative -> seconds per clip -> `Table` of the figures, and of their gains."""
+    with_gains = {}
+    for key, title in columns.items():
+        with_gains |= {key: title, f"{key}_gain": "gain"}
+    table = Table(with_gains | dict(cost="cost"))
     for (condition, negative, w), of_seeds in runs.items():
         records = list(chain(*of_seeds))
+        plain = list(chain(*runs[condition, "none", 0.]))
         name, rows = NEGATIVES[negative]
         cost = float(np.median(seconds[negative]))
         figures = dict(interval={}, rows=rows, seconds=cost, cost=f"{rows}; {cost:.2f} s")
-        plain = list(chain(*runs[condition, "none", 0.]))
-        for key in [key for key in columns if not key.endswith("_gain")]:
+        for key in columns:
             figures[key] = [resample_clips(of_seed, key)[0] for of_seed in of_seeds]
             # The same draws of clips in both rows: the interval is a paired one.
             gain = interval(resample_clips(records, key) - resample_clips(plain, key))
@@ -1672,7 +1703,7 @@ def negatives(args):
             print(condition)
         title = f"  {name}" + f", {w:g}" * (w > 0)
         table.add(f"{condition}, {negative}, {w:g}", title, records, figures)
-    table.finish(Path(args.out, "negatives.csv"))
+    return table
 
 
 # ---------------------------------------------------------------------- the shift study
@@ -1823,28 +1854,30 @@ def ablate(args):
     ablation = ABLATIONS[args.ablate]
     towers, stage, rows = (ablation[key] for key in ("towers", "stage", "rows"))
     learning = LEARNING if args.ablate == "harmony" else {}
-    seeds, steps, clips = (1, ablation["quick"], 800) if args.quick else (3, 800, 2000)
+    seeds = range(args.seed, args.seed + (1 if args.quick else 3))
+    steps, training_clips = (ablation["quick"], 800) if args.quick else (800, 2000)
     steps = args.train_steps or steps
     args.clips = min(32, args.clips) if args.quick else args.clips
     args.steps = args.steps or ablation["euler"]
-    root = Path(args.out, f"ablation-{args.ablate}-{steps}")
+    root = Path(args.out, f"ablation-{args.ablate}-{steps}-{training_clips}")
     # Rows with the same flags share a training.
     variants = dict.fromkeys([*[flags for _, _, flags, _ in rows], *learning.values()])
     parts = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
     # Learning curves need evaluations on the way.
-    evaluations = dict.fromkeys(towers, 1) | {stage: 4 if learning else 1}
+    every = dict.fromkeys(towers, steps) | {stage: steps // 4 if learning else steps}
 
     def scored(seed, part, flags):
         return training_folder(root, part, flags, seed) / f"scores-{args.clips}-{args.steps}.json"
 
     # A training that has its scores is skipped; one that was stopped goes on from its last.pt.
-    trainings = missing = list(product(range(seeds), parts))
+    trainings = missing = list(product(seeds, parts))
     while missing:
-        for args.seed, (part, flags) in missing:
+        for seed, (part, flags) in missing:
+            args.seed = seed                 # of the training, its held-out clips, their noise
             # A tower starts from the one before, all rows from the last.
             before = towers[:towers.index(part)] if part in towers else towers
-            start = scored(args.seed, before[-1], "") if before else None
-            file = scored(args.seed, part, flags)
+            start = scored(seed, before[-1], "") if before else None
+            file = scored(seed, part, flags)
             file.parent.mkdir(parents=True, exist_ok=True)
             with data.locked(file.parent, wait=False) as free:
                 # Else another process is at work on it, or on the tower.
@@ -1852,16 +1885,15 @@ def ablate(args):
                     init = ["--init", start.parent / "best.pt"] if start else []
                     run_training(args, file.parent, [
                         *f"{ablation['flags']} {part} {flags}".split(), *init, "--steps", steps,
-                        "--clips", clips, "--sample-every", max(1, steps // evaluations[part])])
+                        "--clips", training_clips, "--sample-every", every[part]])
                     score_rows(file, part, flags, ablation, args)
         missing = [(seed, part) for seed, part in trainings if not scored(seed, *part).is_file()]
-        # They are the work of others.
         if missing:
-            time.sleep(5)
+            time.sleep(5)                    # other processes are at work on these
     scores = read_scores(scored(seed, *part) for seed, part in trainings)
-    print(f"{steps} steps on {clips} clips, {args.clips} held-out clips, {args.steps} Euler steps, "
-          f"{seeds} training seeds")
-    table = ablation_tables(ablation, scores)
+    print(f"training: {steps} steps on {training_clips} clips, seeds {[*seeds]}; scores: of "
+          f"{args.clips} held-out clips, {args.steps} Euler steps")
+    table = ablation_tables(ablation, scores, seeds)
     if learning:
         add_learning(table, root, stage, seeds)
     table.finish(root / "clips.csv")
@@ -1898,8 +1930,9 @@ def read_scores(files):
     return scores
 
 
-def ablation_tables(ablation, scores):
-    """Title -> a row's scores for every training seed -> Table of the rows, and of differences."""
+def ablation_tables(ablation, scores, seeds):
+    """scores: title -> a row's records and figures for every training seed -> `Table` of the rows,
+    and of differences."""
     figures = ablation["figures"]
     summaries = {title: [summarise(row["records"]) | row["figures"] for row in rows]
                  for title, rows in scores.items()}
@@ -1910,7 +1943,7 @@ def ablation_tables(ablation, scores):
     table = Table({key: key for key in figures} | dict(paper=f"paper: {ablation['paper']}"))
     for title, paper, *_ in ablation["rows"]:
         table.add(title, title, figures=values[title] | dict(paper=paper))
-        for seed, row in enumerate(scores[title]):
+        for seed, row in zip(seeds, scores[title]):
             table.records += [dict(row=title, seed=seed) | record for record in row["records"]]
 
     # Seed by seed and clip by clip: the same order of training clips, the same noise in training
@@ -1998,7 +2031,7 @@ def add_learning(table, root, stage, seeds):
     curves = {}
     for (name, flags), column in product(LEARNING.items(), ("audio_driven", "pairs")):
         found = []
-        for seed in range(seeds):
+        for seed in seeds:
             with open(training_folder(root, stage, flags, seed) / "scores.csv") as f:
                 rows = list(csv.DictReader(f))
             found.append([float(row[column]) for row in rows])
@@ -2300,7 +2333,8 @@ def arguments():
                    "(of the checkpoint; --shift-study: 64)")
     p.add_argument("--steps", type=number(int, 1, 1000), help="Euler steps, of a2v per latent; "
                    "default: the checkpoint's, else its paper's")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of held-out clips and noise")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of held-out clips and noise; "
+                   "with --ablate of trainings too: it and the next two, likewise --negatives")
     # metrics
     p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: seconds that "
                    "two onsets may be apart")

@@ -2034,7 +2034,10 @@ def test_the_guidance_study_compares_what_acts_in_every_mode_with_the_paper_on_c
 
     monkeypatch.setattr(cyclesync, "Towers", Fake)
     monkeypatch.setattr(cyclesync, "STUDY_SCALES", dict(harmony=((3., 2.), (3., 1.), (2., 2.))))
-    monkeypatch.setattr(cyclesync, "STUDY_INTERVALS", ((0., 1.), (.5, .9)))
+    # Noise levels of seven steps, shift 4: 1, .96, .91, .84, .75, .615, .4. The last three intervals
+    # are left out: two act in the steps of the second one, one in none.
+    monkeypatch.setattr(cyclesync, "STUDY_INTERVALS",
+                        ((0., 1.), (.5, .9), (.45, .88), (.6, .9), (.1, .3)))
     assert cli(cyclesync, "--guidance-study", "--ckpt", "x", "--clips", 2, "--out", tmp_path) == 0
 
     assert all((c["shift"], c["cfg"], c["steps"]) == (4, 1, 7) for c in calls)
@@ -2124,8 +2127,13 @@ def test_guidance_may_lead_away_from_other_features_by_the_same_formula(negative
 
 def test_the_tables_of_stress_and_negatives_have_a_row_for_every_condition(
         toy, tmp_path, capsys, monkeypatch):
-    """A model that is right scores 1 where the truth can be known; without guidance it is still."""
+    """A model that is right scores 1 where the truth can be known; without guidance it is still.
+    Clips that differ in their sounds alone share their off-sync videos."""
+    off_sync = []
+
     def generate(model, vae, clips, *_, asg, cfg, use_audio, sampler=None, **settings):
+        if not use_audio:
+            off_sync.append([len(clips[0]["video"]), len(clips[0]["events"])])
         if use_audio and (asg or sampler):
             return [toybox.draw_scene(c["scene"], c["state"], 32) for c in clips]
         return [np.repeat(c["video"][:1], len(c["video"]), 0) for c in clips]
@@ -2139,6 +2147,9 @@ def test_the_tables_of_stress_and_negatives_have_a_row_for_every_condition(
     assert len(result) == 7
     for row, figures in result.items():
         assert (figures["f1_50"], figures["false_per_s"], figures["off_sync"]) == (1, 0, 0), row
+    # Of the plain clips, of six events, of the roll-outs
+    (plain, _), (dense, events), (rollout, _) = off_sync
+    assert plain == dense == 49 < rollout and events == 6
     # Taking every onset for an event is right where there are no others.
     assert result["plain"]["onsets"] == 1 > result["two sounds"]["onsets"]
     assert result["60 s, the first 10"]["onsets"] > .9 < result["60 s, the last 10"]["onsets"]
@@ -2150,6 +2161,7 @@ def test_the_tables_of_stress_and_negatives_have_a_row_for_every_condition(
     row = result["hard, zero, 2"]
     assert row["f1_50"] == [1, 1, 1] == result["hard, skipped, 1"]["f1_50"]
     assert row["f1_50_gain"] == 1 and row["interval"]["f1_50_gain"] == [1, 1]
+    assert row["interval"]["f1_50"] == [1, 1], "of all figures, not of gains alone"
     assert row["false_per_s_gain"] == 0 and row["seconds"] >= 0
     assert result["hard, none, 0"]["f1_50"] == [0, 0, 0]
     assert result["plain, null, 1"]["f1_50_gain"] == 0
@@ -2494,7 +2506,8 @@ def test_an_ablation_trains_what_is_missing_and_scores_every_row(
             # Distances have no interval.
             if figure in gain["interval"] and None not in (value, other):
                 assert gain[figure] == pytest.approx(value - other, abs=2e-4), (title, figure)
-    lines = (tmp_path / f"ablation-{name}-{ablation['quick']}/clips.csv").read_text().splitlines()
+    root = tmp_path / f"ablation-{name}-{ablation['quick']}-800"
+    lines = (root / "clips.csv").read_text().splitlines()
     # Two clips in every row; in Syncphony's also two of every condition of the stress split.
     assert len(lines) == 1 + 2 * len(ablation["rows"]) * (1 + len(ablation["stress"]))
     if name == "harmony":
@@ -2525,7 +2538,7 @@ def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, c
     """A training that another process is at work on is left to it: nothing is trained twice, and
     rows wait for their tower."""
     ran = []
-    root = tmp_path / "ablation-syncflow-400"
+    root = tmp_path / "ablation-syncflow-400-800"
 
     def run(args, folder, flags):
         ran.append(folder.name)
@@ -2548,6 +2561,31 @@ def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, c
     assert cli(cyclesync, "--ablate", "syncflow", "--quick", "--out", tmp_path) == 0
     assert ran == ["stage-audio-0", "stage-audio-no-adaptor-0", "stage-audio-no-video-0",
                    "stage-audio-ot-0"]
+
+
+def test_an_ablation_has_the_seeds_from_seed_on_and_shares_no_training_with_quick(
+        tmp_path, monkeypatch, capsys):
+    """--quick trains on fewer clips, also in as many steps. The CSV names the seeds."""
+    ran = []
+
+    def run(args, folder, flags):
+        assert folder.name.endswith(f"-{args.seed}") and folder not in ran
+        ran.append(folder)
+
+    def score(file, part, flags, ablation, args):
+        assert file.parent.name.endswith(f"-{args.seed}")
+        rows = {title: dict(records=[dict(f1_50=.5)], figures={})
+                for title, _, row_flags, _ in ablation["rows"] if row_flags == flags}
+        file.write_text(json.dumps(rows))
+    monkeypatch.setattr(cyclesync, "run_training", run)
+    monkeypatch.setattr(cyclesync, "score_rows", score)
+    for quick, seeds in (["--quick"], {"5"}), ([], {"5", "6", "7"}):
+        ran.clear()
+        assert cli(cyclesync, "--ablate", "syncphony", "--seed", 5, "--train-steps", 400, *quick,
+                   "--out", tmp_path) == 0
+        assert len(ran) == 3 * len(seeds)
+        with open(ran[0].parent / "clips.csv") as f:
+            assert {row["seed"] for row in csv.DictReader(f)} == seeds
 
 
 def test_the_skip_block_study_shows_one_strip_for_every_block(toy, tmp_path, capsys):
@@ -4144,6 +4182,12 @@ def test_a_run_measures_its_dtype_and_a_resumed_one_keeps_it(runs, monkeypatch, 
     monkeypatch.setattr(sample, "time_ratio", lambda *_: .5)
     process.measure_dtype()
     assert process.args.dtype == "bfloat16" and process.autocast is not nullcontext
+
+    # As many clips as are in memory at once, at most four
+    batch = process.task.batch = Mock(wraps=process.task.batch)
+    for process.micro_batch, measured in (2, [0, 1]), (16, [0, 1, 2, 3]):
+        process.measure_dtype()
+        batch.assert_called_with(0, measured)
 
 
 @pytest.mark.parametrize("flags, timed", [([], 0), (["--no-compile"], 1)])

@@ -58,6 +58,8 @@ STATES = dict(ball=(0, 1), hammer=(-.6, 1), mouth=(0, 1), lamp=(0, 1), roller=(0
 # and a lamp fades to 0.14 in between.
 TIMING = dict(ball=(.40, .36), hammer=(.44, .44), mouth=(.34, .16),
               lamp=(.34, .22), roller=(.80, .85), bell=(.44, .36))
+# Seconds at the end without an event, so that no motion is cut where it shows one.
+FREE_END = .12
 
 # Ranges of a scene's place: offset from the middle, zoom, and a size that each kind maps to its
 # radius. Wide enough for clips to differ, narrow enough for a thing to stay in the picture.
@@ -119,14 +121,13 @@ def sample_scene(rng, kind=None):
 
 def sample_events(kind, seconds, rng):
     """Irregular event times (n,) and durations (n,) in seconds: up to 6 in a clip of under 3 s, up
-    to 3 a second in longer ones. Only mouths have a duration. The last 0.12 s stay free, so that
-    no motion is cut where it shows the event."""
+    to 3 a second in longer ones. Only mouths have a duration."""
     first, pause = TIMING[kind]
     spread = rng.uniform(.05, .7)                         # mean extra pause: dense or sparse
     most = rng.integers(1, 7) if seconds < 3 else int(3 * seconds)
     times, durations = [], []
     t = first + rng.exponential(spread)
-    while t < seconds - .12 and len(times) < most:
+    while t < seconds - FREE_END and len(times) < most:
         duration = float(np.clip(rng.exponential(.3), .1, .9)) if kind == "mouth" else 0.
         times.append(t)
         durations.append(duration)

@@ -1472,12 +1472,13 @@ class Run:
                   "clips")
 
     def measure_dtype(self):
-        """`pick_autocast` for passes of four clips, forward and backward, not compiled -> why in
-        words. Process 0 decides for all."""
-        batch = self.task.batch(0, [0, 1, 2, 3])
+        """`pick_autocast` for passes of a micro-batch, at most four clips of it, forward and
+        backward, not compiled -> why in words. Process 0 decides for all."""
+        rows = range(min(4, self.micro_batch))
+        batch = self.task.batch(0, list(rows))
 
         def step():
-            self.task.loss(self.net, seeded_each(range(4)), **batch)[0].backward()
+            self.task.loss(self.net, seeded_each(rows), **batch)[0].backward()
             self.net.zero_grad(set_to_none=True)
 
         _, why = pick_autocast("auto", self.device, step)
