@@ -29,6 +29,7 @@ Pyramid Flow's path in stages is in pyramid.py.
 import torch
 
 BUCKETS = 4                       # the error is reported for four equal ranges of sigma
+CONTEXT_NOISE = .2                # largest sigma of a context; not tuned (Pyramid Flow: 1/3)
 
 
 # ----------------------------------------------------------------------------------------- the path
@@ -49,28 +50,6 @@ def add_noise(z, eps, sigma):
 def velocity(z, eps):
     """The derivative of the path by sigma: the same everywhere on the line."""
     return eps - z
-
-
-def to_device(x, device):
-    """x on a device; from CPU to GPU a copy for which the CPU does not wait. From pinned memory the
-    GPU copies by itself, in its queue; from other memory the CPU waits for that queue."""
-    from_cpu_to_gpu = torch.device(device).type == "cuda" and x.device.type == "cpu"
-    # torch.compile cannot trace pinning.
-    if from_cpu_to_gpu and not torch.compiler.is_compiling():
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-def randn_each(generators, shape, device="cpu"):
-    """Normal noise (B, *shape), row b from generators[b]: the noise of a sample does not depend on
-    the batch, micro-batch or process that it is in, or on the device. Networks round differently
-    there: the same noise, and results that are alike to rounding."""
-    return to_device(torch.stack([torch.randn(shape, generator=g) for g in generators]), device)
-
-
-def rand_each(generators, shape=()):
-    """The same, uniform in [0, 1), on the CPU: (B, *shape)."""
-    return torch.stack([torch.rand(shape, generator=g) for g in generators])
 
 
 def shift_sigma(sigma, k):
@@ -156,6 +135,30 @@ def combine_guidance(v_pos, *terms):
     return v
 
 
+# -------------------------------------------------------------------------------------------- noise
+
+def to_device(x, device):
+    """x on a device; from CPU to GPU a copy for which the CPU does not wait. From pinned memory the
+    GPU copies by itself, in its queue; from other memory the CPU waits for that queue."""
+    from_cpu_to_gpu = torch.device(device).type == "cuda" and x.device.type == "cpu"
+    # torch.compile cannot trace pinning.
+    if from_cpu_to_gpu and not torch.compiler.is_compiling():
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def randn_each(generators, shape, device="cpu"):
+    """Normal noise (B, *shape), row b from generators[b]: the noise of a sample does not depend on
+    the batch, micro-batch or process that it is in, or on the device. Networks round differently
+    there: the same noise, and results that are alike to rounding."""
+    return to_device(torch.stack([torch.randn(shape, generator=g) for g in generators]), device)
+
+
+def rand_each(generators, shape=()):
+    """The same, uniform in [0, 1), on the CPU: (B, *shape)."""
+    return torch.stack([torch.rand(shape, generator=g) for g in generators])
+
+
 # ---------------------------------------------------------------------------------------- Syncphony
 
 def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=False,
@@ -178,9 +181,9 @@ def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=F
     target = z[:, :, 1:]
     noisy = add_noise(target, eps, sigma)                               # (B, C, L-1, h, w)
 
-    # Context noise augmentation: one small level per clip, in [0, 0.2], unknown to the network. In
-    # sampling the latents before a target carry its own errors (exposure bias).
-    context_noise = .2 * to_device(rand_each(generators, (1,)), z.device)
+    # Context noise augmentation: one small level per clip, unknown to the network. In sampling the
+    # latents before a target carry its own errors (exposure bias).
+    context_noise = CONTEXT_NOISE * to_device(rand_each(generators, (1,)), z.device)
     context_eps = randn_each(generators, (C, L, h, w), z.device)
     context = add_noise(z, context_eps, context_noise.expand(B, L))     # (B, C, L, h, w)
 
@@ -191,7 +194,7 @@ def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=F
     v_hat = model.forward_teacher_forced(context, noisy, sigma, text, pooled, audio)
 
     # skip=2: latent 0 holds one frame, the others t frames, so the difference between latents 0
-    # and 1 is not motion.
+    # and 1 is not motion. The paper does not make this exception.
     weight = motion_weight(z, lambda_motion, skip=2)[:, :, 1:]
     return flow_loss(v_hat, velocity(target, eps), sigma, weight)
 
@@ -252,8 +255,9 @@ def syncflow_loss(model, z_v, z_a, text_inputs, generators, stage="joint", ot=Fa
     # An absent stream is None, and so is its prediction.
     x_v = add_noise(z_v, eps_v, sigma) if has_v else None
     x_a = add_noise(z_a, eps_a, sigma) if has_a else None
-    v_v, v_a = model(x_v, x_a, sigma, sigma, *model.encode_text(text_inputs))
+    v_v, v_a = model(x_v, x_a, sigma, sigma, *model.encode_text(text_inputs))   # SyncFlow eq. 2
 
+    # Section 3.2's L_fm, of the streams that the stage trains.
     absent = z_v.new_full((), torch.nan)
     error_v = absent if v_v is None else mean_error(v_v, z_v, eps_v)
     error_a = absent if v_a is None else mean_error(v_a, z_a, eps_a)
@@ -283,21 +287,21 @@ def image_loss(model, z, text_inputs, generators, sigma_dist="uniform", shift=1.
 # ------------------------------------------------------------------------------------------ Harmony
 
 def harmony_loss(model, z_v, z_a, text_inputs, transcripts, generators, ref=None, ref_mask=None,
-                 stage="joint", lambda_v=.1, lambda_a=.3, shift=5., sigma_dist="uniform",
-                 p_first_frame=.5, lambda_joint=1.):
+                 stage="joint", lambda_joint=1., lambda_v=.1, lambda_a=.3, shift=5.,
+                 sigma_dist="uniform", p_first_frame=.5):
     """Harmony's cross-task synergy, one joint and two driven tasks -> loss, report: errors of
     joint video, joint audio, audio-driven, video-driven, nan for one that is not computed.
 
         L = lambda_joint L_joint + lambda_v L_driven^audio + lambda_a L_driven^video        eq. 3
 
         forward         video            audio            error of     weight               eq. 4
-        joint           noisy            noisy            both         lambda_joint = 1 (0: fig. 3)
+        joint           noisy            noisy            both         lambda_joint = 1
         audio-driven    noisy            clean            video        lambda_v = .1
         video-driven    clean            noisy            audio        lambda_a = .3
 
-    noisy: at the clip's one sigma, a latent 0 that is given at 0; clean: at 0. lambda_v weighs the
-    AUDIO-driven loss, because that one trains the video. Beside a clean stream the correspondence
-    shows from the first step, between two noisy ones late in training.
+    noisy: at the clip's sigma, but 0 for a given latent 0; clean: at 0. Without driven tasks it is
+    eq. 1. lambda_v weighs the AUDIO-driven loss, which trains the video. Beside a clean stream the
+    correspondence shows from the first step, between two noisy ones late in training (figure 3).
 
     z_v (B, C, L, h, w), z_a (B, A, S); text_inputs, transcripts as `DualTower.encode_audio_text`
     takes them; ref (B, A, R), mask (B, R): clean references of the timbre. Stages 'video', 'audio',
@@ -332,13 +336,13 @@ def harmony_loss(model, z_v, z_a, text_inputs, transcripts, generators, ref=None
             v_v, v_a = model(x_v, x_a, sigma_v, sigma, *text, ref, ref_mask)
             joint_v = mean_error(v_v, z_v, eps_v, sigma_v)
             joint_a = mean_error(v_a, z_a, eps_a)
-            loss = loss + lambda_joint * (joint_v + joint_a)
+            loss = loss + lambda_joint * (joint_v + joint_a)            # eqs. 3, 4: L_joint
         if lambda_v:
             v_v, _ = model(x_v, z_a, sigma_v, 0 * sigma, *text, ref, ref_mask)
             driven_v = mean_error(v_v, z_v, eps_v, sigma_v)
-            loss = loss + lambda_v * driven_v
+            loss = loss + lambda_v * driven_v                           # L_driven^audio
         if lambda_a:
             _, v_a = model(z_v, x_a, 0 * sigma, sigma, *text, ref, ref_mask)
             driven_a = mean_error(v_a, z_a, eps_a)
-            loss = loss + lambda_a * driven_a
+            loss = loss + lambda_a * driven_a                           # L_driven^video
     return loss, torch.stack([joint_v, joint_a, driven_v, driven_a]).detach()

@@ -286,7 +286,8 @@ def compile_network(model):
 # ---------------------------------------------------------------------------------- samplers
 
 def euler(velocity, x, sigmas, bar=None):
-    """dx/dsigma = velocity(x, sigma), from sigmas[0] to sigmas[-1]; x is {stream: latents}.
+    """dx/dsigma = velocity(x, sigma), from sigmas[0] to sigmas[-1]; x is {stream: latents}. It is
+    the integral of SyncFlow eq. 1 as a sum.
 
     On a straight path (rectified flow) a single step would be exact."""
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -1242,6 +1243,29 @@ def test_a_mel_vae_is_trained_and_loaded_by_its_commands(tmp_path):
     vae = sample.load_vae(tmp_path / "best.pt", task="mel-vae")
     assert vae.cfg.front == "mel"
     assert len(vae.cfg.shift) == len(vae.cfg.scale) == vae.cfg.latent
+
+
+def test_recordings_without_sound_are_passed_over(tmp_path, monkeypatch):
+    """Not an error hours later. A split without clips is one at once, and no toybox instead."""
+    for name in ("train/a", "train/silent", "test/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / f"{Path(name).name}.mp4").touch()
+
+    def read_audio(path, rate):
+        if path.endswith("silent.mp4"):
+            raise data.BadInput(f"{path}: no sound")
+        return np.ones(rate, np.float32)
+    monkeypatch.setattr(data, "read_audio", read_audio)
+    args = train.parse_args(["--task", "mel-vae", "--data", tmp_path])
+    task = train.AudioVAE(args, torch.device("cpu"), nullcontext)
+    assert task.seconds(range(20)).min() == 1
+    (tmp_path / "train/a/a.mp4").unlink()
+    task = train.AudioVAE(args, torch.device("cpu"), nullcontext)
+    with pytest.raises(data.BadInput, match="silent.mp4: no sound"):
+        task.seconds([0])
+    (tmp_path / "test/a/a.mp4").unlink()
+    with pytest.raises(data.BadInput, match="no clips for testing"):
+        train.AudioVAE(args, torch.device("cpu"), nullcontext)
 
 
 def test_a_cache_keeps_two_frames_of_every_convolution_and_not_the_chunk_they_came_from():
@@ -6138,6 +6162,22 @@ def test_cross_task_synergy_is_one_joint_and_two_driven_tasks():
     assert [g.abs().max().item() > 0 for g in grads] == [True, False]
 
 
+@pytest.mark.parametrize("training, weights", [(True, [.5, .2, .7]), (False, [1, 1, 1])])
+def test_an_evaluation_reports_all_errors_also_those_without_a_weight(
+        training, weights, monkeypatch):
+    """Three flags are the three weights of eq. 3 in training alone."""
+    loss = Mock()
+    monkeypatch.setattr(train, "harmony_loss", loss)
+    task = train.TwoTowers.__new__(train.TwoTowers)
+    task.harmony = True
+    task.args = train.parse_args(["--task", "joint", "--lambda-joint", .5, "--lambda-v", .2,
+                                  "--lambda-a", .7])
+    task.clip_loss(SimpleNamespace(training=training), [], None, None, None)
+    given = inspect.signature(losses.harmony_loss).bind(*loss.call_args.args).arguments
+    assert [given[f"lambda_{name}"] for name in ("joint", "v", "a")] == weights
+    assert (given["shift"], given["sigma_dist"]) == (5., "uniform")
+
+
 @pytest.mark.parametrize("stage", ["joint", "video"])
 def test_a_given_first_latent_is_clean_and_no_part_of_the_loss(stage):
     """Image-to-video as in Wan2.2-5B: latent 0 at sigma 0 for a share of the clips."""
@@ -6278,6 +6318,23 @@ def test_harmony_trains_the_sound_then_its_timbre_then_both(harmony_on_disk):
     assert moved("timbre", "joint") == {"video", "audio", "bridge"}
     assert stages["joint"]["guidance"] == sample.GUIDANCE["joint"]
     assert {"step", "video_driven", "audio_driven", "pairs"} <= set(header.split(","))
+
+
+@pytest.mark.parametrize("stage, least, most", [
+    ("audio", .3, 1), ("timbre", 1, 3), ("joint", 1, 3)])
+def test_a_reference_out_of_the_clip_itself_is_a_part_of_it(stage, least, most, monkeypatch):
+    """Harmony section 2: 1 to 3 s, of longer clips than these of 2 s. Beside a reference that is
+    the whole target nothing is left to learn."""
+    monkeypatch.setattr(data, "gather", lambda *args: torch.zeros(1, 1, 1))
+    monkeypatch.setattr(train, "batch_indices", lambda *args: ([0], []))
+    task = train.TwoTowers.__new__(train.TwoTowers)
+    vars(task).update(
+        harmony=True, args=SimpleNamespace(stage=stage, seed=0), cache=None, text=Mock(),
+        latents=Mock(return_value={}), references=Mock(return_value={}))
+    for step in range(100):
+        task.batch(step, [0])
+    seconds = [call.args[2] for call in task.references.call_args_list]
+    assert least <= min(seconds) < max(seconds) <= most and max(seconds) > .9 * most
 
 
 @pytest.mark.parametrize("stage, window", [("audio", 0), ("timbre", 2)])

@@ -6,7 +6,8 @@ tower can be trained first, and frozen. One layer:
     video  x -> space block -> time attention --> F_l ---> MLP -> x
                                                    | adaptor
     audio  x -> self-attention -------> cross-attention -> MLP -> x
-                                                   ^ [noise level; text]
+                                                   ^ [noise level]   (and the text, in the
+                                                                      ablation without video)
 
 Harmony (sections 2, 3.3), each stream conditions the other. The network takes one noise level per
 stream: the same sigma where both are noisy, 0 for a stream that is given. One layer, whose audio
@@ -224,7 +225,8 @@ class AudioBlock(nn.Module):
         """Audio tokens a (B, S, D), video features F_l (B, N, D) or None -> a (B, S, D)."""
         # Self-attention over the steps of the audio.
         a = self.norms[0](a + attend(self.attn, a, a, cond.rope, cond.rope))
-        # Keys: [F_l by the adaptor; noise level; text]. The last two have no time: no rotation.
+        # Keys: [F_l by the adaptor; noise level], in the ablation without video [noise level;
+        # text], else T = 0. Only F_l has a time, so only it is rotated.
         k, v = self.cross_attn.project_kv(cond.context)                 # (B, K, 1 + T, d)
         mask = cond.context_mask
         if features is not None:
@@ -288,6 +290,8 @@ class HarmonyLayer(nn.Module):
 
     def forward(self, video, audio, cond_v, cond_a):
         """video (B, N, D) or None, audio (B, R + S + T, D) or None -> the same."""
+        # One stream alone (stages "video", "audio", "timbre"): no bridge and no style update, so
+        # that the same blocks serve the audio tower's own training (Harmony section 2).
         if video is None:
             return None, self.audio(audio, cond_a)
         if audio is None:

@@ -12,6 +12,8 @@
 
 **A task** is a class, of which the loop uses
 
+    __init__(args, device, autocast)
+    autocast                        replaced by the loop when it has timed the network
     net                             the network; net.cfg, a dataclass, is its configuration
     columns                         names of what is reported beside the loss
     batch(step, rows)               -> the inputs of the loss, a dict
@@ -19,6 +21,8 @@
     held_out(n)                     -> n clips to evaluate on
     evaluate(clips)                 -> Evaluation of the network as it is
     extra                           what a checkpoint says besides: VAEs, guidance, stage
+    measure_latent_stats()          autoencoders only: before best.pt is written, shift and scale
+                                    of the latents into net.cfg
 
 **Exact resume.** Samples form an endless stream, cut into steps, processes and micro-batches:
 
@@ -37,7 +41,8 @@ and in micro-batches. Two exceptions couple the samples of a micro-batch, whose 
 and the spectral error of audio-vae.
 
 **Written** to --out: `last.pt`, all that resuming needs; `best.pt`, the averaged (EMA) weights of
-the best evaluation in half precision, for sample.py; `log.csv`; strips and an mp4 per evaluation.
+the best evaluation in half precision, for sample.py; `log.csv` (losses of process 0's share of each
+step); strips and an mp4 per evaluation.
 
     B batch · C channels · L latents · h w latent grid · A audio channels · S R audio steps
 """
@@ -53,10 +58,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -138,6 +143,8 @@ LATENTS = dict(   # of the tasks that train on latents, which are coded once and
 )
 TOWERS = dict(
     LATENTS,
+    drop_text=(.1, SHARE, "share of captions, of Harmony's transcripts, of its references of the "
+                          "timbre that are dropped, each on its own"),
     # Of spectra. No sound is generated better than the VAE codes true ones: onset F1 is .987 after
     # this one, .945 after the one of waveforms (SyncFlow's paper); Frechet of log-mels 1.6, 4.0.
     audio_vae=(str(MEL_VAE_FILE), str, "the VAE that makes the latents of the sound"),
@@ -225,7 +232,7 @@ STAGES = {
 # to 5 have the seeds of step or sample 0 of the streams, which does no harm.
 STREAMS = dict(
     sample=1,         # by sample id: the window of a clip, dropped text, posteriors, stills
-    step=2,           # by step: is audio skipped, which latent does Pyramid Flow's loss train
+    step=2,           # by step: whether audio is skipped, which latent Pyramid Flow's loss trains
     reference=3,      # by step: length of the references of the timbre
     sound=4,          # by sample id: which second of which recording
     noise=5,          # by sample id, torch: noise and noise levels of the loss
@@ -395,9 +402,8 @@ def seeded_each(ids, *numbers):
 # ----------------------------------------------------------------------------------- parts of tasks
 
 def parallel_map(device):
-    """`map`, for what is rendered or read anew in every step; beside a GPU one that shares the work
-    among processes, since one takes 140 ms for the 16 pairs of videos of a step, 115 for 16 sounds.
-    """
+    """Like the builtin map, beside a GPU in worker processes. It makes the clips of each step: on
+    one core 140 ms for 16 pairs of videos, 115 ms for 16 sounds."""
     if device.type != "cuda":
         return map
     workers = min(16, max(1, os.cpu_count() // world_size()))
@@ -473,6 +479,12 @@ def step_rng(args, stream, number):
     return np.random.default_rng([args.seed, STREAMS[stream], number])
 
 
+@lru_cache(maxsize=2)   # a step may end one epoch and begin the next
+def clip_order(seed, epoch, n):
+    """The order of n clips in an epoch, drawn once: for 200,000 clips it takes 7 ms."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 def batch_indices(cache, args, step, rows):
     """Samples number `rows` of a step -> window of each in the cache, numpy generator of each.
 
@@ -485,10 +497,10 @@ def batch_indices(cache, args, step, rows):
         sample_id = step * args.batch_size + row
         # The clip: the stream of samples runs through all clips once per epoch.
         epoch, place = divmod(sample_id, len(clips))
-        order = np.random.default_rng([args.seed, epoch]).permutation(len(clips))
+        clip = clips[clip_order(args.seed, epoch, len(clips))[place]]
         # One of its windows.
         rng = step_rng(args, "sample", sample_id)
-        index.append(rng.choice(clips[order[place]]))
+        index.append(rng.choice(clip))
         rngs.append(rng)
     return np.array(index), rngs
 
@@ -828,12 +840,21 @@ class RealVideoVAE(VideoVAE):
         return [half_size(video) for video in data.gather(self.train, "videos", index).numpy()]
 
 
+def first_sound(clips, rate):
+    """The waveform of the first clip that has sound."""
+    *others, last = [clip["sound"] or clip["path"] for clip in clips]
+    for path in others:
+        with suppress(BadInput):
+            return data.read_audio(path, rate)
+    return data.read_audio(last, rate)
+
+
 def any_second(rate, source):
-    """One second from anywhere in a sound -> float32 (rate,). source: a clip of `find_clips` (None:
-    one of the toybox) and a numpy generator."""
-    clip, rng = source
-    if clip:
-        wave = data.read_audio(clip["sound"] or clip["path"], rate)
+    """One second from anywhere in a sound -> float32 (rate,). source: clips of `find_clips`, of
+    which the first one with sound is taken (none: one of the toybox), and a numpy generator."""
+    clips, rng = source
+    if clips:
+        wave = first_sound(clips, rate)
     else:
         wave = toybox_clip(int(rng.integers(HELD_OUT)), video=False)["audio"]
     # What is shorter is followed by silence.
@@ -845,6 +866,9 @@ class AudioVAE:
     """Sounds of one second -> reconstruction of the waveform (audio-vae) or of its log-mel spectrum
     (mel-vae). From the toybox every sound is a new one; recordings are read as they are."""
 
+    # Clips drawn for a sample, some of which may have no sound. Where half of all have none, it
+    # fails once in 2^16 samples.
+    DRAWN = 16
     extra = {}
 
     def __init__(self, args, device, autocast):
@@ -861,10 +885,11 @@ class AudioVAE:
             raise BadInput(f"--size {args.size}: codes sounds of {config.rate} Hz, the toybox has "
                            f"{data.RATE}; give recordings by --data")
         self.net = autoencoders.AudioVAE(config)
-        # Recordings, if there are any; else the toybox's sounds.
-        clips = [] if args.data == "toybox" else data.find_clips(args.data, args.data_root)[0]
-        self.files = {split: [c for c in clips if c["split"] == split]
-                      for split in ("train", "test")}
+        # Recordings by split; none: the toybox's sounds.
+        self.files = dict(train=[], test=[])
+        if args.data != "toybox":
+            self.files = {split: data.clips_of_split(args.data, args.data_root, split)[0]
+                          for split in self.files}
 
     def seconds(self, sample_ids, split="train"):
         """One second of a recording of the split, or of a toybox clip, for each: (n, rate)."""
@@ -872,7 +897,8 @@ class AudioVAE:
         sources = []
         for sample_id in sample_ids:
             rng = step_rng(self.args, "sound", sample_id)
-            sources.append((files[rng.integers(len(files))] if files else None, rng))
+            drawn = rng.integers(len(files), size=self.DRAWN) if files else []
+            sources.append(([files[i] for i in drawn], rng))
         waves = self.map(partial(any_second, self.net.cfg.rate), sources)
         return torch.from_numpy(np.stack(list(waves)))
 
@@ -1010,8 +1036,11 @@ class TwoTowers:
             # They teach the video tower; stage "audio" does not train it.
             return batch | ({} if self.args.stage == "audio" else self.still_pictures(rngs))
         batch["speech"] = self.text("speech", index, rngs)
-        # One length in all processes.
-        seconds = step_rng(self.args, "reference", step).uniform(1, 3)
+        # One length in all processes. The paper's references have 1 to 3 s; those of the clip
+        # itself, which has 3 to 10 s there and 2 here, such a share of it: half of 1 to 3 s would
+        # be the whole target.
+        least, most = (.3, 1) if self.args.stage == "audio" else (1, 3)
+        seconds = step_rng(self.args, "reference", step).uniform(least, most)
         return batch | self.references(index, rngs, seconds)
 
     def still_pictures(self, rngs):
@@ -1059,10 +1088,9 @@ class TwoTowers:
             return syncflow_loss(net, z_v, z_a, text, generators, args.stage, ot, args.sigma,
                                  args.shift)
         # Evaluation reports all errors, also those that are not trained.
-        weights = (args.lambda_v, args.lambda_a, args.lambda_joint) if net.training else (1, 1, 1)
-        return harmony_loss(
-            net, z_v, z_a, text, speech, generators, ref, ref_mask, args.stage, *weights[:2],
-            args.shift, args.sigma, lambda_joint=weights[2])
+        lambdas = (args.lambda_joint, args.lambda_v, args.lambda_a) if net.training else (1, 1, 1)
+        return harmony_loss(net, z_v, z_a, text, speech, generators, ref, ref_mask, args.stage,
+                            *lambdas, args.shift, args.sigma)
 
     def loss(self, net, generators, pictures=None, picture_text=None, **batch):
         """The system's loss, plus that of the still pictures."""
@@ -1161,7 +1189,7 @@ NEWTON_SCHULZ = ((8.0211, -22.956, 16.623), (3.6231, -2.6621, .5141), (2.687, -1
 
 
 def orthogonalise(x):
-    """Matrices (n, M, N) -> such with their singular vectors, and singular values near 1, by
+    """Matrices (n, M, N) -> the same singular vectors, with singular values near 1, by
     Newton-Schulz: y <- a y + b (y y^T) y + c (y y^T)^2 y acts on each singular value as a
     polynomial. Those below .01 of the norm, about half of a gradient's, grow by up to 78, the
     product of the three a: .001 to .08, .01 to .73. x is overwritten."""
@@ -1259,7 +1287,7 @@ def local_shard(p):
 
 def update_ema(ema, net, step, decay, every=1):
     """ema <- d ema + (1 - d) weights, with d = (1 + step) / (10 + step) until it reaches `decay`.
-    With `every` > 1 in some steps only, by as much as in so many steps."""
+    With every = n it runs in each n-th step and uses d^n."""
     if step % every == 0:
         # Averages that start at the initial weights have to forget them first.
         d = min(decay, (1 + step) / (10 + step)) ** every
@@ -1426,12 +1454,12 @@ class Run:
         self.flops = count_flops(self.task) * args.batch_size             # of a step
         # Of a model on Pyramid Flow only what is trained is saved.
         self.published = bool(getattr(args, "pretrained", None))
-        # With --pretrained shapes change from step to step, not worth compiling for; and the frozen
-        # half may be in bfloat16 already: it is not timed.
+        # Three cases. On CUDA: compile, in bfloat16 where that is native. To time both dtypes would
+        # compile twice; uncompiled, where a small network waits for its kernels to start, autocast
+        # adds some and loses (a2v's tiny one: .62 x as fast, H100). Elsewhere with --dtype auto:
+        # time both. With --pretrained: neither, since shapes change from step to step and the
+        # frozen half may be in bfloat16 already.
         if self.device.type == "cuda" and not args.no_compile and not self.published:
-            # Nor is what is compiled for a GPU, but in bfloat16 where that is native. Uncompiled, a
-            # small network waits for kernels to start, of which autocast adds some (a2v's tiny one:
-            # .62 x as fast, H100). Compiling merges them; to time that would be to compile twice.
             args.compile = True
         elif args.dtype == "auto" and not self.published:
             precision = self.measure_dtype()

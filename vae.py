@@ -1,6 +1,7 @@
 """The autoencoders: video to latents, sound to latents, and back.
 
-    CausalVideoVAE   Pyramid Flow's published video VAE, the one of real clips, the toybox's
+    CausalVideoVAE   one class, three configurations: Pyramid Flow's published VAE, REAL_VAE,
+                     TOYBOX_VAE
     AudioVAE         front end "waveform": EnCodec's network, a Gaussian in place of the quantiser
                      (SyncFlow section 3.1). Front end "mel": log-mel spectra, the idea of MMAudio,
                      whose latents Harmony uses
@@ -57,7 +58,7 @@ class VAEConfig:
     layers: tuple = (2, 3)                    # ResBlocks per level: encoder, decoder
     latent: int = 16                          # channels of the latent
     groups: int = 32                          # GroupNorm groups
-    # Five switches, for a network that learns on two CPU cores, where the published layout,
+    # Six switches, for a network that learns on two CPU cores, where the published layout,
     # however narrow, learns nothing within an hour. Chosen by short runs of one seed each.
     # temporal kernel. 1: a latent depends on its t frames; the transformer models the history
     kernel_t: int = 3
@@ -269,6 +270,7 @@ class Encoder(nn.Module):
         self.mid_block = MidBlock(w[-1], cfg)
         self.conv_norm_out = Norm(cfg.groups, w[-1], 1e-6)
         self.conv_out = CausalConv3d(w[-1], 2 * cfg.latent, kernel)         # mean and logvar
+        self.linear = None
         if cfg.shortcut:
             s = 2 ** sum(cfg.space)
             self.linear = nn.Conv3d(c_in, 2 * cfg.latent, (1, s, s), (1, s, s))
@@ -283,7 +285,9 @@ class Encoder(nn.Module):
                 features.append(before)
         h = self.mid_block(h, cache)
         h = self.conv_out(F.silu(self.conv_norm_out(h)), cache)
-        return h + self.linear(x) if hasattr(self, "linear") else h, features
+        if self.linear is not None:
+            h = h + self.linear(x)
+        return h, features
 
 
 class Decoder(nn.Module):
@@ -309,6 +313,7 @@ class Decoder(nn.Module):
         elif cfg.reference:
             c_out = 6 + 2 * p * p
         self.conv_out = CausalConv3d(w[-1], c_out, kernel)
+        self.linear = None
         if cfg.shortcut:
             s = 2 ** sum(cfg.space)
             kernel = (2 ** sum(time), s, s)
@@ -325,7 +330,7 @@ class Decoder(nn.Module):
                 x = self.mid_block(x, cache)
             x, _ = level(x, cache)
         x = self.conv_out(F.silu(self.conv_norm_out(x)), cache)     # (B, c_out, frames, H/p, W/p)
-        if hasattr(self, "linear"):
+        if self.linear is not None:
             # the linear path makes t frames of latent 0, too: the last of them is frame 0
             x = x + self.linear(z)[:, :, -x.shape[2]:]
         return x
@@ -350,8 +355,8 @@ class CausalVideoVAE(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        levels = {len(cfg.widths), len(cfg.space), len(cfg.time), len(cfg.time_up or cfg.time)}
-        assert len(levels) == 1, "widths, space, time and time_up must have an entry per level"
+        counts = {len(cfg.widths), len(cfg.space), len(cfg.time), len(cfg.time_up or cfg.time)}
+        assert len(counts) == 1, "widths, space, time and time_up must have an entry per level"
         self.cfg = cfg
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
@@ -594,8 +599,8 @@ class AudioVAEConfig:
     lstm: int = 2                             # waveform: layers of the LSTM next to the latents
     mels: int = 64                            # mel: bands
     depth: int = 2                            # mel: residual units on either side of the halving
-    shift: tuple = 0.                         # latents are normalised as (z - shift) * scale,
-    scale: tuple = 1.                         # with one number per channel
+    shift: tuple = 0.                         # latents are normalised as (z - shift) * scale, with
+    scale: tuple = 1.                         # a number per channel; 0. and 1.: not measured yet
 
 
 AUDIO_VAE_SIZES = {                           # by front end
