@@ -62,7 +62,8 @@ MONO = "async=1:ochl=mono:rematrix_maxval=1"
 # Seconds that are decoded at most, because a damaged file may claim any length.
 MAX_SOUND = 3600                # 0.7 GB at 48 kHz; what is longer is cut. Of a video to dub, too
 PIECE = 2 ** 24                 # bytes of such a video that are in memory at a time
-MAX_SECONDS = 600               # of a clip, 180 MB at 64 x 64 pixels; what is longer is skipped
+# Of a clip, 180 MB at 64 x 64 pixels and 11 GB at 384 x 640; what is longer is skipped
+MAX_SECONDS = 600
 
 # Of the frames that an autoencoder of real video is trained on
 STORE = 2 ** 34                 # bytes on disk at most: 7000 windows of 128 x 128 pixels, 4 hours
@@ -167,11 +168,17 @@ def run_cli(main):
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # `| head` has read enough. Python would write what is left in its buffer once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         # A full disk, a folder in place of a file, no permission: of any file
         where = error.filename or "a file could not be read or written"
-        print(f"error: {one_line(where)}: {one_line(error.strerror or error)}; check the path, its "
-              "permissions and the space that is left", file=sys.stderr)
+        # (From a worker process it comes with a traceback above its last line.)
+        reason = str(error.strerror or error).strip().rpartition("\n")[2]
+        print(f"error: {one_line(where)}: {one_line(reason)}; check the path, its permissions and "
+              "the space that is left", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as why:
         print("stopped; nothing half-written is left behind", file=sys.stderr)
@@ -324,10 +331,11 @@ def decode(path, what, times, block, limit, *arguments):
                 yield raw
         log.seek(0)
         for line in log:
-            if "matches no streams" in line:
+            # The level stands behind the names of parts. Titles and file names may hold any text.
+            error = re.match(r"(?:\[[^]]+ @ \w+\] )*\[(?:error|fatal|panic)\] (.*)", line)
+            if error and "matches no streams" in error[1]:
                 raise BadInput(f"{path}: no {what} in it")
             # ffmpeg goes on after an error, but then what comes out is not what was recorded.
-            error = re.search(r"\[(?:error|fatal|panic)\] (.*)", line)
             if error:
                 raise BadInput(f"{path}: its {what} is damaged or not of a known kind "
                                f"({last_reason(error[1])})")
@@ -339,6 +347,12 @@ def decode(path, what, times, block, limit, *arguments):
                 seconds = float(frame[2])
                 first, _, n = times.get(frame[1], (seconds, seconds, 0))
                 times[frame[1]] = (first, seconds, n + 1)
+        # Killed, as for lack of memory, ffmpeg writes no error. That is not the clip's fault, so a
+        # cache must not remember it as skipped. A crash is. (255: by SIGTERM)
+        if ffmpeg.returncode in (-signal.SIGKILL, 255):
+            raise OSError(errno.EIO, "ffmpeg was killed; is there memory left?", str(path))
+        if ffmpeg.returncode:
+            raise BadInput(f"{path}: ffmpeg fails on its {what} (code {ffmpeg.returncode})")
 
 
 def frame_rate(path):
@@ -375,10 +389,13 @@ def stream_video(path, size=64, times=None, limit=MAX_SOUND, fps=FPS):
     filters = (f"showinfo=checksum=0,fps={fps},format=rgb24,{crop},"
                f"scale={width}:{height}:flags=bicubic+accurate_rnd,setsar=1,showinfo=checksum=0")
     arguments = ["-map", "0:V:0", "-vf", filters, "-f", "rawvideo", "-fps_mode", "passthrough"]
-    block = max(1, PIECE // (3 * height * width)) * 3 * height * width
+    frame_bytes = 3 * height * width
+    block = max(1, PIECE // frame_bytes) * frame_bytes
     frames = 0
     with closing(decode(path, "picture", times, block, limit, *arguments)) as blocks:
         for raw in blocks:
+            # Of an ffmpeg that was killed, the last frame may be cut.
+            raw = raw[:len(raw) // frame_bytes * frame_bytes]
             piece = np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
             frames += len(piece)
             if frames > limit * fps:
@@ -433,10 +450,10 @@ def read_clip(path, size=64, sound=None, fps=FPS, static=False):
     video = video[first:first + frames]
     wave = fit_length(wave[skip:], round(frames / fps * RATE))
 
-    # Static: no frame differs from the first by half a step of 255 on average. Silence: -80 dB. NaN
-    # is not above it either.
-    change = np.abs(video[1:].astype(np.int16) - video[0]).mean((1, 2, 3))
-    if not static and change.max() < .5:
+    # Static: no frame differs from the first by half a step of 255 on average (frame by frame: all
+    # at once would take several times the video's memory). Silence: -80 dB. NaN is not above it
+    # either.
+    if not static and all(np.abs(frame.astype(np.int16) - video[0]).mean() < .5 for frame in video):
         raise BadInput(f"{path}: a static picture")
     if not wave.std() >= 1e-4:
         raise BadInput(f"{path}: its sound is silence, or has NaN samples")
@@ -512,10 +529,11 @@ def add_sound(path, video, wave, rate=RATE):
     outputs = ["-c:a", "aac", "-b:a", "128k", "-movflags", "+faststart"]
     wave = np.ascontiguousarray(wave, np.float32)
     with replacing(path) as part:
-        # Pictures are copied as they are. What an mp4 cannot hold is coded again.
+        # Pictures are copied as they are. What an mp4 cannot hold is coded again. (file: means that
+        # nothing in a name is special.)
         for codec in (["copy"], ["libx264", "-crf", "12", "-pix_fmt", "yuv420p"]):
-            done, _, log = run_ffmpeg("-v", "error", *inputs, "-c:v", *codec, *outputs, part,
-                                      stdin=memoryview(wave).cast("B"))
+            done, _, log = run_ffmpeg("-v", "error", *inputs, "-c:v", *codec, *outputs,
+                                      f"file:{part}", stdin=memoryview(wave).cast("B"))
             if done:
                 return
         raise BadInput(f"{video}: cannot be written as mp4 ({last_reason(log)})")
@@ -532,8 +550,8 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
         raise BadInput(f"{path}: H.264 needs an even height and width, got {height}x{width}")
     with replacing(path) as part:
         writer = imageio_ffmpeg.write_frames(
-            str(part), (width, height), fps=fps, codec="libx264", quality=None, macro_block_size=1,
-            output_params=["-crf", "12"], ffmpeg_log_level="error")
+            f"file:{part}", (width, height), fps=fps, codec="libx264", quality=None,
+            macro_block_size=1, output_params=["-crf", "12"], ffmpeg_log_level="error")
         count = 0
         # Closing the writer waits until ffmpeg has finished the file.
         with closing(writer):
@@ -613,7 +631,8 @@ def is_count(value):
 
 
 def is_score(value):
-    return value == -math.inf or is_number(value, -1e9)       # of a run without an evaluation
+    # -inf: of a run without an evaluation
+    return is_number(value, -1e9) or type(value) is float and value == -math.inf
 
 
 def is_settings(value):
@@ -1382,6 +1401,8 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
+    if Path(args.show).suffix != ".png":
+        raise BadInput(f"--show {args.show}: give a file that ends in .png")
     contact_sheet(args.data, args.data_root, args.show)
 
 

@@ -1494,6 +1494,27 @@ def test_an_mp4_has_the_frames_the_rate_the_size_and_the_sound(tmp_path, seconds
     assert [p.name for p in tmp_path.iterdir()] == ["x.mp4"]
 
 
+def test_a_relative_path_may_hold_a_colon(tmp_path, monkeypatch):
+    """No protocol of ffmpeg is meant."""
+    monkeypatch.chdir(tmp_path)
+    video = np.zeros((3, 32, 32, 3), np.uint8)
+    assert data.write_video("a:b/x.mp4", video, np.zeros(2000, np.float32)) == 3
+    assert (tmp_path / "a:b/x.mp4").stat().st_size > 0
+
+
+def test_a_closed_pipe_ends_a_program_quietly(capfd):
+    """As `| head` does when it has read enough."""
+    def main():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        data.run_cli(lambda: print("a line"))
+    process = forked(main)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGPIPE and capfd.readouterr().err == ""
+
+
 def test_a_video_that_fails_on_the_way_leaves_no_file(tmp_path):
     """An odd height is refused as well: H.264 has even ones."""
     def pieces():
@@ -2724,6 +2745,27 @@ def test_what_cannot_be_trusted_is_skipped_with_its_reason(odd, monkeypatch):
         data.read_clip(odd / "ok/plain.mp4")
 
 
+def test_a_title_or_a_name_is_no_message_of_ffmpeg(odd, tmp_path):
+    """Only the level of a line says that it is an error."""
+    path = tmp_path / "take [error] 2.mp4"
+    ffmpeg("-i", odd / "ok/plain.mp4", "-c", "copy", "-metadata", "title=it matches no streams",
+           "-metadata", "comment=x [fatal] y", path)
+    assert_in_sync(path)
+
+
+@pytest.mark.parametrize("end, error", [("kill -9 $$", OSError), ("exit 255", OSError),
+                                        ("kill -11 $$", data.BadInput)])
+def test_a_clip_is_not_shorter_because_ffmpeg_was_killed(odd, tmp_path, monkeypatch, end, error):
+    """After a frame, and within one. A crash skips the clip; of a lack of memory none remembers."""
+    real = data.ffmpeg_command
+    for n in (20 * 32 * 32 * 3, 20 * 32 * 32 * 3 + 1):
+        monkeypatch.setattr(data, "ffmpeg_command", lambda *arguments: [
+            "sh", "-c", f"{shlex.join(real(*arguments))} >{tmp_path}/all; "
+                        f"head -c {n} {tmp_path}/all; {end}"])
+        with pytest.raises(error, match="ffmpeg (was killed|fails)"):
+            data.read_video(odd / "ok/plain.mp4", 32)
+
+
 DOG = "dog_barking/-3viw1EWLpo_000015_000025_3.5_7.0.mp4"
 VIOLIN = "playing_violin__fiddle/a_b-c_d_e_f_000000_000010_0.0_10.0"
 # Files, with the content of lists and tables; the splits and prompts expected; some of the report.
@@ -3115,6 +3157,8 @@ def test_clips_are_shown_and_prepared_with_a_report_of_what_was_skipped(
     inputs = dict(size=32, vae=vae, vae_id="x", autocast=nullcontext)
     assert cli(data, "--data", folder, "--show", tmp_path / "s.png") == 0
     assert iio.imread(tmp_path / "s.png").shape == (64 + 40, 12 * 64, 3)
+    assert cli(data, "--data", folder, "--show", tmp_path / "sheet") == 2
+    assert "give a file that ends in .png" in capsys.readouterr().err
     data.load_or_prepare(folder, tmp_path, "train", **inputs)
     assert "skipped 1, such as train/broken.mp4: its picture is damaged" in capsys.readouterr().out
     with pytest.raises(data.BadInput, match="at least two clips"):
@@ -5168,6 +5212,12 @@ def test_hostile_files_get_one_clear_line_or_a_right_result(n, good, tmp_path):
     for make in KINDS if n >= 400 else ():
         assert outcomes[f'{make.__name__} "refused"'], make
         assert outcomes[f'{make.__name__} "right"'] or make is full_disks, make
+
+
+def test_the_score_of_a_checkpoint_is_one_number():
+    """-inf before the first evaluation; a tensor of two values has no truth."""
+    assert all(map(data.is_score, (-math.inf, -2., .5, 1)))
+    assert not any(map(data.is_score, (math.nan, math.inf, None, torch.zeros(2), torch.zeros(1))))
 
 
 def test_a_phone_s_photo_is_turned_upright(tmp_path):
