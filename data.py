@@ -799,7 +799,7 @@ HIT = re.compile(r"(\d{4}(?:-\d\d){5}.*?)(_denoised_thumb|_denoised|_mic)")
 def find_clips(name, root="data", toybox_clips=2000):
     """Everything that --data names, in whatever layout it was downloaded -> list of clips, report.
 
-    Lists and tables choose among the files of the folder, so they cannot name any other. A file in
+    Lists and tables choose among the files of the folder, so they cannot name any other. What is in
     it may be a link to somewhere else: large datasets often are.
 
     A clip is a dict: path, name (relative to the folder), split ("train", "test", "val"), kind (its
@@ -812,14 +812,14 @@ def find_clips(name, root="data", toybox_clips=2000):
         return clips, f"toybox: {toybox_clips} clips, drawn from their seeds"
 
     folder = dataset_folder(name, root)
-    files = [p for p in folder.rglob("[!.]*") if p.suffix.lower() in VIDEOS and p.is_file()]
-    files.sort()
-    if not files:
+    files = files_below(folder)
+    videos = [p for p in files if p.suffix.lower() in VIDEOS and p.is_file()]
+    if not videos:
         raise BadInput(f"{folder}: no clips in it; expected {' '.join(VIDEOS)}")
     # The split comes from lists, else from a table, else from folder names.
-    rows, source = read_lists(folder)
+    rows, source = read_lists(files)
     by_name = {}
-    for path in files if rows else []:
+    for path in videos if rows else []:
         for key in names_of(path):
             by_name.setdefault(key, []).append(path)
     chosen, missing = {}, []
@@ -835,10 +835,10 @@ def find_clips(name, root="data", toybox_clips=2000):
         raise BadInput(f"{folder}: none of the {len(missing)} clips that its {source} name exists "
                        f"(for instance {missing[0]}); check that the videos are unpacked in it")
     if not chosen:
-        chosen, source = split_by_folders(folder, files)
+        chosen, source = split_by_folders(folder, videos)
 
     # ASVA's datasets may hold a table from class folders to prompts.
-    mapping = next(folder.rglob("class_mapping.json"), None)
+    mapping = next((p for p in files if p.name == "class_mapping.json"), None)
     prompts = parse_file(mapping, parse_prompts) if mapping else {}
     clips = [describe_clip(path, folder, *chosen[path], prompts) for path in sorted(chosen)]
     counts = Counter(c["split"] for c in clips)
@@ -868,6 +868,23 @@ def dataset_folder(name, root):
                    "of clips")
 
 
+def files_below(folder):
+    """All files below a folder, sorted, without hidden ones and what is in hidden folders. Folders
+    may be links; each is entered once, as a link may lead in a circle."""
+    files = []
+    entered = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        # os.walk goes on with what stays in this list.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(at, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
 def parse_file(path, parse):
     """parse(text of a file); BadInput if it is not UTF-8 or not of the expected form."""
     try:
@@ -883,17 +900,17 @@ def parse_prompts(text):
     return prompts
 
 
-def read_lists(folder):
-    """Lists (train.txt: a clip per line), else tables (vggsound.csv: id, start, label, split, no
-    header) -> rows (name of a clip, split, label or None), the names of these files."""
+def read_lists(files):
+    """Of files, lists (train.txt: a clip per line), else tables (vggsound.csv: id, start, label,
+    split, no header) -> rows (name of a clip, split, label or None), the names of these files."""
     def parse_table(text):
         rows = [row for row in csv.reader(text.splitlines()) if len(row) == 4]
         return [(f"{row[0]}_{int(float(row[1]))}", row[3].strip(), row[2])
                 for row in rows if row[3].strip() in SPLITS]
 
     rows = []
-    lists = [p for p in folder.rglob("*.txt") if p.stem in SPLITS]
-    tables = [] if lists else sorted(folder.rglob("*.csv"))
+    lists = [p for p in files if p.suffix == ".txt" and p.stem in SPLITS]
+    tables = [] if lists else [p for p in files if p.name == "vggsound.csv"]
     for path in sorted(lists, key=lambda p: (len(p.parts), p)):
         lines = map(str.strip, parse_file(path, str.splitlines))
         rows += [(line, path.stem, None) for line in lines if line]
@@ -1021,7 +1038,7 @@ def item_windows(item, size, variations=1, views=False):
         except BadInput as why:
             return str(why).removeprefix(f"{item['path']}: ")
     for k, window in enumerate(windows if views else []):
-        rng = np.random.default_rng([zlib.crc32(item["name"].encode()), k])
+        rng = np.random.default_rng([zlib.crc32(os.fsencode(item["name"])), k])
         window["video"] = random_view(window["video"], size, rng)
     return [dict(window, mel=log_mel(window["audio"])) for window in windows]
 
@@ -1086,7 +1103,7 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     """
     folder = Path(folder)
     # The items are settings too: a cache is not filled with some of one list, some of another.
-    names = json.dumps([[item["name"], item["prompt"]] for item in items])
+    names = json.dumps([identity(item) for item in items])
     settings = dict(settings, clips=len(items), named=zlib.crc32(names.encode()))
     check_settings(folder / "settings.json", settings)
 
@@ -1128,6 +1145,13 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
                        "memory; free some and run the same command again") from None
 
 
+def identity(item):
+    """By what a cache knows a clip again. The size of its file is a part of it: another folder, or
+    a new export, may hold other clips of the same names."""
+    size = [os.path.getsize(item["path"])] if "path" in item else []
+    return [item["name"], item["prompt"], *size]
+
+
 def start_workers(loader):
     """-> iterator of a loader. Ctrl-C, which reaches its processes as well, is left to this one."""
     # Processes inherit which signals are blocked. Python's resource tracker, where it starts,
@@ -1152,7 +1176,8 @@ def check_settings(path, settings):
     except (ValueError, RecursionError, AssertionError):
         raise BadInput(f"{path}: damaged; remove the folder {path.parent}, and the same command "
                        "makes it again") from None
-    other = [f"{k} {found.get(k)} (now {v})" for k, v in settings.items() if found.get(k) != v]
+    other = ["other clips (names, texts or sizes of files)" if k == "named" else
+             f"{k} {found.get(k)} (now {v})" for k, v in settings.items() if found.get(k) != v]
     if other:
         raise BadInput(f"{path.parent}: this cache was made with {', '.join(other)}; remove that "
                        "folder, or keep it and give another --data-root")

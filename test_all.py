@@ -2779,7 +2779,7 @@ LAYOUTS = {
         "for instance dog_barking/gone.mp4"),
     "VGGSound": (
         {"v/-a_b_c-d_e__000030.mp4": "", "v/unlisted_id_000030.mp4": "",
-         "v.csv": '-a_b_c-d_e_,30,"dog barking, bow-wow",train\ngonegonegon,1,x,train\n'},
+         "vggsound.csv": '-a_b_c-d_e_,30,"dog barking, bow-wow",train\ngonegonegon,1,x,train\n'},
         "train: dog barking, bow-wow", "gonegonegon_1"),
     "Landscapes, whose lines are relative to their split": (
         {"train/a_fire/a.mp4": "", "test/a_fire/a.mp4": "", "train.txt": "a_fire/a.mp4\n",
@@ -2787,8 +2787,8 @@ LAYOUTS = {
     "folders, and a microphone that is no hit": (
         {"train/wind/my_mic.mp4": "", "test/fire/a.mov": ""}, "test: fire, train: wind", "folders"),
     "any tree, one clip in ten of which is for testing, by a hash of its name": (
-        {"a_fire/31.mkv": "", "b/2.avi": "", "b/3.webm": "", ".hidden.mp4": "", "notes.txt": ""},
-        "test: a fire, train: b, train: b", "invented"),
+        {"a_fire/31.mkv": "", "b/2.avi": "", "b/3.webm": "", ".hidden.mp4": "", "notes.txt": "",
+         "results.csv": "clip,score,rank,test"}, "test: a fire, train: b, train: b", "invented"),
 }
 
 
@@ -2806,6 +2806,18 @@ def test_datasets_are_read_as_downloaded(tmp_path, layout):
     clips, report = data.find_clips(tree(tmp_path, files))
     assert ", ".join(f"{c['split']}: {c['prompt']}" for c in clips) == expected
     assert text in report
+
+
+def test_linked_folders_are_entered_once_and_hidden_ones_never(tmp_path):
+    """Lists in them count too. A link may lead in a circle."""
+    lists = {"train.txt": "a.mp4", "test.txt": "b.mp4"}
+    tree(tmp_path / "disk", {"a.mp4": "", "b.mp4": "", **lists})
+    tree(tmp_path / "mine", {".trash/c.mp4": ""})
+    (tmp_path / "mine/videos").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/circle").symlink_to(tmp_path / "disk")
+    clips, _ = data.find_clips(tmp_path / "mine")
+    assert {c["name"]: c["split"] for c in clips} == {"videos/a.mp4": "train",
+                                                      "videos/b.mp4": "test"}
 
 
 def test_the_greatest_hits_have_events_a_wav_and_the_better_of_two_versions(tmp_path):
@@ -2922,6 +2934,9 @@ def test_a_finished_cache_is_only_read_a_damaged_one_is_named(tmp_path, toy, mon
     with pytest.raises(data.BadInput, match="name a .now b.*remove that folder"):
         again(name="b")
     before = contents(tmp_path)
+    # By these names caches of the toybox are known again.
+    assert json.loads(before["settings.json"])["named"] == zlib.crc32(
+        b'[["seed 0", ""], ["seed 1", ""]]')
     mels = json.loads(before["00000.json"])["files"]["mels"]
     assert mels["crc32"] == zlib.crc32(before["00000-mels.npy"])
     (tmp_path / "00000-mels.npy").write_bytes(before["00000-mels.npy"][:-1])
@@ -2930,6 +2945,18 @@ def test_a_finished_cache_is_only_read_a_damaged_one_is_named(tmp_path, toy, mon
     (tmp_path / "00000.json").unlink()
     again(name="a")
     assert contents(tmp_path) == before
+
+
+def test_a_cache_of_other_files_of_the_same_names_is_refused(tmp_path):
+    """Such as of another folder of that name, or of clips that were exported anew."""
+    path = tmp_path / "x.mp4"
+    item = dict(name="x.mp4", prompt="", path=str(path), sound=None, split="train")
+    path.write_text("")
+    for _ in range(2):
+        fill(tmp_path / "c", [item], None)
+    path.write_text("x")
+    with pytest.raises(data.BadInput, match="made with other clips"):
+        fill(tmp_path / "c", [item], None)
 
 
 def test_a_cache_of_any_number_of_shards_is_read_with_few_open_files(tmp_path):
@@ -3104,7 +3131,8 @@ def test_training_windows_of_real_clips_are_coded_in_random_views(clip, tmp_path
         begins.append(view.min())
     assert .74 < min(shares) < .78 and .97 < max(shares) < 1.01 and 15 < mirrored < 45
     assert min(begins) < 2 and max(begins) > 12
-    windows = [data.item_windows(clip, 32, views=True) for _ in range(2)]
+    odd_name = os.fsdecode(b"caf\xe9.mp4")
+    windows = [data.item_windows(dict(clip, name=odd_name), 32, views=True) for _ in range(2)]
     plain = data.item_windows(clip, 32)
     for one, two, before in zip(*windows, plain):
         assert np.array_equal(one["video"], two["video"]) and one["video"].shape == (49, 32, 32, 3)
@@ -3182,7 +3210,7 @@ def test_training_samples_the_posterior_except_of_the_vae_whose_code_is_mostly_n
 
 
 def test_hubert_features_are_fifty_a_second(tmp_path):
-    """Syncphony section 4: HuBERT at 50 Hz. A small HuBERT, two seconds at 16 kHz."""
+    """As of DenseAV's audio backbone (Syncphony 5.1), a tuned HuBERT. Two seconds at 16 kHz."""
     transformers = pytest.importorskip("transformers")
     config = transformers.HubertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     transformers.HubertModel(config).save_pretrained(tmp_path)
@@ -4977,7 +5005,7 @@ def datasets(rng, good, d):
            b"x" * 10 ** 4, b"a,1,b,train", b"a,inf,b,train", b"a,nan,b,test", b'"', b"1e999 a b c",
            b"nan a b c", b"1 2 3 4", b"[" * 10 ** 5, b'{"a": 3}', b'{"a": "p"}', b"[1]"]
     lines = [any_of(rng, odd) for _ in range(rng.integers(1, 5))]
-    name = any_of(rng, ["train.txt", "test.txt", "x.csv", "class_mapping.json",
+    name = any_of(rng, ["train.txt", "test.txt", "vggsound.csv", "class_mapping.json",
                         "2015-02-16-16-49-06_times.txt"])
     (root / name).write_bytes(b"\n".join(lines))
     where = any_of(rng, [root, root, root, root, root / name, "x" * 5000, "a\0b", "avsync15"])
