@@ -1312,11 +1312,12 @@ def gather(cache, name, index):
 
 
 def load_or_prepare(name, root, split, size, vae, vae_id, autocast, clips=2000, audio_encoder=None,
-                    audio_tag="hubert", variations=1, views=False, log=print):
+                    audio_tag="hubert2", variations=1, views=False, log=print):
     """The cache of a dataset's split, prepared first where it is absent or unfinished. vae_id names
-    the VAE, audio_tag what `audio_encoder` makes of every sound. clips, variations: of the toybox.
-    views: of real clips, training windows in random views. log gets the report: what was found,
-    what was skipped and why."""
+    the VAE, audio_tag what `audio_encoder` makes of every sound ("hubert" was for waveforms that
+    were divided by another deviation). clips, variations: of the toybox. views: of real clips,
+    training windows in random views. log gets the report: what was found, what was skipped and why.
+    """
     items, report = clips_of_split(name, root, split, clips)
     # What the cache depends on is in the settings, and in the folder's name what users vary.
     if name == "toybox":

@@ -158,8 +158,8 @@ class HistoryCache:
         self.levels = {}                # of `noise_level`
         self.room = cache_limit(pooled.device)
         self.reuse = reuse
-        self.stage = None               # which latent and stage the last call was of,
-        self.calls = 0                  # how many calls of them there were before it
+        self.stage = None               # latents_dropped and shapes of the last call
+        self.calls = 0                  # calls of this stage so far, less one
         self.history = None             # keys and values of its whole history
 
     def velocity(self, clips, timestep, latents_dropped=0):
@@ -178,8 +178,10 @@ class HistoryCache:
         if latents_dropped:
             self.caches.clear()
         n_cached, kv = self.caches.get(timestep, (0, None))
-        # this is another video: all of the history is run
-        if n_cached >= n_coarse:
+        # another video: what is kept for this timestep is of the one before
+        if kv and n_cached >= n_coarse:
+            self.room += sum(x.nbytes for x in kv)
+            del self.caches[timestep]
             n_cached, kv = 0, None
         # with reuse > 1: the noisy latent alone is run, in all calls of a stage but every k-th
         is_reused = self.calls % self.reuse > 0 and len(latents) > 1
@@ -280,10 +282,10 @@ def make_stages(n=3):
     # and b has the covariance (1 + gamma) I - gamma (all ones). alpha^2 c^2 = beta^2 gamma cancels
     # the correlation, and white noise remains, of the level start = alpha c sqrt(1 + 1/gamma).
     # The share of signal has to be 1 - start = alpha (1 - c). Both equations give alpha and beta.
-    signal = 1 - cuts[:-1]                                              # 1 - c
-    alpha = 1 / ((1 + 1 / GAMMA) ** .5 * (1 - signal) + signal)
-    beta = alpha * (1 - signal) / GAMMA ** .5
-    start = 1 - signal * alpha
+    c = cuts[:-1]
+    alpha = 1 / ((1 + 1 / GAMMA) ** .5 * c + 1 - c)
+    beta = alpha * c / GAMMA ** .5
+    start = 1 - alpha * (1 - c)
     alpha[0], beta[0] = 1, 0                                            # no jump to the first stage
 
     # All stages share one scale of time. Each takes a part of it in proportion to the noise that
@@ -348,8 +350,9 @@ def pyramid_history(z_levels, n_past, level, n_targets=1):
         level 1    [0 1 2 3] at level 0                    [4] at level 1
         level 0    [0 1 2 3] at level 0                    [4] at level 0
 
-    z_levels: of `latent_pyramid` -> list of (B, C, L_k, h_k, w_k), the oldest first. n_targets:
-    what so many latents attend to, n_past the last of them (drawn in `pieces_of_sample`).
+    z_levels: of `latent_pyramid` -> list of (B, C, L_k, h_k, w_k), the oldest first. n_targets > 1:
+    the union of what the last n_targets latents up to n_past attend to (drawn in
+    `pieces_of_sample`).
     """
     # Going back: level, level - 1, ... 1.
     single_levels = range(level, 0, -1)
@@ -734,20 +737,23 @@ def import_transformers(flag, name):
     except ImportError as why:
         raise BadInput(f"{flag} needs packages that are not required otherwise: pip install "
                        f"transformers sentencepiece ({str(why).strip().splitlines()[0]})") from None
-    except (OSError, ValueError) as why:
-        raise BadInput(f"{flag} {name}: {str(why).splitlines()[0]}") from None
+    except Exception as why:                    # of many kinds, for an incomplete download
+        reason = (str(why).strip().splitlines() or [type(why).__name__])[0]
+        raise BadInput(f"{flag} {name}: {reason}") from None
 
 
 def load_hubert(name, device):
     """HuBERT, a folder or a name on the hub -> function: waveform (samples,) at 16 kHz -> its last
-    hidden states (samples / 320, 1024), 50 features a second."""
+    hidden states (samples / 320, 1024), 50 features a second. (Syncphony takes the audio backbone
+    of DenseAV, a tuned HuBERT-large, which is not loaded here: a departure.)"""
     with import_transformers("--hubert", name) as transformers:
         net = transformers.HubertModel.from_pretrained(name).to(device).eval()
 
     @torch.no_grad()
     def hubert_features(wave):
-        # The large models were trained on waveforms of zero mean and unit variance.
-        x = torch.from_numpy((wave - wave.mean()) / (wave.std() + 1e-7)).to(device)
+        # Its extractor makes zero mean and unit variance like this, for the large models.
+        x = (wave - wave.mean()) / (wave.var() + 1e-7) ** .5
+        x = torch.from_numpy(x).to(device)
         # The convolutions have a window of 400 samples every 320: with 40 more on both sides,
         # feature i is centred at (i + 0.5) 20 ms and there is one for every 320 samples.
         x = F.pad(x, (40, 40))
@@ -786,7 +792,10 @@ def cached_prompts(folder, captions, pretrained, device):
     """`encode_prompts` of captions, '' (dropped text), the negative prompt, kept in `folder`."""
     path = Path(folder) / "prompts.pt"
     wanted = {"", NEGATIVE_PROMPT, *captions}
-    table = torch.load(path, weights_only=True) if path.is_file() else {}
+    try:
+        table = torch.load(path, weights_only=True)
+    except Exception:                           # absent or damaged: it is made again
+        table = {}
     if not wanted <= table.keys():
         table = encode_prompts(pretrained, sorted(wanted), device)
         with replacing(path) as part:

@@ -617,6 +617,10 @@ def test_a_folder_that_cannot_be_loaded_is_named_in_one_line(tmp_path, monkeypat
     assert_refused("pip install safetensors")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert_refused("pip install transformers", load=lambda name: pyramid.load_hubert(name, "cpu"))
+    # An incomplete download fails in many ways, some without a message.
+    incomplete = SimpleNamespace(from_pretrained=Mock(side_effect=RuntimeError))
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(HubertModel=incomplete))
+    assert_refused("RuntimeError", load=lambda name: pyramid.load_hubert(name, "cpu"))
     path.with_suffix(".safetensors").unlink()
     assert_refused("diffusion_pytorch_model.safetensors is missing")
     (folder / "config.json").write_text("{}")
@@ -817,6 +821,21 @@ def test_what_the_history_cache_has_no_memory_for_is_run_again(monkeypatch):
     fast, (tokens,) = sample_staged(net, 6, counted=[net.x_embedder])
     assert sum(fewest) < sum(tokens) < sum(all_tokens)
     assert_close("latents", fast, plain, 1e-5)
+
+
+def test_another_video_reads_no_key_of_the_one_before(monkeypatch):
+    """Nor where the memory is used up: what the first video took is free again."""
+    net = little_flux(audio_dim=6, alpha=5.).double()
+    inputs = normal(1, 8, 12), torch.ones(1, 8), normal(1, 8), normal(1, 60, 6)
+    monkeypatch.setattr(pyramid, "cache_limit", lambda device: 6 * 10 * 4096)
+    plain, fast = (pyramid.with_guidance(net, *inputs, cached=cached) for cached in (False, True))
+    for seed in range(2):
+        noise = normal(1, 4, 7, 8, 8, seed=seed)
+        with torch.no_grad():
+            latents = [torch.cat(list(pyramid.sample_pyramid(
+                network, noise[:, :, :1], 6, noise[:, :, 1:], (2, 2, 2), torch.zeros)), 2)
+                for network in (fast, plain)]
+        assert_close(f"video {seed}", *latents, 1e-5)
 
 
 def test_the_history_of_a_call_can_be_reused_by_the_next_ones_of_its_stage():
@@ -3216,6 +3235,29 @@ def test_hubert_features_are_fifty_a_second(tmp_path):
     transformers.HubertModel(config).save_pretrained(tmp_path)
     wave = np.random.default_rng(0).standard_normal(32000).astype(np.float32)
     assert pyramid.load_hubert(str(tmp_path), torch.device("cpu"))(wave).shape == (100, 16)
+
+
+def test_hubert_gets_waveforms_as_its_own_extractor_makes_them(monkeypatch):
+    """Wav2Vec2FeatureExtractor: over sqrt(variance + 1e-7), so that near silence stays soft."""
+    class Echo(torch.nn.Module):
+        def forward(self, x):
+            return SimpleNamespace(last_hidden_state=x)
+    fake = SimpleNamespace(HubertModel=SimpleNamespace(from_pretrained=lambda name: Echo()))
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    wave = np.random.default_rng(0).normal(.1, 1e-4, 3200).astype(np.float32)
+    heard = pyramid.load_hubert("any", torch.device("cpu"))(wave)[40:-40]
+    assert heard.dtype == np.float32
+    assert_close("waveform", heard, (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7), 1e-6)
+
+
+def test_damaged_prompts_are_encoded_again(tmp_path, monkeypatch):
+    """What is whole is read, not made again."""
+    encode = Mock(side_effect=lambda folder, captions, device: {c: torch.ones(1) for c in captions})
+    monkeypatch.setattr(pyramid, "encode_prompts", encode)
+    (tmp_path / "prompts.pt").write_bytes(b"PK")
+    for _ in range(2):
+        table = pyramid.cached_prompts(tmp_path, ["a dog"], "any", "cpu")
+        assert set(table) == {"", pyramid.NEGATIVE_PROMPT, "a dog"} and encode.call_count == 1
 
 
 # ---------------------------------------------------------------------------------------- train.py
