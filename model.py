@@ -184,6 +184,15 @@ def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, d
     return mask_mod(None, None, token[:, None], token)
 
 
+@cache
+def rope_rates(axes, time_scale, device):
+    """Radians per unit of each axis, for every pair of channels -> (number of axes, d/2). A pair
+    rotates with one axis, so that these are blocks along a diagonal, and 0 elsewhere."""
+    rates = [10000. ** (-torch.arange(0, n, 2, dtype=torch.float64) / n) for n in axes]
+    rates[0] *= time_scale
+    return torch.block_diag(*rates).to(device)
+
+
 def rope_table(ids, axes, time_scale=1., device=None):
     """Rotation table of positions ids (..., 3) -> cos, sin (..., d) in float32, on `device`.
 
@@ -193,13 +202,7 @@ def rope_table(ids, axes, time_scale=1., device=None):
     # angles in float64: at latent 100 float32 would be wrong by 1e-5 radians
     device = device or ids.device
     ids = ids.cpu() if ids.device.type in WITHOUT_FLOAT64 else ids
-    # one angle for every pair of channels
-    angles = []
-    for axis, n in enumerate(axes):
-        rate = 10000. ** (-torch.arange(0, n, 2, dtype=torch.float64, device=ids.device) / n)
-        scale = time_scale if axis == 0 else 1.
-        angles.append(ids[..., axis, None].double() * scale * rate)
-    angles = torch.cat(angles, -1)                                      # (..., d/2)
+    angles = ids.double() @ rope_rates(tuple(axes), time_scale, ids.device)     # (..., d/2)
     cos = angles.cos().float().repeat_interleave(2, -1)                 # (..., d)
     sin = angles.sin().float()                                          # (..., d/2)
     sin = torch.stack([-sin, sin], -1).flatten(-2)                      # (..., d)
