@@ -37,6 +37,11 @@ s(t) of one event; | is its sound, numbers are seconds from it (not to scale):
              0    time .11   -.78           .45           -.42     .42
             lamp                   roller                bell; the next event goes to -1
 
+To see and hear clip 0 (out/clip.mp4):
+
+    python -c "import data, toybox; c = toybox.toybox_clip(0, 256); \
+               data.write_video('out/clip.mp4', c['video'], c['audio'])"
+
     F frames · H W height, width · n events · u seconds since an event · times in seconds
     video uint8 (F, H, W, 3) · waveform float32 (samples,) in [-1, 1], mono
     lengths in a picture are shares of its side; x to the right, y downwards
@@ -186,8 +191,9 @@ def state_curve(kind, events, durations, t):
 # ----------------------------------------------------------------------------------------- pictures
 
 # Each `*_layers` yields the parts of a thing from back to front: (mask, colour). Masks are in
-# [0, 1], (1, H, W) where a part stands still and (F, H, W) where it moves. Arguments: scene; states
-# s (F, 1, 1); pixel coordinates x, y (1, H, W); cover, from a signed distance to a mask.
+# [0, 1]: (1, H, W or 1) where a part stands still, (F, H, W) where it moves. Arguments: scene;
+# states s (F, 1, 1); scene coordinates x (1, 1, W), y (1, H, 1), 0..1 before the zoom; cover, from
+# a signed distance to a mask.
 
 def disc(x, y, centre_x, centre_y, radius):
     """Signed distance to a disc: negative in it."""
@@ -307,7 +313,7 @@ def draw_scene(scene, s, size=64):
 # ------------------------------------------------------------------------------------------- sounds
 
 def strike_sound(m, rng):
-    """One hit on a material m -> float32 (samples,): ringing modes and a burst of noise."""
+    """One hit on a material m -> (samples,): ringing modes and a burst of noise."""
     seconds = min(.9, 6 * max(m["ring"], m["burst"]) + .03)
     t = np.arange(int(RATE * seconds), dtype=np.float32) / RATE
     out = m["noise"] * rng.standard_normal(len(t), dtype=np.float32) * np.exp(-t / m["burst"])
@@ -561,7 +567,9 @@ def detect_events(kind, s, valid):
 
 def find_risings(kind, s):
     """-> list of (time, first and last frame that it was concluded from), all in frames."""
-    found, is_up = [], False
+    found = []
+    # What is up in frame 0 has not risen.
+    is_up = s[0] >= RISEN
     for f in range(1, len(s)):
         if not is_up and s[f] >= RISEN:
             # A lamp is lit at once. A mouth passed the middle somewhere between two frames.
@@ -632,7 +640,8 @@ def fit_scene(frame, kind):
     def attempt(place, flip):
         """-> squared error, place (4,), scene with the best colours."""
         scene = dict(zip(PLACE, place), kind=kind, flip=flip)
-        # The share of each colour in each pixel: a picture of five channels, one per colour.
+        # The share of each colour in each pixel: a picture of five channels, one per colour. (At
+        # rest a lamp's light, of three channels, is not drawn.)
         maps = draw_scene(dict(scene, back=one[:2], colours=one[2:]), [0.], size)
         maps = maps.reshape(-1, 5) / 255.                                     # (H W, 5)
         # Normal equations; the ridge keeps colours that no pixel shows finite.
