@@ -59,10 +59,11 @@ MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step)
 # channels are mixed to their mean.
 MONO = "async=1:ochl=mono:rematrix_maxval=1"
 
-# Seconds that are decoded at most, because a damaged file may claim any length.
-MAX_SOUND = 3600                # 0.7 GB at 48 kHz; what is longer is cut. Of a video to dub, too
+# Seconds that are decoded at most, because a damaged file may claim any length. Of a sound, 0.7 GB
+# at 48 kHz (a longer one is cut), and of a video to add sound to (a longer one is refused):
+MAX_SOUND = 3600
 PIECE = 2 ** 24                 # bytes of such a video that are in memory at a time
-# Of a clip, 180 MB at 64 x 64 pixels and 11 GB at 384 x 640; what is longer is skipped
+# Of a clip, 180 MB at 64 x 64 pixels and 11 GB at 384 x 640; what is longer is skipped.
 MAX_SECONDS = 600
 
 # Of the frames that an autoencoder of real video is trained on
@@ -71,7 +72,8 @@ STORE_SHARD = 2 ** 28           # bytes of a shard at most: it is in memory unti
 STORE_WINDOWS = 32              # of a clip at most: a long take shows few different things
 
 # A header may claim any size: looked at before anything is decoded.
-MAX_PIXELS = 10 ** 8            # of a picture or a frame, 0.8 GB; no phone's camera takes more
+# Of a picture or a frame, 0.8 GB. Larger ones, as of phones of 108 megapixels, are refused.
+MAX_PIXELS = 10 ** 8
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")        # EPS would run a program
 
 # What a sound or a clip may be for ffmpeg. Playlists (hls, concat, dash) and patterns of file names
@@ -314,10 +316,9 @@ def log_mel(wave):
 # ----------------------------------------------------------- media in: two streams on one clock
 
 def decode(path, what, times, block, limit, *arguments):
-    """Yields one stream of a file in blocks of so many bytes, and then fills `times`, in seconds:
-    "start", at which the file begins, and first time, last time and number of the frames as each
-    filter called showinfo or ashowinfo printed them, {"start": 0.0, "showinfo_0": (0.0, 2.0, 49)}.
-    """
+    """Yields one stream of a file in blocks of bytes. When it has ended, times (seconds) holds
+    "start", where the file begins, and for each showinfo filter (first time, last time, number of
+    frames), such as {"start": 0.0, "showinfo_0": (0.0, 2.0, 49)}."""
     path = check_file(path, what)
     # -copyts keeps the times of the file; made to begin at 0, sounds were read up to 23 ms wrong.
     # Every line of the log has a [level].
@@ -698,7 +699,7 @@ def load_checkpoint(path, task=None, hint="check the path, or train one with tra
         if name not in content or not is_right(content[name]):
             raise BadInput(f"{path}: its {name} is missing or not as train.py writes it; take "
                            "another copy, or train it again")
-    # So may many tensors.
+    # Many tensors together may repeat a few bytes, too (see is_weights).
     if sum(w.nbytes for w in content["ema"].values()) > path.stat().st_size:
         raise BadInput(f"{path}: claims more weights than it holds; take another copy")
     return content
@@ -1107,15 +1108,12 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     settings = dict(settings, clips=len(items), named=zlib.crc32(names.encode()))
     check_settings(folder / "settings.json", settings)
 
-    # Shards of 32 items or more, at most 500 of them. Complete ones are left as they are.
-    per_shard = max(32, math.ceil(len(items) / 500))
     read = partial(item_windows, size=settings["resolution"],
                    variations=settings.get("variations", 1), views="views" in settings)
     if "windows" in settings:
-        most = settings["windows"]
-        per_shard = max(1, STORE_SHARD // (most * window_bytes(settings["resolution"])))
-        read = partial(item_frames, size=settings["resolution"], most=most)
-    shards = [items[a:a + per_shard] for a in range(0, len(items), per_shard)]
+        read = partial(item_frames, size=settings["resolution"], most=settings["windows"])
+    # Complete shards are left as they are.
+    shards = shards_of(items, settings)
     todo = [k for k in range(len(shards)) if not (folder / f"{k:05d}.json").is_file()]
     left = list(chain.from_iterable(shards[k] for k in todo))
     if not left:
@@ -1132,17 +1130,33 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
                          multiprocessing_context="spawn" if workers else None,
                          prefetch_factor=1 if workers else None, generator=torch.Generator())
     try:
-        results = tqdm(start_workers(results), f"preparing {folder.parent.name}", len(left),
-                       unit="clip", disable=None)
-        results = iter(results)
+        bar = tqdm(start_workers(results), f"preparing {folder.parent.name}", len(left),
+                   unit="clip", disable=None)
+        results = iter(bar)
         with torch.no_grad(), autocast():
             for k in todo:
                 write_shard(folder, k, zip(shards[k], results), settings, vae, audio_encoder)
+                if k == 0:                                # it shows what all will take
+                    size = sum(path.stat().st_size for path in folder.glob("00000-*"))
+                    bar.set_postfix_str(f"about {size * len(shards) / 1e9:.1f} GB in all")
     except RuntimeError as why:
         if "DataLoader worker" not in str(why):
             raise
         raise BadInput("a worker process died while it prepared clips, probably for lack of "
                        "memory; free some and run the same command again") from None
+
+
+def shards_of(items, settings):
+    """Clips -> lists of them, one for each shard, which is in memory until it is written."""
+    if "windows" in settings:
+        clip_bytes = settings["windows"] * window_bytes(settings["resolution"])
+        n = max(1, STORE_SHARD // clip_bytes)
+    else:
+        # 32 clips of 10 s at 384 x 640 are 1 GB, in a test split (with pictures) 4 GB. Clips of
+        # the toybox are small: at most 500 shards.
+        is_real = len(items) > 0 and "path" in items[0]
+        n = 32 if is_real else max(32, math.ceil(len(items) / 500))
+    return [items[a:a + n] for a in range(0, len(items), n)]
 
 
 def identity(item):
@@ -1242,8 +1256,8 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
 
 @contextmanager
 def locked(folder, wait=True):
-    """Of the processes that write to a folder, one at a time is in this block. Without `wait` all
-    are, and get whether they are that one."""
+    """One process at a time is in this block. wait=False: does not wait; yields whether this
+    process is the one."""
     import fcntl                                          # not on Windows
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -1381,8 +1395,9 @@ def open_and_report(folder, name, report, log):
     for reason, names in reasons.items():
         log(f"  skipped {len(names)}, such as {names[0]}: {reason}")
     if not cache["clips"]:
+        clip, reason = next(iter(cache["skipped"].items()))
         raise BadInput(f"--data {name}: not one of its {len(cache['skipped'])} {folder.name} clips "
-                       f"can be used; {names[0]}: {reason}. Expected at least 1.8 s of moving "
+                       f"can be used; {clip}: {reason}. Expected at least 1.8 s of moving "
                        f"pictures at {FPS / 2:g} frames per second or more"
                        + ", with sound" * ("mels" in cache["arrays"]))
     return cache

@@ -1398,6 +1398,14 @@ def test_a_window_of_a_roll_out_is_scored_without_what_the_cut_would_add():
         cyclesync.toybox_records([video], [clip])[0]["residual"][1])
 
 
+@pytest.mark.parametrize("kind", ["mouth", "lamp"])
+def test_what_is_up_in_the_first_frame_has_not_risen(kind):
+    """An event is a rising: here from 0.2 to 1, once."""
+    s = np.array([1, 1, .9, .2, .2, 1, 1])
+    assert_close("times", toybox.detect_events(kind, s, s >= 0) * 24, [5 - .625 * (kind == "mouth")],
+                 1e-6)
+
+
 @slow
 def test_the_reader_abstains_where_frames_cannot_be_read_rather_than_invent_events():
     """36 clips whose second half, or half of whose frames, are blurred, noisy or another clip's."""
@@ -2976,6 +2984,17 @@ def test_a_cache_of_other_files_of_the_same_names_is_refused(tmp_path):
     path.write_text("x")
     with pytest.raises(data.BadInput, match="made with other clips"):
         fill(tmp_path / "c", [item], None)
+
+
+def test_a_shard_is_of_few_clips_however_many_there_are(tmp_path, monkeypatch):
+    """It is in memory until it is written. (A toybox clip is small.)"""
+    sizes = []
+    monkeypatch.setattr(data, "DataLoader", lambda items, **options: items)
+    monkeypatch.setattr(data, "write_shard",
+                        lambda folder, k, results, *_: sizes.append(len([*results])))
+    item = dict(name="x", prompt="", path=__file__)
+    data.prepare(tmp_path / "real", dict(resolution=32), 20000 * [item], None, nullcontext)
+    assert sizes == 625 * [32]
 
 
 def test_a_cache_of_any_number_of_shards_is_read_with_few_open_files(tmp_path):
