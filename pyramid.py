@@ -17,6 +17,15 @@ Jump     x <- alpha up(x) + beta b. Upsampling copies the noise of a value to 2x
          that sums to zero in each such block. The sum is white noise again, of a higher level.
 History  the clean latents before: the last one at the stage's resolution, earlier ones coarser.
 
+    weights   load_pyramid_flow -> with_guidance -> sample_pyramid -> latents
+    latents   latent_pyramid -> draw_stage_sample -> packed_velocities -> pyramid_loss
+    No weights at hand: `little_flux` in test_all.py is a small copy of the network.
+
+Departures from the published training: latent 0, which is always given, is never a target; all
+processes train one fine latent in a step, not one each; the loss is weighted by motion (Syncphony).
+In sampling timesteps are not rounded to bfloat16 (386.36 would be 386), so that bfloat16 runs
+differ from the original's.
+
     B batch · C latent channels · L latents · h w latent grid · S audio steps · A audio channels
     T text tokens · D width of the text states · P width of the pooled text vector
 """
@@ -412,20 +421,19 @@ def draw_stage_sample(z_levels, latent, stage, generators, n=1):
 
 
 def pieces_of_sample(b, n_text, lengths, sizes):
-    """Who sees whom in sample b -> texts, history, noisy latents, each {piece: [(a piece that it
-    sees, how many of its first tokens)]}.
+    """What attends to what in sample b -> texts, history, noisy latents, each {piece: [(a piece
+    that it attends to, how many of its first tokens)]}.
 
     The noisy latents of a sample share what their histories have in common: all tokens have one
     noise level and none attends to later latents, so that it is the same for all of them in all
     layers (the reason of `HistoryCache`). Noisy latents 1 to 5 of a clip in stage 2:
 
         noisy    (clip 3)    1   2   3   4   5     A column is a noisy latent over its history. A
-        level 2  (clip 2)    0   1   2   3   4     latent sees itself, all that is under it, and in
-        level 1  (clip 1)        0   1   2   3     the FIRST clip what is to the left as well: noisy
-        level 0  (clip 0)            0   1   2     5 sees 4, 3, 2 1 0, and 2 of level 1 sees 1 0.
-                             |   |   '-------'
-        text                 x   x       x         Text and latent 0 see each other, so there is one
-                                                   for each level of latent 0, under its columns.
+        level 2  (clip 2)    0   1   2   3   4     latent attends to itself, to all under it, and in
+        level 1  (clip 1)        0   1   2   3     the FIRST clip to what is to the left as well:
+        level 0  (clip 0)            0   1   2     noisy 5 to 4, 3, 2 1 0; 2 of level 1 to 1 0. Text
+                             |   |   '-------'     and latent 0 attend to each other, so each level
+        text                 x   x       x         of latent 0 has a text, under its columns.
 
     With noisy latent 5 alone there are 5, 4, 3, 2 1 0 and one text. Tokens for every noisy latent,
     of clips of 16 latents of 24x40 and a text of 30 tokens:
@@ -489,17 +497,17 @@ def packed_velocities(model, samples, timestep, text, pooled, audio=None):
             masks[b, 0, 0] = to_device(causal, pooled.device)
 
     texts, history, noisy = parts
-    sees = texts | history | noisy
-    number = {piece: i for i, piece in enumerate(sees)}
-    # of itself each piece sees all
-    sizes = [dict(keys)[piece] for piece, keys in sees.items()]
+    keys_of = texts | history | noisy
+    number = {piece: i for i, piece in enumerate(keys_of)}
+    # each piece attends to all of itself
+    sizes = [dict(keys)[piece] for piece, keys in keys_of.items()]
     ids = history_ids + noisy_ids
     packing = Packing(
-        sizes, sizes, [[(number[piece], n) for piece, n in keys] for keys in sees.values()],
-        [masks.get(piece) for piece in sees], n_targets=len(noisy),
+        sizes, sizes, [[(number[piece], n) for piece, n in keys] for keys in keys_of.values()],
+        [masks.get(piece) for piece in keys_of], n_targets=len(noisy),
         owners=list(zip(map(len, ids), 2 * [*range(len(samples))])))
     clips = [*chain(*(clips[:-1] for clips in samples)), *(clips[-1] for clips in samples)]
-    owner = torch.tensor([b for b, *_ in sees]).repeat_interleave(torch.tensor(sizes))
+    owner = torch.tensor([b for b, *_ in keys_of]).repeat_interleave(torch.tensor(sizes))
     return model(clips, torch.cat(ids), packing, timestep[:, None],
                  torch.cat([text[b] for b, *_ in texts])[None], pooled, audio,
                  to_device(owner, pooled.device))
@@ -541,8 +549,8 @@ def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_lat
             samples[b] = [clip[k:k + 1] for clip in clips]
             timesteps[b] = timestep[k]
 
-        # Syncphony eq. 1, on clean latents at the stage's resolution. Latent 0, a single frame, is
-        # coded by other rules: its difference from latent 1 is not motion and does not weigh.
+        # Syncphony eq. 1, on clean latents at the stage's resolution. skip=2: latent 0 is one
+        # frame, later ones t frames, so their difference is not motion (as in losses.py).
         part = z_levels[s][:, :, first - 1:last + 1]
         weight = motion_weight(part, lambda_motion, skip=2 if first == 1 else 1)[:, :, 1:]
         targets.append((s, members, velocity, weight))
@@ -571,7 +579,8 @@ def sample_pyramid(network, z0, n_latents, noise, steps, jump=block_noise, keep=
     noise     (B, C, >= latents to generate, h, w) from N(0, 1)
     steps     network calls per stage, published: (10, 10, 10)
     jump      a function from a shape to the noise b
-    keep      the history is latent 0 (attention sink) and the last `keep` (sliding window)
+    keep      the history is latent 0 (attention sink) and the last `keep` (sliding window). Beyond
+              1 + keep latents the sink gets the sound of the time where it then stands, not its own
     skip_last without the last call of each stage, whose step is 0.001. Not exact: on random weights
               latents differ by 0.04 % of their deviation
     """
