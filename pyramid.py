@@ -373,6 +373,7 @@ def pyramid_history(z_levels, n_past, level, n_targets=1):
         end = n_past - back + 1
         if end > 0:
             clips.insert(0, z_levels[single_level][:, :, max(end - n_targets, 0):end])
+    # All older ones, at the coarsest resolution
     n_oldest = n_past - len(single_levels)
     if n_oldest > 0:
         clips.insert(0, z_levels[0][:, :, :n_oldest])
@@ -388,6 +389,7 @@ def stage_endpoints(z_levels, eps_levels, stage):
         # The stage before left nothing finer than its own resolution.
         coarse = upsample2(z_levels[stage.level - 1])
         start = stage.start * eps + (1 - stage.start) * coarse
+    # Only the last stage ends without noise.
     end = stage.end * eps + (1 - stage.end) * z
     return start, end
 

@@ -1402,8 +1402,8 @@ def test_a_window_of_a_roll_out_is_scored_without_what_the_cut_would_add():
 def test_what_is_up_in_the_first_frame_has_not_risen(kind):
     """An event is a rising: here from 0.2 to 1, once."""
     s = np.array([1, 1, .9, .2, .2, 1, 1])
-    assert_close("times", toybox.detect_events(kind, s, s >= 0) * 24, [5 - .625 * (kind == "mouth")],
-                 1e-6)
+    truth = 5 - .625 * (kind == "mouth")
+    assert_close("frame", toybox.detect_events(kind, s, s >= 0) * 24, [truth], 1e-6)
 
 
 @slow
@@ -2106,7 +2106,7 @@ def test_the_guidance_study_compares_what_acts_in_every_mode_with_the_paper_on_c
 
     monkeypatch.setattr(cyclesync, "Towers", Fake)
     monkeypatch.setattr(cyclesync, "STUDY_SCALES", dict(harmony=((3., 2.), (3., 1.), (2., 2.))))
-    # Noise levels of seven steps, shift 4: 1, .96, .91, .84, .75, .615, .4. The last three intervals
+    # Noise levels of seven steps, shift 4: 1, .96, .91, .84, .75, .615, .4. The last 3 intervals
     # are left out: two act in the steps of the second one, one in none.
     monkeypatch.setattr(cyclesync, "STUDY_INTERVALS",
                         ((0., 1.), (.5, .9), (.45, .88), (.6, .9), (.1, .3)))
@@ -3264,9 +3264,9 @@ def test_hubert_gets_waveforms_as_its_own_extractor_makes_them(monkeypatch):
     fake = SimpleNamespace(HubertModel=SimpleNamespace(from_pretrained=lambda name: Echo()))
     monkeypatch.setitem(sys.modules, "transformers", fake)
     wave = np.random.default_rng(0).normal(.1, 1e-4, 3200).astype(np.float32)
-    heard = pyramid.load_hubert("any", torch.device("cpu"))(wave)[40:-40]
-    assert heard.dtype == np.float32
-    assert_close("waveform", heard, (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7), 1e-6)
+    found = pyramid.load_hubert("any", torch.device("cpu"))(wave)[40:-40]
+    assert found.dtype == np.float32
+    assert_close("waveform", found, (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7), 1e-6)
 
 
 def test_damaged_prompts_are_encoded_again(tmp_path, monkeypatch):
