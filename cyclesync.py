@@ -71,6 +71,7 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1879,11 +1880,11 @@ def ablate(args):
             start = scored(seed, before[-1], "") if before else None
             file = scored(seed, part, flags)
             file.parent.mkdir(parents=True, exist_ok=True)
-            with data.locked(file.parent, wait=False) as free:
+            with data.locked(file.parent, wait=False) as lock:
                 # Else another process is at work on it, or on the tower.
-                if free and not file.is_file() and (start is None or start.is_file()):
+                if lock and not file.is_file() and (start is None or start.is_file()):
                     init = ["--init", start.parent / "best.pt"] if start else []
-                    run_training(args, file.parent, [
+                    run_training(args, file.parent, lock, [
                         *f"{ablation['flags']} {part} {flags}".split(), *init, "--steps", steps,
                         "--clips", training_clips, "--sample-every", every[part]])
                     score_rows(file, part, flags, ablation, args)
@@ -2008,16 +2009,25 @@ def training_folder(root, stage, flags, seed):
     return root / "-".join([*name, str(seed)])
 
 
-def run_training(args, folder, flags):
-    """Run train.py with these flags, and with those of this command that concern it."""
+def run_training(args, folder, lock, flags):
+    """Run train.py with these flags, and with those of this command that concern it. It holds the
+    `lock` of its folder too: if this process is killed, no other one trains there beside it."""
     print(f"training {folder}", flush=True)
     command = [sys.executable, ROOT / "train.py", "--seed", args.seed, "--eval-clips", 24,
                "--device", args.device, "--dtype", args.dtype, "--data-root", args.data_root,
                "--out", folder, "--no-compile", *flags]   # too short for compiling to pay
     for flag, path in (("--vae", args.vae), ("--audio-vae", args.audio_vae)):
         command += [flag, path] if path else []
-    # Ctrl-C or SIGTERM reached the training, which has saved its state.
-    code = subprocess.run([str(part) for part in command]).returncode
+    # In a session of its own: Ctrl-C reaches this process alone, which passes it on once and waits
+    # until the training has ended its step and saved its state.
+    with subprocess.Popen([str(part) for part in command], start_new_session=True,
+                          pass_fds=(lock,)) as training:
+        try:
+            code = training.wait()
+        except KeyboardInterrupt as why:
+            training.send_signal((why.args or [signal.SIGINT])[0])
+            training.wait()
+            raise
     if code in (130, 143):
         raise KeyboardInterrupt(code - 128)
     if code:

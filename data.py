@@ -1256,20 +1256,20 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
 
 @contextmanager
 def locked(folder, wait=True):
-    """One process at a time is in this block. wait=False: does not wait; yields whether this
-    process is the one."""
+    """One process at a time is in this block. Yields the open folder: processes that inherit it
+    hold the lock as well. wait=False: does not wait; yields None if another process has it."""
     import fcntl                                          # not on Windows
     handle = os.open(folder, os.O_RDONLY)
     try:
         # The lock goes with its process. File systems without locks are used without.
-        first = True
+        mine = handle
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            first = False
+            mine = None
         except OSError:
             pass
-        yield first
+        yield mine
     finally:
         os.close(handle)
 

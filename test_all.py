@@ -2539,7 +2539,7 @@ def test_an_ablation_trains_what_is_missing_and_scores_every_row(
     ran, inits = [], []
     held_out = cyclesync.held_out_clips
 
-    def run(command):
+    def run(command, **_):
         known = train.parse_args(command[2:])    # train.py knows every flag
         folder = Path(known.out)
         ran.append(folder.name.removesuffix("-0"))
@@ -2547,15 +2547,15 @@ def test_an_ablation_trains_what_is_missing_and_scores_every_row(
             inits.append(Path(known.init).parent.name.removesuffix("-0"))
         # The second training of Syncphony is stopped once.
         if name == "syncphony" and len(ran) == 2:
-            return SimpleNamespace(returncode=130)
+            return nullcontext(SimpleNamespace(wait=lambda: 130))
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(checkpoint, folder / "best.pt")
         (folder / "scores.csv").write_text("step,audio_driven,pairs\n200,.2,.5\n400,.4,.5\n")
-        return SimpleNamespace(returncode=0)
+        return nullcontext(SimpleNamespace(wait=lambda: 0))
 
     def two_clips(args, size):
         return held_out(SimpleNamespace(**vars(args) | dict(clips=2)), size)
-    monkeypatch.setattr(cyclesync.subprocess, "run", run)
+    monkeypatch.setattr(cyclesync.subprocess, "Popen", run)
     monkeypatch.setattr(cyclesync, "held_out_clips", two_clips)
     vaes = tower_flags[2:4] if name == "syncphony" else tower_flags[2:6]
     flags = ["--ablate", name, "--quick", *vaes, "--steps", 1, "--out", tmp_path]
@@ -2612,8 +2612,9 @@ def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, c
     ran = []
     root = tmp_path / "ablation-syncflow-400-800"
 
-    def run(args, folder, flags):
+    def run(args, folder, *_):
         ran.append(folder.name)
+
     def score(file, *_):
         file.write_text(json.dumps({}))
     monkeypatch.setattr(cyclesync, "run_training", run)
@@ -2635,12 +2636,56 @@ def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, c
                    "stage-audio-ot-0"]
 
 
+@pytest.mark.parametrize("number, group", [
+    (signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False), (signal.SIGKILL, False)])
+def test_a_stopped_ablation_waits_until_its_training_has_saved_its_state(
+        tmp_path, monkeypatch, number, group):
+    """Ctrl-C, SIGTERM to all processes or to the ablation alone. If that is killed, its training
+    goes on, and the folder stays locked for others."""
+    (tmp_path / "train.py").write_text(f"""if True:
+        import pathlib, signal, sys, time
+        folder = pathlib.Path({str(tmp_path)!r})
+        def save(number, _):
+            signal.signal(number, signal.SIG_DFL)
+            time.sleep(.5)                       # the step that it is in
+            (folder / "saved").touch()
+            sys.exit(128 + number)
+        signal.signal(signal.SIGINT, save)
+        signal.signal(signal.SIGTERM, save)
+        (folder / "begun").touch()
+        for _ in range(2000):
+            time.sleep(.01)
+            if (folder / "end").exists():
+                break
+        """)
+    monkeypatch.setattr(cyclesync, "ROOT", tmp_path)
+    args = cyclesync.arguments().parse_args([])
+
+    def main():
+        os.setpgrp()
+        with data.locked(tmp_path) as lock:
+            cyclesync.run_training(args, tmp_path, lock, [])
+    process = forked(cli, SimpleNamespace(__name__="program", main=main))
+    while not (tmp_path / "begun").exists():
+        time.sleep(.01)
+    (os.killpg if group else os.kill)(process.pid, number)
+    process.join()
+    if number == signal.SIGKILL:
+        with data.locked(tmp_path, wait=False) as lock:
+            assert lock is None
+        (tmp_path / "end").touch()
+        with data.locked(tmp_path) as lock:
+            assert lock
+        return
+    assert process.exitcode == 128 + number and (tmp_path / "saved").exists()
+
+
 def test_an_ablation_has_the_seeds_from_seed_on_and_shares_no_training_with_quick(
         tmp_path, monkeypatch, capsys):
     """--quick trains on fewer clips, also in as many steps. The CSV names the seeds."""
     ran = []
 
-    def run(args, folder, flags):
+    def run(args, folder, *_):
         assert folder.name.endswith(f"-{args.seed}") and folder not in ran
         ran.append(folder)
 
