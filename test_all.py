@@ -1934,13 +1934,18 @@ def test_few_test_clips_are_said_to_be_few(monkeypatch, capsys, n):
     """Records of windows carry the name of their clip. --steps-study takes no test clips."""
     tests = [dict(name=f"{i}", kind="k", split="test") for i in range(n)]
     monkeypatch.setattr(data, "find_clips", lambda *_: (tests, "layout"))
-    monkeypatch.setattr(data, "clip_windows", lambda *_: [dict(start=0.), dict(start=1.)])
+    # A training clip has one window every half second, however many are asked for.
+    monkeypatch.setattr(data, "clip_windows", lambda clip, *_: [
+        dict(start=t / 2) for t in range(2 if clip["split"] == "test" else 70)])
     args = SimpleNamespace(data="x", data_root="", seed=0, clips=2 * n, steps_study=False)
     clips = cyclesync.held_out_clips(args, 32)
     assert ("only 2 test clips: shuffled sounds may" in capsys.readouterr().out) == (n == 2)
     args.steps_study = True
     with pytest.raises(data.BadInput, match="0 usable windows in its train split"):
         cyclesync.held_out_clips(args, 32)
+    trained = [clip | dict(split="train") for clip in tests]
+    monkeypatch.setattr(data, "find_clips", lambda *_: (trained, "layout"))
+    assert len({c["source"] for c in cyclesync.held_out_clips(args, 32)}) == n
     records = cyclesync.sync_records([[]] * 2 * n, [dict(onsets=[], peaks=None)] * 2 * n, clips, .1)
     assert sorted(r["source"] for r in records) == sorted([c["name"] for c in tests] * 2)
 
@@ -2029,6 +2034,10 @@ def test_the_difference_of_two_rows_is_paired():
     for row, gain in dict(a=0., b=.5).items():
         table.add(row, row, [dict(x=x + gain, y=(k, 1 + k)) for k, x in enumerate(values)])
     assert table.gain("y", "a", "b") == [0, 0, 0]
+    assert table.gain("x", "b", "a") == pytest.approx([.5, .5, .5])
+    # Of a clip that one row lacks nothing is compared.
+    del table.records[3]["x"]
+    table.records[13]["x"] = np.nan
     assert table.gain("x", "b", "a") == pytest.approx([.5, .5, .5])
 
 
@@ -2334,6 +2343,13 @@ def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_pa
     assert cli(cyclesync, odd / "ok/plain.mp4") == 0
     video = last_json(capsys)
 
+    # One pair has no other to be shuffled with, nor has one clip.
+    (tmp_path / "one").mkdir()
+    shutil.copy(tmp_path / "0.wav", tmp_path / "one/0.wav")
+    assert cli(cyclesync, "--pairs", tmp_path / "one", tmp_path / "one") == 0
+    assert set(last_json(capsys)) == {"cyclesync"}
+    records = 2 * [dict(true_times=[1.], detected_times=[1.])]
+    assert cyclesync.shuffled_events(records, 2) == [{}, {}]
     assert pairs["cyclesync"]["cyclesync_merged"] == 1
     assert pairs["shuffled"]["cyclesync_merged"] < 1, pairs
     assert min(abs(t - 1.1) for t in video["onsets"]) < .05, video
@@ -2394,7 +2410,10 @@ def test_two_videos_of_one_name_are_refused(tmp_path):
     """Neither replaces the other silently."""
     tree(tmp_path, {"x/a.mp4": "", "x/a.webm": "", "b.mp4": ""})
     with pytest.raises(data.BadInput, match="a.mp4 and a.webm differ in their suffix alone"):
-        cyclesync.find_videos(tmp_path)
+        cyclesync.find_files("--pairs-of-videos", tmp_path, data.VIDEOS)
+    tree(tmp_path, {"y/a.wav": "", "y/a.flac": ""})
+    with pytest.raises(data.BadInput, match="--pairs .*a.flac and a.wav differ in their suffix"):
+        cyclesync.score_pairs(SimpleNamespace(pairs=2 * [tmp_path / "y"]))
 
 
 @pytest.fixture(scope="module")
@@ -2442,7 +2461,7 @@ def test_of_two_folders_of_videos_the_one_that_moves_in_time_wins(
 
 
 @pytest.mark.parametrize("other, reason", [
-    ("none", "none: no such folder"), ("empty", "no video among them; expected .mp4"),
+    ("none", "none: no such folder"), ("empty", "none of them to be scored; expected .mp4"),
     ("late/x", "no relative path occurs in both; they have 3 and 2 videos"),
     ("in-time/c.mp4", "no such folder"), ("brief", "0 usable pairs, 1 cannot .*c.mp4: 0.25 s")])
 def test_folders_without_pairs_of_videos_are_refused(
@@ -2589,21 +2608,23 @@ def test_an_ablation_trains_what_is_missing_and_scores_every_row(
 
 def test_differences_of_an_ablation_are_paired_by_seed_and_clip():
     """Two rows that differ by .1 in every clip: clips vary by .3, seeds by .2, the difference does
-    not. Of a clip that one row lacks nothing is compared."""
+    not. Of a clip that one row lacks nothing is compared. The interval is Student's t over seeds;
+    of one seed it is over clips."""
     rng = np.random.default_rng(0)
     rows = [dict(records=[dict(f1=10. * seed + x) for x in rng.normal(size=20)])
             for seed in range(3)]
     better = [dict(records=[dict(f1=r["f1"] + .1) for r in row["records"]]) for row in rows]
     del better[0]["records"][3]["f1"]
-    low, high = np.quantile(cyclesync.paired_gain(better, rows, "f1")[1:], (.025, .975))
-    assert_close("the same difference everywhere", [low, high], [.1, .1], 1e-9)
-    # One seed differs: an interval over seeds contains it, one over clips of all seeds does not.
+    gain = cyclesync.gain_over_seeds(better, rows, "f1")
+    assert_close("the same difference everywhere", gain, [.1, .1, .1], 1e-9)
     for record in better[2]["records"]:
         record["f1"] += .6
-    value, low, high = cyclesync.interval(cyclesync.paired_gain(better, rows, "f1"))
-    assert_close("value", value, .3, 1e-9)
-    assert low < .11 and high > .69
-    assert cyclesync.paired_gain(better, rows, "f1_50") is None
+    gain = cyclesync.gain_over_seeds(better, rows, "f1")
+    # .1, .1, .7: a standard error of .2; t of two degrees of freedom
+    assert_close("one seed differs", gain, [.3, .3 - 4.303 * .2, .3 + 4.303 * .2], 1e-6)
+    gain = cyclesync.gain_over_seeds(better[2:], rows[2:], "f1")
+    assert_close("one seed", gain, [.7, .7, .7], 1e-9)
+    assert cyclesync.gain_over_seeds(better, rows, "f1_50") is None
 
 
 def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, capsys):
@@ -2636,8 +2657,38 @@ def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, c
                    "stage-audio-ot-0"]
 
 
+def test_two_commands_at_once_are_refused(capsys):
+    """Neither is ignored silently."""
+    for other in (["x.mp4"], ["--stress"], ["--ablate", "harmony"]):
+        assert cli(cyclesync, "--pairs", "p", "q", *other) == 2
+        error = capsys.readouterr().err
+        assert "not allowed with argument --pairs" in error and error.count("\n") == 1, error
+
+
+def test_a_metric_that_is_0_without_delay_has_no_curve(tmp_path, monkeypatch, capsys):
+    """--shift-study draws shares of that value."""
+    drawn = []
+    monkeypatch.setattr(cyclesync, "cyclesync", lambda *_: (0., .5))
+    monkeypatch.setattr(cyclesync, "draw_curves", lambda *call: drawn.append(call[2]))
+    assert cli(cyclesync, "--shift-study", "--clips", 2, "--resolution", 32, "--out", tmp_path) == 0
+    assert "CycleSync set" not in drawn[0] and drawn[0]["merged"] == [1] * 6
+
+
+def test_an_ablation_refuses_what_its_stored_scores_are_not_named_by(tmp_path, capsys):
+    """Else the same folder would answer with scores by other settings."""
+    for flag, value in dict(ckpt="x.pt", data="x", draws=2, tolerance=.1, resolution=32,
+                            v2a_cmd="x", fvd="x.pt").items():
+        flag = "--" + flag.replace("_", "-")
+        assert cli(cyclesync, "--ablate", "syncphony", flag, value, "--out", tmp_path) == 2
+        assert f"error: {flag}: an ablation" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert cli(cyclesync, "--train-steps", 9, "--out", tmp_path) == 2
+    assert "error: --train-steps is read by --ablate alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number, group", [
-    (signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False), (signal.SIGKILL, False)])
+    (signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False),
+    (signal.SIGKILL, False)])
 def test_a_stopped_ablation_waits_until_its_training_has_saved_its_state(
         tmp_path, monkeypatch, number, group):
     """Ctrl-C, SIGTERM to all processes or to the ablation alone. If that is killed, its training
@@ -2687,6 +2738,7 @@ def test_an_ablation_has_the_seeds_from_seed_on_and_shares_no_training_with_quic
 
     def run(args, folder, *_):
         assert folder.name.endswith(f"-{args.seed}") and folder not in ran
+        assert args.dtype == "float32", "not by a timing of each training"
         ran.append(folder)
 
     def score(file, part, flags, ablation, args):
