@@ -30,7 +30,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from multiprocessing import active_children, get_context
@@ -169,6 +169,12 @@ def gap(a, b):
     return (a - b).abs().max().item()
 
 
+def reached(a, b, dim):
+    """The places along one dimension where two tensors differ."""
+    change = (a - b).abs().movedim(dim, 0).flatten(1).amax(1)
+    return (change > 1e-12).nonzero().flatten().tolist()
+
+
 def test_the_path_runs_from_data_to_noise_and_its_derivative_is_the_velocity():
     """Rectified flow: x = (1 - sigma) z + sigma eps and v = eps - z, so z = x - sigma v."""
     z, eps = normal(2, 2, 4, 5, 3, 3)
@@ -221,6 +227,28 @@ def test_the_error_is_reported_for_four_ranges_of_the_noise_level():
     assert loss.item() == pytest.approx(1)              # 4 in a quarter of the latents
     assert report.tolist() == pytest.approx([0, 0, 4, 0], abs=1e-5)
     assert losses.flow_loss(v, v, 0 * sigma)[1].isnan().tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("skip_audio, lambda_motion", [(False, 1.), (True, .5)])
+def test_syncphony_loss_is_equation_1_on_all_latents_but_the_first(skip_audio, lambda_motion):
+    """Given a context of one small noise level per clip; latents 0 and 1 have no motion."""
+    net = shaken(small())
+    z, mel, text = inputs()[0], normal(2, 90, 64), text_bytes(["a ball", "b"])
+    # What is drawn, in the order of the loss.
+    rngs = generators(2)
+    sigma = losses.sample_sigma(losses.rand_each(rngs, (4,)), "uniform", 4.)
+    eps = losses.randn_each(rngs, (4, 4, 4, 4))
+    level = .2 * losses.rand_each(rngs, (1,))
+    context = losses.add_noise(z, losses.randn_each(rngs, (4, 5, 4, 4)), level.expand(2, 5))
+    target = z[:, :, 1:]
+    states, _, pooled = net.encode_text(text)
+    v = net.forward_teacher_forced(context, losses.add_noise(target, eps, sigma), sigma, states,
+                                   pooled, None if skip_audio else net.encode_audio(mel))
+    motion = (target - z[:, :, :-1]).clamp(-1.5, 1.5)
+    motion[:, :, 0] = 0
+    expected = ((v - (eps - target)).square() * (1 + lambda_motion * motion.square())).mean()
+    loss, _ = losses.syncphony_loss(net, z, text, mel, generators(2), skip_audio, lambda_motion)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------- model.py
@@ -310,6 +338,16 @@ def test_shifting_audio_and_video_together_changes_nothing_but_order_in_a_window
     assert not torch.allclose(audio_layer(net, swapped, [4]), audio_layer(net, a, [4]), atol=1e-6)
     net.cfg.audio_rope = False
     assert torch.allclose(audio_layer(net, swapped, [4]), audio_layer(net, a, [4]), atol=1e-12)
+
+
+def test_keys_of_the_audio_stand_at_row_and_column_0_and_time_scale_is_of_time_alone():
+    net, a = shaken(small(alpha=1.)), inputs(S=5)[2]    # step i stands at latent i
+    (keys, _), *_ = net.project_audio(a, torch.arange(5.))[0]
+    plain, _ = net.single_transformer_blocks[0].audio.project_kv(a)
+    assert gap(keys[:, :, 0], plain[:, :, 0]) < 1e-12
+    scaled = rope_table(torch.tensor([[1., 0, 0], [0, 1, 1], [4, 1, 1]]), (32, 16, 16), 4.)[1]
+    plain = rope_table(torch.tensor([[4., 0, 0], [0, 1, 1], [16, 1, 1]]), (32, 16, 16), 1.)[1]
+    assert gap(scaled, plain) < 1e-6
 
 
 def test_the_teacher_forcing_mask_is_the_one_that_its_docstring_draws():
@@ -507,6 +545,27 @@ def test_silence_is_not_the_absence_of_audio_layers():
     net = shaken(small())
     silence = net.encode_audio(torch.full((2, 90, 64), -1.9).double())       # log-mel of zeros
     assert gap(velocities(net, silence), velocities(net, None)) > 1e-3
+
+
+def test_a_single_block_reads_the_audio_before_its_self_attention():
+    """Syncphony figure 2: what self-attention is given has changed at every token of the video, and
+    at none of the text."""
+    net, given = shaken(small()), []
+    net.single_transformer_blocks[0].attn.register_forward_pre_hook(
+        lambda attn, args: given.append(args[0]))
+    velocities(net, inputs()[2])
+    velocities(net, None)
+    assert reached(*given, 1) == [*range(12, given[0].shape[1])]
+
+
+def test_the_audio_encoder_reads_64_steps_to_either_side():
+    """At 50 Hz; the strided convolution reads one step more than the others' 63."""
+    net = shaken(small()).mel_encoder
+    mel = normal(1, 400, 64)
+    moved = mel.clone()
+    moved[:, 200:202] += 1                              # step 100
+    places = reached(net(moved), net(mel), 1)
+    assert (places[0], places[-1]) == (100 - 64, 100 + 64)
 
 
 def test_attention_on_a_cpu_equals_the_fused_kernel_with_and_without_gradients():
@@ -1697,6 +1756,16 @@ def test_one_seed_gives_one_file_as_long_as_its_audio_or_as_asked_for(toy, tmp_p
     for name, frames in (("a", 12), ("c", 55)):
         assert len(iio.imread(tmp_path / f"{name}.mp4", plugin="FFMPEG")) == frames
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_a_delayed_sound_is_later_and_as_long(tmp_path):
+    """--shift-audio; with a negative delay it is earlier."""
+    wave = np.zeros(16000, np.float32)
+    wave[8000] = .5
+    soundfile.write(tmp_path / "x.wav", wave, 16000)
+    for delay in (.25, -.25, 0.):
+        moved = sample.read_delayed_audio(tmp_path / "x.wav", delay)
+        assert len(moved) == 16000 and moved.argmax() == 8000 + 16000 * delay
 
 
 def test_guidance_is_the_flag_s_else_the_checkpoint_s_else_the_system_s(
@@ -3638,6 +3707,18 @@ def test_text_is_dropped_for_a_tenth_of_the_samples_and_audio_never(runs):
     assert not (evaluated["text"] == 0).all(1).any()
     sounds = {s.numpy().tobytes() for s in evaluated["audio"]}
     assert {s.numpy().tobytes() for s in batch["audio"]} == sounds
+
+
+def test_two_towers_drop_captions_and_transcripts_independently():
+    """A tenth of either, a hundredth of the samples both."""
+    task = train.TwoTowers.__new__(train.TwoTowers)
+    vars(task).update(device="cpu", args=SimpleNamespace(drop_text=.1),
+                      cache=dict(captions=["a"], speech=["u"]))
+    rngs = [np.random.default_rng(k) for k in range(1000)]
+    texts = [task.text(name, [0] * 1000, rngs) for name in ("captions", "speech")]
+    dropped = torch.stack([(text == 0).all(1) for text in texts]).float()
+    assert dropped.mean(1).tolist() == pytest.approx([.1, .1], abs=.03)
+    assert dropped.prod(0).mean() < .03
 
 
 def test_every_clip_is_drawn_once_per_epoch_in_an_order_of_its_own():
@@ -5776,6 +5857,22 @@ def test_the_towers_have_the_papers_size(size, shape, axes, bridges):
     assert {name for name, _ in layer.named_children()} == {"video", "audio"} | bridges
 
 
+@pytest.mark.parametrize("side", [4, 8])
+def test_rows_and_columns_span_the_training_grid_at_any_resolution(side):
+    """Harmony's attention is rotated by them; in SyncFlow tokens that differ in their place alone
+    differ."""
+    net = harmony()
+    video, _, s, text = arrange(net, side=side)
+    n = side // 2                                       # tokens a side
+    places = (torch.arange(n) + .5) * 2 / n             # train_grid: 2
+    ids = torch.cartesian_prod(torch.arange(5.), places, places)
+    _, cond = net.video.embed(video, s, *text[:2])
+    assert gap(cond.rope[1], rope_table(ids, (8, 4, 4), 4.)[1]) < 1e-6
+    tokens, _ = small_towers().video.embed(0 * video, s, *text[:2])
+    first = tokens[0].unflatten(0, (5, -1))[0]          # of latent 0
+    assert torch.nn.functional.pdist(first).min() > .1
+
+
 @pytest.mark.parametrize("index, reached", [
     (0, [[1, place] for place in range(4)]), (1, [[latent, 1] for latent in range(5)])])
 def test_spatial_attention_stays_in_its_latent_and_temporal_attention_at_its_place(index, reached):
@@ -5842,18 +5939,45 @@ def test_audio_layer_l_reads_the_temporal_attention_of_video_layer_l():
 
 
 def test_the_adaptor_is_self_attention_norm_linear_and_can_be_left_out():
-    """Figure 2, and the ablation of table 4. The noise level is a key beside the features."""
+    """Figure 2, and the ablation of table 4. All tokens of F_l attend to each other."""
     net = small_towers()
     adaptor = net.layers[0].audio.adaptor
     normed = []
     adaptor.linear.register_forward_pre_hook(lambda linear, args: normed.append(args[0]))
-    _, _, cond = audio_blocks_inputs(net)[0]
-    normed = (normed[0] - adaptor.norm.bias) / adaptor.norm.weight
-    assert normed.mean(-1).abs().max() < 1e-6
-    assert (normed.var(-1, correction=0) - 1).abs().max() < 1e-3
+    _, features, cond = audio_blocks_inputs(net)[0]
+    rope = cond.bridge[1]
+    out = adaptor(features, rope)
+    assert gap(out, adaptor.linear(normed[-1])) == 0
+    x = (normed[-1] - adaptor.norm.bias) / adaptor.norm.weight
+    assert x.mean(-1).abs().max() < 1e-6
+    assert (x.var(-1, correction=0) - 1).abs().max() < 1e-3
+    moved = features.clone()
+    moved[:, 19] += torch.linspace(0, 1, 32)
+    assert reached(adaptor(moved, rope), out, 1) == [*range(20)]
+    assert small_towers(adaptor=False).layers[0].audio.adaptor is None
+
+
+def test_a_norm_follows_each_part_of_an_audio_block_and_the_noise_level_is_a_key():
+    """Section 3.2, as in AudioBox: self-attention, cross-attention, MLP. The noise level is a key
+    beside the video's features, its only way into the block."""
+    net = small_towers()
+    block = net.layers[0].audio
+    given = []
+    for part in (block.cross_attn, block.mlp):
+        part.register_forward_pre_hook(lambda part, args: given.append(args[0]))
+    a, features, cond = audio_blocks_inputs(net)[0]
+    for norm in block.norms:
+        norm.weight.data.fill_(1)
+        norm.bias.data.zero_()
+    given.clear()
+    out = block(a, features, cond)
+    for x in (*given, out):
+        assert x.mean(-1).abs().max() < 1e-6
+        assert (x.var(-1, correction=0) - 1).abs().max() < 1e-2
     sigma = arrange(net)[2]
     assert gap(cond.context, net.audio.time_embed(1000 * sigma[:, None])) == 0
-    assert small_towers(adaptor=False).layers[0].audio.adaptor is None
+    other = replace(cond, context=cond.context + torch.linspace(0, 1, 32))
+    assert gap(block(a, features, other), out) > 1e-6
 
 
 def test_audio_and_video_share_a_timeline_in_latents():
@@ -6238,12 +6362,6 @@ def harmony_text(net):
     return *net.encode_text(CAPTIONS), *net.encode_audio_text(CAPTIONS, TRANSCRIPTS)
 
 
-def reached(a, b, dim):
-    """The places along one dimension where two tensors differ."""
-    change = (a - b).abs().movedim(dim, 0).flatten(1).amax(1)
-    return (change > 1e-12).nonzero().flatten().tolist()
-
-
 @pytest.mark.parametrize("axes", [(8, 4, 4), ()])
 def test_the_bridges_join_towers_of_either_kind_and_add_nothing_when_fresh(axes):
     """Supplement section 9: full attention, or blocks over space and time in turn."""
@@ -6258,6 +6376,18 @@ def test_the_bridges_join_towers_of_either_kind_and_add_nothing_when_fresh(axes)
     v_v, v_a = net(video, audio, s, s, *text)
     assert gap(net(video, None, s, None, *text)[0], v_v) < 1e-12
     assert gap(net(None, audio, None, s, *text)[1], v_a) < 1e-12
+
+
+def test_both_bridges_read_the_other_tower_as_it_was_before():
+    """Eqs. 5, 6."""
+    net = harmony(depth=1)
+    layer, queries, sources = net.layers[0], [], []
+    for bridge in (layer.video_to_audio, layer.audio_to_video):
+        bridge.register_forward_pre_hook(lambda m, args: queries.append(args[0]))
+        bridge.to_k.register_forward_pre_hook(lambda m, args: sources.append(args[0]))
+    video, audio, s, text = arrange(net)
+    net(video, audio, s, s, *text)
+    assert gap(sources[0], queries[1]) == gap(sources[1], queries[0]) == 0
 
 
 def test_keys_are_rotated_at_their_place_on_the_queries_timeline():
@@ -6300,10 +6430,10 @@ def test_the_reference_stands_before_the_target_and_is_cut_off_again():
     no_ref = torch.zeros(2, 20, dtype=torch.bool)
     without = net(video, audio, s, s, *text)[1]
     _, cond = net.audio.embed(audio, s, *text[2:], ref)
-    _, plain = net.audio.embed(audio, s, *text[2:])
     assert gap(net(video, audio, s, s, *text, ref)[1], without) > 1e-6
     assert gap(net(video, audio, s, s, *text, ref, no_ref)[1], without) < 1e-12
-    assert gap(cond.rope[0][20:57], plain.rope[0][:37]) == 0            # targets keep their times
+    times = torch.cat([torch.arange(-20, 37), torch.zeros(24)])         # text stands at 0
+    assert gap(cond.rope[1], towers.time_rope(times, net.cfg, net.cfg.alpha)[1]) == 0
     assert [i.unique().tolist() for i in cond.sigma_index.split([20, 37, 24])] == [[0], [1], [0]]
     assert gap(cond.temb[:, :1], net.audio.time_embed(torch.zeros(2, 1).double())) < 1e-12
 
@@ -6432,6 +6562,16 @@ def test_a_given_first_latent_is_clean_and_no_part_of_the_loss(stage):
     assert error(0.)[0] > given + 5
 
 
+def test_half_of_the_clips_have_a_given_first_latent():
+    """The default share, of 64 clips."""
+    z_v, z_a, _ = two_streams(B=64)
+    model = Mock(return_value=(z_v, z_a))
+    model.encode_text.return_value = model.encode_audio_text.return_value = (None, None)
+    losses.harmony_loss(model, z_v, z_a, None, None, generators(64))
+    sigma_v = model.call_args_list[0].args[2]
+    assert .3 < (sigma_v[:, 0] == 0).float().mean() < .7
+
+
 def test_a_clip_that_drew_no_noise_has_no_error_and_no_gradient():
     """torch.rand gives 0 once in 2^24 draws. An average over none of its latents would be nan."""
     v_hat = torch.ones(2, 4, 5, 2, 2, requires_grad=True)
@@ -6508,6 +6648,42 @@ def test_synccfg_is_harmony_equations_9_and_10_with_clean_partners(partners):
     assert s_v[:, 0].tolist() == [1, 1, 0]
     assert gap(x["video"], x_v[:1] - v_v) < 1e-5
     assert gap(x["audio"], x_a[:1] - v_a) < 1e-5
+
+
+@pytest.mark.parametrize("beginning", [True, False])
+def test_a_branch_of_guidance_replaces_one_condition_and_keeps_all_else(beginning, monkeypatch):
+    """Rows: cond, silent, static, null. With a first picture, it is that which stands still."""
+    net, calls, stills = harmony().float(), [], []
+
+    def static_video(vae, L, picture):
+        stills.append(picture)
+        return STILL
+    monkeypatch.setattr(sample, "silent_audio", lambda vae, S, device: SILENCE)
+    monkeypatch.setattr(sample, "static_video", static_video)
+    net.register_forward_pre_hook(
+        lambda net, args, kwargs: calls.append((args, kwargs["ref"])), with_kwargs=True)
+    first = normal(1, 4, 1, 4, 4).float()
+    picture = np.full((1, 32, 32, 3), 90, np.uint8)
+    given = dict(z_v=first, pictures=picture) if beginning else {}
+    request = joint_request(["a face"], steps=1, sync_video=3., sync_audio=2., cfg=2.,
+                            speech=["u i"], refs=normal(1, 3, 20).float(), **given)
+    with torch.no_grad():
+        sample.sample_joint(net, **sample.prepare_conditions(
+            net, SimpleNamespace(stride=8), None, request))
+        null = net.encode_audio_text(*torch.zeros(2, 1, 96, dtype=torch.long))[0]
+    [((x_v, x_a, s_v, _, text, _, audio_text, _), ref)] = calls
+    assert all(torch.equal(row, ref[0]) for row in ref)
+    for states in (text, audio_text):
+        assert torch.equal(states[1], states[0]) and torch.equal(states[2], states[0])
+        assert gap(states[3], states[0]) > 0
+    assert gap(audio_text[3], null[0]) == 0             # no transcript either
+    assert torch.equal(x_v[1], x_v[0]) and torch.equal(x_v[3], x_v[0])
+    assert torch.equal(x_a[2], x_a[0]) and torch.equal(x_a[3], x_a[0])
+    expected = torch.zeros(1)                           # grey
+    if beginning:
+        expected = data.frames_to_tensor(picture[:, None])
+        assert torch.equal(x_v[1, :, :1], first[0]) and s_v[1].tolist() == [0, 1, 1, 1, 1]
+    assert gap(stills[0], expected) == 0
 
 
 @pytest.mark.parametrize("s_v, s_a, known, rows", [
@@ -6594,6 +6770,11 @@ def test_references_are_one_to_three_seconds_of_the_clip_itself_or_of_another_wi
         assert torch.equal(ref.diff(), torch.ones(len(ref) - 1))      # one piece
         assert int(ref[0]) // S == window
         assert mask.all()
+    task.args.drop_text = .1
+    rngs = [np.random.default_rng(seed) for seed in range(2000)]
+    given = task.references(np.zeros(2000, int), rngs, .02)["ref_mask"]
+    assert given.float().mean().item() == pytest.approx(.9, abs=.02)    # a tenth is dropped
+    task.args.drop_text = 0.
     # Where no window lies apart there is no reference of another one.
     task.windows_of_clip[0] = [0, 1]
     assert references(0, 2.)[1].any() == (stage == "audio")
