@@ -355,19 +355,19 @@ def onsets_in_sound(wave, rise=None):
     return (np.array(tops) - 1) / 100
 
 
-def cyclesync(reference, remade, tolerance=.05):
+def cyclesync(reference, generated, tolerance=.05):
     """Syncphony eqs. 3, 4: onsets (n,) of the true sound, (m,) of the one generated for the video
     -> the score over the literal union, and over the merged union; nan if neither has an onset."""
     reference = np.asarray(reference, float)
-    remade = np.asarray(remade, float)
-    total = len(reference) + len(remade)
+    generated = np.asarray(generated, float)
+    total = len(reference) + len(generated)
     if total == 0:
         return NAN, NAN
     # An onset counts if ANY onset of the other side is near: no one-to-one pairing.
-    near = np.abs(reference[:, None] - remade[None]) <= tolerance + 1e-9     # (n, m)
+    near = np.abs(reference[:, None] - generated[None]) <= tolerance + 1e-9     # (n, m)
     matched = int(near.any(1).sum() + near.any(0).sum())
     # Equal times count once in the literal union, a matched pair once in the merged one.
-    union = len(np.unique(np.concatenate([reference, remade]).round(6)))
+    union = len(np.unique(np.concatenate([reference, generated]).round(6)))
     return matched / (2 * union), matched / (2 * (total - matched / 2))
 
 
@@ -473,11 +473,11 @@ def analyse_clip(clip):
     return dict(clip, curve=motion_energy(clip["video"]), **analyse_sound(clip["audio"]))
 
 
-def motion_records(videos, clips, remade):
-    """Videos generated for real clips, against these (`analyse_clip`), and against `remade`, these
-    through the VAE -> records. The first frame, which is given, counts in none of them."""
+def motion_records(videos, clips, reconstructed):
+    """Videos generated for real clips, against these (`analyse_clip`), and against these through
+    the VAE -> records. The first frame, which is given, counts in none of them."""
     records = []
-    for video, clip, decoded in zip(videos, clips, remade):
+    for video, clip, decoded in zip(videos, clips, reconstructed):
         truth = clip["video"]
         curve = motion_energy(video)
         late, confidence = lag(curve, FPS, clip["strength"])
@@ -913,7 +913,7 @@ class Scorer:
         self.sounds = [c["audio"] for c in self.clips]
 
     @cached_property
-    def remade(self):
+    def reconstructed(self):
         """The clips through the VAE."""
         return reconstruct(self.vae, self.clips, self.autocast)
 
@@ -923,7 +923,7 @@ class Scorer:
 
     def reconstruct(self):
         """The clips through the VAEs, the bound of what can be generated."""
-        return self.remade, self.sounds
+        return self.reconstructed, self.sounds
 
     def ablation_row(self, **settings):
         """Generate and score -> records, figures of the row."""
@@ -988,9 +988,9 @@ def score_vae(args):
                 linear=project(videos, t, P, vae.cfg.latent),
                 vae=reconstruct(vae, clips, autocast))
     titles = dict(repeated="first frame repeated", linear="linear autoencoder", vae="this VAE")
-    for key, remade in rows.items():
+    for key, coded in rows.items():
         records = [labels(clip) | picture_record(video, clip["video"])
-                   for video, clip in zip(remade, clips)]
+                   for video, clip in zip(coded, clips)]
         table.add(key, titles[key], records)
     write_pairs(Path(args.out, "vae.png"), rows["vae"], clips)
     print(f"film strips, true ones above: {args.out}/vae.png")
@@ -1013,12 +1013,13 @@ def project(videos, t, P, n):
         moments = moments + rows.T @ rows
         count += len(rows)
     components, _ = principal_components(moments / count, n)
-    remade = []
+    reconstructed = []
     for video in videos:
         first, x = differences(video)
         projected = (x.flatten(4) @ components.T @ components).view_as(x)
-        remade += list(tensor_to_frames(torch.cat([first, first + join_positions(projected)], 2)))
-    return remade
+        rest = first + join_positions(projected)
+        reconstructed += list(tensor_to_frames(torch.cat([first, rest], 2)))
+    return reconstructed
 
 
 # ---------------------------------------------------------------------- Syncphony's rows
@@ -1115,7 +1116,7 @@ class AudioToVideo(Scorer):
         times = [onsets(w, RATE) for w in waves]
         sync = sync_records(times, analyses, self.clips, self.args.tolerance)
         if not self.toybox:
-            motion = motion_records(videos, self.analysed, self.remade)
+            motion = motion_records(videos, self.analysed, self.reconstructed)
             figures["lag_ms"] = median_lag(motion)
             return [a | b for a, b in zip(sync, motion)], figures
         # In the toybox also the events in the picture against the true ones.
@@ -1145,7 +1146,7 @@ class AudioToVideo(Scorer):
 # one, by librosa's onsets (CycleSync's merged union, but no cycle: without f).
 PAIR_COLUMNS = dict(
     onsets_f1_50="onset F1", onsets_shuffled="shuffled", cyclesync_merged="onset Jaccard",
-    seen_f1_50="video F1", agreement_f1_50="agreement F1", agreement_shuffled="shuffled",
+    video_f1_50="video F1", agreement_f1_50="agreement F1", agreement_shuffled="shuffled",
     residual="residual", frechet_mels="Frechet mels", frechet_latent="latents")
 MODES = dict(v2a="sound for video", a2v="video for sound", i2av="both, from picture",
              t2av="both, from text")
@@ -1187,7 +1188,7 @@ class Towers(Scorer):
         return waves
 
     def reconstruct(self):
-        return self.remade, self.reconstructed_sounds
+        return self.reconstructed, self.reconstructed_sounds
 
     def rows(self):
         """Every task, with the checkpoint's guidance and without (_plain)."""
@@ -1284,12 +1285,12 @@ class Towers(Scorer):
                 _, merged = cyclesync(onsets(clip["audio"], RATE), onsets(wave, RATE),
                                       self.args.tolerance)
                 record |= dict(onsets_shuffled=f1(other_truth[i], sounding),
-                               seen_f1_50=drawn[i]["f1_50"], cyclesync_merged=merged)
+                               video_f1_50=drawn[i]["f1_50"], cyclesync_merged=merged)
             # False events where nothing happens: a scene without sound, or a sound from off-screen.
             if len(truth[i]) == 0 and clip["off_screen"]:
                 record["false_off_screen"] = len(found[i])
             elif len(truth[i]) == 0:
-                record |= dict(false_silent=len(found[i]), false_heard=len(sounding))
+                record |= dict(false_silent=len(found[i]), false_onsets=len(sounding))
             records.append(record)
         features = latent_features(self.vae, videos)
         return records, dict(frechet_mels=frechet(mel_features(waves), self.truth["mels"]),
@@ -1315,7 +1316,7 @@ class Towers(Scorer):
         a2v, _ = row(mode="a2v", **guidance)
         v2a, _ = row(mode="v2a", **guidance)
         for record, video, sound in zip(records, a2v, v2a):
-            record |= dict(a2v_f1_50=video["seen_f1_50"], v2a_f1_50=sound["onsets_f1_50"])
+            record |= dict(a2v_f1_50=video["video_f1_50"], v2a_f1_50=sound["onsets_f1_50"])
         return records, figures
 
 
@@ -1428,7 +1429,7 @@ STUDY_INTERVALS = ((0., 1.), (0., .95), (0., .7), (.22, .74), (.5, 1.))
 STUDY_SEED = 1000
 # What decides, where a row has it, and whether more of it is better. F1 and agreement do not notice
 # a smear at the right time, the residual does.
-DECIDING = dict(f1_50=1, onsets_f1_50=1, seen_f1_50=1, agreement_f1_50=1, motion=1, residual=-1)
+DECIDING = dict(f1_50=1, onsets_f1_50=1, video_f1_50=1, agreement_f1_50=1, motion=1, residual=-1)
 # As good: no figure is worse by more than this, with a probability of 97.5 % (the lower end of the
 # paired bootstrap interval). 48 clips have about 75 events; .02 of their F1 is 3 missed ones.
 MARGIN = .02
@@ -1614,7 +1615,8 @@ def stress(args):
                         "60 s, the last 10": (ROLLOUT - 10, ROLLOUT)}}
     print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; the "
           f"{len(plain) // args.draws} of {args.clips} held-out clips in which something happens, "
-          f"{len(conditions['60 s'])} for 60 s; {scorer.steps} steps; {scorer.note}; in brackets 95 % intervals over clips")
+          f"{len(conditions['60 s'])} for 60 s; {scorer.steps} steps; {scorer.note}; in brackets "
+          "95 % intervals over clips")
     # false: events detected more than 100 ms from any true one; onsets: all of the sound, without
     # the picture. A model that takes every onset for an event scores as much.
     table = Table(dict(f1_50="F1 50 ms", false_per_s="false / second", residual="residual",
@@ -1702,7 +1704,7 @@ def negatives(args):
             videos, _, _ = scorer.generate(clips=clips, **variants[variant])
             seconds[variant[0]].append((time.perf_counter() - start) / len(videos))
             records = (toybox_records(videos, clips) if scorer.toybox
-                       else motion_records(videos, scorer.analysed, scorer.remade))
+                       else motion_records(videos, scorer.analysed, scorer.reconstructed))
             records = [labels(clip) | dict(seed=f"{seed}") | record
                        for clip, record in zip(clips, records)]
             runs.setdefault((condition, *variant), []).append(records)

@@ -2178,7 +2178,7 @@ def test_the_guidance_study_compares_what_acts_in_every_mode_with_the_paper_on_c
             return [settings["sync_audio"]]
 
         def score(self, s_a):
-            given = dict(seen_f1_50=(1, 1))                 # what is equal in all rows says nothing
+            given = dict(video_f1_50=(1, 1))                # what is equal in all rows says nothing
             records = [dict(given, onsets_f1_50=(.5 - s_a / 10, 1)) for _ in self.clips]
             return records, dict(frechet_mels=s_a)
 
@@ -6831,7 +6831,7 @@ def test_two_towers_are_scored_by_the_events_in_the_picture_and_in_the_sound(
     result = last_json(capsys)
     truth = result["ground_truth"]
     assert rows <= set(result)
-    assert min(truth["seen_f1_50"], truth["agreement_f1_50"]) > .9
+    assert min(truth["video_f1_50"], truth["agreement_f1_50"]) > .9
     assert truth["agreement_shuffled"] < .6
     assert "onsets_f1_50" not in result["t2av"]
     if system == "harmony":
