@@ -15,13 +15,14 @@ events of any video of that world back, generated ones too (analysis by synthesi
     agreement     where both streams are generated no true events exist: events in the picture, by
                   a scene fitted to frame 0, against onsets in the sound
 
-**Real clips.** No event is known, but a true clip shows when something should move.
+**Real clips.** No event is known but The Greatest Hits'. A true clip shows when something moves.
 
     motion agreement  correlation of two curves, the mean change of the picture from frame to frame,
                       of the generated and the true clip. `shuffled`: the same first frame, with
                       another clip's sound; `off_sync`: without. Their differences are paired
     hit agreement     F1 of onsets in the sound and peaks of motion, within 100 ms. A true hit is
                       not always a peak: of true clips about 0.5, with other clips' sounds 0.3
+    true hits         the same F1 with The Greatest Hits' noted hits in place of onsets
     flicker           of pixels that never move, against the VAE's reconstruction, of 255
 
 **Any video.** CycleSync (Syncphony section 4, eqs. 3, 4): a video-to-audio model f generates a
@@ -49,7 +50,11 @@ A score means something only beside the ground truth's and that of shuffled soun
 In the toybox f is an `oracle`; elsewhere a program (`--v2a-cmd`) or a checkpoint (`--v2a-ckpt`).
 AV-Align (TempoTokens, as of February 2025) matches peaks of optical flow with onsets; it depends on
 resolution and frame rate, and needs `pip install opencv-python-headless`. Frechet distances compare
-clouds of features, of this repository's VAEs or of the networks of FVD, FID and FAD.
+clouds of features, of this repository's VAEs or of the networks of FVD, FID and FAD (files).
+
+Not here, since they are published networks: RelSync, AlignSync, DeSync, IA, IT (Syncphony), KL,
+CLAP, IB (SyncFlow), Sync-C, Sync-D, WER (Harmony). In their place: F1, motion and hit agreement for
+a video's timing, agreement of both streams for pairs, Frechet distances of mels for sounds.
 
     python cyclesync.py --ckpt weights/a2v-toybox.pt --clips 96    # Syncphony's table
     python cyclesync.py --ckpt out/a2v-x/best.pt --data x/         # the same of real clips
@@ -189,9 +194,6 @@ def to_json(value):
     return value
 
 
-TITLE = 31                      # characters: the longest title and a space
-
-
 class Table:
     """Rows, printed as they are scored; at the end all records as CSV and all rows as JSON.
     columns: the figures that are printed, and their titles."""
@@ -204,7 +206,7 @@ class Table:
     def head(self, columns):
         """Begin a table with other columns below; its rows join the same CSV and JSON."""
         self.columns = columns
-        print(" " * TITLE + "".join(f" {title:>20s}" for title in columns.values()))
+        print(" " * 31 + "".join(f" {title:>20s}" for title in columns.values()))
 
     def add(self, key, title, records=(), figures=None):
         """Print a row: the summary of its records, and `figures` that no single clip has, with
@@ -217,7 +219,7 @@ class Table:
         self.result[key] = row
         self.records += [dict(row=key) | record for record in records]
         cells = [self.cell(row, name) for name in self.columns]
-        print(f"{title:{TITLE}s}" + "".join(f" {cell:>20s}" for cell in cells), flush=True)
+        print(f"{title:31s}" + "".join(f" {cell:>20s}" for cell in cells), flush=True)
 
     def cell(self, row, name):
         value = row.get(name, NAN)
@@ -491,6 +493,8 @@ def motion_records(videos, clips, reconstructed):
             hits=hit_agreement(clip["hits"], curve, FPS),
             lag_s=late, lag_confidence=confidence,
             flicker=(float(flicker.sum()), flicker.size)))
+        if len(clip.get("events", ())):
+            records[-1]["true_hits"] = hit_agreement(clip["events"], curve, FPS)
     return records
 
 
@@ -1052,6 +1056,8 @@ class AudioToVideo(Scorer):
         sync = {key: title for key, title in SYNC_COLUMNS.items()
                 if self.v2a[0] or "cyclesync" not in key}
         self.columns = (TOYBOX_COLUMNS if self.toybox else REAL_COLUMNS) | sync
+        if not self.toybox and any(len(c["events"]) for c in self.clips):
+            self.columns |= dict(true_hits="true hits")
         self.columns |= dict(frechet_latent="Frechet") | {what: what for what in self.networks}
         # Of toybox videos scored last: records with the sounds and events of other clips.
         self.chance = []

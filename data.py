@@ -988,7 +988,7 @@ def parse_hits(text):
 
 def clip_windows(clip, size=64, audio_lead=0., most=3):
     """A real clip -> its windows of 49 frames, dicts of video, audio, caption, speech (none),
-    start (seconds).
+    start (seconds), events (seconds from start; known of The Greatest Hits alone).
 
     most: windows of a test clip; more than three do not overlap.
     audio_lead=0.5 is the protocol of the CycleSync study (Syncphony C.2): the first window begins
@@ -1017,9 +1017,11 @@ def clip_windows(clip, size=64, audio_lead=0., most=3):
     windows = []
     for start in starts.astype(int):
         offset = round((start - first) / FPS * RATE)
+        events = np.array(clip.get("events", [])) - start / FPS
         windows.append(dict(video=video[start:start + FRAMES],
                             audio=fit_length(wave[offset:], samples),
-                            caption=clip["prompt"], speech="", start=start / FPS))
+                            caption=clip["prompt"], speech="", start=start / FPS,
+                            events=events[(events >= 0) & (events < FRAMES / FPS)]))
     return windows
 
 

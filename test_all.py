@@ -2072,7 +2072,7 @@ def test_a_peak_of_motion_is_half_as_high_as_any_within_a_second():
 
 def test_only_what_moves_without_a_cause_is_flicker():
     """Error of the pixels that never move in the true clip, against its reconstruction."""
-    clip = dict(video=flashes([.5]), audio=clicks([.5], 49 / 24))
+    clip = dict(video=flashes([.5]), audio=clicks([.5], 49 / 24), events=[.52, 1.5])
     # Where there is noise alone
     still = np.ptp(clip["video"].astype(int), 0).max(-1) < 9
     videos = dict(frozen=clip["video"][:1].repeat(49, 0))
@@ -2094,6 +2094,8 @@ def test_only_what_moves_without_a_cause_is_flicker():
     assert cyclesync.summarise([rows["still"], few])["flicker"] == pytest.approx(5 / 1.25)
     assert rows["still"]["psnr"] == pytest.approx(10 * np.log10(255 ** 2 / 9 / still.mean()))
     assert rows["still"]["hits"] == (2, 2)
+    # The Greatest Hits: noted hits rather than onsets
+    assert rows["still"]["true_hits"] == (2, 3)
 
 
 def test_the_difference_of_two_rows_is_paired():
@@ -3086,7 +3088,11 @@ def test_evaluation_takes_three_evenly_spaced_windows(tmp_path, clip):
     assert starts == [0, round((len(video) - 49) / 2), len(video) - 49]
     assert [24 * w["start"] for w in data.clip_windows(clip, 32, most=9)] == starts     # 72 frames
     long = dict(flash_clip(tmp_path / "c.mp4", seconds=9.), split="test")
-    assert [24 * w["start"] for w in data.clip_windows(long, 32, most=9)] == [0, 56, 111, 167]
+    hits = dict(long, events=[.5, 2.5, 4.5])
+    windows = data.clip_windows(hits, 32, most=9)
+    assert [24 * w["start"] for w in windows] == [0, 56, 111, 167]
+    # Noted hits, in seconds from the start of the window
+    assert [[round(24 * t) for t in w["events"]] for w in windows] == [[12], [4], [], []]
     assert first["start"] == .5 and end["start"] == (len(video) - 49) / 24
     assert np.array_equal(first["audio"], wave[:round((.5 + 49 / 24) * 16000)])
     assert np.array_equal(first["video"], video[12:61])
