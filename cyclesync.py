@@ -2099,36 +2099,6 @@ def add_learning(table, root, stage, seeds):
 
 # ---------------------------------------------------------------------- files, blocks
 
-def score_pairs(args):
-    """Two folders of sound files with the same names: true sounds, and sounds that any program
-    generated for the videos."""
-    files = [find_files("--pairs", folder) for folder in args.pairs]
-    # The suffix of a file may differ.
-    names = [n for n in files[0] if n in files[1]]
-    if not names:
-        raise BadInput(f"--pairs {' '.join(args.pairs)}: no relative path occurs in both (the "
-                       f"suffix may differ); they have {len(files[0])} and {len(files[1])} files")
-    true, generated = ([onsets(read_audio(side[n]), RATE) for n in names] for side in files)
-    print(f"{len(names)} pairs, {len(files[0]) + len(files[1]) - 2 * len(names)} files without a "
-          f"partner; tolerance {1000 * args.tolerance:g} ms")
-    table = Table(SYNC_COLUMNS)
-    clips = [dict(name=n, kind="") for n in names]
-    rows = dict(cyclesync=generated)
-    # One pair has no other.
-    if len(names) > 1:
-        rows["shuffled"] = shuffled(generated)
-    for key, others in rows.items():
-        analyses = [dict(onsets=found, peaks=None) for found in others]
-        table.add(key, key, sync_records(true, analyses, clips, args.tolerance))
-    table.finish()
-
-
-# What `--pairs-of-videos` compares, where a video has it.
-MEASURES = dict(sound_agreement="sound agreement", hits="hit agreement",
-                lag_confidence="confidence of lag < 0.1 s", av_align="AV-Align",
-                cyclesync_set="CycleSync set", cyclesync_merged="CycleSync merged")
-
-
 def find_files(flag, folder, suffixes=None):
     """-> {path relative to the folder, without suffix: path} of all files in it, or of those with
     these suffixes."""
@@ -2147,6 +2117,43 @@ def find_files(flag, folder, suffixes=None):
         raise BadInput(f"{flag} {folder}: {len(files)} files, none of them to be scored; expected "
                        + " ".join(suffixes or ["sound files"]))
     return found
+
+
+def find_pairs(flag, folders, suffixes=None):
+    """Two folders -> the names that both have, {name: path} of each (`find_files`), and how many
+    files have no partner."""
+    files = [find_files(flag, folder, suffixes) for folder in folders]
+    names = [n for n in files[0] if n in files[1]]
+    counts = [len(found) for found in files]
+    if not names:
+        raise BadInput(f"{flag} {folders[0]} {folders[1]}: no relative path occurs in both (the "
+                       f"suffix may differ); they have {counts[0]} and {counts[1]} files")
+    return names, files, sum(counts) - 2 * len(names)
+
+
+def score_pairs(args):
+    """Two folders of sound files with the same names: true sounds, and sounds that any program
+    generated for the videos."""
+    names, files, single = find_pairs("--pairs", args.pairs)
+    true, generated = ([onsets(read_audio(side[n]), RATE) for n in names] for side in files)
+    print(f"{len(names)} pairs, {single} files without a partner; tolerance "
+          f"{1000 * args.tolerance:g} ms")
+    table = Table(SYNC_COLUMNS)
+    clips = [dict(name=n, kind="") for n in names]
+    rows = dict(cyclesync=generated)
+    # One pair has no other.
+    if len(names) > 1:
+        rows["shuffled"] = shuffled(generated)
+    for key, others in rows.items():
+        analyses = [dict(onsets=found, peaks=None) for found in others]
+        table.add(key, key, sync_records(true, analyses, clips, args.tolerance))
+    table.finish()
+
+
+# What `--pairs-of-videos` compares, where a video has it.
+MEASURES = dict(sound_agreement="sound agreement", hits="hit agreement",
+                lag_confidence="confidence of lag < 0.1 s", av_align="AV-Align",
+                cyclesync_set="CycleSync set", cyclesync_merged="CycleSync merged")
 
 
 def read_pair(paths):
@@ -2216,12 +2223,7 @@ def score_videos(args):
     """Two folders of videos with sound, of two models for the same sounds: which one moves when it
     sounds? More frames or more peaks of motion may win with any sound, so every measure is also
     taken with the sounds of other pairs: only what is beyond that is timing."""
-    files = [find_files("--pairs-of-videos", folder, data.VIDEOS)
-             for folder in args.pairs_of_videos]
-    names = [n for n in files[0] if n in files[1]]
-    if not names:
-        raise BadInput(f"--pairs-of-videos {' '.join(args.pairs_of_videos)}: no relative path "
-                       f"occurs in both; they have {len(files[0])} and {len(files[1])} videos")
+    names, files, single = find_pairs("--pairs-of-videos", args.pairs_of_videos, data.VIDEOS)
     f_v2a = v2a_models(args, [None])[0][0] if args.v2a_cmd or args.v2a_ckpt else None
     clips, unusable = [], []
     videos, sounds = ([], []), ([], [])
@@ -2240,7 +2242,6 @@ def score_videos(args):
     if len(clips) < 2:
         raise BadInput(f"--pairs-of-videos: {len(clips)} usable pairs{skipped}; at least two are "
                        "needed")
-    single = len(files[0]) + len(files[1]) - 2 * len(names)
     rates = [", ".join(f"{r}" for r in sorted({v["fps"] for v in side})) for side in videos]
     print(f"{len(clips)} pairs{skipped}; {single} videos without a partner\n"
           f"A: {args.pairs_of_videos[0]}, {rates[0]} fps; B: {args.pairs_of_videos[1]}, {rates[1]} "
