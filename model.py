@@ -26,6 +26,8 @@ Four callers run these blocks, and agree where they overlap:
 Not learned in the audio layers:
 
     window      latent l attends to the audio steps i with |t_i - l| < 1.5          Syncphony eq. 7
+                (eq. 7 prints 2 Delta alpha steps, D.2.1 spreads them over 2 Delta + 1 latents;
+                both hold if its bounds name whole latents, l - Delta .. l + Delta)
     Audio RoPE  queries are rotated by (l, row, column), keys by (t_i, 0, 0), with one table for
                 both: the attention score depends on t_i - l                              eqs. 8-10
 
@@ -480,7 +482,8 @@ class Attention(nn.Module):
         # for pictures of where the model attends: the fused kernel does not return its weights
         if attention_maps is not None:
             attention_maps.append(attention_weights(q, kv[0].to(q.dtype), mask))
-        return self.to_out(attention(q, *kv, mask))                     # eq. 10, values W_V a_i
+        # eq. 10. It prints z_l for the values; its text has W_V a_i.
+        return self.to_out(attention(q, *kv, mask))
 
 
 class CrossAttention(Attention):

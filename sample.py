@@ -80,7 +80,8 @@ GUIDANCE = {
     # of a2v from scratch on real clips: with a lower w_a motion follows the sound less, with a
     # lower `still` the background flickers by more than 2 of 255 (RESULTS.md)
     "real": dict(asg=2., cfg=0., still=.2, steps=4),
-    # w_a, w_t and steps of Syncphony
+    # w_a, w_t and steps of Syncphony. Its w_t = 7 of the first latent never acts, since latent 0 is
+    # the picture. w_t = 4 is eq. 6 as printed, a scale of 5; Pyramid Flow's own is 4, here --cfg 3
     "pretrained": dict(asg=2., cfg=4., steps=STEPS["a2v"]),
     # w of SyncFlow eq. 3: with 3 most sounds are in time (RESULTS.md); the paper samples with 6. In
     # 10 steps as many are, but they are less varied: Frechet distances are 1.4 times those of 30
@@ -125,12 +126,14 @@ def pick_autocast(dtype, device, step=None):
     if dtype != "auto":
         raise BadInput(f"--dtype {dtype}: expected auto, float32 or bfloat16")
 
-    # Where the hardware lacks bfloat16 it is emulated, at a multiple of the time. The CPU's
-    # operator is missing in builds without mkldnn, such as those for Macs. bool() is False: nothing
-    # is known of other devices and builds.
-    is_native = {"cuda": partial(torch.cuda.is_bf16_supported, including_emulation=False),
-                 "cpu": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)}
-    if not is_native.get(device.type, bool)():
+    # Where the hardware lacks bfloat16 it is emulated, at a multiple of the time. Nothing is known
+    # of other devices, and of builds without mkldnn, such as those for Macs.
+    is_native = False
+    if device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
+        is_native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not is_native:
         return nullcontext, "float32: no native bfloat16"
     if step is None:
         return bfloat16, "bfloat16"
@@ -251,7 +254,8 @@ def find_vae(checkpoint, kind, path, override, device):
     flag = kind.replace("_", "-")
     # Latents of another VAE of the same size would decode to noise, without any error: so it is
     # the fingerprint that is looked up, never the name.
-    files = [str(checkpoint["args"].get(kind) or "none")]
+    trained_with = checkpoint["args"].get(kind)
+    files = [str(trained_with)] if trained_with else []
     # Backwards, so that vae-toybox.pt, of most checkpoints, comes before vae-real.pt
     for folder in (WEIGHTS, Path(path).parent):
         files += sorted(folder.glob("*vae*.pt"), reverse=True)
@@ -383,10 +387,10 @@ def sample_stages(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0.,
 
 
 def impose(x, given, noise, sigma, is_clean):
-    """Latents x with their beginning replaced by what is given -> latents, noise levels (B, L).
+    """Put what is given in place of the beginning of x -> latents like x, noise levels (B, L).
 
-    x, noise (B, ·, L, ...), given (B or 1, ·, n <= L, ...) or None. The noise
-    is the same in every step, so what is given and not clean moves straight from it to `given`."""
+    x, noise (B, ·, L, ...); given (B or 1, ·, n <= L, ...) or None. The noise is the same in every
+    step: what is given and not clean moves straight from it to `given`."""
     levels = x.new_full((len(x), x.shape[2]), sigma)
     if given is None:
         return x, levels
@@ -435,14 +439,14 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, interval
     def velocity(x, sigma):
         # All branches are rows of one batch.
         acting, text, ref = inside if low <= sigma <= high else outside
-        rows = dict.fromkeys(("video", "audio"))
-        levels = dict.fromkeys(rows)
+        rows = dict(video=None, audio=None)
+        levels = dict(rows)
         for stream in x:
             inputs = [network_input(stream, x[stream], sigma, b) for b in acting.values()]
             rows[stream], levels[stream] = map(torch.cat, zip(*inputs))       # (R·B, L or S)
             if stream == "audio" or not harmony:
                 levels[stream] = levels[stream][:, -1]                        # (R·B,)
-        v = model(*rows.values(), *levels.values(), *text, ref=ref)
+        v = model(rows["video"], rows["audio"], levels["video"], levels["audio"], *text, ref=ref)
         guided = {}
         for stream, v_rows in zip(rows, v):
             if stream in x:
@@ -546,6 +550,7 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     # Later latents are decoded as soon as they are finished.
     sampler = partial(sampler or sample_autoregressive, still=still)
     if model.cfg.context_sigma == "shared":
+        # Pyramid Flow's layout; `still` is not for it.
         sampler = sample_stages
     latents = sampler(model, z0, L, audio if use_audio else None, text, cfg=cfg, **settings)
     remaining = frames - 1
@@ -891,7 +896,7 @@ def output_file(args, job):
     return Path(args.out) / f"{job['stem'] or Path(name).stem}.mp4"
 
 
-def draw_maps(video, attention, sync_pull=None):
+def draw_maps(video, t, attention, sync_pull=None):
     """Harmony's figures 3 and 5 as film strips of video (F, H, W, 3) uint8: where each moment of
     the audio attends in its frame (S, L, h, w), and where SyncCFG pulls (L, h, w)."""
     # Per latent: attention as the mean over the audio latents within half a latent of it
@@ -901,7 +906,7 @@ def draw_maps(video, attention, sync_pull=None):
         near = slice(max(0, round((l - .5) / L * S)), round((l + .5) / L * S) + 1)
         attended.append(attention[near, l].mean(0))           # (h, w)
     # Latent 0 is frame 0, latent l the t frames up to t l.
-    latent_of = np.ceil(np.linspace(0, L - 1, len(video)) - 1e-6).astype(int)
+    latent_of = np.ceil(np.arange(len(video)) / t).astype(int)
     strips = []
     for cells in [torch.stack(attended)] + ([] if sync_pull is None else [sync_pull]):
         # Every latent scaled to 1, enlarged to pixels, and laid over its frames
@@ -950,7 +955,7 @@ def shortest_clip(system):
 
 def autocast_for(system, dtype, device):
     """`pick_autocast` of a system. Published networks, of 2 billion parameters, are not timed."""
-    is_published = system.model.cfg.text_encoder == "external" if system.task == "a2v" else False
+    is_published = system.model.cfg.text_encoder == "external"
     return pick_autocast(dtype, device, None if is_published else partial(shortest_clip, system))
 
 
@@ -1164,7 +1169,8 @@ def check_job(system, job, args):
     if task == "a2v":
         if not (job["audio"] and job["image"]):
             raise BadInput(f"{record}--audio and --image are both needed: python sample.py --audio "
-                           "x.wav --image f.png; or give --prompt alone, or --video")
+                           "x.wav --image f.png; or give --prompt alone, or --video; audio alone "
+                           "drives Harmony: --ckpt weights/joint-toybox.pt")
         if args.still and system.model.cfg.context_sigma == "shared":
             raise BadInput(f"--still is for models trained from scratch, and {args.ckpt} is on "
                            "Pyramid Flow; leave it out")
@@ -1228,13 +1234,13 @@ def run_job(system, job, path, args, bar, settings):
         pictures=None if picture is None else picture[None], attention_maps=maps, **options)
     wave = waves[0] if wave is None else wave
     if maps:
-        maps = draw_maps(video[0], **{name: cells[0] for name, cells in maps[0].items()})
+        of_clip = {name: cells[0] for name, cells in maps[0].items()}
+        maps = draw_maps(video[0], system.vae.stride_t, **of_clip)
     write_clip(path, [video[0]], wave, rate, maps or [])
     return frames
 
 
-# Unlike no_grad it spares the bookkeeping of views, too: 8 % of a cached step of a small network.
-@torch.inference_mode()
+@torch.no_grad()
 def main():
     # What to sample from
     args = arguments().parse_args()
@@ -1273,6 +1279,9 @@ def main():
     if any(len(prompt.encode(errors="replace")) > TEXT_BYTES for prompt in prompts):
         print(f"the trained text encoders read the first {TEXT_BYTES} letters of a prompt")
 
+    # inference_mode spares the bookkeeping of views, too, 8 % of a cached step of a small network.
+    # But in it autocast casts a weight at every use, and keeps none that it has cast (torch 2.13).
+    mode = torch.inference_mode if autocast is nullcontext else torch.no_grad
     # One file after the other
     for job in jobs:
         path = output_file(args, job)
@@ -1281,7 +1290,7 @@ def main():
             print(f"{path}: exists already")
             continue
         start = time.perf_counter()
-        with tqdm(disable=None, leave=False, unit="step") as bar:
+        with tqdm(disable=None, leave=False, unit="step") as bar, mode():
             frames = run_job(system, job, path, args, bar, settings)
         seconds = time.perf_counter() - start
         print(f"{path}: {seconds:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed}")
