@@ -176,11 +176,16 @@ def run_cli(main):
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         # A full disk, a folder in place of a file, no permission: of any file
-        where = error.filename or "a file could not be read or written"
+        where = error.filename2 or error.filename or "a file could not be read or written"
         # (From a worker process it comes with a traceback above its last line.)
         reason = str(error.strerror or error).strip().rpartition("\n")[2]
         print(f"error: {one_line(where)}: {one_line(reason)}; check the path, its permissions and "
               "the space that is left", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the memory of the GPU is too small for this; of these give what --help names:"
+              " fewer --seconds, a smaller --resolution or --batch-size, a larger --accum, "
+              "--device cpu", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as why:
         print("stopped; nothing half-written is left behind", file=sys.stderr)
@@ -550,6 +555,8 @@ def write_video(path, frames, wave, fps=FPS, rate=RATE):
     if height % 2 or width % 2:
         raise BadInput(f"{path}: H.264 needs an even height and width, got {height}x{width}")
     with replacing(path) as part:
+        # Where that cannot be written, Python says why; ffmpeg would do so in many lines.
+        part.touch()
         writer = imageio_ffmpeg.write_frames(
             f"file:{part}", (width, height), fps=fps, codec="libx264", quality=None,
             macro_block_size=1, output_params=["-crf", "12"], ffmpeg_log_level="error")

@@ -189,7 +189,7 @@ def load(path, device="cpu", vae=None, audio_vae=None, pretrained=None, task=" o
                            "--pretrained, and --hubert facebook/hubert-large-ls960-ft")
         published = pyramid.load_pyramid_flow(Path(pretrained) / "diffusion_transformer_384p")
         weights = {**published.state_dict(), **weights}
-        vae = Path(pretrained) / "causal_video_vae"
+        vae = vae or Path(pretrained) / "causal_video_vae"
     model = data.build(network, config_class, config, weights, path).to(device).eval()
 
     # Its VAEs; Syncphony takes audio as features
@@ -865,6 +865,10 @@ def read_jobs(args):
 
     if not args.jsonl:
         return [make_job(vars(args))]
+    for name in INPUTS:
+        if getattr(args, name, None):
+            raise BadInput(f"--{name.replace('_', '-')} with --jsonl: leave it out, and write it "
+                           "into the lines of the list")
     jobs = {}
     lines = data.check_file(args.jsonl, "list").read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
@@ -888,12 +892,42 @@ def read_jobs(args):
 
 def output_file(args, job):
     """--out itself, or a file in it named after the record, the given clip or audio, the text."""
-    if Path(args.out).suffix == ".mp4" and not args.jsonl:
+    kind = Path(args.out).suffix.lower()
+    if kind in (".avi", ".m4v", ".mkv", ".mov", ".webm"):
+        raise BadInput(f"--out {args.out}: only .mp4 is written; give x.mp4, or a folder")
+    if kind == ".mp4" and not args.jsonl:
         return Path(args.out)
     # The first eight words of the text, without what file systems may not take
     text = "".join(c if c.isalnum() else " " for c in job["prompt"] or job["transcript"])
     name = job["video"] or job["audio"] or "-".join(text.split()[:8])[:50] or "sample"
     return Path(args.out) / f"{job['stem'] or Path(name).stem}.mp4"
+
+
+def longest_text(jobs):
+    """Bytes of the longest caption or transcript"""
+    longest = 0
+    for job in jobs:
+        for name in ("prompt", "sound_prompt", "transcript"):
+            longest = max(longest, len(job[name].encode(errors="replace")))
+    return longest
+
+
+def check_outputs(jobs, args):
+    """BadInput where a clip, or the strip beside it, would take the place of an input."""
+    inputs = set()
+    for job in jobs:
+        files = [job[name] for name in ("audio", "image", "video", "ref_audio")]
+        inputs |= {os.path.realpath(file) for file in files if os.path.isfile(file)}
+    for path in [output_file(args, job) for job in jobs]:
+        files = [path, path.with_suffix(".png")]
+        if os.path.isdir(path):
+            raise BadInput(f"{path}: is a folder; give another --out")
+        # What a list has finished is not written again, and may be an input of its other lines.
+        is_finished = args.jsonl and all(map(os.path.isfile, files))
+        for file in files:
+            if os.path.isfile(file) and os.path.realpath(file) in inputs and not is_finished:
+                raise BadInput(f"{file}: is an input, and would be written over; "
+                               "give another --out")
 
 
 def draw_maps(video, t, attention, sync_pull=None):
@@ -1178,9 +1212,29 @@ def check_job(system, job, args):
         raise BadInput(f"{args.ckpt}: of --no-video, an ablation for cyclesync.py; give another")
     elif not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
         raise BadInput(f"{record}--prompt is empty; give a caption, or a --video without sound")
-    elif job["video"] and (job["audio"] or args.maps):
-        raise BadInput(f"{record}--video: nothing but its audio is generated; "
-                       f"leave {'--audio' if job['audio'] else '--maps'} out")
+    elif job["video"]:
+        for name in ("audio", "image", "maps"):
+            if given[name]:
+                raise BadInput(f"{record}--video: nothing but its audio is generated; "
+                               f"leave --{name} out")
+
+
+def check_flags(system, jobs, args):
+    """BadInput where a flag would change nothing in any of the jobs."""
+    is_a2v = system.task == "a2v"
+    on_pyramid = is_a2v and system.model.cfg.text_encoder == "external"
+    texts = [job["prompt"] or job["sound_prompt"] or job["transcript"] for job in jobs]
+    # On Pyramid Flow guidance is away from a prompt of flaws, with or without a caption.
+    guided = on_pyramid or any(texts) or args.cfg == (0 if is_a2v else 1)
+    used = {"seconds": (not all(job["video"] for job in jobs), "the audio is as long as --video"),
+            "shift_audio": (any(job["audio"] for job in jobs), "no audio is given"),
+            "cfg": (guided, "no text is given")}
+    used |= {name: (on_pyramid, f"{args.ckpt} is not on Pyramid Flow")
+             for name in ("pretrained", "hubert", "tiles")}
+    for name, (is_used, reason) in used.items():
+        if getattr(args, name) and not is_used:
+            raise BadInput(f"--{name.replace('_', '-')} would change nothing, since {reason}; "
+                           "leave it out")
 
 
 def run_job(system, job, path, args, bar, settings):
@@ -1259,10 +1313,13 @@ def main():
     jobs = read_jobs(args)
     for job in jobs:
         check_job(system, job, args)
+    check_flags(system, jobs, args)
+    check_outputs(jobs, args)
 
     settings = recommended(checkpoint, **vars(args))
     numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
-    print(f"{place}, {precision}\n{Path(args.ckpt).name}: {SYSTEMS[task]}, EMA weights after step "
+    name = data.one_line(Path(args.ckpt).name)
+    print(f"{place}, {precision}\n{name}: {SYSTEMS[task]}, EMA weights after step "
           f"{checkpoint['step']}\n{numbers}")
     # SyncCFG compares with clean partners, which a model knows from the one-way tasks alone.
     trained = checkpoint["args"]
@@ -1276,8 +1333,8 @@ def main():
     prompts = [job["prompt"] for job in jobs]
     if task == "a2v":
         settings["encoders"] = external_encoders(system.model, args, prompts, device)
-    if any(len(prompt.encode(errors="replace")) > TEXT_BYTES for prompt in prompts):
-        print(f"the trained text encoders read the first {TEXT_BYTES} letters of a prompt")
+    if settings.get("encoders") is None and longest_text(jobs) > TEXT_BYTES:
+        print(f"the text encoders read the first {TEXT_BYTES} bytes of a caption or transcript")
 
     # inference_mode spares the bookkeeping of views, too, 8 % of a cached step of a small network.
     # But in it autocast casts a weight at every use, and keeps none that it has cast (torch 2.13).
@@ -1287,13 +1344,14 @@ def main():
         path = output_file(args, job)
         # A list goes on where it was interrupted; the strip is written last.
         if args.jsonl and path.is_file() and path.with_suffix(".png").is_file():
-            print(f"{path}: exists already")
+            print(f"{data.one_line(path)}: exists already")
             continue
         start = time.perf_counter()
         with tqdm(disable=None, leave=False, unit="step") as bar, mode():
             frames = run_job(system, job, path, args, bar, settings)
         seconds = time.perf_counter() - start
-        print(f"{path}: {seconds:.1f} s for {frames / FPS:.2f} s of video, seed {args.seed}")
+        print(f"{data.one_line(path)}: {seconds:.1f} s for {frames / FPS:.2f} s of video, "
+              f"seed {args.seed}")
 
 
 if __name__ == "__main__":

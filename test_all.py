@@ -1606,6 +1606,22 @@ def test_a_closed_pipe_ends_a_program_quietly(capfd):
     assert process.exitcode == 128 + signal.SIGPIPE and capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("error, message", [
+    (OSError(5, "no", "part", None, "out/x.mp4"), "out/x.mp4: no; check"),
+    (torch.OutOfMemoryError("CUDA out of memory\nTried to"), "the memory of the GPU.*--device")])
+def test_a_full_disk_or_gpu_is_one_line(error, message, capsys):
+    """With the name of the file that was asked for, or what takes less memory"""
+    module = SimpleNamespace(__name__="x", main=Mock(side_effect=error))
+    assert cli(module) == 2
+    assert re.fullmatch(f"error: {message}.*\n", capsys.readouterr().err)
+
+
+def test_where_a_video_cannot_be_written_python_says_why():
+    with pytest.raises(OSError) as caught:
+        data.write_video("/proc/x.mp4", np.zeros((2, 32, 32, 3), np.uint8), None)
+    assert caught.value.strerror and caught.value.filename
+
+
 def test_a_video_that_fails_on_the_way_leaves_no_file(tmp_path):
     """An odd height is refused as well: H.264 has even ones."""
     def pieces():
@@ -1749,18 +1765,88 @@ def test_a_clip_does_not_depend_on_the_batch_around_it(toy):
     assert np.abs(run(2, [7])[0] - together[2]).max() > 1
 
 
-def test_one_seed_gives_one_file_as_long_as_its_audio_or_as_asked_for(toy, tmp_path):
-    """The command writes a video and its strip, also beyond the length of training."""
+def test_one_seed_gives_one_file_as_long_as_its_audio_or_as_asked_for(toy, tmp_path, capsys):
+    """The command writes a video and its strip, also beyond the length of training; what a name
+    holds besides letters is printed escaped."""
     soundfile.write(tmp_path / "x.wav", soundfile.read(toy / "x.wav")[0][:8000], 16000)
     silent = toy / "silent.wav"
-    for name, *more in (("a", "x.wav"), ("b", "x.wav"), ("c", silent, "--seconds", 2.3)):
+    for name, *more in (("a", "x.wav"), ("b", "x.wav"), ("c\n\x1b", silent, "--seconds", 2.3)):
         assert cli(sample, "--image", toy / "f.png", "--ckpt", toy / "a2v.pt", "--steps", 1,
                    "--out", tmp_path / f"{name}.mp4", "--audio", tmp_path / more[0], *more[1:]) == 0
 
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    for name, frames in (("a", 12), ("c", 55)):
+    assert r"c\n\x1b.mp4: " in capsys.readouterr().out
+    for name, frames in (("a", 12), ("c\n\x1b", 55)):
         assert len(iio.imread(tmp_path / f"{name}.mp4", plugin="FFMPEG")) == frames
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def job_of(**given):
+    return dict.fromkeys([*sample.INPUTS, "stem"], "") | given
+
+
+@pytest.mark.parametrize("given, out, refused", [
+    (dict(video="lamp.mp4"), ".", "lamp.mp4"), (dict(video="link/lamp.mp4"), ".", "lamp.mp4"),
+    (dict(audio="lamp.wav", image="lamp.png"), ".", "lamp.png"),
+    (dict(audio="lamp.wav", image="lamp.png"), "lamp.mp4", "lamp.png"),
+    (dict(prompt="a"), "a.mp4", "is a folder"), (dict(prompt="a"), "a.mkv", "only .mp4"),
+    (dict(video="lamp.mp4"), "x.MP4", None), (dict(audio="lamp.wav"), ".", None),
+    (dict(audio="a\0", image="\ud800"), "out", None)])
+def test_no_output_takes_the_place_of_an_input(given, out, refused, tmp_path, monkeypatch):
+    """Neither the clip nor its strip, by whatever name; a folder of that name and other formats
+    are refused, too."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("lamp.mp4", "lamp.wav", "lamp.png"):
+        Path(file).write_text("mine")
+    Path("a.mp4").mkdir()
+    Path("link").symlink_to(tmp_path)
+    args = SimpleNamespace(out=out, jsonl=None)
+    with pytest.raises(data.BadInput, match=refused) if refused else contextlib.nullcontext():
+        sample.check_outputs([job_of(**given)], args)
+    if out == "x.MP4":
+        assert sample.output_file(args, job_of(**given)) == Path(out)
+
+
+def test_a_list_may_use_its_own_clips(tmp_path, monkeypatch):
+    """Its second line takes the clip of the first, before that is there and after."""
+    monkeypatch.chdir(tmp_path)
+    jobs = [job_of(stem="a", prompt="a bell"), job_of(stem="b", video="a.mp4")]
+    for files in ([], ["a.mp4", "a.png"]):
+        for file in files:
+            Path(file).write_text("made")
+        sample.check_outputs(jobs, SimpleNamespace(out=".", jsonl="list"))
+
+
+@pytest.mark.parametrize("task, flags, jobs, is_used", [
+    ("t2av", dict(seconds=1.), [job_of(video="x")], False),
+    ("t2av", dict(seconds=1.), [job_of(video="x"), job_of(prompt="a")], True),
+    ("joint", dict(shift_audio=.1), [job_of(prompt="a")], False),
+    ("joint", dict(shift_audio=.1), [job_of(prompt="a"), job_of(audio="x")], True),
+    ("joint", dict(cfg=4.), [job_of(audio="x")], False),
+    ("joint", dict(cfg=1.), [job_of(audio="x")], True),
+    ("joint", dict(cfg=4.), [job_of(transcript="u")], True),
+    ("a2v", dict(cfg=1.), [job_of(audio="x")], False),
+    ("a2v", dict(cfg=1.), [job_of(audio="x", prompt="a")], True),
+    ("a2v", dict(tiles=True), [job_of(audio="x")], False),
+    ("a2v", dict(hubert="x"), [job_of(audio="x")], False),
+    ("a2v", dict(pretrained="x"), [job_of(audio="x")], False),
+    ("pyramid", dict(pretrained="x", hubert="x", tiles=True, cfg=4.), [job_of(audio="x")], True)])
+def test_a_flag_that_would_change_nothing_is_refused(task, flags, jobs, is_used):
+    """In a list it has to matter for one of the lines."""
+    args = sample.arguments().parse_args([])
+    vars(args).update(flags)
+    text_encoder = "external" if task == "pyramid" else "bytes"
+    model = SimpleNamespace(cfg=SimpleNamespace(text_encoder=text_encoder))
+    system = SimpleNamespace(task="a2v" if task == "pyramid" else task, model=model)
+    refused = pytest.raises(data.BadInput, match="would change nothing")
+    with contextlib.nullcontext() if is_used else refused:
+        sample.check_flags(system, jobs, args)
+
+
+@pytest.mark.parametrize("name", ["prompt", "sound_prompt", "transcript"])
+def test_every_text_of_a_job_counts_for_the_limit_of_the_text_encoders(name):
+    """In bytes, of which letters beyond ASCII have several"""
+    assert sample.longest_text([job_of(prompt="a"), job_of(**{name: "ä" * 50})]) == 100
 
 
 def test_a_delayed_sound_is_later_and_as_long(tmp_path):
@@ -1795,7 +1881,7 @@ def test_guidance_is_the_flag_s_else_the_checkpoint_s_else_the_system_s(
     monkeypatch.setattr(sample, "sample_autoregressive", spy)
     flags = ["--image", toy / "f.png", "--audio", toy / "x.wav", "--ckpt", tmp_path / "a2v.pt",
              "--vae", toy / "vae.pt", "--steps", 1, "--seconds", .3, "--out", tmp_path]
-    for more, cfg, still in ([], 0, 0), (["--cfg", 3, "--still", .3], 3, .3):
+    for more, cfg, still in ([], 0, 0), (["--prompt", "a", "--cfg", 3, "--still", .3], 3, .3):
         assert cli(sample, *flags, *more) == 0
         assert f"asg 0.5, cfg {cfg}, still {still}, steps 1" in capsys.readouterr().out
         assert stills[-1] == still
@@ -1853,6 +1939,8 @@ HARMONY = ("--prompt a --ckpt {towers}/harmony/joint/best.pt --vae {toy}/vae.pt 
     (sample, HARMONY, "--ref-audio {d}/brief.wav | --ref-audio {toy}/silent.wav", "needs"),
     (sample, HARMONY.removeprefix("--prompt a "), "--jsonl {d}/0 | --jsonl {d}/1 | --jsonl {d}/2 | "
      "--jsonl {d}/3", "line 1"),
+    (sample, HARMONY, "--jsonl {d}/1", "into the lines"),
+    (sample, HARMONY, "--video {toy}/x.wav --image {toy}/f.png", "leave --image out"),
     (train, "--out {out} --data-root {out}", "--task dance | --data nowhere | --size huge | "
      "--lr inf | --resolution 50 | --batch-size 5 --accum 2 | "
      "--task vae --data avsync15", ""),
@@ -6378,7 +6466,7 @@ def test_the_command_samples_syncflow_from_text_and_for_a_video(towers_on_disk, 
     frames = np.random.default_rng(0).integers(0, 255, (60, 90, 120, 3), dtype=np.uint8)
     data.write_video(given, frames, None)
     assert cli(sample, *flags, "--prompt", "x" * 10000, "--out", text) == 0
-    assert "first 96 letters" in capsys.readouterr().out
+    assert "first 96 bytes" in capsys.readouterr().out
     assert data.read_video(text, 32)[0].shape == (49, 32, 32, 3)
     assert len(data.read_audio(text)) / 16000 == pytest.approx(49 / 24, abs=.05)
     assert cli(sample, *flags, "--video", given, "--out", out) == 0
