@@ -425,8 +425,8 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, interval
         text = [torch.cat(parts) for parts in zip(*(branch["text"] for branch in acting.values()))]
         ref = None if reference is None else torch.cat([reference] * len(acting))
         return acting, text, ref
-    inside = conditions(branches)
-    outside = conditions(dict(cond=branches["cond"]))
+    guided = conditions(branches)
+    unguided = conditions(dict(cond=branches["cond"]))
 
     def network_input(stream, x, sigma, branch):
         # Harmony's video tower takes a noise level per latent, its audio tower one per clip, so
@@ -438,7 +438,7 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, interval
 
     def velocity(x, sigma):
         # All branches are rows of one batch.
-        acting, text, ref = inside if low <= sigma <= high else outside
+        acting, text, ref = guided if low <= sigma <= high else unguided
         rows = dict(video=None, audio=None)
         levels = dict(rows)
         for stream in x:
@@ -447,16 +447,16 @@ def sample_joint(model, noise, sigmas, branches, known, reference=None, interval
             if stream == "audio" or not harmony:
                 levels[stream] = levels[stream][:, -1]                        # (R·B,)
         v = model(rows["video"], rows["audio"], levels["video"], levels["audio"], *text, ref=ref)
-        guided = {}
+        result = {}
         for stream, v_rows in zip(rows, v):
             if stream in x:
                 v_of = dict(zip(acting, v_rows.float().chunk(len(acting))))
                 # SyncFlow eq. 3; Harmony eqs. 9, 10. The scale of "cond" itself is 1: no term.
                 terms = [(b["scale"].get(stream, 1), v_of[name]) for name, b in acting.items()]
-                guided[stream] = combine_guidance(v_of["cond"], *terms)
+                result[stream] = combine_guidance(v_of["cond"], *terms)
                 if pulls is not None and "silent" in v_of and stream == "video":
                     pulls.append((v_of["cond"] - v_of["silent"]).abs().mean(1))
-        return guided
+        return result
 
     x = euler(velocity, noise, sigmas, bar)
     # At sigma 0 `impose` gives back what was given.
@@ -931,8 +931,9 @@ def check_outputs(jobs, args):
 
 
 def draw_maps(video, t, attention, sync_pull=None):
-    """Harmony's figures 3 and 5 as film strips of video (F, H, W, 3) uint8: where each moment of
-    the audio attends in its frame (S, L, h, w), and where SyncCFG pulls (L, h, w)."""
+    """Harmony's figures 3 and 5 as film strips of video (F, H, W, 3) uint8, t frames a latent:
+    where each moment of the audio attends in its frame (S, L, h, w), where SyncCFG pulls
+    (L, h, w)."""
     # Per latent: attention as the mean over the audio latents within half a latent of it
     S, L = attention.shape[:2]
     attended = []
@@ -1205,9 +1206,6 @@ def check_job(system, job, args):
             raise BadInput(f"{record}--audio and --image are both needed: python sample.py --audio "
                            "x.wav --image f.png; or give --prompt alone, or --video; audio alone "
                            "drives Harmony: --ckpt weights/joint-toybox.pt")
-        if args.still and system.model.cfg.context_sigma == "shared":
-            raise BadInput(f"--still is for models trained from scratch, and {args.ckpt} is on "
-                           "Pyramid Flow; leave it out")
     elif system.model.cfg.audio_only:
         raise BadInput(f"{args.ckpt}: of --no-video, an ablation for cyclesync.py; give another")
     elif not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
@@ -1228,7 +1226,8 @@ def check_flags(system, jobs, args):
     guided = on_pyramid or any(texts) or args.cfg == (0 if is_a2v else 1)
     used = {"seconds": (not all(job["video"] for job in jobs), "the audio is as long as --video"),
             "shift_audio": (any(job["audio"] for job in jobs), "no audio is given"),
-            "cfg": (guided, "no text is given")}
+            "cfg": (guided, "no text is given"),
+            "still": (not on_pyramid, f"{args.ckpt} is on Pyramid Flow")}
     used |= {name: (on_pyramid, f"{args.ckpt} is not on Pyramid Flow")
              for name in ("pretrained", "hubert", "tiles")}
     for name, (is_used, reason) in used.items():

@@ -1830,6 +1830,8 @@ def test_a_list_may_use_its_own_clips(tmp_path, monkeypatch):
     ("a2v", dict(tiles=True), [job_of(audio="x")], False),
     ("a2v", dict(hubert="x"), [job_of(audio="x")], False),
     ("a2v", dict(pretrained="x"), [job_of(audio="x")], False),
+    ("a2v", dict(still=.2), [job_of(audio="x")], True),
+    ("pyramid", dict(still=.2), [job_of(audio="x")], False),
     ("pyramid", dict(pretrained="x", hubert="x", tiles=True, cfg=4.), [job_of(audio="x")], True)])
 def test_a_flag_that_would_change_nothing_is_refused(task, flags, jobs, is_used):
     """In a list it has to matter for one of the lines."""
