@@ -1205,7 +1205,7 @@ class Towers(Scorer):
                 yield f"{mode}_plain", f"{title}, no SyncCFG", plain
             return
         suffixes = {1.: "_plain", float(self.guidance["cfg"]): ""}
-        # From text alone guidance matters most (SyncFlow figure 5): more values of w.
+        # From text alone guidance matters most (SyncFlow figure 5 sweeps it, too).
         sweep = {1., 2., 4., 6., *suffixes}
         for mode, values in dict(v2a=suffixes, i2av=suffixes, t2av=sweep).items():
             for w in sorted(values):
@@ -1225,7 +1225,7 @@ class Towers(Scorer):
         acting = dict(v2a=names[-1:], i2av=names) | (dict(a2v=names[:1]) if self.harmony else {})
         # The noise levels of the steps that an interval acts in -> that interval. None at all is
         # the row without guidance.
-        levels = sigma_steps(self.steps, self.guidance.get("shift", 1.))[:-1]
+        levels = sigma_steps(self.steps, self.guidance["shift"])[:-1]
         intervals = {}
         for low, high in STUDY_INTERVALS:
             intervals.setdefault(tuple(s for s in levels if low <= s <= high), (low, high))
@@ -1250,7 +1250,8 @@ class Towers(Scorer):
         if self.model.cfg.audio_only:
             given = {}
         if self.harmony:
-            given |= dict(speech=[c["speech"] for c in self.clips], shift=self.guidance["shift"])
+            given["speech"] = [c["speech"] for c in self.clips]
+        given["shift"] = self.guidance["shift"]
         videos, waves = generate_audio_video(
             self.model, self.vae, self.audio_vae, self.captions, len(self.videos[0]), self.size,
             self.autocast, steps=self.steps,

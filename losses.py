@@ -19,7 +19,7 @@ Guidance   has one form for every rule of the three papers. S = 1 switches a ter
            SyncFlow eq. 3 (CFG)         empty caption                       w
            Harmony eqs. 9, 10           the other stream silent / static    s_v, s_a
 
-SyncFlow writes tau = 1 - sigma and predicts -v: the sign of v changes in every term alike.
+SyncFlow's time is t = 1 - sigma, its velocity -v: the sign of v changes in every term alike.
 Pyramid Flow's path in stages is in pyramid.py.
 
     B batch · C video channels · L latents · h w latent grid · A audio channels · S audio steps
@@ -169,8 +169,9 @@ def syncphony_loss(model, z, text_inputs, audio_inputs, generators, skip_audio=F
     z (B, C, L, h, w); text_inputs and audio_inputs as `MMDiT.encode_text` and `MMDiT.encode_audio`
     take them.
 
-    skip_audio: skip the audio layers. Guidance evaluates this path (eq. 2); a backbone trained from
-    scratch has to meet it in training. Audio itself is never dropped: silence is information
+    skip_audio: skip the audio layers. Guidance evaluates this path (eq. 2): the paper's pretrained
+    backbone knows it "without additional training" (section 3.3), one trained from scratch has to
+    meet it in training. Audio itself is never dropped: silence is information
     (Syncphony appendix B.1).
     """
     B, C, L, h, w = z.shape
@@ -241,7 +242,7 @@ def syncflow_loss(model, z_v, z_a, text_inputs, generators, stage="joint", ot=Fa
     # Which streams there are; audio_only: the ablation without video.
     has_v = not model.cfg.audio_only
     has_a = stage != "video"
-    # One noise level for both streams (the paper's tau is 1 - sigma), and one optimal pairing.
+    # One noise level for both streams (the paper's t is 1 - sigma), and one optimal pairing.
     sigma = to_device(sample_sigma(rand_each(generators), sigma_dist, shift), z_v.device)   # (B,)
     eps_v = randn_each(generators, z_v.shape[1:], z_v.device)
     eps_a = randn_each(generators, z_a.shape[1:], z_a.device)
@@ -257,7 +258,8 @@ def syncflow_loss(model, z_v, z_a, text_inputs, generators, stage="joint", ot=Fa
     x_a = add_noise(z_a, eps_a, sigma) if has_a else None
     v_v, v_a = model(x_v, x_a, sigma, sigma, *model.encode_text(text_inputs))   # SyncFlow eq. 2
 
-    # Section 3.2's L_fm, of the streams that the stage trains.
+    # Section 3.2's L_fm, of the streams that the stage trains. Each error is a mean over its own
+    # stream; the paper does not say how the two are weighed.
     absent = z_v.new_full((), torch.nan)
     error_v = absent if v_v is None else mean_error(v_v, z_v, eps_v)
     error_a = absent if v_a is None else mean_error(v_a, z_a, eps_a)
@@ -306,7 +308,7 @@ def harmony_loss(model, z_v, z_a, text_inputs, transcripts, generators, ref=None
     z_v (B, C, L, h, w), z_a (B, A, S); text_inputs, transcripts as `DualTower.encode_audio_text`
     takes them; ref (B, A, R), mask (B, R): clean references of the timbre. Stages 'video', 'audio',
     'timbre' train one stream; the last two differ in where train.py takes references from. shift:
-    5 as in Wan2.2. p_first_frame: share of clips whose latent 0 is given (clean, no loss)."""
+    5, the paper's. p_first_frame: share of clips whose latent 0 is given (clean, no loss), ours."""
     # One noise and one noise level per clip, which all forwards share.
     sigma = to_device(sample_sigma(rand_each(generators), sigma_dist, shift), z_v.device)   # (B,)
     eps_v = randn_each(generators, z_v.shape[1:], z_v.device)

@@ -1,5 +1,5 @@
 """Syncphony's network: Pyramid Flow's multimodal diffusion transformer (MMDiT) with audio
-cross-attention in its later blocks (Syncphony, section 3.2 and appendix D).
+cross-attention in its later blocks (Syncphony, sections 3.1, 3.4 and appendix D).
 
     caption --> T5 and CLIP, or ByteText --> text y (B, T, D) --.
                                                                 v
@@ -134,9 +134,12 @@ def audio_positions(n, per_latent, start=0):
     """Times in latents of audio steps start .. start + n - 1 -> (n,): t_i = (i + 0.5)/alpha - 0.5.
 
     The mean time of the steps that belong to latent l is l (Syncphony appendix D.2.1, step 1).
-    Latent 0 has as long a part of this axis as the others, but one frame. So the window of latent
-    l, eq. 7, is (l - 1) t/24 to (l + 2) t/24 seconds of sound, with t frames a latent, whose frames
-    are shown from ((l - 1) t + 1)/24 to (l t + 1)/24."""
+
+    A departure: eq. 7's alpha is the ratio of lengths S / L; here it is the nominal one, so that a
+    latent has the same window in clips of any length. Latent 0 takes as long a part of this axis as
+    the others, but has one frame. So latent l, which is shown from ((l - 1) t + 1)/24 to
+    (l t + 1)/24 seconds, with t frames a latent, attends to the sound from (l - 1) t/24 to
+    (l + 2) t/24: that of its own frames and of nearly two latents that follow."""
     return (torch.arange(start, start + n) + .5) / per_latent - .5
 
 
@@ -487,8 +490,9 @@ class Attention(nn.Module):
 
 
 class CrossAttention(Attention):
-    """x + attention of norm(x) to a source; the attention starts as zero (`init_weights`). For
-    Syncphony's audio layers (eqs. 7-10) and the bridges of towers.py."""
+    """x + attention of norm(x) to a source, for Syncphony's audio layers (eqs. 7-10) and bridges of
+    towers.py. Not in the equations: this norm, those of queries and keys, and that the attention
+    starts as zero (`init_weights`)."""
 
     def __init__(self, D, K, source_dim):
         super().__init__(D, K, source_dim)

@@ -84,8 +84,9 @@ GUIDANCE = {
     # the picture. w_t = 4 is eq. 6 as printed, a scale of 5; Pyramid Flow's own is 4, here --cfg 3
     "pretrained": dict(asg=2., cfg=4., steps=STEPS["a2v"]),
     # w of SyncFlow eq. 3: with 3 most sounds are in time (RESULTS.md); the paper samples with 6. In
-    # 10 steps as many are, but they are less varied: Frechet distances are 1.4 times those of 30
-    "t2av": dict(cfg=3., steps=30),
+    # 10 steps as many are, but they are less varied: Frechet distances are 1.4 times those of 30.
+    # shift: as in training
+    "t2av": dict(cfg=3., shift=1., steps=30),
     # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1. shift: as in training. One
     # stream for the other is as good in 3 steps as in 30, pairs are in 10
     "joint": dict(cfg=1., sync_video=3., sync_audio=2., shift=5., steps=10),
@@ -361,6 +362,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 
     generators = make_generators(seeds)
     for _ in range(1, n_latents):
+        # Uniform steps: --shift moves the noise levels of training alone (`shift_sigma`).
         x = {"video": randn_each(generators, z0.shape[1:]).to(z0)}
         x = shrink_to_rest(euler(velocity, x, sigma_steps(steps), bar)["video"], still)
         # The first step of the next latent writes the clean keys of this one, in all branches.
@@ -676,7 +678,7 @@ def prepare_conditions(model, vae, audio_vae, request):
     if request.cfg != 1 and any(texts):
         scale = dict.fromkeys(noise, request.cfg)             # SyncFlow eq. 3
         branches["null"] = dict(text=null_text, scale=scale)
-    # Harmony was trained with more time at high noise; SyncFlow's steps are uniform.
+    # The steps are spread as the noise levels of training: Harmony has more at high noise.
     sigmas = sigma_steps(request.steps, request.shift)
     return dict(noise=noise, sigmas=sigmas, branches=branches, known=known, reference=request.refs,
                 interval=request.interval)
@@ -704,7 +706,8 @@ def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast
     was given, or that there is not. audio_vae=None: video alone. options: fields of `JointRequest`.
 
     attention_maps: a list that gets of every batch a dict of `attention` (see `attention_map`) and,
-    with SyncCFG, `sync_pull` (B, L, h, w), how strongly it pulls (Harmony figure 5)."""
+    with SyncCFG, `sync_pull` (B, L, h, w), how strongly it pulls (figure 5 of Harmony's
+    supplement)."""
     # Shapes of the latents of one clip
     shape_v = shape_a = None
     if not model.cfg.audio_only:
@@ -736,9 +739,12 @@ def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast
 
 
 def attention_map(model, x, branches, reference, **_):
-    """Harmony figure 3: where in a finished clip each audio latent attends -> (B, S, L, h, w).
+    """Like figure 3 of Harmony's supplement: where in a finished clip each audio latent attends ->
+    (B, S, L, h, w), h and w in tokens.
 
-    h, w in tokens; means over layers and heads, which sum to 1 over (L, h, w)."""
+    The paper shows the audio-to-video bridge. Its rows are softmaxes over the audio, so here it is
+    the other bridge, whose rows are over the picture. Means over layers and heads, which sum to 1
+    over (L, h, w)."""
     # One pass over the finished, clean latents; every layer appends (B, heads, S, L·h·w).
     video, maps = x["video"], []
     clean = torch.zeros(len(video), device=video.device)
@@ -832,17 +838,18 @@ def read_delayed_audio(path, delay, rate=RATE):
 
 
 def read_reference(path, audio_vae, device):
-    """Recording of a voice or thing -> latents (1, A, R) of up to 3 s, from where it is audible."""
+    """Recording of a voice or thing -> latents (1, A, R), from where it is audible: of at most
+    one window of training, 2 s, since the towers have met no earlier positions (the paper: 3 s)."""
     rate = audio_vae.cfg.rate
     wave = data.read_audio(path, rate)
     # Audible: a fiftieth of the peak, and more than 3 steps of 16-bit audio. From 50 ms before, so
     # that the attack is complete
     audible = np.flatnonzero(np.abs(wave) > max(1e-4, .02 * np.abs(wave).max()))
     start = max(0, audible[0] - rate // 20) if len(audible) else len(wave)
-    wave = wave[start:][:3 * rate]
+    wave = wave[start:][:data.FRAMES * rate // FPS]
     if len(wave) < rate // 2:
         raise BadInput(f"{path}: {len(wave) / rate:.2f} s of sound; "
-                       "a reference needs at least 0.5 s, better 1 to 3")
+                       "a reference needs at least 0.5 s, better 1 to 2")
     return encode_sound(audio_vae, wave, device)
 
 
@@ -931,8 +938,8 @@ def check_outputs(jobs, args):
 
 
 def draw_maps(video, t, attention, sync_pull=None):
-    """Harmony's figures 3 and 5 as film strips of video (F, H, W, 3) uint8, t frames a latent:
-    where each moment of the audio attends in its frame (S, L, h, w), where SyncCFG pulls
+    """Figures 3 and 5 of Harmony's supplement as film strips of video (F, H, W, 3) uint8, t frames
+    a latent: where each moment of the audio attends in its frame (S, L, h, w), where SyncCFG pulls
     (L, h, w)."""
     # Per latent: attention as the mean over the audio latents within half a latent of it
     S, L = attention.shape[:2]
@@ -1129,7 +1136,7 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "prompt": (ALL, str, "a caption; alone it generates video and audio"),
     "video": ("t2av joint", str, "a clip to generate audio for; its frames stay as they are"),
     "transcript": ("joint", str, "Harmony: what is said"),
-    "ref_audio": ("joint", str, "Harmony: 1 to 3 s of the voice or thing to sound like"),
+    "ref_audio": ("joint", str, "Harmony: 1 to 2 s of the voice or thing to sound like"),
     "jsonl": (ALL, str, "many at once: a JSON object a line, with prompt (or "
               "video_caption, audio_caption), transcript (or spoken_word_en), audio, image, video, "
               "ref_audio, id; goes on where it was stopped"),

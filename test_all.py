@@ -3800,6 +3800,10 @@ def test_help_gives_the_default_of_every_setting_of_a_task(task, capsys, monkeyp
     (["--batch-size", 5, "--accum", 2], "--batch-size 5 must be a multiple"),
     (["--pretrained", "x"], "give --data and --hubert"),
     (["--pretrained", "x", "--hubert", "y", "--data", "z", "--resolution", 96], "multiples of 64"),
+    (["--pretrained", "x", "--hubert", "y", "--data", "z", "--sigma", "logit"], "leave it out"),
+    (["--pretrained", "x", "--hubert", "y", "--data", "z", "--shift", 3], "leave it out"),
+    (["--pretrained", "x", "--hubert", "y", "--data", "z", "--size", "tiny"], "leave it out"),
+    (["--pretrained", "x", "--hubert", "y", "--data", "z", "--vae", "v.pt"], "leave it out"),
     (["--size", "miniflux"], "--pretrained"),
     (["--layout", "all"], "--layout all: for --pretrained"),
 ])
@@ -6867,9 +6871,19 @@ def harmony_on_disk(towers_on_disk, toy):
                     "--audio-vae", d / "mel-vae.pt", "--steps", 1]
 
 
+def test_captions_are_learned_in_stage_audio_where_no_stage_came_before(harmony_on_disk):
+    """Their encoder is trained with the video tower and then frozen; without --init it is as it
+    was initialised."""
+    folder, run = harmony_on_disk[:2]
+    for init in [], ["--init", folder / "harmony/video/best.pt"]:
+        args = train.parse_args([*run.flags, "--task", "joint", "--stage", "audio", *init])
+        net = train.TwoTowers(args, torch.device("cpu"), nullcontext).net
+        assert {p.requires_grad for p in net.text_encoder.parameters()} == {not init}
+
+
 def test_harmony_trains_the_sound_then_its_timbre_then_both(harmony_on_disk):
-    """Harmony section 2: stages "audio" and "timbre" move the audio tower and the encoder of the
-    transcript; "joint" moves everything, the three bridges of every layer included."""
+    """Harmony's supplement, section 2: stages "audio" and "timbre" move the audio tower and the
+    encoder of the transcript; "joint" moves everything, the bridges of every layer included."""
     folder = harmony_on_disk[0] / "harmony"
     stages, moved = stages_of(folder, ("video", "audio", "timbre", "joint"))
     header = (folder / "joint/scores.csv").read_text().splitlines()[0]
@@ -6886,8 +6900,8 @@ def test_harmony_trains_the_sound_then_its_timbre_then_both(harmony_on_disk):
 @pytest.mark.parametrize("stage, least, most", [
     ("audio", .3, 1), ("timbre", 1, 3), ("joint", 1, 3)])
 def test_a_reference_out_of_the_clip_itself_is_a_part_of_it(stage, least, most, monkeypatch):
-    """Harmony section 2: 1 to 3 s, of longer clips than these of 2 s. Beside a reference that is
-    the whole target nothing is left to learn."""
+    """Harmony's supplement, section 2: 1 to 3 s, of longer clips than these of 2 s. Beside a
+    reference that is the whole target nothing is left to learn."""
     monkeypatch.setattr(data, "gather", lambda *args: torch.zeros(1, 1, 1))
     monkeypatch.setattr(train, "batch_indices", lambda *args: ([0], []))
     task = train.TwoTowers.__new__(train.TwoTowers)
@@ -6902,7 +6916,7 @@ def test_a_reference_out_of_the_clip_itself_is_a_part_of_it(stage, least, most, 
 
 @pytest.mark.parametrize("stage, window", [("audio", 0), ("timbre", 2)])
 def test_references_are_one_to_three_seconds_of_the_clip_itself_or_of_another_window(stage, window):
-    """Harmony section 2: windows 0 and 1 of the clip overlap, window 2 does not."""
+    """Harmony's supplement, section 2: windows 0 and 1 of the clip overlap, window 2 does not."""
     S = 300                                                           # audio latents: six seconds
     features = np.arange(3 * S, dtype=np.float32).reshape(3, S, 1)    # each names its window
     task = train.TwoTowers.__new__(train.TwoTowers)

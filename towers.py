@@ -9,9 +9,9 @@ tower can be trained first, and frozen. One layer:
                                                    ^ [noise level]   (and the text, in the
                                                                       ablation without video)
 
-Harmony (sections 2, 3.3), each stream conditions the other. The network takes one noise level per
-stream: the same sigma where both are noisy, 0 for a stream that is given. One layer, whose audio
-tokens are [reference; target; text]:
+Harmony (section 3.3; supplement, section 2), each stream conditions the other. The network takes
+one noise level per stream: the same sigma where both are noisy, 0 for a stream that is given. One
+layer, whose audio tokens are [reference; target; text]:
 
     video  x --+-----------------> attention --.-> + from audio -> MLP -> x
                | style, Harmony eq. 7           X      eqs. 5, 6: each attends to the other's
@@ -226,7 +226,8 @@ class AudioBlock(nn.Module):
         # Self-attention over the steps of the audio.
         a = self.norms[0](a + attend(self.attn, a, a, cond.rope, cond.rope))
         # Keys: [F_l by the adaptor; noise level], in the ablation without video [noise level;
-        # text], else T = 0. Only F_l has a time, so only it is rotated.
+        # text], else T = 0. Only F_l has a time, so only it is rotated. (The paper does not say how
+        # the audio knows when a video token is; this is the answer of the other two papers.)
         k, v = self.cross_attn.project_kv(cond.context)                 # (B, K, 1 + T, d)
         mask = cond.context_mask
         if features is not None:
@@ -266,7 +267,8 @@ class SyncFlowLayer(nn.Module):
         if video is not None:
             for block in self.video[:-1]:
                 video = block(video, cond_v)
-            features = self.video[-1].attention(video, cond_v)          # F_l
+            # F_l includes the text (the paper leaves open whether its temporal layer does).
+            features = self.video[-1].attention(video, cond_v)
             video = self.video[-1].feed_forward(features, cond_v)
         if audio is not None:
             audio = self.audio(audio, features, cond_a)
@@ -291,7 +293,7 @@ class HarmonyLayer(nn.Module):
     def forward(self, video, audio, cond_v, cond_a):
         """video (B, N, D) or None, audio (B, R + S + T, D) or None -> the same."""
         # One stream alone (stages "video", "audio", "timbre"): no bridge and no style update, so
-        # that the same blocks serve the audio tower's own training (Harmony section 2).
+        # that the same blocks serve the audio tower's own training (supplement, section 2).
         if video is None:
             return None, self.audio(audio, cond_a)
         if audio is None:
@@ -354,6 +356,7 @@ class VideoStream(AdaLNStream):
         -> tokens (B, N, D), TowerConditioning"""
         cfg = self.cfg
         # One strided convolution cuts the latents into patches.
+        # One strided convolution makes tokens of patches (the paper: a convolution, then patches).
         x = self.proj_in(z)                                             # (B, D, L, h, w)
         _, _, L, h, w = x.shape
         x = x.flatten(3).permute(0, 2, 3, 1)                            # (B, L, hw, D)

@@ -14,7 +14,7 @@ event. So a video of a known scene can be read back by analysis by synthesis: dr
 states and take the closest for every frame; nothing in it is learned. Scenes are drawn before and
 independently of events, and clips start at rest: the first frame does not show WHEN things happen.
 
-The kinds are the audio-motion relations that Syncphony discusses (appendix A):
+Audio-motion relations like those that Syncphony discusses (appendix A); lamp and bell are ours:
 
     ball     drops onto a floor                   sound at the instant of contact
     hammer   winds up, then strikes               motion that announces the sound

@@ -218,9 +218,10 @@ STAGES = {
         "video": (1, 1, ("video",)),
         "audio": (1, 2, ("audio",)),
         "joint": (.6, 1, ("video", "audio"))},
-    # Harmony section 2: the video tower (the paper has Wan2.2's); the audio tower, with references
-    # of the timbre out of the clip itself; with references out of other clips of that voice; both
-    # towers and their bridges.
+    # Harmony's supplement, section 2: the video tower (the paper has Wan2.2's); the audio tower,
+    # with references of the timbre out of the clip itself; with references out of other clips of
+    # that voice; both towers and their bridges. The paper has one constant rate, 1e-5, on
+    # pretrained towers; these shares are for training from scratch.
     "joint": {
         "video": (1, 1, ("video",)),
         "audio": (1, 1, ("audio",)),
@@ -330,6 +331,11 @@ def check(args):
     if args.pretrained and (not args.hubert or args.data == "toybox"):
         raise BadInput(f"--pretrained {args.pretrained}: trains on real clips with HuBERT "
                        "features; give --data and --hubert facebook/hubert-large-ls960-ft")
+    # Its folder holds the network and the autoencoder, and its stages draw the noise levels.
+    theirs = dict(size="miniflux", vae=str(REAL_VAE_FILE), sigma="uniform", shift=4.)
+    for name, value in theirs.items():
+        if args.pretrained and getattr(args, name) != value:
+            raise BadInput(f"--{name}: with --pretrained Pyramid Flow's is taken; leave it out")
     height, width = data.sides(args.resolution)
     if args.pretrained and (height % 64 or width % 64):
         raise BadInput(f"--resolution {height}x{width}: Pyramid Flow halves the latents twice; "
@@ -963,16 +969,16 @@ class TwoTowers:
         self.audio_vae = load_vae(args.audio_vae, device, "audio-vae or mel-vae")
         self.hertz = self.audio_vae.cfg.rate / self.audio_vae.hop
         alpha = steps_per_latent(self.vae, self.audio_vae)
+        guidance = GUIDANCE[args.task] | dict(shift=args.shift)
         if self.harmony:
             self.columns = ("video", "audio", "audio-driven video", "video-driven audio")
-            guidance = GUIDANCE["joint"] | dict(shift=args.shift)
             # While training nothing is guided.
             self.sampling = guidance | dict(sync_video=1., sync_audio=1.)
             config = towers.HARMONY[args.size] | dict(
                 rope_align=not args.no_rope_align, use_gldi=not args.no_gldi)
         else:
             self.columns = ("video", "audio")
-            guidance = self.sampling = GUIDANCE["t2av"]
+            self.sampling = guidance
             config = towers.SYNCFLOW[args.size] | dict(
                 adaptor=not args.no_adaptor, audio_only=args.no_video)
         config = towers.DualTowerConfig(**config | dict(alpha=alpha))
@@ -1008,7 +1014,9 @@ class TwoTowers:
                 weights = {k: v for k, v in weights.items() if towers.part_of(k) != "audio"}
             data.load_weights(self.net, {**self.net.state_dict(), **weights}, self.args.init)
         for name, p in self.net.named_parameters():
-            p.requires_grad_(towers.part_of(name) in self.trains)
+            # The encoder of captions is trained with the video; without --init it was not yet.
+            is_untrained = name.startswith("text_encoder") and not self.args.init
+            p.requires_grad_(towers.part_of(name) in self.trains or is_untrained)
 
     def encode_waveform(self, wave):
         """Waveform (samples,) -> the mean of its latents, (S, A)."""
@@ -1036,9 +1044,9 @@ class TwoTowers:
             # They teach the video tower; stage "audio" does not train it.
             return batch | ({} if self.args.stage == "audio" else self.still_pictures(rngs))
         batch["speech"] = self.text("speech", index, rngs)
-        # One length in all processes. The paper's references have 1 to 3 s; those of the clip
-        # itself, which has 3 to 10 s there and 2 here, such a share of it: half of 1 to 3 s would
-        # be the whole target.
+        # One length in all processes. The paper's references have 1 to 3 s; here they end with the
+        # other window, after 2 s. Those of the clip itself, which has 3 to 10 s there and 2 here,
+        # are such a share of it: half of 1 to 3 s would be the whole target.
         least, most = (.3, 1) if self.args.stage == "audio" else (1, 3)
         seconds = step_rng(self.args, "reference", step).uniform(least, most)
         return batch | self.references(index, rngs, seconds)
