@@ -9,8 +9,9 @@ events of any video of that world back, generated ones too (analysis by synthesi
 
     F1 at 50 ms   detected and true events are paired one to one, closest first, within 50 ms;
                   precision = paired / detected, recall = paired / true; sums over all clips
-    residual      error of the closest drawing over the variance that the drawings span, of moving
-                  frames: 0 = perfect. F1 does not notice a smear at the right time, this does
+    residual      error of the closest drawing over the variance that the drawings span, of frames
+                  read as moving in the video itself: 0 = perfect. F1 does not notice a smear at the
+                  right time, this does; missed events do not count here
     shuffled      the same with ANOTHER clip's events or sound: the chance level
     agreement     where both streams are generated no true events exist: events in the picture, by
                   a scene fitted to frame 0, against onsets in the sound
@@ -308,19 +309,6 @@ def toybox_records(videos, clips, start=0., end=math.inf):
             false_per_s=(len(found) - paired, min(end, len(video) / FPS) - start))
         records.append(record)
     return records
-
-
-def shuffled_events(records, draws=1):
-    """The level of chance of `toybox_records` of so many draws of every clip: each with events
-    against those of the next such clip. -> a record for each, empty for clips without events."""
-    eventful = [i for i, r in enumerate(records) if len(r["true_times"])]
-    chance = [{} for _ in records]
-    # One clip has no other.
-    if len(eventful) <= draws:
-        return chance
-    for i, other in zip(eventful, eventful[draws:] + eventful[:draws]):
-        chance[i] = event_record(records[other]["true_times"], records[i]["detected_times"])
-    return chance
 
 
 # ---------------------------------------------------------------------- any video and sound
@@ -624,7 +612,8 @@ def v2a_from_command(command, least=0.):
                 last = (done.stderr.strip().splitlines() or ["it printed no reason"])[-1]
                 raise BadInput(f"--v2a-cmd {command!r}: ended with code {done.returncode} "
                                f"({last}); it has to turn {{video}} into {{wav}}")
-            return read_audio(wav, 22050)[:round(len(frames) / fps * 22050)], 22050
+            # As true sounds are read: above 8 kHz only one of the two would have onsets.
+            return read_audio(wav)[:round(len(frames) / fps * RATE)], RATE
     return f_v2a
 
 
@@ -756,7 +745,8 @@ def held_out_clips(args, size, audio_lead=0.):
     """The clips of the protocol: toybox clips that no training draws, or windows of a dataset's
     test clips, three of each, more where there are too few clips. Steps and guidance are chosen on
     others than the tables are made of: --steps-study and --guidance-study take toybox clips of
-    another seed, and of a dataset --steps-study takes training clips (--guidance-study knows none).
+    another seed, and of a dataset --steps-study takes training clips, which the network knows: an
+    optimistic choice (--guidance-study knows none).
     Each sound begins `audio_lead` seconds before its picture, so that it can be delayed without a
     gap."""
     if args.data == "toybox":
@@ -1127,9 +1117,10 @@ class AudioToVideo(Scorer):
             return [a | b for a, b in zip(sync, motion)], figures
         # In the toybox also the events in the picture against the true ones.
         records = toybox_records(videos, self.clips)
-        sync_chance = sync_records(shuffled(times), analyses, self.clips, self.args.tolerance)
-        chance = shuffled_events(records, self.args.draws)
-        self.chance = [a | b for a, b in zip(chance, sync_chance)]
+        chance = sync_records(shuffled(times), analyses, self.clips, self.args.tolerance)
+        others = shuffled([r["true_times"] for r in records])
+        self.chance = [event_record(other, record["detected_times"]) | sync_chance
+                       for other, record, sync_chance in zip(others, records, chance)]
         figures["kinds"] = {k: summarise([r for r in records if r["kind"] == k]) for k in KINDS}
         return [a | b for a, b in zip(records, sync)], figures
 
@@ -1471,9 +1462,9 @@ def study(scorer, rows, steps_tried):
     """Every mode with every guidance and number of steps, compared with its first row -> `Table`.
     rows: pairs of a mode and {name: settings}."""
     print(f"{scorer.described}\n{scorer.args.ckpt}: step {scorer.ckpt['step']}; "
-          f"{len(scorer.clips)} clips that are in no other table; {scorer.note}; in brackets 95 % "
-          "intervals over clips; gain: over the first row, of the figure whose interval reaches "
-          "lowest")
+          f"{len(scorer.clips) // scorer.args.draws} clips that are in no other table; in brackets "
+          "95 % intervals over clips; gain: over the first row, of the figure whose interval "
+          "reaches lowest")
     columns = {k: title for k, title in scorer.columns.items() if k in DECIDING or "frechet" in k}
     table = Table(columns | dict(gain="gain", frechet_ratio="Frechet / of first",
                                  seconds="seconds per clip"))
@@ -1622,8 +1613,8 @@ def stress(args):
                         "60 s, the last 10": (ROLLOUT - 10, ROLLOUT)}}
     print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; the "
           f"{len(plain) // args.draws} of {args.clips} held-out clips in which something happens, "
-          f"{len(conditions['60 s'])} for 60 s; {scorer.steps} steps; {scorer.note}; in brackets "
-          "95 % intervals over clips")
+          f"{len(conditions['60 s'])} for 60 s; {scorer.steps} steps; w_t = "
+          f"{scorer.guidance['cfg']:g}; in brackets 95 % intervals over clips")
     # false: events detected more than 100 ms from any true one; onsets: all of the sound, without
     # the picture. A model that takes every onset for an event scores as much.
     table = Table(dict(f1_50="F1 50 ms", false_per_s="false / second", residual="residual",
@@ -1664,6 +1655,7 @@ def stress(args):
 # captions (a tenth), it knows silence (8 % of the clips), and it has never met zeros.
 NEGATIVES = dict(none=("no guidance", "1, 1"),
                  skipped=("audio layers skipped", "1, 2"),      # Syncphony's Audio Sync Guidance
+                 # (these two could share the double blocks, "1, 2": their seconds are upper bounds)
                  zero=("zeros as features", "2, 2"),            # usual in audio-driven models
                  silent=("silence as sound", "2, 2"),           # the idea of Harmony's SyncCFG
                  null=("empty caption", "2, 2"))                # text guidance, as a control
@@ -1770,7 +1762,8 @@ def draw_curves(path, x, curves, xlabel, ylabel):
 def shift_study(args):
     """Syncphony figure 7, tables 5, 6: what every metric says of true videos whose sound is 0 to
     0.5 s late. The sound is not moved within the clip, which would leave a gap: what precedes the
-    clip is known and takes its place."""
+    clip is known and takes its place. (Without delay the oracle has the true sound's noise sample
+    by sample, so that a part of the first fall of CycleSync is not timing: see `oracle`.)"""
     lead, delays = .5, np.arange(6) / 10
     clips = held_out_clips(args, args.resolution or 64, lead)
     models, v2a_name = v2a_models(args, clips)
@@ -1818,10 +1811,11 @@ def shift_study(args):
 # flags: of train.py, for every training. towers: stages that come first, each from the one before;
 # stage: that of the rows, which starts from the last tower. paper: what it reports.
 # figures: of the table; stress: conditions of `stress_clips`, whose F1 at 50 ms is in a second one.
-# A row: title, the paper's figure, flags of train.py, guidance. Equal flags share one training.
-# minus: a row -> those that are compared with it. quick: steps of the trainings of --quick. euler:
-# steps of sampling, of all rows, with guidance or without: as many as train.py's files recommend or
-# more; of SyncFlow 25, since F1 is the same from 10 to 30.
+# A row: title, the paper's figure, flags of train.py, guidance, the row that it is compared with.
+# Equal flags share one training.
+# quick: steps of the trainings of --quick. euler: steps of sampling, of all rows, with guidance or
+# without: as many as train.py's files recommend or more; of SyncFlow 25, since F1 is the same from
+# 10 to 30.
 NO_CTS = "--lambda-v 0 --lambda-a 0"                # cross-task synergy off
 SYNCCFG = dict(sync_video=3., sync_audio=2.)        # SyncCFG on, with the paper's scales
 ABLATIONS = dict(
@@ -1832,31 +1826,31 @@ ABLATIONS = dict(
         quick=400, euler=6,
         figures="f1_50 f1_100 cyclesync_set cyclesync_merged residual frechet_latent".split(),
         stress=("two sounds", "noise, 0 dB", "off-screen", "six events"),
-        rows=[("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.)),
-              ("without Audio RoPE", "14.41 ± 1.40", "--no-audio-rope", dict(asg=0.)),
-              ("off-sync (audio skipped)", "12.34 ± 1.14", "", dict(use_audio=False)),
-              ("full model", "15.31 ± 1.49", "", dict(asg=0.)),
-              ("with ASG, w_a = 1", "15.94 ± 1.56", "", dict(asg=1.)),
-              ("with ASG, w_a = 2", "16.48 ± 1.28", "", dict(asg=2.)),
-              ("with ASG, w_a = 4", "16.26 ± 1.40", "", dict(asg=4.))],
-        minus={"full model": ["without motion-aware loss", "without Audio RoPE",
-                              "off-sync (audio skipped)", "with ASG, w_a = 1",
-                              "with ASG, w_a = 2", "with ASG, w_a = 4"]}),
+        rows=[("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.),
+               "full model"),
+              ("without Audio RoPE", "14.41 ± 1.40", "--no-audio-rope", dict(asg=0.),
+               "full model"),
+              ("off-sync (audio skipped)", "12.34 ± 1.14", "", dict(use_audio=False),
+               "full model"),
+              ("full model", "15.31 ± 1.49", "", dict(asg=0.), ""),
+              ("with ASG, w_a = 1", "15.94 ± 1.56", "", dict(asg=1.), "full model"),
+              ("with ASG, w_a = 2", "16.48 ± 1.28", "", dict(asg=2.), "full model"),
+              ("with ASG, w_a = 4", "16.26 ± 1.40", "", dict(asg=4.), "full model")]),
     # FAD on Greatest Hits, lower is better: table 4; figure 5 sweeps w.
     syncflow=dict(
         flags="--task t2av", towers=("--stage video",), stage="--stage audio", paper="FAD",
         quick=400, euler=25,
         figures="onsets_f1_50 onsets_f1_100 onsets_shuffled cyclesync_merged frechet_mels".split(),
         stress=(),
-        rows=[("full, sound for video", "0.92", "", dict(cfg=1.)),
-              ("without adaptor", "2.34", "--no-adaptor", dict(cfg=1.)),
-              ("text to sound, no video", "1.01", "--no-video", dict(cfg=1.)),
-              ("with optimal transport", "(its default)", "--ot", dict(cfg=1.)),
-              *[(f"full, w = {w}", "(its default)" * (w == 6), "", dict(cfg=float(w)))
-                for w in (2, 3, 4, 6, 8)]],
-        minus={"full, sound for video": ["without adaptor", "text to sound, no video",
-                                         "with optimal transport",
-                                         *[f"full, w = {w}" for w in (2, 3, 4, 6, 8)]]}),
+        rows=[("full, sound for video", "0.92", "", dict(cfg=1.), ""),
+              ("without adaptor", "2.34", "--no-adaptor", dict(cfg=1.), "full, sound for video"),
+              # (Its encoder of captions is the video tower's, frozen as in the paper.)
+              ("text to sound, no video", "1.01", "--no-video", dict(cfg=1.),
+               "full, sound for video"),
+              ("with optimal transport", "(its default)", "--ot", dict(cfg=1.),
+               "full, sound for video"),
+              *[(f"full, w = {w}", "(its default)" * (w == 6), "", dict(cfg=float(w)),
+                 "full, sound for video") for w in (2, 3, 4, 6, 8)]]),
     # Sync-C on speech: one part after the other (main paper), all but one (supplement, table 4,
     # where `+ CTS` is the row without SyncCFG and `+ RoPE alignment` that without CTS as well).
     # Equal steps are not equal compute: one with CTS has three forwards. The stage "timbre" is left
@@ -1866,18 +1860,14 @@ ABLATIONS = dict(
         stage="--stage joint", paper="Sync-C", quick=160, euler=15,
         figures="agreement_f1_50 agreement_shuffled a2v_f1_50 v2a_f1_50 residual".split(),
         stress=(),
-        rows=[("none of it", "4.20", f"{NO_CTS} --no-rope-align --no-gldi", PLAIN),
-              ("+ GLDI", "4.29", f"{NO_CTS} --no-rope-align", PLAIN),
-              ("+ RoPE alignment", "4.80", NO_CTS, PLAIN),
-              ("+ CTS", "5.09", "", PLAIN),
-              ("+ SyncCFG: full", "6.51", "", SYNCCFG),
-              ("full but RoPE alignment", "5.60", "--no-rope-align", SYNCCFG),
-              ("full but GLDI", "5.30", "--no-gldi", SYNCCFG),
-              ("full but CTS", "1.13", NO_CTS, SYNCCFG)],
-        minus={"none of it": ["+ GLDI"], "+ GLDI": ["+ RoPE alignment"],
-               "+ RoPE alignment": ["+ CTS"],
-               "+ SyncCFG: full": ["+ CTS", "full but RoPE alignment", "full but GLDI",
-                                   "+ RoPE alignment", "full but CTS"]}))
+        rows=[("none of it", "4.20", f"{NO_CTS} --no-rope-align --no-gldi", PLAIN, ""),
+              ("+ GLDI", "4.29", f"{NO_CTS} --no-rope-align", PLAIN, "none of it"),
+              ("+ RoPE alignment", "4.80", NO_CTS, PLAIN, "+ GLDI"),
+              ("+ CTS", "5.09", "", PLAIN, "+ RoPE alignment"),
+              ("+ SyncCFG: full", "6.51", "", SYNCCFG, "+ CTS"),
+              ("full but RoPE alignment", "5.60", "--no-rope-align", SYNCCFG, "+ SyncCFG: full"),
+              ("full but GLDI", "5.30", "--no-gldi", SYNCCFG, "+ SyncCFG: full"),
+              ("full but CTS", "1.13", NO_CTS, SYNCCFG, "+ SyncCFG: full")]))
 # Harmony's figure 3, how soon a training learns its tasks: the flags of the trainings.
 LEARNING = {"audio-driven alone": "--lambda-joint 0 --lambda-v 1 --lambda-a 0",
             "joint loss alone": NO_CTS, "CTS": ""}
@@ -1905,9 +1895,9 @@ def ablate(args):
     steps = args.train_steps or steps
     args.clips = min(32, args.clips) if args.quick else args.clips
     args.steps = args.steps or ablation["euler"]
-    root = Path(args.out, f"ablation-{args.ablate}-{steps}-{training_clips}")
+    root = ablation_folder(args, steps, training_clips)
     # Rows with the same flags share a training.
-    variants = dict.fromkeys([*[flags for _, _, flags, _ in rows], *learning.values()])
+    variants = dict.fromkeys([*[row[2] for row in rows], *learning.values()])
     parts = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
     # Learning curves need evaluations on the way.
     every = dict.fromkeys(towers, steps) | {stage: steps // 4 if learning else steps}
@@ -1945,10 +1935,18 @@ def ablate(args):
     table.finish(root / "clips.csv")
 
 
+def ablation_folder(args, steps, training_clips):
+    """What changes the figures is in its name: other settings have other files."""
+    others = [Path(vae).stem for vae in (args.vae, args.audio_vae) if vae]
+    others += [args.dtype] if args.dtype != "float32" else []
+    name = ["ablation", args.ablate, f"{steps}", f"{training_clips}", *others]
+    return Path(args.out, "-".join(name))
+
+
 def score_rows(file, part, flags, ablation, args):
     """Score the rows of one training and write them: all records, so that any two rows can be
     compared clip by clip later. Every training seed meets other held-out clips."""
-    rows = {title: guidance for title, _, row_flags, guidance in ablation["rows"]
+    rows = {title: guidance for title, _, row_flags, guidance, _ in ablation["rows"]
             if (part, flags) == (ablation["stage"], row_flags)}
     scorer = open_scorer(file.parent / "best.pt", args) if rows else None
     kept = ("clip", "kind", "source", *ablation["figures"], *ablation["stress"])
@@ -1993,18 +1991,20 @@ def ablation_tables(ablation, scores, seeds):
             table.records += [dict(row=title, seed=seed) | record for record in row["records"]]
 
     # Seed by seed and clip by clip: the same order of training clips, the same noise in training
-    # and in sampling, the same held-out clips. What they do to both rows drops out.
+    # and in sampling (but of the row without video), the same held-out clips. What they do to both
+    # rows drops out.
     differences = {}
-    for reference, titles in ablation["minus"].items():
-        for title in titles:
-            row = differences[title, reference] = dict(interval={}, seeds={})
-            for key, of_seeds in values[title].items():
-                row["seeds"][key] = np.subtract(of_seeds, values[reference][key]).tolist()
-                gain = gain_over_seeds(scores[title], scores[reference], key)
-                # A distance belongs to no clip: its differences are shown as mean ± deviation.
-                row[key] = row["seeds"][key]
-                if gain:
-                    row[key], *row["interval"][key] = gain
+    for title, *_, reference in ablation["rows"]:
+        if not reference:
+            continue
+        row = differences[title, reference] = dict(interval={}, seeds={})
+        for key, of_seeds in values[title].items():
+            row["seeds"][key] = np.subtract(of_seeds, values[reference][key]).tolist()
+            gain = gain_over_seeds(scores[title], scores[reference], key)
+            # A distance belongs to no clip: its differences are shown as mean ± deviation.
+            row[key] = row["seeds"][key]
+            if gain:
+                row[key], *row["interval"][key] = gain
 
     def add_differences(columns):
         table.head({key: key for key in columns})
@@ -2157,19 +2157,19 @@ MEASURES = dict(sound_agreement="sound agreement", hits="hit agreement",
                 cyclesync_set="CycleSync set", cyclesync_merged="CycleSync merged")
 
 
-def read_pair(paths):
-    """-> frames, waveform and frame rate of both videos."""
-    pair = []
+def read_videos(paths):
+    """-> frames, waveform and frame rate of each video."""
+    videos = []
     for path in paths:
         # Below 24 fps at the video's own rate: repeated frames would appear as motion in jerks.
         fps = max(1, min(FPS, round(data.frame_rate(path))))
-        # Optical flow depends on the size of the picture, so it is always the same. A model whose
-        # picture freezes loses the pair.
+        # Optical flow depends on the size of the picture, so it is always the same. A picture that
+        # freezes counts: it agrees with nothing.
         frames, wave = data.read_clip(path, 256, fps=fps, static=True)
         if len(frames) < max(3, fps / 2):
             raise BadInput(f"{path}: {len(frames) / fps:.2f} s long; at least 0.5 s are needed")
-        pair.append((frames, wave, fps))
-    return pair
+        videos.append((frames, wave, fps))
+    return videos
 
 
 def measure_videos(videos, sounds, clips, tolerance):
@@ -2230,7 +2230,7 @@ def score_videos(args):
     videos, sounds = ([], []), ([], [])
     for name in tqdm(names, desc="pairs", disable=None, leave=False):
         try:
-            pair = read_pair([side[name] for side in files])
+            pair = read_videos([side[name] for side in files])
         except BadInput as error:
             unusable.append(str(error))
             continue
@@ -2267,24 +2267,21 @@ def score_videos(args):
 def score_clip(args):
     """One video with its sound: where it sounds, how much later it moves, whether it moves there.
     """
-    # Optical flow depends on the size of the picture, so it is always the same.
-    frames, wave = data.read_clip(args.clip, 256)
-    seconds = len(frames) / FPS
-    if seconds < .5:
-        raise BadInput(f"{args.clip}: {seconds:.2f} s long; at least 0.5 s are needed")
+    (frames, wave, fps), = read_videos([args.clip])
+    seconds = len(frames) / fps
     sound = analyse_sound(wave)
     found = sound["onsets"]
     hits = sound["hits"]
-    peaks = analyse_video(frames, None)["peaks"]
-    align = NAN if peaks is None else av_align(found, peaks, FPS)
-    curve = motion_energy(frames)
-    late, confidence = lag(curve, FPS, sound["strength"])
+    peaks = analyse_video(frames, None, fps)["peaks"]
+    align = NAN if peaks is None else av_align(found, peaks, fps)
+    curve = motion_energy(frames, fps)
+    late, confidence = lag(curve, fps, sound["strength"])
 
     def agreement_with(shifts):
         """With the sound so many seconds later; what passes the end comes back at the beginning."""
         return summarise([dict(
-            hits=hit_agreement((hits + shift) % seconds, curve, FPS),
-            sound=sound_agreement(curve, FPS, np.roll(sound["rise"], round(100 * shift))))
+            hits=hit_agreement((hits + shift) % seconds, curve, fps),
+            sound=sound_agreement(curve, fps, np.roll(sound["rise"], round(100 * shift))))
             for shift in shifts])
 
     agreement = agreement_with([0.])
@@ -2297,7 +2294,7 @@ def score_clip(args):
           f"sound agreement {agreement['sound']:.3f}, {chance['sound']:.3f} with the sound at "
           "other times: the highest correlation of its rise and the motion within 100 ms\n"
           f"motion is {1000 * late:+.0f} ms after the sound, confidence {confidence:.1f}{note}\n"
-          f"AV-Align {align:.3f} at {FPS} fps and 256 px (it depends on both; nan: without OpenCV)")
+          f"AV-Align {align:.3f} at {fps} fps and 256 px (it depends on both; nan: without OpenCV)")
     result = dict(onsets=found, lag_s=late, confidence=confidence, av_align=align,
                   hits=agreement["hits"], hits_by_chance=chance["hits"],
                   sound_agreement=agreement["sound"], sound_agreement_by_chance=chance["sound"])
@@ -2366,8 +2363,8 @@ def arguments():
                       "ablation tables, up to 4 hours on 2 cores; several processes share the work")
     p.add_argument("--audio", help="--skip-blocks: the sound")
     p.add_argument("--image", help="--skip-blocks: the first frame")
-    p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings, 20 "
-                   "minutes")
+    p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings, at "
+                   "most 32 clips, 20 minutes")
     p.add_argument("--train-steps", type=number(int, 4), help="--ablate: of every training; "
                    "default: 800, with --quick 400, harmony's 160")
     # checkpoints
@@ -2406,6 +2403,16 @@ def arguments():
     return p
 
 
+# Flags that would have no effect on a command. (An ablation is scored on the toybox, and files of
+# stored scores are named by their settings.)
+NOT_READ = dict(
+    ablate="ckpt data draws tolerance resolution v2a_ckpt v2a_cmd fvd fid fad",
+    steps_study="steps tolerance v2a_ckpt v2a_cmd", guidance_study="v2a_ckpt v2a_cmd fvd fid fad",
+    stress="tolerance v2a_ckpt v2a_cmd fvd fid fad",
+    negatives="tolerance v2a_ckpt v2a_cmd fvd fid fad",
+    shift_study="ckpt steps draws fvd fid fad")
+
+
 def check_flags(args):
     """Refuse what would have no effect."""
     for name, command in dict(quick="ablate", train_steps="ablate", audio="skip_blocks",
@@ -2413,11 +2420,11 @@ def check_flags(args):
         if getattr(args, name) and not getattr(args, command):
             raise BadInput(f"--{name} is read by --{command} alone; give that too, or leave it out"
                            .replace("_", "-"))
-    # An ablation reads scores that it stored earlier, in files named by clips and steps alone.
-    for name in "ckpt data draws tolerance resolution v2a_ckpt v2a_cmd fvd fid fad".split():
-        if args.ablate and getattr(args, name) != arguments().get_default(name):
-            raise BadInput(f"--{name.replace('_', '-')}: an ablation is scored on the toybox, "
-                           "without it; leave it out")
+    for command, names in NOT_READ.items():
+        for name in names.split():
+            if getattr(args, command) and getattr(args, name) != arguments().get_default(name):
+                raise BadInput(f"--{name} is not read by --{command}; leave it out"
+                               .replace("_", "-"))
 
 
 def main():

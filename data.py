@@ -184,8 +184,8 @@ def run_cli(main):
         sys.exit(2)
     except torch.OutOfMemoryError:
         print("error: the memory of the GPU is too small for this; of these give what --help names:"
-              " fewer --seconds, a smaller --resolution or --batch-size, a larger --accum, "
-              "--device cpu", file=sys.stderr)
+              " fewer --seconds or --eval-clips, a smaller --resolution or --batch-size, a larger "
+              "--accum, --device cpu", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as why:
         print("stopped; nothing half-written is left behind", file=sys.stderr)
@@ -1267,7 +1267,7 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
 def locked(folder, wait=True):
     """One process at a time is in this block. Yields the open folder: processes that inherit it
     hold the lock as well. wait=False: does not wait; yields None if another process has it."""
-    import fcntl                                          # not on Windows
+    import fcntl
     handle = os.open(folder, os.O_RDONLY)
     try:
         # The lock goes with its process. File systems without locks are used without.
@@ -1323,7 +1323,7 @@ def open_array(path, size, rows):
     array = np.load(path, mmap_mode="r")
     assert len(array) == rows and array.dtype in (np.float16, np.uint8)
     # np.memmap keeps its file open, and of a process 256 (macOS) or 1024 may be. torch's map does
-    # not: a cache has up to 500 shards of several arrays.
+    # not: a cache of VGGSound has 6000 shards of several arrays.
     content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
     return np.ndarray(array.shape, array.dtype, content, array.offset)
 

@@ -875,7 +875,8 @@ class MMDiT(nn.Module):
         clean = clean[:, :, :-1]
         # noisy latents stand at the times of the clean latents that they will become
         ids = position_ids([*range(L - 1), *range(L - M, L)], h, w)             # (N, 3)
-        flex = noisy.is_cuda and T + len(ids) >= FLEX_TOKENS
+        # evaluations are not compiled, and uncompiled FlexAttention holds all scores in float32
+        flex = noisy.is_cuda and self.training and T + len(ids) >= FLEX_TOKENS
         mask = teacher_forcing_mask(T, L - 1, M, h * w, self.cfg.context, noisy.device, flex)
         # a noise level for every noisy latent; text and clean latents take row 0, sigma = 0
         timestep = 1000 * F.pad(sigma, (1, 0))                                  # (B, 1+M)

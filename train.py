@@ -52,6 +52,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import signal
 import sys
@@ -246,7 +247,8 @@ ENOUGH_PSNR = 24
 EVALUATION_DRAWS = 4        # of noise, in the evaluation of two towers
 # Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
 # cosine) leave samples and objective as they are; --device, --dtype, --compile and --accum change
-# rounding. VAEs and what --init holds are compared by content, wherever they lie.
+# rounding. VAEs and what --init holds are compared by content, wherever they lie (the --init of a
+# VAE by its path).
 MAY_DIFFER = {"steps", "accum", "device", "dtype", "compile", "no_compile", "checkpointing", "out",
               "data_root", "init", "vae", "audio_vae", "pretrained", "log_every", "sample_every",
               "save_every", "eval_clips"}
@@ -376,6 +378,15 @@ def patient_group():
     """Where processes wait for the first one, which prepares a dataset for hours. In a training
     step PyTorch's limit of minutes stays: a process that hangs is an error."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=2))
+
+
+def same_everywhere(value):
+    """The first process's value, in all of them: what decides whether they exchange tensors must
+    not differ by rounding."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, group=patient_group())
+    return values[0]
 
 
 def barrier():
@@ -1378,13 +1389,9 @@ def count_flops(task):
 
 def peak_memory(device):
     """GB that this process has taken at most: of the GPU, or of the machine, with the pages of
-    mapped files (0 on Windows)."""
+    mapped files."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:
-        return 0.
     # bytes on a Mac, else kilobytes
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -1637,7 +1644,7 @@ class Run:
             with torch.compiler.set_stance("force_eager"):
                 evaluation = self.task.evaluate(clips)
             self.net.train()
-            score = evaluation.score
+            score = same_everywhere(evaluation.score)
             figures = "  ".join(f"{k} {v:.3f}" for k, v in evaluation.figures.items())
             log_rank0(f"  evaluation at step {self.step}, {len(clips)} held-out clips: {figures}")
             log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
@@ -1671,6 +1678,8 @@ class Run:
         self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best,
                   micro_batch=self.micro_batch, logged=self.logged,
                   reports=[report.cpu() for report in self.reports])
+        # A long time for a large file: not that of the next step's exchange, which is limited.
+        barrier()
 
     def load_last(self):
         """last.pt of a run with these settings; None: there is none."""
@@ -1708,10 +1717,14 @@ class Run:
                 for optimiser in self.optimisers:
                     optimiser.state.pop(p, None)
         self.step = ckpt["step"]
-        self.best = ckpt["best"]
-        self.seconds = ckpt["seconds"]
-        self.logged = ckpt["logged"]
-        self.reports = [report.to(self.device) for report in ckpt["reports"]]
+        # Scores of other clips do not compare.
+        same_clips = ckpt["args"].get("eval_clips") == self.args.eval_clips
+        self.best = ckpt["best"] if same_clips else -math.inf
+        self.seconds = self.logged = ckpt["seconds"]
+        # Reports are of micro-batches; of others they would count as other steps.
+        if ckpt["args"].get("accum") == self.args.accum:
+            self.logged = ckpt["logged"]
+            self.reports = [report.to(self.device) for report in ckpt["reports"]]
         log_rank0(f"resuming    {path} at step {self.step} (remove it, or give another --out, to "
                   "start anew)")
 
@@ -1794,6 +1807,8 @@ def train(args):
             run.save_last()
     for s, handler in handlers.items():
         signal.signal(s, handler)
+    # One may have come while the last checkpoint was written.
+    stopping = stopping or signal_of_any(run.stop)
     if stopping:
         print(f"stopped at step {run.step}; the same command continues from "
               f"{run.out / 'last.pt'}", file=sys.stderr)
