@@ -2100,27 +2100,29 @@ def add_learning(table, root, stage, seeds):
 
 # ---------------------------------------------------------------------- files, blocks
 
-def find_files(flag, folder, suffixes=None):
-    """-> {path relative to the folder, without suffix: path} of all files in it, or of those with
-    these suffixes."""
+SOUNDS = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".aiff", ".wma")
+
+
+def find_files(flag, folder, suffixes):
+    """-> {path relative to the folder, without suffix: path} of its files with these suffixes."""
     if not os.path.isdir(folder):
         raise BadInput(f"{flag} {folder}: no such folder; give two folders with the same file "
                        "names in them")
     files = [p for p in sorted(Path(folder).rglob("[!.]*")) if p.is_file()]
     found = {}
     for path in files:
-        if suffixes is None or path.suffix.lower() in suffixes:
+        if path.suffix.lower() in suffixes:
             other = found.setdefault(str(path.relative_to(folder).with_suffix("")), path)
             if other != path:
                 raise BadInput(f"{flag} {folder}: {other.name} and {path.name} differ in their "
                                "suffix alone; remove one of them")
     if not found:
         raise BadInput(f"{flag} {folder}: {len(files)} files, none of them to be scored; expected "
-                       + " ".join(suffixes or ["sound files"]))
+                       + " ".join(suffixes))
     return found
 
 
-def find_pairs(flag, folders, suffixes=None):
+def find_pairs(flag, folders, suffixes):
     """Two folders -> the names that both have, {name: path} of each (`find_files`), and how many
     files have no partner."""
     files = [find_files(flag, folder, suffixes) for folder in folders]
@@ -2135,7 +2137,7 @@ def find_pairs(flag, folders, suffixes=None):
 def score_pairs(args):
     """Two folders of sound files with the same names: true sounds, and sounds that any program
     generated for the videos."""
-    names, files, single = find_pairs("--pairs", args.pairs)
+    names, files, single = find_pairs("--pairs", args.pairs, (*SOUNDS, *data.VIDEOS))
     true, generated = ([onsets(read_audio(side[n]), RATE) for n in names] for side in files)
     print(f"{len(names)} pairs, {single} files without a partner; tolerance "
           f"{1000 * args.tolerance:g} ms")
@@ -2343,12 +2345,13 @@ def skip_block_study(args):
 
 def arguments():
     p = Parser(__doc__)
-    # what to do; without any of these, the table of --ckpt
+    # without any of these, the table of --ckpt
     what = p.add_mutually_exclusive_group()
     what.add_argument("clip", nargs="?", help="score this one video with its sound")
-    what.add_argument("--pairs", nargs=2, metavar=("TRUE", "MADE"), help="CycleSync of sounds")
-    what.add_argument("--pairs-of-videos", nargs=2, metavar=("A", "B"), help="two folders of "
-                      "videos with sound: which moves when it sounds?")
+    what.add_argument("--pairs", nargs=2, metavar=("TRUE", "MADE"), help="CycleSync of two "
+                      "folders of sounds with the same file names")
+    what.add_argument("--pairs-of-videos", nargs=2, metavar=("A", "B"), help="of videos: which "
+                      "of two folders moves when it sounds?")
     what.add_argument("--steps-study", action="store_true", help="quality and time of --ckpt over "
                       "Euler steps, on clips of no other table: which number should it recommend?")
     what.add_argument("--guidance-study", action="store_true", help="agreement and Frechet "
@@ -2361,12 +2364,12 @@ def arguments():
     what.add_argument("--skip-blocks", action="store_true", help="videos without one block each")
     what.add_argument("--ablate", choices=tuple(ABLATIONS), help="train and score a paper's "
                       "ablation tables, up to 4 hours on 2 cores; several processes share the work")
-    p.add_argument("--audio", help="--skip-blocks: the sound")
-    p.add_argument("--image", help="--skip-blocks: the first frame")
+    for name in ("audio", "image"):
+        p.add_argument(f"--{name}", help="--skip-blocks: the sound and the first frame")
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings, at "
                    "most 32 clips, 20 minutes")
-    p.add_argument("--train-steps", type=number(int, 4), help="--ablate: of every training; "
-                   "default: 800, with --quick 400, harmony's 160")
+    p.add_argument("--train-steps", type=number(int, 4), help="--ablate: default 800, with --quick "
+                   "400, harmony's 160")
     # checkpoints
     p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
                    "--data that is not the toybox the one of real clips")
@@ -2385,19 +2388,18 @@ def arguments():
     p.add_argument("--steps", type=number(int, 1, 1000), help="Euler steps, of a2v per latent; "
                    "default: the checkpoint's, else its paper's")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of held-out clips and noise; "
-                   "with --ablate of trainings too: it and the next two, likewise --negatives")
+                   "--ablate and --negatives take this one and the next two")
     # metrics
     p.add_argument("--tolerance", type=number(low=0), default=.05, help="CycleSync: seconds that "
                    "two onsets may be apart")
-    p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: f is this checkpoint of train.py "
-                   "--task t2av or joint")
+    p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: f is this t2av or joint file")
     p.add_argument("--v2a-cmd", help="CycleSync: f is a program, with {video} and {wav} in it")
-    p.add_argument("--v2a-seconds", type=number(low=0), default=0., help="its least length")
+    p.add_argument("--v2a-seconds", type=number(low=0), default=0., help="its shortest "
+                   "video; the last frame is held")
     for what, file in NETWORKS.items():
         p.add_argument(f"--{what}", metavar="FILE", help=f"also this distance; TorchScript: {file}")
     p.add_argument("--out", default="out/cyclesync", help="folder for tables, pictures, ablations")
-    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
-                   help="where to run")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                    help="auto: the faster one, as measured")
     return p

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -217,6 +218,8 @@ def fit_length(wave, samples):
 def check_file(path, what, hint="check the path"):
     path = Path(path)
     # os.path takes every name; Path raises for one that is too long.
+    if os.path.isdir(path):
+        raise BadInput(f"{path}: is a folder; give a file, the {what}")
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such {what}; {hint}")
     if os.path.getsize(path) == 0:
@@ -324,7 +327,7 @@ def decode(path, what, times, block, limit, *arguments):
     """Yields one stream of a file in blocks of bytes. When it has ended, times (seconds) holds
     "start", where the file begins, and for each showinfo filter (first time, last time, number of
     frames), such as {"start": 0.0, "showinfo_0": (0.0, 2.0, 49)}."""
-    path = check_file(path, what)
+    path = check_file(path, "video" if what == "picture" else what)
     # -copyts keeps the times of the file; made to begin at 0, sounds were read up to 23 ms wrong.
     # Every line of the log has a [level].
     command = ffmpeg_command("-loglevel", "repeat+level+info", "-copyts", "-t", limit + 1,
@@ -1131,7 +1134,7 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
     # Processes read ahead, one clip each: videos are large. They take seconds to start (each
     # imports torch, 0.3 GB), so a few clips are read here. A generator of its own: else the loader
     # would draw from torch's.
-    workers = min(16, os.cpu_count()) if len(left) > 64 else 0
+    workers = min(16, n_cores()) if len(left) > 64 else 0
     if "windows" in settings:
         # Ten minutes of 128 x 128 pixels are 0.7 GB, and for a moment twice that.
         workers = min(4, workers)
@@ -1153,6 +1156,11 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
             raise
         raise BadInput("a worker process died while it prepared clips, probably for lack of "
                        "memory; free some and run the same command again") from None
+
+
+def n_cores():
+    """Cores that this process may use; a queue of jobs may give it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def shards_of(items, settings):
@@ -1405,10 +1413,13 @@ def open_and_report(folder, name, report, log):
         log(f"  skipped {len(names)}, such as {names[0]}: {reason}")
     if not cache["clips"]:
         clip, reason = next(iter(cache["skipped"].items()))
+        # Nothing is in it, and it would refuse the folder of clips once that is repaired.
+        shutil.rmtree(folder, ignore_errors=True)
         raise BadInput(f"--data {name}: not one of its {len(cache['skipped'])} {folder.name} clips "
                        f"can be used; {clip}: {reason}. Expected at least 1.8 s of moving "
                        f"pictures at {FPS / 2:g} frames per second or more"
-                       + ", with sound" * ("mels" in cache["arrays"]))
+                       + ", with sound" * ("mels" in cache["arrays"])
+                       + "; remove or repair these, or put clips into folders train and test")
     return cache
 
 

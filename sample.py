@@ -897,10 +897,14 @@ def read_jobs(args):
     return list(jobs.values())
 
 
+# Names of files, not of folders
+OTHER_KINDS = (".avi", ".m4v", ".mkv", ".mov", ".webm", ".gif", ".png", ".jpg", ".wav", ".mp3")
+
+
 def output_file(args, job):
     """--out itself, or a file in it named after the record, the given clip or audio, the text."""
     kind = Path(args.out).suffix.lower()
-    if kind in (".avi", ".m4v", ".mkv", ".mov", ".webm"):
+    if kind in OTHER_KINDS:
         raise BadInput(f"--out {args.out}: only .mp4 is written; give x.mp4, or a folder")
     if kind == ".mp4" and not args.jsonl:
         return Path(args.out)
@@ -927,6 +931,8 @@ def check_outputs(jobs, args):
         inputs |= {os.path.realpath(file) for file in files if os.path.isfile(file)}
     for path in [output_file(args, job) for job in jobs]:
         files = [path, path.with_suffix(".png")]
+        if os.path.isfile(path.parent):
+            raise BadInput(f"--out {args.out}: {path.parent} is a file; give a folder, or x.mp4")
         if os.path.isdir(path):
             raise BadInput(f"{path}: is a folder; give another --out")
         # What a list has finished is not written again, and may be an input of its other lines.
@@ -1145,7 +1151,7 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "asg": ("a2v", NOT_NEGATIVE, "Syncphony: w_a, Audio Sync Guidance; 0 = off"),
     "cfg": (ALL, NOT_NEGATIVE,
             "text guidance: Syncphony's w_t, 0 = off; of two towers S, 1 = off"),
-    "still": ("a2v", NOT_NEGATIVE, "how much all motion is reduced (shrink_to_rest); 0 = off"),
+    "still": ("a2v", NOT_NEGATIVE, "takes away so much of all motion, for less flicker; 0 = off"),
     "sync_video": ("joint", NOT_NEGATIVE, "Harmony: s_v of SyncCFG, 1 = off"),
     "sync_audio": ("joint", NOT_NEGATIVE, "Harmony: s_a of SyncCFG, 1 = off"),
     "steps": (ALL, data.number(int, 1, 1000),
@@ -1155,7 +1161,8 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "resolution": ("t2av joint", data.picture_size, "two towers: another than in training"),
     "shift_audio": ("a2v joint", data.number(), "delay the audio by so many seconds"),
     "seed": (ALL, data.number(int, 0), "seed of the noise"),
-    "ckpt": (ALL, str, "a checkpoint; default: the one in weights/ for these inputs"),
+    "ckpt": (ALL, str, "a checkpoint; default: of weights/ Syncphony's for --audio "
+             "and --image, Harmony's for inputs that are its own, else SyncFlow's"),
     "vae": (ALL, str, "its VAE, if that is neither in weights/ nor beside it"),
     "audio_vae": ("t2av joint", str, "likewise the audio VAE of two towers"),
     "pretrained": ("a2v", str, "of a model on Pyramid Flow: that folder"),
@@ -1210,9 +1217,10 @@ def check_job(system, job, args):
     # What is missing, and what excludes each other
     if task == "a2v":
         if not (job["audio"] and job["image"]):
-            raise BadInput(f"{record}--audio and --image are both needed: python sample.py --audio "
-                           "x.wav --image f.png; or give --prompt alone, or --video; audio alone "
-                           "drives Harmony: --ckpt weights/joint-toybox.pt")
+            raise BadInput(f"{record}{args.ckpt} is of Syncphony, for which --audio and --image "
+                           "are both needed; --prompt alone, or --video, is for the other two "
+                           "systems: leave --ckpt out; audio alone is for --ckpt "
+                           "weights/joint-toybox.pt")
     elif system.model.cfg.audio_only:
         raise BadInput(f"{args.ckpt}: of --no-video, an ablation for cyclesync.py; give another")
     elif not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
@@ -1253,6 +1261,9 @@ def run_job(system, job, path, args, bar, settings):
     # What is given. The video is as long as its audio, or 2 s, unless --seconds says otherwise.
     picture = data.read_image(job["image"], size) if job["image"] else None
     wave = read_delayed_audio(job["audio"], args.shift_audio, rate) if job["audio"] else None
+    if wave is not None and not wave.any():
+        print("the sound is silent, or --shift-audio moves it out of the clip: nothing will move "
+              "at it")
     seconds = data.FRAMES / FPS if wave is None else len(wave) / rate
     frames = max(2, round((args.seconds or seconds) * FPS))
     if frames > LONGEST and system.task != "a2v" and not job["video"]:

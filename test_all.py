@@ -1555,7 +1555,8 @@ def test_pictures_of_any_kind_become_square_rgb(media):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("none.wav", "no such audio"), ("empty.wav", "0 bytes"), ("short.wav", "10 ms of sound"),
+    ("none.wav", "no such audio"), ("", "is a folder; give a file"), ("empty.wav", "0 bytes"),
+    ("short.wav", "10 ms of sound"),
     ("nan.wav", "NaN"), ("text.wav", "no sound can be read"), ("text.png", "not a picture"),
     ("cut.png", "not a picture"), ("huge.png", "not a picture")])
 def test_what_is_wrong_with_a_file_is_one_line(media, name, text):
@@ -1795,14 +1796,15 @@ def job_of(**given):
     (dict(video="lamp.mp4"), ".", "lamp.mp4"), (dict(video="link/lamp.mp4"), ".", "lamp.mp4"),
     (dict(audio="lamp.wav", image="lamp.png"), ".", "lamp.png"),
     (dict(audio="lamp.wav", image="lamp.png"), "lamp.mp4", "lamp.png"),
-    (dict(prompt="a"), "a.mp4", "is a folder"), (dict(prompt="a"), "a.mkv", "only .mp4"),
+    (dict(prompt="a"), "a.mp4", "is a folder"), (dict(prompt="a"), "lamp.txt", "is a file"),
+    (dict(prompt="a"), "a.mkv", "only .mp4"), (dict(prompt="a"), "a.wav", "only .mp4"),
     (dict(video="lamp.mp4"), "x.MP4", None), (dict(audio="lamp.wav"), ".", None),
     (dict(audio="a\0", image="\ud800"), "out", None)])
 def test_no_output_takes_the_place_of_an_input(given, out, refused, tmp_path, monkeypatch):
     """Neither the clip nor its strip, by whatever name; a folder of that name and other formats
     are refused, too."""
     monkeypatch.chdir(tmp_path)
-    for file in ("lamp.mp4", "lamp.wav", "lamp.png"):
+    for file in ("lamp.mp4", "lamp.wav", "lamp.png", "lamp.txt"):
         Path(file).write_text("mine")
     Path("a.mp4").mkdir()
     Path("link").symlink_to(tmp_path)
@@ -2527,6 +2529,7 @@ def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_pa
     for i in range(4):
         clip = toybox.toybox_clip(i, video=False, kind="ball")
         soundfile.write(tmp_path / f"{i}.wav", clip["audio"], 16000)
+    tree(tmp_path, {"0.png": "the strip beside it", "notes.txt": ""})
     assert cli(cyclesync, "--pairs", tmp_path, tmp_path) == 0
     pairs = last_json(capsys)
     assert cli(cyclesync, odd / "ok/plain.mp4") == 0
@@ -3332,7 +3335,7 @@ def test_workers_prepare_in_order_and_their_death_is_one_line(tmp_path, monkeypa
             assert np.array_equal(window["video"], expected["video"]), item["name"]
             if item["seed"] == 40:
                 active_children()[0].kill()
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(data, "n_cores", lambda: 2)
     monkeypatch.setattr(toybox, "synthesise", lambda *args: (None, ""))       # not in the workers
     monkeypatch.setattr(data, "write_shard", consume)
     items, _ = data.find_clips("toybox", toybox_clips=65)
@@ -3532,6 +3535,13 @@ def test_clips_are_shown_and_prepared_with_a_report_of_what_was_skipped(
     assert "skipped 1, such as train/broken.mp4: its picture is damaged" in capsys.readouterr().out
     with pytest.raises(data.BadInput, match="at least two clips"):
         data.load_or_prepare(folder, tmp_path, "test", **inputs)
+
+    # A split of damaged clips is refused, and prepared once they are repaired.
+    tree(folder, {"test/a.mp4": "x"})
+    with pytest.raises(data.BadInput, match="not one of its 1 test clips can be used.*repair"):
+        data.load_or_prepare(folder, tmp_path, "test", **inputs)
+    shutil.copy(clip["path"], folder / "test/a.mp4")
+    assert len(data.load_or_prepare(folder, tmp_path, "test", **inputs)["clips"]) == 1
 
 
 @pytest.mark.parametrize("reference", [True, False])
@@ -5923,7 +5933,7 @@ def test_two_runs_that_prepare_one_cache_at_the_same_time_complete_it(tmp_path, 
         fill(tmp_path, 70, other)
         return 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 0)             # no workers
+        patch.setattr(data, "n_cores", lambda: 0)             # no workers
         processes = [forked(run, k) for k in range(2)]
         for process in processes:
             process.join()
@@ -5954,7 +5964,7 @@ def test_a_list_goes_on_where_it_was_stopped(request, tmp_path, capsys):
 def test_a_signal_to_all_processes_of_a_preparation_is_one_line(
         number, seconds, tmp_path, monkeypatch, capfd):
     """Ctrl-C in a terminal reaches workers too, while they import for seconds."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(data, "n_cores", lambda: 2)
     items, _ = data.find_clips("toybox", toybox_clips=65)
 
     def encode(video):
@@ -5995,7 +6005,7 @@ def test_ctrl_c_does_not_reach_ffmpeg(tmp_path):
 @slow
 def test_a_worker_that_dies_at_its_start_ends_the_run_with_one_line(tmp_path, monkeypatch):
     """Such as one that cannot import what it needs."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(data, "n_cores", lambda: 1)
     (tmp_path / "data.py").write_text("raise ImportError('no such library')")
     monkeypatch.syspath_prepend(tmp_path)
     items, _ = data.find_clips("toybox", toybox_clips=65)

@@ -164,7 +164,7 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         no_audio_rope=(False, bool, "ablation: audio without positions, Syncphony table 11"),
         pretrained=(None, str, "train on top of Pyramid Flow, downloaded to this folder"),
         hubert=(None, str, "with --pretrained: HuBERT for audio features, folder or hub name"),
-        layout=("one", ("one", "all"), "with --pretrained: latents of a clip that a step trains"),
+        layout=("one", ("one", "all"), "with --pretrained: a step trains one latent, or all"),
         fsdp=(False, bool, "with --pretrained: share weights and states among processes"))),
     "t2av": (COMMON, TOWERS, dict(
         size=("tiny", towers.SYNCFLOW, "size of the towers"),
@@ -303,6 +303,8 @@ def parse_args(argv=None):
     # Trainings on other clips are other runs.
     name = "" if args.data == "toybox" else f"-{Path(args.data).resolve().name}"
     args.out = args.out or f"out/{args.task}{name}"
+    if os.path.isfile(args.out):
+        raise BadInput(f"--out {args.out}: is a file; give a folder")
     return args
 
 
@@ -423,7 +425,7 @@ def parallel_map(device):
     one core 140 ms for 16 pairs of videos, 115 ms for 16 sounds."""
     if device.type != "cuda":
         return map
-    workers = min(16, max(1, os.cpu_count() // world_size()))
+    workers = min(16, max(1, data.n_cores() // world_size()))
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, context, end_with_parent).map
 
@@ -1810,7 +1812,7 @@ def train(args):
     # One may have come while the last checkpoint was written.
     stopping = stopping or signal_of_any(run.stop)
     if stopping:
-        print(f"stopped at step {run.step}; the same command continues from "
+        print(f"stopped at step {run.step} of {args.steps}; the same command continues from "
               f"{run.out / 'last.pt'}", file=sys.stderr)
         # As `run_cli`.
         sys.exit(128 + stopping)
