@@ -101,7 +101,7 @@ from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_a
 from sample import (
     A2V_FILE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video, external_encoders,
     generate_audio_video, generate_video, load, load_vae, pick_autocast, pick_device, recommended,
-    sample_autoregressive, sigma_steps, video_to_audio)
+    sample_autoregressive, video_to_audio)
 from toybox import (
     FPS, FRAMES, FREE_END, HELD_OUT, KINDS, RATE, RISEN, STATES, TIMING, UNREADABLE,
     detect_clip_events, detect_events, draw_scene, fit_scene, synthesise, toybox_clip,
@@ -1211,23 +1211,17 @@ class Towers(Scorer):
             yield mode, dict(guided=guided, plain=guided | off)
 
     def guidance_rows(self):
-        """Either stream for the other, and both: the scales that act there, on intervals."""
+        """Either stream for the other, and both: the scales that act there, below STUDY_BOUNDS."""
         names = tuple(PLAIN) if self.harmony else ("cfg",)
         acting = dict(v2a=names[-1:], i2av=names) | (dict(a2v=names[:1]) if self.harmony else {})
-        # The noise levels of the steps that an interval acts in -> that interval. None at all is
-        # the row without guidance.
-        levels = sigma_steps(self.steps, self.guidance["shift"])[:-1]
-        intervals = {}
-        for low, high in STUDY_INTERVALS:
-            intervals.setdefault(tuple(s for s in levels if low <= s <= high), (low, high))
-        intervals.pop((), None)
         for mode, keys in acting.items():
             variants = {}
             for values in STUDY_SCALES[self.model.cfg.system]:
                 scales = {k: v for k, v in zip(names, values) if k in keys}
-                for low, high in intervals.values() if set(scales.values()) != {1.} else ():
-                    name = f"{' '.join(f'{v:g}' for v in scales.values())} at {low:g}-{high:g}"
-                    variants[name] = scales | dict(interval=(low, high))
+                # Scales of 1, of the stream that is missing, are the row without guidance.
+                for bound in STUDY_BOUNDS if set(scales.values()) != {1.} else ():
+                    name = f"{' '.join(f'{v:g}' for v in scales.values())} below {bound:g}"
+                    variants[name] = scales | dict(guide_below=bound)
             variants["plain"] = dict.fromkeys(names, 1.)
             yield mode, {k: dict(mode=mode, **self.guidance | v) for k, v in variants.items()}
 
@@ -1374,9 +1368,13 @@ def map_records(maps, clips):
     """Harmony's figures 3 and 5 in numbers: how much more than elsewhere (1) the audio attends,
     while something sounds, to the places where the thing can move, and SyncCFG pulls there."""
     attention = torch.cat([m["attention"] for m in maps]).sum(2)             # (B, S, h, w)
-    pull = torch.cat([m["sync_pull"] for m in maps]).mean(1)                 # (B, h, w)
+    # Without a guided step, as in one step from noise, there are none.
+    pulls = [m["sync_pull"].mean(1) for m in maps if "sync_pull" in m]       # (B, h, w) each
     S = attention.shape[1]
-    found = dict(attention=[], SyncCFG=[])
+    found = dict(attention=[])
+    if pulls:
+        pulls = torch.cat(pulls)
+        found["SyncCFG"] = []
     for i, clip in enumerate(clips):
         events = clip["events"]
         if len(events) == 0 and not clip["off_screen"]:
@@ -1391,7 +1389,8 @@ def map_records(maps, clips):
             first = (events * S / (len(clip["video"]) / FPS)).astype(int)
             steps = (first[:, None] + np.arange(5)).ravel().clip(max=S - 1)
         group = "things that sound" if len(events) else "off-screen sounds"
-        for name, cell in (("attention", attention[i, steps].mean(0)), ("SyncCFG", pull[i])):
+        for name in found:
+            cell = attention[i, steps].mean(0) if name == "attention" else pulls[i]
             # The share of the map on these places, over the share of the picture that they are.
             inside = cell / cell.sum() * F.adaptive_avg_pool2d(moves[None], cell.shape)[0]
             found[name].append(labels(clip) | {group: (inside.sum() / moves.mean()).item()})
@@ -1413,16 +1412,13 @@ def add_maps(table, towers):
 
 # Euler steps that are tried. All are compared with the first, with the checkpoint's guidance.
 STUDY_STEPS = (30, 10, 6, 4, 3, 2, 1)
-# Scales that --guidance-study tries, the paper's first, in turns with intervals of noise levels:
-# s_v, s_a of Harmony, w of SyncFlow. All scales of 1 are tried once.
+# Scales that --guidance-study tries, the paper's first: s_v, s_a of Harmony, w of SyncFlow.
 STUDY_SCALES = dict(
     harmony=((3., 2.), (2., 2.), (3., 1.5), (2., 1.5), (1.5, 1.5), (3., 1.), (1., 2.)),
     syncflow=((6.,), (4.,), (3.,), (2.,)))
-# All of them; without the noisiest ones, .7 as for SiT on ImageNet (REPA, Yu et al. 2024); the
-# middle of Kynkaanniemi et al. 2024 (EDM's .28 to 2.9 is sigma / (1 - sigma) here); without the
-# least noisy. Under Harmony's shift of 5, 68 % of the steps are above .7 and 21 % above .95. Of two
-# within which the same steps lie (in 10 steps the third and the fourth) only the first is tried.
-STUDY_INTERVALS = ((0., 1.), (0., .95), (0., .7), (.22, .74), (.5, 1.))
+# The highest noise levels at which they act: all; .7 as for SiT on ImageNet (REPA, Yu et al. 2024).
+# Under Harmony's shift of 5, 68 % of the steps are above .7 and 21 % above .95.
+STUDY_BOUNDS = (1., .95, .7)
 # Added to --seed: steps are chosen on clips that are in no table of this file.
 STUDY_SEED = 1000
 # What decides, where a row has it, and whether more of it is better. F1 and agreement do not notice
@@ -1524,7 +1520,8 @@ def guidance_study(args):
     """Which scales of guidance, at which noise levels, make two streams agree and still sound like
     true ones? Strong guidance does the first at the cost of the second (the Frechet distances)."""
     scorer = Towers(args.ckpt, args)
-    print(f"{scorer.steps} steps; rows: scales (s_v, s_a, or w) at noise levels")
+    print(f"{scorer.steps} steps; rows: scales (s_v, s_a, or w), and the highest noise level at "
+          "which they act")
     table = study(scorer, scorer.guidance_rows(), (scorer.steps,))
     table.finish(Path(args.out, "guidance.csv"))
 

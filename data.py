@@ -628,7 +628,8 @@ def is_number(value, low=0., high=1e9):
 def is_guidance(value):
     # Names are those of sample.GUIDANCE; a checkpoint with another one is refused. A shift of 0
     # would divide by 0.
-    lowest = dict(asg=0., cfg=0., still=0., sync_video=0., sync_audio=0., shift=.01, steps=1)
+    lowest = dict(asg=0., cfg=0., still=0., sync_video=0., sync_audio=0., guide_below=0., shift=.01,
+                  steps=1)
     return type(value) is dict and type(value.get("steps", 1)) is int and all(
         name in lowest and is_number(number, lowest[name]) for name, number in value.items())
 

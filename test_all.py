@@ -2291,7 +2291,7 @@ def test_the_guidance_study_compares_what_acts_in_every_mode_with_the_paper_on_c
         def __init__(self, path, args):
             self.args, self.steps, self.harmony = args, 7, True
             self.model = SimpleNamespace(cfg=SimpleNamespace(system="harmony"))
-            self.guidance = dict(cfg=1., sync_video=9., sync_audio=9., shift=4.)
+            self.guidance = dict(cfg=1., sync_video=9., sync_audio=9., guide_below=.8, shift=4.)
             self.described, self.note, self.ckpt = "", "", dict(step=1)
             self.clips = cyclesync.held_out_clips(args, 32)
 
@@ -2306,18 +2306,16 @@ def test_the_guidance_study_compares_what_acts_in_every_mode_with_the_paper_on_c
 
     monkeypatch.setattr(cyclesync, "Towers", Fake)
     monkeypatch.setattr(cyclesync, "STUDY_SCALES", dict(harmony=((3., 2.), (3., 1.), (2., 2.))))
-    # Noise levels of seven steps, shift 4: 1, .96, .91, .84, .75, .615, .4. The last 3 intervals
-    # are left out: two act in the steps of the second one, one in none.
-    monkeypatch.setattr(cyclesync, "STUDY_INTERVALS",
-                        ((0., 1.), (.5, .9), (.45, .88), (.6, .9), (.1, .3)))
+    monkeypatch.setattr(cyclesync, "STUDY_BOUNDS", (1., .9))
     assert cli(cyclesync, "--guidance-study", "--ckpt", "x", "--clips", 2, "--out", tmp_path) == 0
 
     assert all((c["shift"], c["cfg"], c["steps"]) == (4, 1, 7) for c in calls)
-    tried = {mode: [[c["sync_video"], c["sync_audio"], *c.get("interval", ())]
+    tried = {mode: [(c["sync_video"], c["sync_audio"], c["guide_below"])
                     for c in calls if c["mode"] == mode] for mode in cyclesync.MODES}
-    assert tried["v2a"] == [[9, 2, 0, 1], [9, 2, .5, .9], [1, 1]], "the last one: no guidance"
-    assert tried["a2v"] == [[s, 9, *ends] for s in (3, 2) for ends in ((0, 1), (.5, .9))] + [[1, 1]]
-    assert tried["i2av"][0] == [3, 2, 0, 1] and len(tried["i2av"]) == 7 and not tried["t2av"]
+    plain = (1, 1, .8)
+    assert tried["v2a"] == [(9, 2, 1), (9, 2, .9), plain], "s_a of 1 is no guidance"
+    assert tried["a2v"] == [(3, 9, 1), (3, 9, .9), (2, 9, 1), (2, 9, .9), plain]
+    assert tried["i2av"][0] == (3, 2, 1) and len(tried["i2av"]) == 7 and not tried["t2av"]
     result = last_json(capsys)
     assert result["v2a_plain_7"]["gain"] == "+0.100 [+0.10, +0.10]"
     assert result["v2a_plain_7"]["frechet_ratio"] == .5
@@ -3827,7 +3825,8 @@ def test_help_gives_the_default_of_every_setting_of_a_task(task, capsys, monkeyp
     (["--batch-size", 5, "--accum", 2], "--batch-size 5 must be a multiple"),
     (["--pretrained", "x"], "give --data and --hubert"),
     (["--pretrained", "x", "--hubert", "y", "--data", "z", "--resolution", 96], "multiples of 64"),
-    (["--pretrained", "x", "--hubert", "y", "--data", "z", "--sigma", "logit"], "leave it out"),
+    (["--pretrained", "x", "--hubert", "y", "--data", "z", "--sigma", "logit-normal"],
+     "leave it out"),
     (["--pretrained", "x", "--hubert", "y", "--data", "z", "--shift", 3], "leave it out"),
     (["--pretrained", "x", "--hubert", "y", "--data", "z", "--size", "tiny"], "leave it out"),
     (["--pretrained", "x", "--hubert", "y", "--data", "z", "--vae", "v.pt"], "leave it out"),
@@ -6347,36 +6346,24 @@ def test_guidance_of_two_towers_is_syncflow_equation_3_on_both_streams():
         assert gap(guided, null + 6 * (cond - null)) < 1e-5, stream
 
 
-def test_guidance_acts_at_the_noise_levels_of_its_interval_and_costs_nothing_elsewhere():
-    """Outside it a step has one row a clip, not one a branch. What four steps give is then what the
-    first two give with guidance, and the last two, from there on, without."""
+def test_guidance_acts_below_a_noise_level_and_costs_nothing_above_it():
+    """There a step has one row a clip, not one a branch. What four steps give is then what the
+    first two give without guidance, and the last two, from there on, with it."""
     net = small_towers().float()
     whole, _ = sample_request(net, joint_request(["a"], cfg=3.))
-    early, calls = sample_request(net, joint_request(["a"], cfg=3., interval=(.6, 1.)))
-    middle, of_middle = sample_request(net, joint_request(["a"], cfg=3., interval=(.5, .75)))
+    late, calls = sample_request(net, joint_request(["a"], cfg=3., guide_below=.5))
     plain, _ = sample_request(net, joint_request(["a"]))
-    assert [len(c[0]) for c in calls] == [2, 2, 1, 1], "sigma 1, .75, .5, .25"
-    assert [len(c[0]) for c in of_middle] == [1, 2, 2, 1], "both ends are within"
-    results = [whole, early, middle, plain]
-    for a, b in combinations(results, 2):
+    assert [len(c[0]) for c in calls] == [1, 1, 2, 2], "sigma 1, .75, .5, .25"
+    for a, b in combinations([whole, late, plain], 2):
         assert gap(a["video"], b["video"]) > 1e-4 < gap(a["audio"], b["audio"])
-    # The state after two steps goes on without guidance.
-    request = joint_request(["a"], cfg=3.)
+    # The state after two steps without guidance goes on with it.
     with torch.no_grad():
-        conditions = sample.prepare_conditions(net, None, None, request)
+        conditions = sample.prepare_conditions(net, None, None, joint_request(["a"], cfg=3.))
         sigmas = conditions.pop("sigmas")
-        half = sample.sample_joint(net, sigmas=sigmas[:3], **conditions)
-        conditions |= dict(noise=half, branches=dict(cond=conditions["branches"]["cond"]))
-        rest = sample.sample_joint(net, sigmas=sigmas[2:], **conditions)
-    assert all(gap(rest[stream], early[stream]) < 1e-5 for stream in rest)
-
-
-@pytest.mark.parametrize("wrong", [(.7, .3), (.5, .5), (-.1, 1.), (0., 1.5), (math.nan, 1.)])
-def test_an_interval_of_guidance_is_two_noise_levels(wrong):
-    with pytest.raises(data.BadInput, match="0 <= low < high <= 1"):
-        joint_request(["a"], interval=wrong)
-    # The same for all clips, also where it is a list.
-    assert joint_request(["a", "b", "c"], interval=[.2, .7]).part(2, 3).interval == (.2, .7)
+        unguided = conditions | dict(branches=dict(cond=conditions["branches"]["cond"]))
+        half = sample.sample_joint(net, sigmas=sigmas[:3], **unguided)
+        rest = sample.sample_joint(net, sigmas=sigmas[2:], **conditions | dict(noise=half))
+    assert all(gap(rest[stream], late[stream]) < 1e-5 for stream in rest)
 
 
 def test_a_long_video_gets_its_audio_in_overlapping_windows(monkeypatch):
@@ -7040,7 +7027,9 @@ def test_two_towers_are_scored_by_the_events_in_the_picture_and_in_the_sound(
     """Pairs made from text have no true events: agreement, not onset F1."""
     folder, _, flags = harmony_on_disk
     ckpt = folder / system / "joint/best.pt"
-    assert cli(cyclesync, *flags, "--ckpt", ckpt, "--clips", 3, "--out", tmp_path) == 0
+    # (In a single step, from noise, nothing would be guided: `guide_below`.)
+    assert cli(cyclesync, *flags, "--ckpt", ckpt, "--clips", 3, "--steps", 2,
+               "--out", tmp_path) == 0
 
     result = last_json(capsys)
     truth = result["ground_truth"]
