@@ -2546,8 +2546,8 @@ def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_pa
 
 def test_a_video_is_measured_beside_its_sound_at_other_times(monkeypatch, capsys):
     """No other time is within the tolerance of the true one; for sound agreement too."""
-    clip = flashes([1.]), clicks([1.], 49 / 24)
-    monkeypatch.setattr(data, "read_clip", lambda *_: clip)
+    clip = flashes([1.]), clicks([1.], 49 / 24), 24
+    monkeypatch.setattr(cyclesync, "read_videos", lambda paths: [clip])
     cyclesync.score_clip(SimpleNamespace(clip="x"))
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
@@ -6988,7 +6988,7 @@ def test_the_command_samples_harmony_from_any_of_its_inputs(harmony_on_disk, tmp
     soundfile.write(voice, np.sin(np.arange(44100 * 2) / 40) * .3, 44100)
     iio.imwrite(face, np.full((40, 50, 3), 90, np.uint8))
     for inputs in (["--prompt", "a face calls", "--transcript", "u i", "--image", face,
-                    "--ref-audio", voice, "--maps", "--out", a],
+                    "--ref-audio", voice, "--maps", "--guide-below", 1, "--out", a],
                    ["--audio", voice, "--image", face, "--out", b],
                    ["--video", b, "--transcript", "o", "--out", c]):
         assert cli(sample, *harmony_on_disk[2], *inputs) == 0
