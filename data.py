@@ -488,6 +488,10 @@ def replacing(path):
         # Some file systems cannot flush a folder.
         with suppress(OSError):
             flush(path.parent)
+    except OSError as error:
+        # The name that was asked for
+        error.filename = str(path) if str(error.filename) == str(part) else error.filename
+        raise
     finally:
         part.unlink(missing_ok=True)
 

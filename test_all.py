@@ -1626,7 +1626,7 @@ def test_a_full_disk_or_gpu_is_one_line(error, message, capsys):
 def test_where_a_video_cannot_be_written_python_says_why():
     with pytest.raises(OSError) as caught:
         data.write_video("/proc/x.mp4", np.zeros((300, 64, 64, 3), np.uint8), None)
-    assert caught.value.strerror and caught.value.filename
+    assert caught.value.strerror and caught.value.filename == "/proc/x.mp4"
 
 
 def test_a_video_that_fails_on_the_way_leaves_no_file(tmp_path):
