@@ -126,8 +126,6 @@ def pick_autocast(dtype, device, step=None):
     contexts = {"float32": nullcontext, "bfloat16": bfloat16}
     if dtype in contexts:
         return contexts[dtype], dtype
-    if dtype != "auto":
-        raise BadInput(f"--dtype {dtype}: expected auto, float32 or bfloat16")
 
     # Where the hardware lacks bfloat16 it is emulated, at a multiple of the time. Nothing is known
     # of other devices, and of builds without mkldnn, such as those for Macs.
@@ -1131,7 +1129,7 @@ def context_runs(model, vae, size, latents, steps):
 
 ALL = " ".join(SYSTEMS)
 NOT_NEGATIVE = data.number(low=0)
-FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
+FLAGS = {   # the systems that take it; what it may be (bool: a switch, a tuple: one of them); help
     "audio": ("a2v joint", str, "audio that drives the video: any sound file, a clip with sound"),
     "image": (ALL, str, "the first frame: any picture (cropped to the model's aspect)"),
     "prompt": (ALL, str, "a caption; alone it generates video and audio"),
@@ -1165,8 +1163,9 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
     "pretrained": ("a2v", str, "of a model on Pyramid Flow: that folder"),
     "hubert": ("a2v", str, "of such a model: its HuBERT, a folder or a name on the hub"),
     "tiles": ("a2v", bool, "of such a model: decode in tiles, for memory"),
-    "device": (ALL, str, "auto, cuda, mps or cpu"),
-    "dtype": (ALL, str, "float32, bfloat16 (autocast), or auto: the faster, as measured"),
+    "device": (ALL, ("auto", "cuda", "mps", "cpu"), "where to run"),
+    "dtype": (ALL, ("auto", "float32", "bfloat16"), "bfloat16: autocast; auto: the faster one, as "
+              "measured"),
     "compile": (ALL, bool, "torch.compile: a slow start, then faster steps"),
     "out": (ALL, str, "a folder, or the name of the .mp4"),
     "bench": (ALL, bool,
@@ -1177,7 +1176,8 @@ FLAGS = {   # the systems that take it; what it may be, bool for a switch; help
 def arguments():
     p = data.Parser(__doc__)
     for name, (_, kind, text) in FLAGS.items():
-        options = dict(action="store_true") if kind is bool else dict(type=kind)
+        options = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
+        options = dict(action="store_true") if kind is bool else options
         p.add_argument("--" + name.replace("_", "-"), help=text, **options)
     p.set_defaults(device="auto", dtype="auto", out="out/", seed=0, shift_audio=0.)
     return p
