@@ -84,6 +84,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from contextlib import nullcontext
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -1933,8 +1934,10 @@ def ablate(args):
 
 
 def ablation_folder(args, steps, training_clips):
-    """What changes the figures is in its name: other settings have other files."""
-    others = [Path(vae).stem for vae in (args.vae, args.audio_vae) if vae]
+    """What changes the figures is in its name: other settings have other files. Autoencoders are
+    named by their content, since most files are called best.pt."""
+    vaes = [Path(vae).read_bytes() for vae in (args.vae, args.audio_vae) if vae]
+    others = [f"{zlib.crc32(content):08x}" for content in vaes]
     others += [args.dtype] if args.dtype != "float32" else []
     name = ["ablation", args.ablate, f"{steps}", f"{training_clips}", *others]
     return Path(args.out, "-".join(name))

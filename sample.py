@@ -1176,8 +1176,11 @@ FLAGS = {   # the systems that take it; what it may be (bool: a switch, a tuple:
 def arguments():
     p = data.Parser(__doc__)
     for name, (_, kind, text) in FLAGS.items():
-        options = dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
-        options = dict(action="store_true") if kind is bool else options
+        options = dict(type=kind)
+        if kind is bool:
+            options = dict(action="store_true")
+        elif isinstance(kind, tuple):
+            options = dict(choices=kind)
         p.add_argument("--" + name.replace("_", "-"), help=text, **options)
     p.set_defaults(device="auto", dtype="auto", out="out/", seed=0, shift_audio=0.)
     return p

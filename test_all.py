@@ -1782,7 +1782,9 @@ def test_one_seed_gives_one_file_as_long_as_its_audio_or_as_asked_for(toy, tmp_p
                    "--out", tmp_path / f"{name}.mp4", "--audio", tmp_path / more[0], *more[1:]) == 0
 
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-    assert r"c\n\x1b.mp4: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert r"c\n\x1b.mp4: " in printed
+    assert printed.count("the sound is silent") == 1, "nothing moves in the third"
     for name, frames in (("a", 12), ("c\n\x1b", 55)):
         assert len(iio.imread(tmp_path / f"{name}.mp4", plugin="FFMPEG")) == frames
     assert len(list(tmp_path.glob("*.png"))) == 3
@@ -2794,7 +2796,7 @@ def test_an_ablation_trains_what_is_missing_and_scores_every_row(
             if figure in gain["interval"] and None not in (value, other):
                 assert gain[figure] == pytest.approx(value - other, abs=2e-4), (title, figure)
     # Other autoencoders than the shipped ones are in the name.
-    root, = tmp_path.glob(f"ablation-{name}-{ablation['quick']}-800-vae*")
+    root, = tmp_path.glob(f"ablation-{name}-{ablation['quick']}-800-*")
     lines = (root / "clips.csv").read_text().splitlines()
     # Two clips in every row; in Syncphony's also two of every condition of the stress split.
     assert len(lines) == 1 + 2 * len(ablation["rows"]) * (1 + len(ablation["stress"]))
@@ -2957,6 +2959,18 @@ def test_an_ablation_has_the_seeds_from_seed_on_and_shares_no_training_with_quic
         assert len(ran) == trainings
         with open(ran[-1].parent / "clips.csv") as f:
             assert {row["seed"] for row in csv.DictReader(f)} == seeds
+
+
+def test_ablations_with_other_autoencoders_have_other_folders(tmp_path):
+    """Also where both are called best.pt; the same file has one, wherever it lies."""
+    files = [tmp_path / name / "best.pt" for name in "abc"]
+    for file, content in zip(files, ("x", "y", "x")):
+        file.parent.mkdir()
+        file.write_text(content)
+    args = [cyclesync.arguments().parse_args(
+        ["--ablate", "harmony", "--dtype", "float32", "--vae", str(file)]) for file in files]
+    one, two, three = (cyclesync.ablation_folder(a, 800, 2000) for a in args)
+    assert one == three != two
 
 
 def test_the_skip_block_study_shows_one_strip_for_every_block(toy, tmp_path, capsys):
@@ -3840,6 +3854,12 @@ def test_a_setting_that_does_not_fit_is_one_line_and_exit_code_2(flags, message,
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.count("\n") == 1, (code, error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_training_is_not_begun_where_a_file_is_in_place_of_its_folder():
+    """Else it would be noticed at the first step that is logged, after the clips are prepared."""
+    with pytest.raises(data.BadInput, match="test_all.py: is a file; give a folder"):
+        train.parse_args(["--out", __file__])
 
 
 def test_text_is_dropped_for_a_tenth_of_the_samples_and_audio_never(runs):

@@ -383,8 +383,8 @@ def patient_group():
 
 
 def same_everywhere(value):
-    """The first process's value, in all of them: what decides whether they exchange tensors must
-    not differ by rounding."""
+    """The first process's value, in all of them: what decides how they go on must not differ by
+    rounding or by a measured time."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, group=patient_group())
@@ -1527,10 +1527,7 @@ class Run:
             self.net.zero_grad(set_to_none=True)
 
         _, why = pick_autocast("auto", self.device, step)
-        if world_size() > 1:
-            of_all = [why]
-            dist.broadcast_object_list(of_all, group=patient_group())
-            why = of_all[0]
+        why = same_everywhere(why)
         # The name of the type, which a checkpoint keeps, comes first.
         self.args.dtype = why.split(":")[0]
         self.autocast, _ = pick_autocast(self.args.dtype, self.device)
