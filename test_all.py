@@ -464,10 +464,10 @@ def test_a_step_converts_no_mask_and_copies_no_tokens():
 def assert_compiled_is_eager(net, z, x, a, compiled_step, tolerance):
     """Two clips beyond the ring's end, with off-sync rows, against `cached_step`."""
     for clip in (z, z.flip(2)[:, :, :7]):
+        net.compiled_step = None
         eager = kv_cache(net, clip, a, n_off_sync=2)
         net.compiled_step = compiled_step
         compiled = kv_cache(net, clip, a, n_off_sync=2)
-        net.compiled_step = None
         for l in range(1, clip.shape[2]):
             for sigma in (1., .37):
                 step = x[:, :, l - 1:l], sigma
