@@ -100,9 +100,10 @@ import data
 from data import (BadInput, Parser, film_strip, frames_to_tensor, number, read_audio, replacing,
                   tensor_to_frames)
 from sample import (
-    A2V_FILE, REAL_A2V_FILE, ROOT, autocast_for, encode_sound, encode_video, external_encoders,
-    generate_audio_video, generate_video, load, load_vae, pick_autocast, pick_device, recommended,
-    sample_autoregressive, video_to_audio)
+    A2V_FILE, JOINT_FILE, REAL_A2V_FILE, ROOT, T2AV_FILE, autocast_for, encode_sound, encode_video,
+    external_encoders, generate_audio_video, generate_video, load, load_vae, pick_autocast,
+    pick_device, recommended, sample_autoregressive, video_to_audio)
+from towers import part_of
 from toybox import (
     FPS, FRAMES, FREE_END, HELD_OUT, KINDS, RATE, RISEN, STATES, TIMING, UNREADABLE,
     detect_clip_events, detect_events, draw_scene, fit_scene, synthesise, toybox_clip,
@@ -1811,9 +1812,10 @@ def shift_study(args):
 # figures: of the table; stress: conditions of `stress_clips`, whose F1 at 50 ms is in a second one.
 # A row: title, the paper's figure, flags of train.py, guidance, the row that it is compared with.
 # Equal flags share one training.
-# quick: steps of the trainings of --quick. euler: steps of sampling, of all rows, with guidance or
-# without: as many as train.py's files recommend or more; of SyncFlow 25, since F1 is the same from
-# 10 to 30.
+# quick: steps of the trainings of --quick. shipped: the file whose towers --quick starts from, and
+# the part of it that all rows train anew, since it is what they compare. euler: steps of sampling,
+# of all rows, with guidance or without: as many as train.py's files recommend or more; of SyncFlow
+# 25, since F1 is the same from 10 to 30.
 NO_CTS = "--lambda-v 0 --lambda-a 0"                # cross-task synergy off
 SYNCCFG = dict(sync_video=3., sync_audio=2.)        # SyncCFG on, with the paper's scales
 ABLATIONS = dict(
@@ -1821,7 +1823,7 @@ ABLATIONS = dict(
     # no row is at the ceiling.
     syncphony=dict(
         flags="--task a2v", towers=(), stage="", paper="CycleSync",
-        quick=400, euler=6,
+        quick=400, shipped=None, euler=6,
         figures="f1_50 f1_100 cyclesync_set cyclesync_merged residual frechet_latent".split(),
         stress=("two sounds", "noise, 0 dB", "off-screen", "six events"),
         rows=[("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.),
@@ -1837,7 +1839,7 @@ ABLATIONS = dict(
     # FAD on Greatest Hits, lower is better: table 4; figure 5 sweeps w.
     syncflow=dict(
         flags="--task t2av", towers=("--stage video",), stage="--stage audio", paper="FAD",
-        quick=400, euler=25,
+        quick=600, shipped=(T2AV_FILE, "audio"), euler=25,
         figures="onsets_f1_50 onsets_f1_100 onsets_shuffled cyclesync_merged frechet_mels".split(),
         stress=(),
         rows=[("full, sound for video", "0.92", "", dict(cfg=1.), ""),
@@ -1855,7 +1857,8 @@ ABLATIONS = dict(
     # out, since no row measures it, and the stages have one --lr (in --stage all the last has .6).
     harmony=dict(
         flags="--task joint --batch-size 8", towers=("--stage video", "--stage audio"),
-        stage="--stage joint", paper="Sync-C", quick=160, euler=15,
+        stage="--stage joint", paper="Sync-C",
+        quick=200, shipped=(JOINT_FILE, "bridge"), euler=15,
         figures="agreement_f1_50 agreement_shuffled a2v_f1_50 v2a_f1_50 residual".split(),
         stress=(),
         rows=[("none of it", "4.20", f"{NO_CTS} --no-rope-align --no-gldi", PLAIN, ""),
@@ -1883,17 +1886,14 @@ def ablate(args):
         process 2   video tower 1 > audio tower 1 > row b, seed 0 > row a, seed 1 > ..  > tables
         process 3   video tower 2 > audio tower 2 > row c, seed 0 > row b, seed 1 > ..
     """
-    # Rows differ in what they are about alone: not in which dtype was timed as the faster one.
-    args.dtype = "float32" if args.dtype == "auto" else args.dtype
     ablation = ABLATIONS[args.ablate]
     towers, stage, rows = (ablation[key] for key in ("towers", "stage", "rows"))
     learning = LEARNING if args.ablate == "harmony" else {}
     seeds = range(args.seed, args.seed + (1 if args.quick else 3))
-    steps, training_clips = (ablation["quick"], 800) if args.quick else (800, 2000)
-    steps = args.train_steps or steps
-    args.clips = min(32, args.clips) if args.quick else args.clips
-    args.steps = args.steps or ablation["euler"]
+    steps, training_clips = ablation_settings(ablation, args)
     root = ablation_folder(args, steps, training_clips)
+    init = shipped_towers(ablation["shipped"], root, args)
+    towers = () if init else towers
     # Rows with the same flags share a training.
     variants = dict.fromkeys([*[row[2] for row in rows], *learning.values()])
     parts = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
@@ -1916,21 +1916,32 @@ def ablate(args):
             with data.locked(file.parent, wait=False) as lock:
                 # Else another process is at work on it, or on the tower.
                 if lock and not file.is_file() and (start is None or start.is_file()):
-                    init = ["--init", start.parent / "best.pt"] if start else []
+                    tower = ["--init", start.parent / "best.pt"] if start else init
                     run_training(args, file.parent, lock, [
-                        *f"{ablation['flags']} {part} {flags}".split(), *init, "--steps", steps,
+                        *f"{ablation['flags']} {part} {flags}".split(), *tower, "--steps", steps,
                         "--clips", training_clips, "--sample-every", every[part]])
                     score_rows(file, part, flags, ablation, args)
         missing = [(seed, part) for seed, part in trainings if not scored(seed, *part).is_file()]
         if missing:
             time.sleep(5)                    # other processes are at work on these
-    scores = read_scores(scored(seed, *part) for seed, part in trainings)
     print(f"training: {steps} steps on {training_clips} clips, seeds {[*seeds]}; scores: of "
           f"{args.clips} held-out clips, {args.steps} Euler steps")
-    table = ablation_tables(ablation, scores, seeds)
+    files = [scored(seed, *part) for seed, part in trainings]
+    table = ablation_tables(ablation, read_scores(files), seeds)
     if learning:
         add_learning(table, root, stage, seeds)
     table.finish(root / "clips.csv")
+
+
+def ablation_settings(ablation, args):
+    """-> steps of a training, its clips; of `args` what is still open."""
+    # Rows differ in what they are about alone: not in which dtype was timed as the faster one.
+    args.dtype = "float32" if args.dtype == "auto" else args.dtype
+    args.steps = args.steps or ablation["euler"]
+    if not args.quick:
+        return args.train_steps or 800, 2000
+    args.clips = min(32, args.clips)
+    return args.train_steps or ablation["quick"], 800
 
 
 def ablation_folder(args, steps, training_clips):
@@ -1941,6 +1952,19 @@ def ablation_folder(args, steps, training_clips):
     others += [args.dtype] if args.dtype != "float32" else []
     name = ["ablation", args.ablate, f"{steps}", f"{training_clips}", *others]
     return Path(args.out, "-".join(name))
+
+
+def shipped_towers(shipped, root, args):
+    """-> flags that start a training of --quick from trained towers, so that its minutes go into
+    what the rows compare; [] where none are shipped, as for other autoencoders."""
+    if not args.quick or not shipped or args.vae or args.audio_vae:
+        return []
+    path, part = shipped
+    content = data.load_checkpoint(path)
+    content["ema"] = {name: w for name, w in content["ema"].items() if part_of(name) != part}
+    root.mkdir(parents=True, exist_ok=True)
+    data.save_checkpoint(root / "towers.pt", **content)
+    return ["--init", root / "towers.pt"]
 
 
 def score_rows(file, part, flags, ablation, args):

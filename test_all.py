@@ -2830,7 +2830,9 @@ def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, c
     """A training that another process is at work on is left to it: nothing is trained twice, and
     rows wait for their tower."""
     ran = []
-    root = tmp_path / "ablation-syncflow-400-800"
+    # Of another autoencoder no towers are shipped: --quick trains one.
+    (tmp_path / "vae.pt").write_bytes(b"other")
+    root = tmp_path / f"ablation-syncflow-600-800-{zlib.crc32(b'other'):08x}"
 
     def run(args, folder, *_):
         ran.append(folder.name)
@@ -2851,9 +2853,42 @@ def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, c
             (video / "scores-32-25.json").write_text("{}")
             other.__exit__(None, None, None)
     monkeypatch.setattr(cyclesync.time, "sleep", sleep)
-    assert cli(cyclesync, "--ablate", "syncflow", "--quick", "--out", tmp_path) == 0
+    assert cli(cyclesync, "--ablate", "syncflow", "--quick", "--vae", tmp_path / "vae.pt",
+               "--out", tmp_path) == 0
     assert ran == ["stage-audio-0", "stage-audio-no-adaptor-0", "stage-audio-no-video-0",
                    "stage-audio-ot-0"]
+
+
+@pytest.mark.parametrize("name, anew, variants", [
+    ("syncflow", {"audio"}, 4), ("harmony", {"bridge"}, 7)])
+def test_a_quick_ablation_starts_from_the_towers_of_the_shipped_file(
+        tmp_path, monkeypatch, capsys, name, anew, variants):
+    """Not from what its rows compare: SyncFlow's audio tower, Harmony's bridges. train.py takes all
+    other weights from there."""
+    inits, parts = [], Counter()
+
+    def run(args, folder, lock, flags):
+        inits.append(flags[flags.index("--init") + 1])
+    monkeypatch.setattr(cyclesync, "run_training", run)
+    monkeypatch.setattr(cyclesync, "score_rows", lambda file, *_: file.write_text("{}"))
+    monkeypatch.setattr(cyclesync, "ablation_tables", lambda *_: cyclesync.Table({}))
+    monkeypatch.setattr(cyclesync, "add_learning", lambda *_: None)
+    assert cli(cyclesync, "--ablate", name, "--quick", "--out", tmp_path) == 0
+    assert len(inits) == variants and len(set(inits)) == 1
+
+    path, _ = cyclesync.ABLATIONS[name]["shipped"]
+    shipped = data.load_checkpoint(path)
+    task = train.TwoTowers.__new__(train.TwoTowers)
+    task.args = SimpleNamespace(init=inits[0], task=shipped["task"])
+    task.trains = ()
+    task.net = DualTower(DualTowerConfig(**shipped["config"]))
+    fresh = {key: w.clone() for key, w in task.net.state_dict().items()}
+    task.start_stage()
+    for key, w in task.net.state_dict().items():
+        part = towers.part_of(key)
+        parts[part] += 1
+        assert w.equal(fresh[key] if part in anew else shipped["ema"][key].float()), key
+    assert anew < set(parts)
 
 
 def test_two_commands_at_once_are_refused(capsys):
