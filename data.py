@@ -344,6 +344,10 @@ def decode(path, what, times, block, limit, *arguments):
             error = re.match(r"(?:\[[^]]+ @ \w+\] )*\[(?:error|fatal|panic)\] (.*)", line)
             if error and "matches no streams" in error[1]:
                 raise BadInput(f"{path}: no {what} in it")
+            # Not the clip's fault, so a cache must not remember it as skipped.
+            if error and "Unrecognized option" in error[1]:
+                raise OSError(errno.ENOSYS, "ffmpeg is older than 5.1; pip install --upgrade "
+                              "imageio-ffmpeg", command[0])
             # ffmpeg goes on after an error, but then what comes out is not what was recorded.
             if error:
                 raise BadInput(f"{path}: its {what} is damaged or not of a known kind "
@@ -356,8 +360,8 @@ def decode(path, what, times, block, limit, *arguments):
                 seconds = float(frame[2])
                 first, _, n = times.get(frame[1], (seconds, seconds, 0))
                 times[frame[1]] = (first, seconds, n + 1)
-        # Killed, as for lack of memory, ffmpeg writes no error. That is not the clip's fault, so a
-        # cache must not remember it as skipped. A crash is. (255: by SIGTERM)
+        # Killed, as for lack of memory, ffmpeg writes no error. That is not the clip's fault
+        # either; a crash is. (255: by SIGTERM)
         if ffmpeg.returncode in (-signal.SIGKILL, 255):
             raise OSError(errno.EIO, "ffmpeg was killed; is there memory left?", str(path))
         if ffmpeg.returncode:

@@ -3142,6 +3142,20 @@ def test_a_clip_is_not_shorter_because_ffmpeg_was_killed(odd, tmp_path, monkeypa
             data.read_video(odd / "ok/plain.mp4", 32)
 
 
+def test_an_ffmpeg_without_the_options_of_5_1_is_named_and_skips_no_clip(
+        odd, tmp_path, monkeypatch, capsys):
+    """Version 4.2, of older imageio-ffmpeg, says this of -fps_mode."""
+    old = tmp_path / "ffmpeg"
+    old.write_text("#!/bin/sh\necho \"[error] Unrecognized option 'fps_mode'.\" >&2\nexit 1\n")
+    old.chmod(0o755)
+    monkeypatch.setattr(data, "ffmpeg_command", lambda *_: [str(old)])
+    with pytest.raises(OSError):
+        data.read_clip(odd / "ok/plain.mp4")
+    assert cli(cyclesync, odd / "ok/plain.mp4") == 2
+    assert f"error: {old}: ffmpeg is older than 5.1; pip install --upgrade imageio-ffmpeg" in (
+        capsys.readouterr().err)
+
+
 DOG = "dog_barking/-3viw1EWLpo_000015_000025_3.5_7.0.mp4"
 VIOLIN = "playing_violin__fiddle/a_b-c_d_e_f_000000_000010_0.0_10.0"
 # Files, with the content of lists and tables; the splits and prompts expected; some of the report.
