@@ -1813,9 +1813,10 @@ def shift_study(args):
 # A row: title, the paper's figure, flags of train.py, guidance, the row that it is compared with.
 # Equal flags share one training.
 # quick: steps of the trainings of --quick. shipped: the file whose towers --quick starts from, and
-# the part of it that all rows train anew, since it is what they compare. euler: steps of sampling,
-# of all rows, with guidance or without: as many as train.py's files recommend or more; of SyncFlow
-# 25, since F1 is the same from 10 to 30.
+# the part of it that all rows train anew, since it is what they compare. (These towers were trained
+# together with that part, which may favour the full system: it is a trial, not a result.)
+# euler: steps of sampling, of all rows, with guidance or without: as many as train.py's files
+# recommend or more; of SyncFlow 25, since F1 is the same from 10 to 30.
 NO_CTS = "--lambda-v 0 --lambda-a 0"                # cross-task synergy off
 SYNCCFG = dict(sync_video=3., sync_audio=2.)        # SyncCFG on, with the paper's scales
 ABLATIONS = dict(
@@ -1891,9 +1892,12 @@ def ablate(args):
     learning = LEARNING if args.ablate == "harmony" else {}
     seeds = range(args.seed, args.seed + (1 if args.quick else 3))
     steps, training_clips = ablation_settings(ablation, args)
-    root = ablation_folder(args, steps, training_clips)
-    init = shipped_towers(ablation["shipped"], root, args)
-    towers = () if init else towers
+    # Where towers are shipped, the minutes of --quick go into what the rows compare. They are not
+    # those of other autoencoders.
+    shipped = ablation["shipped"] if args.quick and not (args.vae or args.audio_vae) else None
+    root = ablation_folder(args, steps, training_clips, shipped)
+    init = shipped_towers(*shipped, root) if shipped else []
+    towers = () if shipped else towers
     # Rows with the same flags share a training.
     variants = dict.fromkeys([*[row[2] for row in rows], *learning.values()])
     parts = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
@@ -1944,22 +1948,19 @@ def ablation_settings(ablation, args):
     return args.train_steps or ablation["quick"], 800
 
 
-def ablation_folder(args, steps, training_clips):
-    """What changes the figures is in its name: other settings have other files. Autoencoders are
-    named by their content, since most files are called best.pt."""
-    vaes = [Path(vae).read_bytes() for vae in (args.vae, args.audio_vae) if vae]
-    others = [f"{zlib.crc32(content):08x}" for content in vaes]
+def ablation_folder(args, steps, training_clips, shipped):
+    """What changes the figures is in its name: other settings have other files. Autoencoders and
+    towers are named by their content, since most files are called best.pt."""
+    paths = [args.vae, args.audio_vae, shipped and shipped[0]]
+    others = [f"{zlib.crc32(Path(path).read_bytes()):08x}" for path in paths if path]
     others += [args.dtype] if args.dtype != "float32" else []
     name = ["ablation", args.ablate, f"{steps}", f"{training_clips}", *others]
     return Path(args.out, "-".join(name))
 
 
-def shipped_towers(shipped, root, args):
-    """-> flags that start a training of --quick from trained towers, so that its minutes go into
-    what the rows compare; [] where none are shipped, as for other autoencoders."""
-    if not args.quick or not shipped or args.vae or args.audio_vae:
-        return []
-    path, part = shipped
+def shipped_towers(path, part, root):
+    """-> flags that start a training from the towers of a shipped file, without the weights of
+    `part`, which is trained anew."""
     content = data.load_checkpoint(path)
     content["ema"] = {name: w for name, w in content["ema"].items() if part_of(name) != part}
     root.mkdir(parents=True, exist_ok=True)
@@ -2390,10 +2391,10 @@ def arguments():
                       "ablation tables, up to 4 hours on 2 cores; several processes share the work")
     for name in ("audio", "image"):
         p.add_argument(f"--{name}", help="--skip-blocks: the sound and the first frame")
-    p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings, at "
-                   "most 32 clips, 20 minutes")
+    p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings (from "
+                   "the shipped towers), at most 32 clips, 20 minutes on 2 cores")
     p.add_argument("--train-steps", type=number(int, 4), help="--ablate: default 800, with --quick "
-                   "400, harmony's 160")
+                   "400 (syncphony), 600 (syncflow), 200 (harmony)")
     # checkpoints
     p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
                    "--data that is not the toybox the one of real clips")

@@ -347,7 +347,7 @@ def decode(path, what, times, block, limit, *arguments):
             # Not the clip's fault, so a cache must not remember it as skipped.
             if error and "Unrecognized option" in error[1]:
                 raise OSError(errno.ENOSYS, "ffmpeg is older than 5.1; pip install --upgrade "
-                              "imageio-ffmpeg", command[0])
+                              "imageio-ffmpeg, unset IMAGEIO_FFMPEG_EXE", command[0])
             # ffmpeg goes on after an error, but then what comes out is not what was recorded.
             if error:
                 raise BadInput(f"{path}: its {what} is damaged or not of a known kind "

@@ -2876,18 +2876,19 @@ def test_a_quick_ablation_starts_from_the_towers_of_the_shipped_file(
     assert cli(cyclesync, "--ablate", name, "--quick", "--out", tmp_path) == 0
     assert len(inits) == variants and len(set(inits)) == 1
 
-    path, _ = cyclesync.ABLATIONS[name]["shipped"]
-    shipped = data.load_checkpoint(path)
-    task = train.TwoTowers.__new__(train.TwoTowers)
-    task.args = SimpleNamespace(init=inits[0], task=shipped["task"])
-    task.trains = ()
-    task.net = DualTower(DualTowerConfig(**shipped["config"]))
-    fresh = {key: w.clone() for key, w in task.net.state_dict().items()}
-    task.start_stage()
-    for key, w in task.net.state_dict().items():
-        part = towers.part_of(key)
-        parts[part] += 1
-        assert w.equal(fresh[key] if part in anew else shipped["ema"][key].float()), key
+    # Of every row, with its flags
+    ablation = cyclesync.ABLATIONS[name]
+    shipped = data.load_checkpoint(ablation["shipped"][0])
+    monkeypatch.setattr(train, "open_caches", lambda *_, **__: (dict(clips=[]), None))
+    for row in ablation["rows"]:
+        args = train.parse_args([*f"{ablation['flags']} {ablation['stage']} {row[2]}".split(),
+                                 "--init", inits[0]])
+        task = train.TwoTowers(args, torch.device("cpu"), nullcontext)
+        for key, w in task.net.state_dict().items():
+            part = towers.part_of(key)
+            parts[part] += 1
+            taken = key in shipped["ema"] and w.equal(shipped["ema"][key].float())
+            assert taken == (part not in anew), key
     assert anew < set(parts)
 
 
@@ -3004,7 +3005,7 @@ def test_ablations_with_other_autoencoders_have_other_folders(tmp_path):
         file.write_text(content)
     args = [cyclesync.arguments().parse_args(
         ["--ablate", "harmony", "--dtype", "float32", "--vae", str(file)]) for file in files]
-    one, two, three = (cyclesync.ablation_folder(a, 800, 2000) for a in args)
+    one, two, three = (cyclesync.ablation_folder(a, 800, 2000, None) for a in args)
     assert one == three != two
 
 
