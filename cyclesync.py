@@ -1892,8 +1892,8 @@ def ablate(args):
     learning = LEARNING if args.ablate == "harmony" else {}
     seeds = range(args.seed, args.seed + (1 if args.quick else 3))
     steps, training_clips = ablation_settings(ablation, args)
-    # Where towers are shipped, the minutes of --quick go into what the rows compare. They are not
-    # those of other autoencoders.
+    # --quick starts from shipped towers, so that its minutes go into what the rows compare. (With
+    # other autoencoders it trains towers: none are shipped for their latents.)
     shipped = ablation["shipped"] if args.quick and not (args.vae or args.audio_vae) else None
     root = ablation_folder(args, steps, training_clips, shipped)
     init = shipped_towers(*shipped, root) if shipped else []
@@ -1938,7 +1938,7 @@ def ablate(args):
 
 
 def ablation_settings(ablation, args):
-    """-> steps of a training, its clips; of `args` what is still open."""
+    """-> steps and clips of a training; sets what `args` leaves open: dtype, Euler steps, clips."""
     # Rows differ in what they are about alone: not in which dtype was timed as the faster one.
     args.dtype = "float32" if args.dtype == "auto" else args.dtype
     args.steps = args.steps or ablation["euler"]
