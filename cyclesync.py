@@ -1824,7 +1824,7 @@ ABLATIONS = dict(
     # no row is at the ceiling.
     syncphony=dict(
         flags="--task a2v", towers=(), stage="", paper="CycleSync",
-        quick=400, shipped=None, euler=6,
+        quick=300, shipped=None, euler=6,
         figures="f1_50 f1_100 cyclesync_set cyclesync_merged residual frechet_latent".split(),
         stress=("two sounds", "noise, 0 dB", "off-screen", "six events"),
         rows=[("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.),
@@ -2394,7 +2394,7 @@ def arguments():
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings (from "
                    "the shipped towers), at most 32 clips, 20 minutes on 2 cores")
     p.add_argument("--train-steps", type=number(int, 4), help="--ablate: default 800, with --quick "
-                   "400 (syncphony), 600 (syncflow), 200 (harmony)")
+                   "300 (syncphony), 600 (syncflow), 200 (harmony)")
     # checkpoints
     p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
                    "--data that is not the toybox the one of real clips")
