@@ -1840,7 +1840,7 @@ ABLATIONS = dict(
     # FAD on Greatest Hits, lower is better: table 4; figure 5 sweeps w.
     syncflow=dict(
         flags="--task t2av", towers=("--stage video",), stage="--stage audio", paper="FAD",
-        quick=600, shipped=(T2AV_FILE, "audio"), euler=25,
+        quick=550, shipped=(T2AV_FILE, "audio"), euler=25,
         figures="onsets_f1_50 onsets_f1_100 onsets_shuffled cyclesync_merged frechet_mels".split(),
         stress=(),
         rows=[("full, sound for video", "0.92", "", dict(cfg=1.), ""),
@@ -2394,7 +2394,7 @@ def arguments():
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings (from "
                    "the shipped towers), at most 32 clips, 20 minutes on 2 cores")
     p.add_argument("--train-steps", type=number(int, 4), help="--ablate: default 800, with --quick "
-                   "300 (syncphony), 600 (syncflow), 200 (harmony)")
+                   "300 (syncphony), 550 (syncflow), 200 (harmony)")
     # checkpoints
     p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
                    "--data that is not the toybox the one of real clips")

@@ -2832,7 +2832,7 @@ def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, c
     ran = []
     # Of another autoencoder no towers are shipped: --quick trains one.
     (tmp_path / "vae.pt").write_bytes(b"other")
-    root = tmp_path / f"ablation-syncflow-600-800-{zlib.crc32(b'other'):08x}"
+    root = tmp_path / f"ablation-syncflow-550-800-{zlib.crc32(b'other'):08x}"
 
     def run(args, folder, *_):
         ran.append(folder.name)
