@@ -1859,7 +1859,7 @@ ABLATIONS = dict(
     harmony=dict(
         flags="--task joint --batch-size 8", towers=("--stage video", "--stage audio"),
         stage="--stage joint", paper="Sync-C",
-        quick=200, shipped=(JOINT_FILE, "bridge"), euler=15,
+        quick=130, shipped=(JOINT_FILE, "bridge"), euler=15,
         figures="agreement_f1_50 agreement_shuffled a2v_f1_50 v2a_f1_50 residual".split(),
         stress=(),
         rows=[("none of it", "4.20", f"{NO_CTS} --no-rope-align --no-gldi", PLAIN, ""),
@@ -1896,13 +1896,13 @@ def ablate(args):
     # other autoencoders it trains towers: none are shipped for their latents.)
     shipped = ablation["shipped"] if args.quick and not (args.vae or args.audio_vae) else None
     root = ablation_folder(args, steps, training_clips, shipped)
-    init = shipped_towers(*shipped, root) if shipped else []
-    towers = () if shipped else towers
+    towers, init = ((), shipped_towers(*shipped, root)) if shipped else (towers, [])
     # Rows with the same flags share a training.
     variants = dict.fromkeys([*[row[2] for row in rows], *learning.values()])
     parts = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
-    # Learning curves need evaluations on the way.
-    every = dict.fromkeys(towers, steps) | {stage: steps // 4 if learning else steps}
+    # Curves need evaluations on the way; from trained towers the first would be kept as the best.
+    curves = learning and not args.quick
+    every = dict.fromkeys(towers, steps) | {stage: steps // 4 if curves else steps}
 
     def scored(seed, part, flags):
         return training_folder(root, part, flags, seed) / f"scores-{args.clips}-{args.steps}.json"
@@ -2394,7 +2394,7 @@ def arguments():
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings (from "
                    "the shipped towers), at most 32 clips, 20 minutes on 2 cores")
     p.add_argument("--train-steps", type=number(int, 4), help="--ablate: default 800, with --quick "
-                   "300 (syncphony), 550 (syncflow), 200 (harmony)")
+                   "300 (syncphony), 550 (syncflow), 130 (harmony)")
     # checkpoints
     p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
                    "--data that is not the toybox the one of real clips")
