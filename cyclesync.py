@@ -1859,7 +1859,7 @@ ABLATIONS = dict(
     harmony=dict(
         flags="--task joint --batch-size 8", towers=("--stage video", "--stage audio"),
         stage="--stage joint", paper="Sync-C",
-        quick=130, shipped=(JOINT_FILE, "bridge"), euler=15,
+        quick=110, shipped=(JOINT_FILE, "bridge"), euler=15,
         figures="agreement_f1_50 agreement_shuffled a2v_f1_50 v2a_f1_50 residual".split(),
         stress=(),
         rows=[("none of it", "4.20", f"{NO_CTS} --no-rope-align --no-gldi", PLAIN, ""),
@@ -2394,7 +2394,7 @@ def arguments():
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings (from "
                    "the shipped towers), at most 32 clips, 20 minutes on 2 cores")
     p.add_argument("--train-steps", type=number(int, 4), help="--ablate: default 800, with --quick "
-                   "300 (syncphony), 550 (syncflow), 130 (harmony)")
+                   "300 (syncphony), 550 (syncflow), 110 (harmony)")
     # checkpoints
     p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
                    "--data that is not the toybox the one of real clips")
