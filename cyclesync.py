@@ -1896,7 +1896,7 @@ def ablate(args):
     # other autoencoders it trains towers: none are shipped for their latents.)
     shipped = ablation["shipped"] if args.quick and not (args.vae or args.audio_vae) else None
     root = ablation_folder(args, steps, training_clips, shipped)
-    towers, init = ((), shipped_towers(*shipped, root)) if shipped else (towers, [])
+    towers, trained = ((), shipped_towers(*shipped, root)) if shipped else (towers, [])
     # Rows with the same flags share a training.
     variants = dict.fromkeys([*[row[2] for row in rows], *learning.values()])
     parts = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
@@ -1920,9 +1920,9 @@ def ablate(args):
             with data.locked(file.parent, wait=False) as lock:
                 # Else another process is at work on it, or on the tower.
                 if lock and not file.is_file() and (start is None or start.is_file()):
-                    tower = ["--init", start.parent / "best.pt"] if start else init
+                    init = ["--init", start.parent / "best.pt"] if start else trained
                     run_training(args, file.parent, lock, [
-                        *f"{ablation['flags']} {part} {flags}".split(), *tower, "--steps", steps,
+                        *f"{ablation['flags']} {part} {flags}".split(), *init, "--steps", steps,
                         "--clips", training_clips, "--sample-every", every[part]])
                     score_rows(file, part, flags, ablation, args)
         missing = [(seed, part) for seed, part in trainings if not scored(seed, *part).is_file()]

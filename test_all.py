@@ -2869,6 +2869,8 @@ def test_a_quick_ablation_starts_from_the_towers_of_the_shipped_file(
 
     def run(args, folder, lock, flags):
         inits.append(flags[flags.index("--init") + 1])
+        # Evaluated once: rows are scored by their last weights, not by the best on the way.
+        assert flags[flags.index("--sample-every") + 1] == flags[flags.index("--steps") + 1]
     monkeypatch.setattr(cyclesync, "run_training", run)
     monkeypatch.setattr(cyclesync, "score_rows", lambda file, *_: file.write_text("{}"))
     monkeypatch.setattr(cyclesync, "ablation_tables", lambda *_: cyclesync.Table({}))
