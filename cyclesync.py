@@ -228,7 +228,7 @@ class Table:
         value = row.get(name, NAN)
         if isinstance(value, str):
             return value
-        # One value per training seed, None where it is undefined.
+        # One value per training seed; nan where one of them is undefined
         if isinstance(value, list):
             values = np.array(value, float)
             deviation = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
@@ -248,14 +248,23 @@ class Table:
 
     def finish(self, path=None):
         """Write the CSV to `path`; print the JSON of all rows as the last line."""
-        if path:
-            # Columns are all keys of all records; a record has nothing in those of the others.
-            with replacing(path) as part, open(part, "w", newline="") as f:
-                writer = csv.DictWriter(f, dict.fromkeys(chain.from_iterable(self.records)))
-                writer.writeheader()
-                writer.writerows(map(to_json, self.records))
-            print(f"every clip: {path}")
-        print(json.dumps(to_json(self.result)))
+        try:
+            if path:
+                self.write_records(path)
+        finally:
+            # Also where the disk is full: the rows may have taken hours.
+            print(json.dumps(to_json(self.result)))
+
+    def write_records(self, path):
+        # Columns are all keys of all records; a record has nothing in those of the others.
+        columns = dict.fromkeys(chain.from_iterable(self.records))
+        # Names of files may hold bytes that are not UTF-8, which are written as \udcff.
+        with replacing(path) as part, open(part, "w", newline="", encoding="utf-8",
+                                           errors="backslashreplace") as f:
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            writer.writerows(map(to_json, self.records))
+        print(f"every clip: {path}")
 
 
 # ---------------------------------------------------------------------- events of the toybox
@@ -490,19 +499,22 @@ def motion_records(videos, clips, reconstructed):
 
 def sliding_correlation(curve, fps, times, strength):
     """Cross-correlation of a curve of `motion_energy` with the `strength` of a sound at `times`,
-    for every shift within 0.5 s: both are normalised by mean and deviation of the whole curve; the
-    mean of their product over the overlap (so it may exceed 1) -> how much later the picture is, in
-    steps of 10 ms; the correlations, 0 where one of the curves is constant."""
+    for every shift within 0.5 s -> how much later the picture is, in steps of 10 ms (n,); the
+    correlations (n,), 0 where one of the curves is constant. Both are normalised by mean and
+    deviation of the whole curve, so that the mean of their product over the overlap may exceed 1.
+    """
     # Both on one grid of 10 ms. The change from frame k to k + 1 is visible when k + 1 is.
     t = np.arange(0, (len(curve) + 1) / fps, .01)
     m = np.interp(t, (np.arange(len(curve)) + 1) / fps, curve)
     s = np.interp(t, times, strength)
     m = (m - m.mean()) / max(m.std(), 1e-6)
     s = (s - s.mean()) / max(s.std(), 1e-6)
-    shifts = np.arange(1 - len(t), len(t))
-    match = np.correlate(m, s, "full") / (len(t) - np.abs(shifts))
-    allowed = np.abs(shifts) <= min(50, len(t) // 2)
-    return shifts[allowed], match[allowed]
+    most = min(50, len(t) // 2)
+    shifts = np.arange(-most, most + 1)
+    # Over the overlap: the picture from k on and the sound from 0 on, or the other way round.
+    n = len(t)
+    match = [(m[max(0, k):n + min(0, k)] * s[max(0, -k):n - max(0, k)]).mean() for k in shifts]
+    return shifts, np.array(match)
 
 
 def sound_agreement(curve, fps, rise):
@@ -573,7 +585,9 @@ def v2a_from_checkpoint(path, args, clips):
     begin 50 ms late. Its noise is the clip's own, and the same for every video of a clip: rows stay
     paired, and --draws averages over it."""
     device, _ = pick_device(args.device)
-    system = load(path, device, args.vae, args.audio_vae, task="t2av or joint")
+    # Beside --ckpt, --vae is that of --ckpt; this file's is found by its fingerprint.
+    vae = None if args.ckpt else args.vae
+    system = load(path, device, vae, args.audio_vae, task="t2av or joint")
     autocast, _ = autocast_for(system, args.dtype, device)
     settings = recommended(system.checkpoint)
 
@@ -685,10 +699,11 @@ def torchscript_features(what, path, videos, sounds):
         net = torch.jit.load(path, map_location="cpu").eval()
         with torch.no_grad():
             rows = [features(net, *pair) for pair in zip(videos, sounds)]
-    except (RuntimeError, ValueError, OSError) as error:
+        return np.concatenate([y.reshape(-1, y.shape[-1]).float().numpy() for y in rows])
+    # AttributeError: what it returns is no tensor
+    except (RuntimeError, ValueError, OSError, AttributeError) as error:
         last = (str(error).strip().splitlines() or ["no reason given"])[-1]
         raise BadInput(f"--{what} {path}: no TorchScript file for these inputs ({last})") from None
-    return np.concatenate([y.reshape(-1, y.shape[-1]).float().numpy() for y in rows])
 
 
 # ---------------------------------------------------------------------- pictures
@@ -932,7 +947,10 @@ def open_scorer(path, args):
 
 def evaluate(args):
     """The table of a checkpoint: true clips, reconstructed ones, all that it generates."""
-    if data.load_checkpoint(args.ckpt)["task"] == "vae":
+    task = data.load_checkpoint(args.ckpt)["task"]
+    tables = dict(a2v="a table of a2v", vae="a table of a VAE")
+    check_flags(args, tables.get(task, "a table of two towers"))
+    if task == "vae":
         return score_vae(args)
     scorer = open_scorer(args.ckpt, args)
     size = "x".join(map(str, data.sides(scorer.size)))
@@ -1041,6 +1059,8 @@ class AudioToVideo(Scorer):
         self.encoders = external_encoders(self.model, args, self.captions, self.device)
         self.v2a, v2a_name = v2a_models(args, self.clips)
         self.networks = {what: getattr(args, what) for what in NETWORKS if getattr(args, what)}
+        for what, file in self.networks.items():
+            data.check_file(file, f"TorchScript file for --{what}")
         if args.fad and not self.v2a[0]:
             raise BadInput(f"--fad {args.fad}: measures sounds generated for the videos; give a "
                            "video-to-audio model by --v2a-cmd")
@@ -2025,11 +2045,8 @@ def ablation_tables(ablation, scores, seeds):
         row = differences[title, reference] = dict(interval={}, seeds={})
         for key, of_seeds in values[title].items():
             row["seeds"][key] = np.subtract(of_seeds, values[reference][key]).tolist()
-            gain = gain_over_seeds(scores[title], scores[reference], key)
-            # A distance belongs to no clip: its differences are shown as mean ± deviation.
-            row[key] = row["seeds"][key]
-            if gain:
-                row[key], *row["interval"][key] = gain
+            row[key], *row["interval"][key] = gain_over_seeds(
+                scores[title], scores[reference], key)
 
     def add_differences(columns):
         table.head({key: key for key in columns})
@@ -2050,23 +2067,30 @@ def ablation_tables(ablation, scores, seeds):
     return table
 
 
-# Of means of two and three independent values: 95 % of them are within so many standard errors.
-STUDENT = {2: 12.71, 3: 4.303}
+# 97.5 % quantile of Student's t for three values (two degrees of freedom): 95 % of such means are
+# within so many standard errors of the true one.
+STUDENT = 4.303
 
 
 def gain_over_seeds(rows, others, key):
     """Two rows' scores for every training seed -> the mean over seeds of what the first has more in
-    `key`, low, high (95 %); None where no clip has it.
+    `key`, low, high (95 %); nan where a seed has no value. Of one seed the interval is over clips,
+    and a distance, which belongs to no clip, has none.
 
-    Every seed has its own training and its own clips, so its gain is independent of the others' and
-    varies with both. (A bootstrap of three seeds shows 2/3 of their variance: its intervals cover
-    75 % where seeds differ five times as much as the error over clips, these 94 %.)"""
-    gains = [paired(row["records"], other["records"], key) for row, other in zip(rows, others)]
-    gains = [gain for gain in gains if math.isfinite(gain[0])]
-    if len(gains) < 2:
-        return interval(gains[0]) if gains else None
+    Every seed has its own training and its own clips, so gains of different seeds are independent,
+    but for noise of sampling that they share with other clips. (A bootstrap of three seeds shows
+    2/3 of their variance: its intervals cover 75 % where seeds differ five times as much as the
+    error over clips, these 94 %.)"""
+    if key in rows[0]["figures"]:
+        gains = [[row["figures"][key] - other["figures"][key], NAN]
+                 for row, other in zip(rows, others)]
+    else:
+        gains = [paired(row["records"], other["records"], key)
+                 for row, other in zip(rows, others)]
+    if len(gains) == 1:
+        return interval(gains[0])
     of_seeds = np.array([gain[0] for gain in gains])
-    half = STUDENT[len(of_seeds)] * of_seeds.std(ddof=1) / math.sqrt(len(of_seeds))
+    half = STUDENT * of_seeds.std(ddof=1) / math.sqrt(len(of_seeds))
     return [of_seeds.mean(), of_seeds.mean() - half, of_seeds.mean() + half]
 
 
@@ -2133,7 +2157,7 @@ def find_files(flag, folder, suffixes):
     if not os.path.isdir(folder):
         raise BadInput(f"{flag} {folder}: no such folder; give two folders with the same file "
                        "names in them")
-    files = [p for p in sorted(Path(folder).rglob("[!.]*")) if p.is_file()]
+    files = [p for p in data.files_below(folder) if p.is_file()]
     found = {}
     for path in files:
         if path.suffix.lower() in suffixes:
@@ -2203,13 +2227,15 @@ def measure_videos(videos, sounds, clips, tolerance):
     """What is known of videos, and of the sounds to measure them with -> records of MEASURES."""
     records = []
     for video, sound, clip in zip(videos, sounds, clips):
-        curve = video["curve"]
         fps = video["fps"]
-        # Another video's sound may be longer than this one.
-        end = (len(curve) + 1) / fps
-        hits = sound["hits"][sound["hits"] < end]
-        found = sound["onsets"][sound["onsets"] < end]
-        record, = sync_records([found], [video], [clip], tolerance)
+        # Another video's sound may be longer or shorter: what both have is compared.
+        end = min((len(video["curve"]) + 1) / fps, len(sound["rise"]) / 100)
+        curve = video["curve"][:max(3, round(end * fps) - 1)]
+        hits, found, *known = (
+            times if times is None else np.array(times)[np.array(times) < end]
+            for times in (sound["hits"], sound["onsets"], video["onsets"], video["peaks"]))
+        both = video | dict(zip(("onsets", "peaks"), known))
+        record, = sync_records([found], [both], [clip], tolerance)
         late, confidence = lag(curve, fps, sound["strength"])
         matched, total = hit_agreement(hits, curve, fps)
         record |= dict(sound_agreement=sound_agreement(curve, fps, sound["rise"]),
@@ -2430,40 +2456,60 @@ def arguments():
     return p
 
 
-# Flags that would have no effect on a command. (An ablation is scored on the toybox, and files of
-# stored scores are named by their settings.)
-NOT_READ = dict(
-    ablate="ckpt data draws tolerance resolution v2a_ckpt v2a_cmd fvd fid fad",
-    steps_study="steps tolerance v2a_ckpt v2a_cmd", guidance_study="v2a_ckpt v2a_cmd fvd fid fad",
-    stress="tolerance v2a_ckpt v2a_cmd fvd fid fad",
-    negatives="tolerance v2a_ckpt v2a_cmd fvd fid fad",
-    shift_study="ckpt steps draws fvd fid fad")
+# The flags that each command reads. Others would have no effect. (An ablation is scored on the
+# toybox, and its stored scores are named by their settings.)
+EVERYWHERE = "device dtype data_root out"
+SAMPLES = "ckpt vae pretrained hubert data clips draws resolution steps seed"
+V2A = "tolerance v2a_ckpt v2a_cmd v2a_seconds audio_vae"
+READ = {
+    "a table of a2v": f"{SAMPLES} {V2A} fvd fid fad",
+    "a table of two towers": f"{SAMPLES} audio_vae tolerance",
+    "a table of a VAE": "ckpt data clips resolution seed",
+    "clip": "",
+    "pairs": "tolerance",
+    "pairs_of_videos": f"{V2A} vae",
+    "steps_study": f"{SAMPLES} audio_vae".replace(" steps", ""),
+    "guidance_study": f"{SAMPLES} audio_vae",
+    "stress": SAMPLES,
+    "negatives": SAMPLES,
+    "shift_study": f"{V2A} vae data clips resolution seed",
+    "skip_blocks": "audio image ckpt vae pretrained hubert steps seed",
+    "ablate": "quick train_steps vae audio_vae clips steps seed"}
 
 
-def check_flags(args):
-    """Refuse what would have no effect."""
-    for name, command in dict(quick="ablate", train_steps="ablate", audio="skip_blocks",
-                              image="skip_blocks").items():
-        if getattr(args, name) and not getattr(args, command):
-            raise BadInput(f"--{name} is read by --{command} alone; give that too, or leave it out"
-                           .replace("_", "-"))
-    for command, names in NOT_READ.items():
-        for name in names.split():
-            if getattr(args, command) and getattr(args, name) != arguments().get_default(name):
-                raise BadInput(f"--{name} is not read by --{command}; leave it out"
-                               .replace("_", "-"))
+def check_flags(args, command):
+    """Refuse flags that a command of READ does not read."""
+    def flag(name):
+        if name == "clip":
+            return "a single video"
+        return name if " " in name else f"--{name}".replace("_", "-")
+
+    read = {command, *EVERYWHERE.split(), *READ[command].split()}
+    defaults = vars(arguments().parse_args([]))
+    for name, value in vars(args).items():
+        if value != defaults[name] and name not in read:
+            others = [flag(other) for other, names in READ.items() if name in names.split()]
+            raise BadInput(f"{flag(name)} is not read by {flag(command)}, but by "
+                           f"{', '.join(others)}; leave it out")
+    if args.v2a_cmd and args.v2a_ckpt:
+        raise BadInput("--v2a-cmd and --v2a-ckpt: both are the f of CycleSync; give one of them")
+    if args.v2a_seconds and not args.v2a_cmd:
+        raise BadInput("--v2a-seconds is the shortest video of --v2a-cmd; give that, too")
 
 
 def main():
     args = arguments().parse_args()
-    check_flags(args)
-    args.ckpt = args.ckpt or str(A2V_FILE if args.data == "toybox" else REAL_A2V_FILE)
     commands = dict(clip=score_clip, pairs=score_pairs, pairs_of_videos=score_videos,
                     skip_blocks=skip_block_study, steps_study=steps_study,
                     guidance_study=guidance_study, stress=stress,
                     negatives=negatives, shift_study=shift_study, ablate=ablate)
-    chosen = [command for name, command in commands.items() if getattr(args, name)]
-    command, = chosen or [evaluate]
+    # One at most, since argparse refuses two; without any the table of --ckpt, whose flags are
+    # checked again when its task is known.
+    chosen = [name for name in commands if getattr(args, name)]
+    check_flags(args, *chosen or ["a table of a2v"])
+    command = commands[chosen[0]] if chosen else evaluate
+    if command not in (score_videos, shift_study):
+        args.ckpt = args.ckpt or str(A2V_FILE if args.data == "toybox" else REAL_A2V_FILE)
     command(args)
 
 

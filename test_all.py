@@ -2079,7 +2079,7 @@ def test_a_two_tower_judge_reads_the_text_of_each_clip_and_has_noise_of_its_own(
     monkeypatch.setattr(cyclesync, "autocast_for", lambda *_: (None, ""))
     monkeypatch.setattr(cyclesync, "video_to_audio", lambda *a, speech, **_: calls.append(
         (a[4], speech, a[6])))
-    args = SimpleNamespace(device="cpu", dtype="auto", vae=None, audio_vae=None)
+    args = SimpleNamespace(device="cpu", dtype="auto", ckpt=None, vae=None, audio_vae=None)
     models = cyclesync.v2a_from_checkpoint(
         "", args, [dict(caption="a mouth", speech="o"), dict(caption="a lamp"), None])
     for f_v2a in 2 * models:
@@ -2575,13 +2575,31 @@ def test_a_video_that_is_always_late_has_no_confidence_of_a_lag_under_a_tenth():
         assert found or record["lag_confidence"] == 0
 
 
-def test_what_sounds_after_the_end_of_a_video_is_not_missed():
-    """The chance of pairs of unequal length: an onset at 2.5 s says nothing of a video of 2 s."""
-    video, _ = video_of([.5, 1.25])
-    _, long = video_of([.5, 1.25, 2.5], frames=73)
-    video["onsets"] = [t for t in long["onsets"] if t < 2]
-    record, = cyclesync.measure_videos([video], [long], [dict(name="a", kind="")], .05)
+@pytest.mark.parametrize("longer", ["sound", "video"])
+def test_what_one_of_video_and_sound_alone_can_hold_is_not_missed(longer):
+    """The chance of pairs of unequal length: an onset at 2.5 s says nothing of a video of 2 s, and
+    motion at 2.5 s nothing of a sound of 2 s."""
+    brief, long = video_of([.5, 1.25]), video_of([.5, 1.25, 2.5], frames=73)
+    video, sound = (long[0], brief[1]) if longer == "video" else (brief[0], long[1])
+    # As f would hear it in the video
+    known = long[1]["onsets"]
+    video["onsets"] = known if longer == "video" else known[known < 2]
+    record, = cyclesync.measure_videos([video], [sound], [dict(name="a", kind="")], .05)
     assert record["hits"] == 1 == record["cyclesync_merged"]
+
+
+def test_the_table_is_printed_where_its_csv_cannot_be_written(tmp_path, capsys):
+    """Rows may have taken hours. Names that are not UTF-8 are written."""
+    table = cyclesync.Table(dict(x="x"))
+    table.add("row", "row", [dict(clip=os.fsdecode(b"\xff.mp4"), x=1.)])
+    table.finish(tmp_path / "clips.csv")
+    assert (tmp_path / "clips.csv").read_text() == "row,clip,x\nrow,\\udcff.mp4,1.0\n"
+    capsys.readouterr()
+
+    (tmp_path / "folder").write_text("a file in its place")
+    with pytest.raises(OSError):
+        table.finish(tmp_path / "folder/clips.csv")
+    assert last_json(capsys)["row"]["x"] == 1
 
 
 def test_a_frozen_video_loses_its_pair(tmp_path):
@@ -2810,9 +2828,10 @@ def test_differences_of_an_ablation_are_paired_by_seed_and_clip():
     not. Of a clip that one row lacks nothing is compared. The interval is Student's t over seeds;
     of one seed it is over clips."""
     rng = np.random.default_rng(0)
-    rows = [dict(records=[dict(f1=10. * seed + x) for x in rng.normal(size=20)])
-            for seed in range(3)]
-    better = [dict(records=[dict(f1=r["f1"] + .1) for r in row["records"]]) for row in rows]
+    rows = [dict(records=[dict(f1=10. * seed + x) for x in rng.normal(size=20)],
+                 figures=dict(distance=1. * seed)) for seed in range(3)]
+    better = [dict(records=[dict(f1=r["f1"] + .1) for r in row["records"]],
+                   figures=dict(distance=w)) for row, w in zip(rows, (.1, 1.1, 2.7))]
     del better[0]["records"][3]["f1"]
     gain = cyclesync.gain_over_seeds(better, rows, "f1")
     assert_close("the same difference everywhere", gain, [.1, .1, .1], 1e-9)
@@ -2823,7 +2842,14 @@ def test_differences_of_an_ablation_are_paired_by_seed_and_clip():
     assert_close("one seed differs", gain, [.3, .3 - 4.303 * .2, .3 + 4.303 * .2], 1e-6)
     gain = cyclesync.gain_over_seeds(better[2:], rows[2:], "f1")
     assert_close("one seed", gain, [.7, .7, .7], 1e-9)
-    assert cyclesync.gain_over_seeds(better, rows, "f1_50") is None
+    # A distance belongs to no clip: of several seeds the same interval, of one none.
+    gain = cyclesync.gain_over_seeds(better, rows, "distance")
+    assert_close("distance", gain, [.3, .3 - 4.303 * .2, .3 + 4.303 * .2], 1e-6)
+    value, low, high = cyclesync.gain_over_seeds(better[2:], rows[2:], "distance")
+    assert value == pytest.approx(.7) and math.isnan(low) and math.isnan(high)
+    # Without a value in one seed the seeds say nothing together.
+    del better[0]["records"][:]
+    assert np.isnan(cyclesync.gain_over_seeds(better, rows, "f1")).all()
 
 
 def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, capsys):
@@ -2924,9 +2950,15 @@ def test_an_ablation_refuses_what_its_stored_scores_are_not_named_by(
                                  ("negatives", "fvd", "x.pt"), ("shift-study", "draws", 2)):
         assert cli(cyclesync, f"--{command}", f"--{flag}", value, "--out", tmp_path) == 2
         assert f"error: --{flag} is not read by --{command}" in capsys.readouterr().err
+    for ckpt, flag in ((sample.T2AV_FILE, "fad"), (sample.VAE_FILE, "tolerance")):
+        assert cli(cyclesync, "--ckpt", ckpt, f"--{flag}", 2, "--out", tmp_path) == 2
+        assert f"error: --{flag} is not read by a table of" in capsys.readouterr().err
+    assert cli(cyclesync, "--v2a-cmd", "x", "--v2a-ckpt", "y", "--out", tmp_path) == 2
+    assert "both are the f of CycleSync" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert cli(cyclesync, "--train-steps", 9, "--out", tmp_path) == 2
-    assert "error: --train-steps is read by --ablate alone" in capsys.readouterr().err
+    assert "error: --train-steps is not read by a table of a2v, but by --ablate; leave it out" in (
+        capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("number, group", [
@@ -7332,7 +7364,7 @@ def test_the_shipped_video_vae_draws_motion_in_appearances_its_latents_do_not_ho
 @slow
 def test_a_shipped_two_tower_model_serves_as_the_video_to_audio_model_of_cyclesync():
     """Syncphony section 4: f makes a sound of the video's length from its frames alone."""
-    args = SimpleNamespace(device="cpu", dtype="auto", vae=None, audio_vae=None)
+    args = SimpleNamespace(device="cpu", dtype="auto", ckpt=None, vae=None, audio_vae=None)
 
     f_v2a, = cyclesync.v2a_from_checkpoint(sample.T2AV_FILE, args, [None])
     wave, rate = f_v2a(np.zeros((25, 96, 128, 3), np.uint8), 24)
