@@ -271,7 +271,8 @@ class Table:
 
 def match_events(a, b, tolerance):
     """Times a (n,) and b (m,), paired one to one within `tolerance` seconds, closest first
-    -> the lags b - a of the pairs."""
+    -> the lags b - a of the pairs. (Where times are denser than the tolerance this may find fewer
+    pairs than a maximum matching, such as mir_eval's. Events of the toybox are not.)"""
     lags = np.asarray(b)[None] - np.asarray(a)[:, None]                      # (n, m)
     distance = np.abs(lags)
     paired = []
@@ -336,7 +337,8 @@ def onsets(wave, rate):
 
 def onset_rise(wave):
     """How much louder a sound (16 kHz) becomes -> (100 Hz,), in tens of dB."""
-    energy = 1.6 * data.log_mel(wave)                                    # (100 Hz, bands), log10
+    # In tens of dB: a log-mel is log10 of the energy over 1.6, and a constant.
+    energy = 1.6 * data.log_mel(wave)                                    # (100 Hz, bands)
     # What is 50 dB below the loudest moment is taken as silence.
     energy = np.maximum(energy, energy.max() - 5)
     # The rise over 30 ms in every band, falls not counted, averaged over the bands: noise and hums
@@ -405,9 +407,12 @@ def flow_peaks(curve, fps):
 
 # ---------------------------------------------------------------------- motion of any video
 
-# Constants by 402 windows of 49 frames, 251 of them The Greatest Hits'. How much better the curve
-# agrees with the sound of these than with another clip's, over its standard error: 6.4 for 64 x 64
-# cells, 9.6 for 8 x 8, whose means leave texture out; 11.5 for 4 x 4, but these lose mouths.
+# Constants were chosen on 402 windows of 49 frames, 251 of them from The Greatest Hits.
+#
+# Pictures are averaged over 8 x 8 cells before differences are taken: the means leave texture out.
+# Agreement of the curve with the own sound minus that with another clip's, over its standard error,
+# for windows of The Greatest Hits:
+#     64 x 64 cells  6.4        8 x 8  9.6        4 x 4  11.5, but mouths are lost
 CELLS = 8
 # Of 255, what changes less is noise: coded by H.264 at CRF 23, curves keep a correlation of 0.998
 # with themselves, without this 0.983.
@@ -417,12 +422,13 @@ DEAD_ZONE = 1.
 # one by 0.68 without this, by 0.94 with it. Hits are found as well as without.
 SMOOTHING = np.array([1, 4, 6, 4, 1]) / 16
 STILL = 1e-3                    # deviation of a curve in which nothing moves; the median is 0.8
-# Largest shift, in steps of 10 ms. Share of 2 s windows of true hits that agree better with their
-# own sound than with it moved by
-#                     0.1 s   0.2 s   0.5 s
-#     slack 40 ms      62 %    76 %    74 %    but it beats other clips' sounds less often
-#     slack 100 ms     63 %    73 %    73 %
-#     slack 150 ms     56 %    66 %    73 %
+# `sound_agreement` takes the best shift up to this, in steps of 10 ms. Share of 2 s windows of true
+# hits that agree better with their own sound than with the same sound shifted by
+#                       0.1 s   0.2 s   0.5 s
+#     up to  40 ms       62 %    76 %    74 %
+#     up to 100 ms       63 %    73 %    73 %
+#     up to 150 ms       56 %    66 %    73 %
+# With 40 ms the own sound agrees better than another clip's less often than with 100 ms.
 SLACK = 10
 # Least confidence of a lag with a single answer: a steady rhythm, which has several, is under it.
 CLEAR = 3
@@ -439,7 +445,7 @@ def motion_energy(frames, fps=FPS):
              for piece in np.array_split(frames, math.ceil(len(frames) / 64))]
     change = torch.cat(cells).diff(dim=0).abs()                              # (F - 1, 3, 8, 8)
     curve = (change - DEAD_ZONE).clamp(min=0).mean((1, 2, 3)).numpy()
-    # At a low rate this frame would be longer than what it is to smooth.
+    # At 12 fps or less a frame lasts 83 ms or more: smoothing would blur single motions.
     if fps <= FPS / 2:
         return curve
     return np.convolve(np.pad(curve, 2, "edge"), SMOOTHING, "valid")
@@ -555,9 +561,15 @@ def median_lag(records):
 # Each is a function f(frames, fps) -> waveform (samples,), rate.
 
 def oracle(clip):
-    """The best possible f for videos of a toybox clip's scene. Noise and room are the true sound's,
-    whose onsets agree for any video: merged, 36 true videos have .96, videos in which nothing moves
-    .29 (in another room .66 and .15), sounds of other clips .13."""
+    """The best possible f for videos of a toybox clip's scene.
+
+    Noise and room are those of the true sound, and onsets in the noise agree whatever the video
+    shows. So a video in which nothing moves is above chance. Merged CycleSync over 36 clips:
+
+                                true videos   still videos   other clips' sounds
+        the true noise and room     .96           .29               .13
+        another room                .66           .15
+    """
     def f_v2a(frames, fps):
         # The events in the picture ...
         lead = clip.get("audio_lead", 0.)
@@ -759,13 +771,14 @@ def picture_record(video, truth):
 # ---------------------------------------------------------------------- clips and videos
 
 def held_out_clips(args, size, audio_lead=0.):
-    """The clips of the protocol: toybox clips that no training draws, or windows of a dataset's
-    test clips, three of each, more where there are too few clips. Steps and guidance are chosen on
-    others than the tables are made of: --steps-study and --guidance-study take toybox clips of
-    another seed, and of a dataset --steps-study takes training clips, which the network knows: an
-    optimistic choice (--guidance-study knows none).
-    Each sound begins `audio_lead` seconds before its picture, so that it can be delayed without a
-    gap."""
+    """The clips that are scored. Toybox: seeds that no training draws. Datasets: test clips in
+    random order, three windows of each, more where there are few clips.
+
+    Settings are not chosen on the clips of the tables: --steps-study and --guidance-study take
+    toybox clips of another seed; of a dataset --steps-study takes training clips, which the network
+    knows, so its choice is optimistic. (--guidance-study is for the toybox alone.)
+    audio_lead: seconds of sound before the first frame, so that it can be delayed without a gap.
+    """
     if args.data == "toybox":
         data.only_square(size)
         seed = args.seed + STUDY_SEED * (args.steps_study or args.guidance_study)
@@ -1351,9 +1364,9 @@ def other_variations(clips, n=9):
 
 
 def timbre_records(waves, takes, clips):
-    """-> records of `closer`: the share of the other clips of its kind whose material (the mean of
-    that clip's `takes`) is less close in timbre to a sound than its own clip's material is. Chance
-    is 0.5; true sounds have 0.95, since some materials of a kind are alike."""
+    """-> records of `closer`: over all other clips of the same kind, how often a sound's timbre is
+    nearer to its own clip's material than to that clip's. A material's timbre is the mean of its
+    `takes`. Chance is 0.5; true sounds have 0.95, since some materials of a kind are alike."""
     # One timbre per material.
     voices = [np.mean([timbre(t) for t in some], 0) for some in takes]   # (64,) each
     eventful = [i for i, c in enumerate(clips) if len(c["events"])]
@@ -1387,8 +1400,9 @@ def add_timbre(table, towers):
 
 
 def map_records(maps, clips):
-    """Harmony's figures 3 and 5 in numbers: how much more than elsewhere (1) the audio attends,
-    while something sounds, to the places where the thing can move, and SyncCFG pulls there."""
+    """Harmony's figures 3 and 5 in numbers, for two maps: the attention of the audio while
+    something sounds, and the difference that SyncCFG adds. -> records: the mean of the map where
+    the thing can move, over its mean in the whole picture; 1 = no preference."""
     attention = torch.cat([m["attention"] for m in maps]).sum(2)             # (B, S, h, w)
     # Without a guided step, as in one step from noise, there are none.
     pulls = [m["sync_pull"].mean(1) for m in maps if "sync_pull" in m]       # (B, h, w) each
@@ -1458,10 +1472,12 @@ FARTHEST = 1.25
 
 
 def compare_steps(row, reference, deciding=DECIDING):
-    """Records and figures of two rows of the same clips -> what the first has more than the other
-    in the figure whose interval reaches lowest: `gain`, value and interval as text; `least_gain`,
-    its lower end, -inf where there is no interval; `frechet_ratio`, the largest of its distances
-    over those of the other."""
+    """Records and figures of two rows of the same clips -> is the first as good?
+
+    Of every figure in `deciding` the paired difference (positive = better) is taken; the one whose
+    95 % interval reaches lowest decides. `gain`: that difference and its interval, as text.
+    `least_gain`: the lower end, -inf where one clip gives no interval. `frechet_ratio`: the largest
+    ratio of a Frechet distance of the first row to that of the other."""
     gains = []
     for figure, sign in deciding.items():
         value, low, high = interval(sign * paired(row[0], reference[0], figure))
@@ -1666,12 +1682,14 @@ def stress(args):
 #     silent: 0                               zero: 0                         skipped
 #
 # Zeros stand where Hallo and LatentSync put them: behind the encoder, before the keys and values,
-# of which the biases are left. So the layers add a constant. RMS of what the values of an audio
-# step add, over that of true sounds, in the layers of weights/a2v-toybox.pt and a2v-real.pt: zeros
-# 0.06-0.15, silence 0.3-0.9. A text encoder that gives all captions the same states (that of
-# a2v-real.pt; its clips have one caption) makes the last row the first one. Equal w is not an
-# equal chance: the network was trained to skip its audio layers (a tenth of the steps) and without
-# captions (a tenth), it knows silence (8 % of the clips), and it has never met zeros.
+# of which the biases are left. So the audio layers add a constant.
+#
+# How much the layers add, as RMS of the values over that for true sounds (weights/a2v-toybox.pt and
+# a2v-real.pt): for zeros 0.06-0.15, for silence 0.3-0.9.
+#
+# Equal w is not equal strength. Training skipped the audio layers in a tenth of the steps and the
+# captions in a tenth; silence is 8 % of its clips; zeros never occurred. With a2v-real.pt, whose
+# clips share one caption, the last row equals the first.
 NEGATIVES = dict(none=("no guidance", "1, 1"),
                  skipped=("audio layers skipped", "1, 2"),      # Syncphony's Audio Sync Guidance
                  # (these two could share the double blocks, "1, 2": their seconds are upper bounds)

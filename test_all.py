@@ -5973,6 +5973,11 @@ def test_sigterm_while_a_run_prepares_is_one_line_and_handlers_end_with_their_st
         ["settings.json"] and not (tmp_path / "b").exists()
 
 
+def test_a_line_of_the_log_leaves_out_what_is_not_trained():
+    """In stage video there is no loss of the audio."""
+    assert train.as_text(dict(video=.5, audio=math.nan), ".2f") == "video 0.50"
+
+
 @slow
 def test_a_resumed_run_has_the_log_of_one_that_was_not_stopped(runs, tmp_path, monkeypatch):
     """Rows beyond last.pt and half a row are dropped; a report that is being averaged goes on. An

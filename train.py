@@ -1399,6 +1399,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def as_text(figures, form):
+    """{name: value} -> one line, without what is nan: a stream that is not trained."""
+    return "  ".join(f"{k} {v:{form}}" for k, v in figures.items() if not math.isnan(v))
+
+
 def log_row(path, **row):
     """Append a row to a CSV file, which starts with the names of the columns."""
     if rank() > 0:
@@ -1621,9 +1626,8 @@ class Run:
         waiting = self.waited / (self.seconds - self.logged)
         left = each * (self.args.steps - self.step) / 60
         log_rank0(f"step {self.step}/{self.args.steps}  loss {loss:.4f}  "
-                  + "  ".join(f"{k} {v:.4g}" for k, v in report.items())
-                  + f"  gnorm {norm:.2f}  lr {lr:.1e}  {1000 * each:.0f} ms  "
-                  f"{100 * waiting:.0f} % waiting for data  "
+                  f"{as_text(report, '.4g')}  gnorm {norm:.2f}  lr {lr:.1e}  "
+                  f"{1000 * each:.0f} ms  {100 * waiting:.0f} % waiting for data  "
                   f"{self.flops / each / 1e9:.0f} GFLOP/s  {peak_memory(self.device):.1f} GB  "
                   f"{left:.0f} min left")
         log_row(self.out / "log.csv", step=self.step, seconds=round(self.seconds, 1), loss=loss,
@@ -1644,7 +1648,7 @@ class Run:
                 evaluation = self.task.evaluate(clips)
             self.net.train()
             score = same_everywhere(evaluation.score)
-            figures = "  ".join(f"{k} {v:.3f}" for k, v in evaluation.figures.items())
+            figures = as_text(evaluation.figures, ".3f")
             log_rank0(f"  evaluation at step {self.step}, {len(clips)} held-out clips: {figures}")
             log_row(self.out / "scores.csv", step=self.step, **evaluation.figures)
             if rank() == 0 and len(evaluation.videos):
