@@ -263,10 +263,7 @@ def syncflow_loss(model, z_v, z_a, text_inputs, generators, stage="joint", ot=Fa
     absent = z_v.new_full((), torch.nan)
     error_v = absent if v_v is None else mean_error(v_v, z_v, eps_v)
     error_a = absent if v_a is None else mean_error(v_a, z_a, eps_a)
-    if stage == "joint" and v_v is not None:
-        loss = error_v + error_a
-    else:
-        loss = error_v if stage == "video" else error_a
+    loss = dict(video=error_v, audio=error_a, joint=error_v + error_a)[stage]
     return loss, torch.stack([error_v, error_a]).detach()
 
 
@@ -301,14 +298,14 @@ def harmony_loss(model, z_v, z_a, text_inputs, transcripts, generators, ref=None
         audio-driven    noisy            clean            video        lambda_v = .1
         video-driven    clean            noisy            audio        lambda_a = .3
 
-    noisy: at the clip's sigma, but 0 for a given latent 0; clean: at 0. Without driven tasks it is
-    eq. 1. lambda_v weighs the AUDIO-driven loss, which trains the video. Beside a clean stream the
-    correspondence shows from the first step, between two noisy ones late in training (figure 3).
+    noisy: at the clip's sigma, a given first frame at 0; clean: at 0. With lambda_v = lambda_a = 0
+    this is eq. 1. lambda_v and lambda_a name the stream that is TRAINED. Beside a clean stream the
+    correspondence is learned from the first steps, between two noisy ones only late (figure 3).
 
     z_v (B, C, L, h, w), z_a (B, A, S); text_inputs, transcripts as `DualTower.encode_audio_text`
     takes them; ref (B, A, R), mask (B, R): clean references of the timbre. Stages 'video', 'audio',
     'timbre' train one stream; the last two differ in where train.py takes references from. shift:
-    5, the paper's. p_first_frame: share of clips whose latent 0 is given (clean, no loss), ours."""
+    the paper's. p_first_frame: share of clips whose latent 0 is given; the paper has none."""
     # One noise and one noise level per clip, which all forwards share.
     sigma = to_device(sample_sigma(rand_each(generators), sigma_dist, shift), z_v.device)   # (B,)
     eps_v = randn_each(generators, z_v.shape[1:], z_v.device)

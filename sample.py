@@ -17,10 +17,7 @@ Three samplers share `losses.combine_guidance`, and all but sample_stages share 
 **Guidance** compares the conditional velocity with those of branches in which ONE condition is
 replaced (table in losses.py): "null" has the empty caption (on Pyramid Flow a prompt of flaws),
 "off-sync" no audio layers; in "silent" and "static" the other stream is silence or a still. All
-branches of a step are rows of one batch. A new rule of two towers is a branch in prepare_conditions
-and a field of JointRequest; of a2v, rows and a term in sample_autoregressive and in
-pyramid.with_guidance, and an argument in cyclesync.AudioToVideo.generate. Both need a name in
-GUIDANCE, FLAGS and data.is_guidance, and a row in the table.
+branches of a step are rows of one batch.
 
 **Given streams.** A stream may be known in full, or its beginning (the first frame, the audio so
 far). `impose` puts it into x before every step, at the noise level that the network expects:
@@ -71,6 +68,12 @@ JOINT_FILE = WEIGHTS / "joint-toybox.pt"
 SYSTEMS = {"a2v": "Syncphony", "t2av": "SyncFlow", "joint": "Harmony"}
 STEPS = {"a2v": 30, "t2av": 50, "joint": 40}   # the papers' Euler steps; of a2v: per latent
 # What train.py writes into checkpoints; a flag of the same name has the last word.
+#
+# To add a rule of guidance:
+#     two towers   a branch in prepare_conditions, a field of JointRequest
+#     a2v          rows and a term in sample_autoregressive and in pyramid.with_guidance, and an
+#                  argument of cyclesync.AudioToVideo.generate
+#     both         its name here, in FLAGS and in data.is_guidance; a row in the table of losses.py
 GUIDANCE = {
     # The toybox's videos are all but determined by their sound: its velocity field is nearly
     # straight, and few steps follow it (cyclesync.py --steps-study). After short trainings w_a = 1
@@ -83,14 +86,14 @@ GUIDANCE = {
     # w_a, w_t and steps of Syncphony. Its w_t = 7 of the first latent never acts, since latent 0 is
     # the picture. w_t = 4 is eq. 6 as printed, a scale of 5; Pyramid Flow's own is 4, here --cfg 3
     "pretrained": dict(asg=2., cfg=4., steps=STEPS["a2v"]),
-    # w of SyncFlow eq. 3: with 3 most sounds are in time (RESULTS.md); the paper samples with 6. In
-    # 10 steps as many are, but they are less varied: Frechet distances are 1.4 times those of 30.
-    # shift: as in training
+    # w of SyncFlow eq. 3: 3, with which most sounds are in time (RESULTS.md); the paper's is 6.
+    # 10 steps put as many sounds in time as 30, but these are less varied: 1.4 times the Frechet
+    # distance. shift: as in training
     "t2av": dict(cfg=3., shift=1., guide_below=1., steps=30),
-    # s_v and s_a of SyncCFG are Harmony's; text guidance is off, at 1. shift: as in training. One
-    # stream for the other is as good in 3 steps as in 30, pairs are in 10. Without guidance at the
-    # highest noise levels pairs agree as well, and their sounds are as varied as unguided ones:
-    # Frechet distance 4.0 instead of 6.9, without any guidance 4.5 (cyclesync.py --guidance-study)
+    # s_v and s_a of SyncCFG are the paper's; no text guidance (1). shift: as in training. To
+    # generate one stream for the other 3 steps are as good as 30; to generate both, 10 are.
+    # guide_below: without guidance at the highest noise levels pairs agree as well and sounds are
+    # more varied (Frechet distance 4.0; guided everywhere 6.9, unguided 4.5: --guidance-study)
     "joint": dict(cfg=1., sync_video=3., sync_audio=2., guide_below=.95, shift=5., steps=10),
 }
 # bfloat16 is taken where it is faster by this factor. Near a tie noise decides, and two runs would
@@ -340,7 +343,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
     B = len(z0)
     states, _, pooled = text                                  # (R·B, T, ·), (R·B, ·)
     R = len(states) // B
-    # Weights of branches that there are not: no off-sync rows without audio, no null rows
+    # A branch without rows has weight 0: off-sync without audio, null without rows of its text.
     asg = 0. if audio is None else asg
     cfg = 0. if R == 1 else cfg
 
@@ -355,7 +358,7 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 
     def velocity(x, sigma):
         v = cache.denoise_step(rows(x["video"]), sigma).to(z0)
-        # Of a branch that there is not these are other rows; its scale is 1, so they drop out.
+        # Where a branch is missing its slice holds other rows, which a scale of 1 leaves out.
         full, null, off_sync = v[:B], v[B:2 * B], v[-B:]
         # Syncphony eq. 6
         return {"video": combine_guidance(full, (1 + asg, off_sync), (1 + cfg, null))}
@@ -373,19 +376,22 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 def sample_stages(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0., cfg=0.,
                   seeds=(0,), bar=None):
     """`sample_autoregressive` of a model in Pyramid Flow's layout: three resolutions."""
-    if steps < 3:
-        raise BadInput(f"--steps {steps}: this model works at three resolutions; give 3 or more")
     generators = make_generators(seeds)
     noise = randn_each(generators, (z0.shape[1], n_latents - 1, *z0.shape[3:])).to(z0)
 
     def jump_noise(shape):
         return torch.stack([pyramid.block_noise(shape[1:], g) for g in generators])
 
-    # `steps` network calls per latent, a third of them at every resolution
-    stage_steps = [len(part) for part in np.array_split(range(steps), 3)]
     call = pyramid.with_guidance(model, *text, audio, asg, cfg)
-    return pyramid.sample_pyramid(call, z0, n_latents, noise, stage_steps, jump=jump_noise,
-                                  keep=model.cfg.context, bar=bar)
+    return pyramid.sample_pyramid(call, z0, n_latents, noise, calls_per_stage(steps),
+                                  jump=jump_noise, keep=model.cfg.context, bar=bar)
+
+
+def calls_per_stage(steps):
+    """Network calls per latent -> calls at each of Pyramid Flow's three resolutions."""
+    if steps < 3:
+        raise BadInput(f"--steps {steps}: this model works at three resolutions; give 3 or more")
+    return [len(part) for part in np.array_split(range(steps), 3)]
 
 
 def impose(x, given, noise, sigma, is_clean):
@@ -549,10 +555,11 @@ def generate_video(model, vae, pictures, waves, captions, frames, autocast=nullc
     yield pictures[:, None]
 
     # Later latents are decoded as soon as they are finished.
-    sampler = partial(sampler or sample_autoregressive, still=still)
     if model.cfg.context_sigma == "shared":
-        # Pyramid Flow's layout; `still` is not for it.
+        # Pyramid Flow's layout takes neither `still` nor another sampler.
         sampler = sample_stages
+    else:
+        sampler = partial(sampler or sample_autoregressive, still=still)
     latents = sampler(model, z0, L, audio if use_audio else None, text, cfg=cfg, **settings)
     remaining = frames - 1
     for _ in range(1, L):
@@ -696,7 +703,7 @@ def decode_audio(audio_vae, z, frames):
 def generate_audio_video(model, vae, audio_vae, captions, frames, size, autocast=nullcontext,
                          bar=None, attention_maps=None, **options):
     """Captions -> video uint8 (B, frames, H, W, 3), waveforms (B, samples); None for a stream that
-    was given, or that there is not. audio_vae=None: video alone. options: fields of `JointRequest`.
+    was given or is not generated. audio_vae=None: video alone. options: fields of `JointRequest`.
 
     attention_maps: a list that gets of every batch a dict of `attention` (see `attention_map`) and,
     with SyncCFG, `sync_pull` (B, L, h, w), how strongly it pulls (figure 5 of Harmony's
@@ -846,8 +853,8 @@ def read_reference(path, audio_vae, device):
     return encode_sound(audio_vae, wave, device)
 
 
-# Texts and files of a job: the flags or fields of --jsonl that give it. Ours come first; the others
-# are Harmony-Bench's.
+# Texts and files of a job: the flags or fields of --jsonl that give it, names of this repository
+# before those of Harmony-Bench.
 INPUTS = {"prompt": ("prompt", "video_caption", "audio_caption"),
           "sound_prompt": ("audio_caption", "prompt", "video_caption"),
           "transcript": ("transcript", "spoken_word_en", "spoken_word_zh"),
@@ -916,6 +923,26 @@ def longest_text(jobs):
     return longest
 
 
+def is_finished(path, args):
+    """What a list has finished is not written again. The strip is written last."""
+    return args.jsonl and os.path.isfile(path) and os.path.isfile(path.with_suffix(".png"))
+
+
+def check_inputs(jobs, args):
+    """BadInput where a line of a list names a file that is not there, and that no line before it
+    writes. (Of a single clip they are opened at once.)"""
+    written = set()
+    for job in jobs if args.jsonl else ():
+        path = output_file(args, job)
+        for name in ("audio", "image", "video", "ref_audio"):
+            file = job[name]
+            is_there = not file or os.path.isfile(file) or os.path.abspath(file) in written
+            if not is_there and not is_finished(path, args):
+                raise BadInput(f"{args.jsonl} record {job['stem']}: {name} {file}: no such file; "
+                               "check the path")
+        written.add(os.path.abspath(path))
+
+
 def check_outputs(jobs, args):
     """BadInput where a clip, or the strip beside it, would take the place of an input."""
     inputs = set()
@@ -928,10 +955,10 @@ def check_outputs(jobs, args):
             raise BadInput(f"--out {args.out}: {path.parent} is a file; give a folder, or x.mp4")
         if os.path.isdir(path):
             raise BadInput(f"{path}: is a folder; give another --out")
-        # What a list has finished is not written again, and may be an input of its other lines.
-        is_finished = args.jsonl and all(map(os.path.isfile, files))
+        # What a list has finished may be an input of its other lines.
         for file in files:
-            if os.path.isfile(file) and os.path.realpath(file) in inputs and not is_finished:
+            is_input = os.path.isfile(file) and os.path.realpath(file) in inputs
+            if is_input and not is_finished(path, args):
                 raise BadInput(f"{file}: is an input, and would be written over; "
                                "give another --out")
 
@@ -1004,23 +1031,24 @@ def autocast_for(system, dtype, device):
 
 @torch.no_grad()
 def benchmark(system, autocast, steps):
-    """What guidance, audio and the cache cost: ratios of median times of 2 s clips, of the
-    checkpoint's size, with so many Euler steps; seconds of computing per second of video, without
-    reading and writing files. JSON last."""
+    """What guidance, audio and the cache cost, on 2 s clips of the checkpoint's size.
+
+    Prints ratios of median times (the first run over the second), then the seconds of computing for
+    a second of video, without reading and writing files. The last line is all of it as JSON."""
     model, vae = system.model, system.vae
     text = ["a ball drops"]
     size = data.sides(system.checkpoint["size"])
     own = recommended(system.checkpoint, steps=steps)
 
-    def video(**settings):
+    def video(steps=steps, **settings):
         picture = np.full((1, *size, 3), 128, np.uint8)
         wave = np.zeros(2 * RATE, np.float32)
-        settings = dict(steps=steps) | settings
-        list(generate_video(model, vae, picture, [wave], text, data.FRAMES, autocast, **settings))
+        list(generate_video(model, vae, picture, [wave], text, data.FRAMES, autocast, steps=steps,
+                            **settings))
 
-    def both(audio_vae=system.audio_vae, **settings):
-        settings = dict(steps=steps) | settings
-        generate_audio_video(model, vae, audio_vae, text, data.FRAMES, size, autocast, **settings)
+    def both(audio_vae=system.audio_vae, steps=steps, **settings):
+        generate_audio_video(model, vae, audio_vae, text, data.FRAMES, size, autocast, steps=steps,
+                             **settings)
 
     # Which runs are compared: the first over the second
     if system.task == "a2v" and model.cfg.context_sigma == "shared":
@@ -1087,7 +1115,7 @@ def published_sampler(model, vae, size, steps):
     text = torch.randn(2, 128, cfg.text_dim, device=device)
     pooled = torch.randn(2, cfg.pooled_dim, device=device)
     sound = torch.randn(1, math.ceil(L * cfg.alpha), cfg.audio_dim, device=device)
-    stage_steps = [len(part) for part in np.array_split(range(steps), 3)]
+    stage_steps = calls_per_stage(steps)
 
     def run(audio=sound, asg=0., cached=True):
         network = pyramid.with_guidance(model, text, mask, pooled, audio, asg, 4., cached)
@@ -1136,9 +1164,9 @@ FLAGS = {   # the systems that take it; what it may be (bool: a switch, a tuple:
     "video": ("t2av joint", str, "a clip to generate audio for; its frames stay as they are"),
     "transcript": ("joint", str, "Harmony: what is said"),
     "ref_audio": ("joint", str, "Harmony: 1 to 2 s of the voice or thing to sound like"),
-    "jsonl": (ALL, str, "many at once: a JSON object a line, with prompt (or "
-              "video_caption, audio_caption), transcript (or spoken_word_en), audio, image, video, "
-              "ref_audio, id; goes on where it was stopped"),
+    "jsonl": (ALL, str, "many at once: a JSON object a line, with prompt (or video_caption, "
+              "audio_caption), transcript (or spoken_word_en, spoken_word_zh), audio, image, "
+              "video, ref_audio, id; goes on where it was stopped"),
     "maps": ("joint", bool, "Harmony: draw where the audio attends and where SyncCFG pulls"),
     # Guidance; of what is not given, the checkpoint's is taken
     "asg": ("a2v", NOT_NEGATIVE, "Syncphony: w_a, Audio Sync Guidance; 0 = off"),
@@ -1148,7 +1176,7 @@ FLAGS = {   # the systems that take it; what it may be (bool: a switch, a tuple:
     "sync_video": ("joint", NOT_NEGATIVE, "Harmony: s_v of SyncCFG, 1 = off"),
     "sync_audio": ("joint", NOT_NEGATIVE, "Harmony: s_a of SyncCFG, 1 = off"),
     "guide_below": ("t2av joint", data.number(low=0, high=1),
-                    "two towers: the highest noise level at which guidance acts, 1 = at all"),
+                    "two towers: guidance acts at noise levels up to this, 1 = in every step"),
     "steps": (ALL, data.number(int, 1, 1000),
               "Euler steps, of a2v per latent; default: the checkpoint's, else its paper's"),
     "seconds": (ALL, data.number(low=.1, high=data.MAX_SOUND),
@@ -1173,6 +1201,11 @@ FLAGS = {   # the systems that take it; what it may be (bool: a switch, a tuple:
 }
 
 
+DEFAULTS = dict(device="auto", dtype="auto", out="out/", seed=0, shift_audio=0.)
+# What --bench reads; its clip and its guidance are always the same.
+BENCH = "prompt ckpt vae audio_vae pretrained hubert device dtype compile steps bench".split()
+
+
 def arguments():
     p = data.Parser(__doc__)
     for name, (_, kind, text) in FLAGS.items():
@@ -1182,13 +1215,19 @@ def arguments():
         elif isinstance(kind, tuple):
             options = dict(choices=kind)
         p.add_argument("--" + name.replace("_", "-"), help=text, **options)
-    p.set_defaults(device="auto", dtype="auto", out="out/", seed=0, shift_audio=0.)
+    p.set_defaults(**DEFAULTS)
     return p
+
+
+def is_given(name, value):
+    """Is this value of a flag, or of a record, more than the default? 0 is a value."""
+    return value is not None and value is not False and value != DEFAULTS.get(name, "")
 
 
 def default_checkpoint(args):
     """The shipped checkpoint that takes these inputs."""
-    if args.jsonl or any(getattr(args, name) for name in FLAGS if FLAGS[name][0] == "joint"):
+    own = [name for name in FLAGS if FLAGS[name][0] == "joint"]
+    if args.jsonl or any(is_given(name, getattr(args, name)) for name in own):
         return str(JOINT_FILE)
     if args.video or (args.prompt and not args.audio):
         return str(T2AV_FILE)
@@ -1210,7 +1249,7 @@ def check_job(system, job, args):
     given = vars(args) | job
     for name in FLAGS:
         tasks = FLAGS[name][0].split()
-        if given[name] and task not in tasks:
+        if is_given(name, given[name]) and task not in tasks:
             raise BadInput(f"{record}--{name.replace('_', '-')} is an input of "
                            f"{' and '.join(SYSTEMS[t] for t in tasks)}, but {args.ckpt} is of "
                            f"{SYSTEMS[task]}; leave it out, or give --ckpt of --task {tasks[0]}")
@@ -1224,7 +1263,8 @@ def check_job(system, job, args):
     elif system.model.cfg.audio_only:
         raise BadInput(f"{args.ckpt}: of --no-video, an ablation for cyclesync.py; give another")
     elif not (job["prompt"] or job["video"] or job["audio"] or job["transcript"]):
-        raise BadInput(f"{record}--prompt is empty; give a caption, or a --video without sound")
+        raise BadInput(f"{record}--prompt is empty; give a caption or a --video (to Harmony also "
+                       "--audio or --transcript)")
     elif job["video"]:
         for name in ("audio", "image", "maps"):
             if given[name]:
@@ -1242,13 +1282,33 @@ def check_flags(system, jobs, args):
     used = {"seconds": (not all(job["video"] for job in jobs), "the audio is as long as --video"),
             "shift_audio": (any(job["audio"] for job in jobs), "no audio is given"),
             "cfg": (guided, "no text is given"),
+            "sync_video": (args.sync_video == 1 or not all(job["video"] for job in jobs),
+                           "the video is given"),
+            "sync_audio": (args.sync_audio == 1 or not all(job["audio"] for job in jobs),
+                           "the audio is given"),
             "still": (not on_pyramid, f"{args.ckpt} is on Pyramid Flow")}
     used |= {name: (on_pyramid, f"{args.ckpt} is not on Pyramid Flow")
              for name in ("pretrained", "hubert", "tiles")}
     for name, (is_used, reason) in used.items():
-        if getattr(args, name) and not is_used:
+        if is_given(name, getattr(args, name)) and not is_used:
             raise BadInput(f"--{name.replace('_', '-')} would change nothing, since {reason}; "
                            "leave it out")
+
+
+def warn_of_training(checkpoint, settings):
+    """Say what a checkpoint cannot do well, because of how it was trained."""
+    # SyncFlow is complete after stage "audio", Harmony after "joint".
+    task = checkpoint["task"]
+    stage = checkpoint.get("stage", "joint")
+    if stage == "video" or (task == "joint" and stage != "joint"):
+        print(f"of --stage {stage}: not all of the network is trained yet; better --ckpt of the "
+              "last stage")
+    # SyncCFG compares with clean partners, which a model knows from the one-way tasks alone.
+    trained = checkpoint["args"]
+    joint_alone = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
+    if joint_alone and max(settings["sync_video"], settings["sync_audio"]) > 1:
+        print("trained without a one-way task (--lambda-v 0 or --lambda-a 0), it does not know the "
+              "partners of SyncCFG: better --sync-video 1 --sync-audio 1")
 
 
 def run_job(system, job, path, args, bar, settings):
@@ -1306,7 +1366,8 @@ def run_job(system, job, path, args, bar, settings):
     wave = waves[0] if wave is None else wave
     if maps:
         of_clip = {name: cells[0] for name, cells in maps[0].items()}
-        maps = draw_maps(video[0], system.vae.stride_t, **of_clip)
+        # As much as the strip below them shows
+        maps = draw_maps(video[0][:MINUTE], system.vae.stride_t, **of_clip)
     write_clip(path, [video[0]], wave, rate, maps or [])
     return frames
 
@@ -1315,6 +1376,9 @@ def run_job(system, job, path, args, bar, settings):
 def main():
     # What to sample from
     args = arguments().parse_args()
+    for name in FLAGS if args.bench else ():
+        if name not in BENCH and is_given(name, getattr(args, name)):
+            raise BadInput(f"--{name.replace('_', '-')} is not read by --bench; leave it out")
     device, place = pick_device(args.device)
     args.ckpt = args.ckpt or default_checkpoint(args)
     system = load(args.ckpt, device, args.vae, args.audio_vae, args.pretrained)
@@ -1332,18 +1396,16 @@ def main():
         check_job(system, job, args)
     check_flags(system, jobs, args)
     check_outputs(jobs, args)
+    check_inputs(jobs, args)
 
     settings = recommended(checkpoint, **vars(args))
+    if task == "a2v" and system.model.cfg.context_sigma == "shared":
+        calls_per_stage(settings["steps"])                    # before encoders of 11 GB are loaded
     numbers = ", ".join(f"{name.replace('_', '-')} {v:g}" for name, v in settings.items())
     name = data.one_line(Path(args.ckpt).name)
     print(f"{place}, {precision}\n{name}: {SYSTEMS[task]}, EMA weights after step "
           f"{checkpoint['step']}\n{numbers}")
-    # SyncCFG compares with clean partners, which a model knows from the one-way tasks alone.
-    trained = checkpoint["args"]
-    joint_alone = 0 in (trained.get("lambda_v"), trained.get("lambda_a"))
-    if joint_alone and max(settings["sync_video"], settings["sync_audio"]) > 1:
-        print("trained without a one-way task (--lambda-v 0 or --lambda-a 0), it does not know the "
-              "partners of SyncCFG: better --sync-video 1 --sync-audio 1")
+    warn_of_training(checkpoint, settings)
     settings["autocast"] = autocast
 
     # Encoders of a model on Pyramid Flow encode all prompts at once: T5 takes 11 GB.
@@ -1359,8 +1421,8 @@ def main():
     # One file after the other
     for job in jobs:
         path = output_file(args, job)
-        # A list goes on where it was interrupted; the strip is written last.
-        if args.jsonl and path.is_file() and path.with_suffix(".png").is_file():
+        # A list goes on where it was interrupted.
+        if is_finished(path, args):
             print(f"{data.one_line(path)}: exists already")
             continue
         start = time.perf_counter()

@@ -1821,10 +1821,25 @@ def test_a_list_may_use_its_own_clips(tmp_path, monkeypatch):
     """Its second line takes the clip of the first, before that is there and after."""
     monkeypatch.chdir(tmp_path)
     jobs = [job_of(stem="a", prompt="a bell"), job_of(stem="b", video="a.mp4")]
+    args = SimpleNamespace(out=".", jsonl="list")
     for files in ([], ["a.mp4", "a.png"]):
         for file in files:
             Path(file).write_text("made")
-        sample.check_outputs(jobs, SimpleNamespace(out=".", jsonl="list"))
+        sample.check_outputs(jobs, args)
+        sample.check_inputs(jobs, args)
+
+
+def test_a_list_is_refused_before_its_first_clip_where_a_later_one_lacks_a_file(
+        tmp_path, monkeypatch):
+    """A clip is there for the lines after its own. What is finished needs its files no more."""
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(out=".", jsonl="list")
+    jobs = [job_of(stem="b", video="a.mp4"), job_of(stem="a", prompt="a bell")]
+    with pytest.raises(data.BadInput, match="list record b: video a.mp4: no such file"):
+        sample.check_inputs(jobs, args)
+    for file in ("b.mp4", "b.png"):
+        Path(file).write_text("made")
+    sample.check_inputs(jobs, args)
 
 
 @pytest.mark.parametrize("task, flags, jobs, is_used", [
@@ -1835,6 +1850,11 @@ def test_a_list_may_use_its_own_clips(tmp_path, monkeypatch):
     ("joint", dict(cfg=4.), [job_of(audio="x")], False),
     ("joint", dict(cfg=1.), [job_of(audio="x")], True),
     ("joint", dict(cfg=4.), [job_of(transcript="u")], True),
+    ("joint", dict(cfg=0.), [job_of(audio="x")], False),
+    ("joint", dict(sync_audio=0.), [job_of(audio="x")], False),
+    ("joint", dict(sync_audio=0.), [job_of(audio="x"), job_of(prompt="a")], True),
+    ("joint", dict(sync_video=2.), [job_of(video="x")], False),
+    ("joint", dict(sync_video=1.), [job_of(video="x")], True),
     ("a2v", dict(cfg=1.), [job_of(audio="x")], False),
     ("a2v", dict(cfg=1.), [job_of(audio="x", prompt="a")], True),
     ("a2v", dict(tiles=True), [job_of(audio="x")], False),
@@ -1946,7 +1966,9 @@ HARMONY = ("--prompt a --ckpt {towers}/harmony/joint/best.pt --vae {toy}/vae.pt 
     (sample, A2V, "--ckpt {d}/alone.pt", "neither in weights/ nor beside"),
     (sample, A2V, "--vae {d}/other-vae.pt", "not the vae that"),
     (sample, SYNCFLOW, "--video {d}/none.mp4 | --video {d}/noise.pt | --prompt=", ""),
-    (sample, SYNCFLOW, "--asg 2 | --maps | --audio {toy}/x.wav", "an input of"),
+    (sample, SYNCFLOW, "--asg 2 | --asg 0 | --sync-audio 0 | --maps | --audio {toy}/x.wav",
+     "an input of"),
+    (sample, SYNCFLOW, "--bench --cfg 2 | --bench --seconds 1", "is not read by --bench"),
     (sample, SYNCFLOW, "--ref-audio {toy}/x.wav | --transcript u --ckpt {toy}/a2v.pt", "is of S"),
     (sample, HARMONY, "--ref-audio {d}/brief.wav | --ref-audio {toy}/silent.wav", "needs"),
     (sample, HARMONY.removeprefix("--prompt a "), "--jsonl {d}/0 | --jsonl {d}/1 | --jsonl {d}/2 | "

@@ -112,10 +112,12 @@ def time_rope(times, cfg, steps_per_latent=1.):
 def align_streams(cfg, grid, S, device):
     """How latents (L, H, W) and S audio steps are aligned in time -> `bridge` of video, of audio.
 
-    Harmony section 3.3: keys are placed on the queries' timeline. S / L aligns the two clips end to
-    end, as in the paper. cfg.alpha, the nominal ratio, only sets the unit of rotation: the same for
-    queries and keys, so that weights serve any length. SyncFlow's audio counts in latents itself
-    (`audio_positions`), and its video has no bridge."""
+    Harmony section 3.3: keys take the time that they have on the queries' axis. Step j stands at
+    latent j L / S, latent l at step l S / L (the paper's T_v / T_a): both clips begin and end
+    together. Times of video queries are in latents, those of audio queries in steps, which
+    cfg.alpha converts for RoPE: a constant, so that a step is the same angle in all clips.
+    SyncFlow: audio times are in latents from the start (`audio_positions`), and the video has no
+    bridge."""
     L, H, W = grid
     # All tokens of a latent share its time.
     tokens = torch.arange(L, device=device).float().repeat_interleave(H * W // cfg.patch ** 2)
@@ -355,7 +357,6 @@ class VideoStream(AdaLNStream):
         """z (B, C, L, H, W) at sigma (B,) or (B, L), states and mask of the text
         -> tokens (B, N, D), TowerConditioning"""
         cfg = self.cfg
-        # One strided convolution cuts the latents into patches.
         # One strided convolution makes tokens of patches (the paper: a convolution, then patches).
         x = self.proj_in(z)                                             # (B, D, L, h, w)
         _, _, L, h, w = x.shape
@@ -483,7 +484,7 @@ class DualTower(nn.Module):
         trained = cfg.text_encoder == "bytes"
         self.text_encoder = ByteText(cfg.text_dim, 0) if trained else None
         self.transcript_encoder = ByteText(cfg.text_dim, 0) if trained and harmony else None
-        # A fresh network outputs zero, and its bridges add nothing.
+        # A fresh network outputs zero. (Harmony's bridges add nothing then, see `init_weights`.)
         init_weights(self)
         nn.init.zeros_(self.video.proj_out.weight)
         nn.init.zeros_(self.audio.proj_out.weight)
