@@ -1365,8 +1365,11 @@ def load_or_prepare(name, root, split, size, vae, vae_id, autocast, clips=2000, 
     else:
         label = dataset_folder(name, root).resolve().name
     settings = dict(data=label, split=split, vae=vae_id, fps=FPS, frames=FRAMES, resolution=size)
-    settings |= dict(variations=variations) if variations > 1 else {}
-    settings |= dict(views=True) if views and split == "train" and name != "toybox" else {}
+    # Real clips have no variations: SyncFlow and Harmony share their cache.
+    if name == "toybox" and variations > 1:
+        settings["variations"] = variations
+    if name != "toybox" and split == "train" and views:
+        settings["views"] = True
     pixels = "x".join(map(str, sides(size))) if isinstance(size, tuple) else size
     tag = f"{label}-{pixels}px-{vae_id}" + (f"-{audio_tag}" if audio_encoder else "")
     folder = Path(root) / "cache" / tag / split

@@ -3552,7 +3552,7 @@ def test_the_vae_of_real_video_is_trained_tuned_and_measured(clip_folder, reques
     assert all(gap(tuned[k], w) < 1e-3 for k, w in best["ema"].items())
     capsys.readouterr()
     assert cli(train, *flags, "--init", tmp_path / "b/best.pt", "--out", tmp_path / "a") == 2
-    assert "was trained with --init None; repeat that" in capsys.readouterr().err
+    assert "was trained without --init; do so again" in capsys.readouterr().err
     for flags, text in ((["--init", tmp_path / "a/best.pt"], "tunes a VAE on real clips"),
                         ([*flags, "--resolution", "32x64"], "square crops")):
         assert cli(train, "--task", "vae", *flags, "--out", tmp_path / "c") == 2
@@ -4105,11 +4105,14 @@ def test_scores_of_another_number_of_clips_do_not_decide_which_weights_are_best(
 
 
 def test_the_second_signal_ends_a_run_at_once():
-    """The first Ctrl-C asks for a checkpoint after the step; who presses again does not wait."""
+    """The first Ctrl-C asks for a checkpoint after the step; who presses again does not wait. Two
+    signals within a second are one: a scheduler sends one, and torchrun passes its own on."""
     run = train.Run.__new__(train.Run)
     run.stop = 0
-    run.on_signal(signal.SIGINT, None)
+    run.on_signal(signal.SIGTERM, None)
+    run.on_signal(signal.SIGTERM, None)
     assert run.stop
+    run.stop_time -= 2
     with pytest.raises(KeyboardInterrupt):
         run.on_signal(signal.SIGINT, None)
 
@@ -4652,7 +4655,8 @@ def test_a_run_of_every_task_stays_on_its_gpu(kind, request, tmp_path, monkeypat
     there; a step, from its clips to the averages, reads no number of it."""
     name, *real = kind.split(" of ")
     flags = flags_of(name, request)
-    clips = ["--clips", 2] if name in ("a2v", "t2av", "joint") else []
+    # Of real clips all are taken: the default.
+    clips = ["--clips", 2000 if real else 2] if name in ("a2v", "t2av", "joint") else []
     data_flags = request.getfixturevalue("pyramid_flow")[1][4:6] if real else []
     flags = [*flags, *clips, *data_flags, "--data-root", tmp_path, "--batch-size", 2,
              "--eval-clips", 2, "--steps", 1, "--out", tmp_path]
@@ -4876,6 +4880,7 @@ def test_a_process_takes_its_gpu_before_anything_touches_cuda(monkeypatch):
     for name in ("set_device", "is_bf16_supported", "get_device_name"):
         monkeypatch.setattr(torch.cuda, name, getattr(calls, name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train.dist, "init_process_group", calls.init_process_group)
@@ -4887,6 +4892,9 @@ def test_a_process_takes_its_gpu_before_anything_touches_cuda(monkeypatch):
     assert names[0] == "set_device" and names[-1] == "init_process_group", names
     calls.set_device.assert_called_once_with(1)
     calls.init_process_group.assert_called_once_with("nccl")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(data.BadInput, match="more processes than the 1 GPUs"):
+        train.join_processes("auto")
 
 
 # Names of the standard library that Python 3.10 does not have.
@@ -7062,6 +7070,27 @@ def test_harmony_trains_the_sound_then_its_timbre_then_both(harmony_on_disk):
     sampling = train.TwoTowers(args, torch.device("cpu"), nullcontext).sampling
     assert [sampling[name] for name in ("cfg", "sync_video", "sync_audio")] == [1, 1, 1]
     assert {"step", "video_driven", "audio_driven", "pairs"} <= set(header.split(","))
+
+
+def test_harmony_shares_syncflows_cache_of_real_clips(clip, tmp_path):
+    """Their shards are the same: only the toybox has two variations of a clip."""
+    vae = CausalVideoVAE(VAEConfig(**TOY16)).eval()
+    (tmp_path / "clips/train").mkdir(parents=True)
+    shutil.copy(clip["path"], tmp_path / "clips/train")
+    caches = [data.load_or_prepare(tmp_path / "clips", tmp_path, "train", 32, vae, "x", nullcontext,
+                                   variations=n, log=lambda text: None) for n in (1, 2)]
+    assert caches[0]["folder"] == caches[1]["folder"]
+
+
+def test_a_frozen_video_tower_keeps_its_vae(towers_on_disk, capsys):
+    """--stage audio of SyncFlow on latents that the tower does not know is refused."""
+    d, run = towers_on_disk
+    content = data.load_checkpoint(d / "t2av/video/best.pt")
+    data.save_checkpoint(d / "other.pt", **content | dict(vae="0" * 16))
+    capsys.readouterr()
+    assert run("frozen", "--task", "t2av", "--stage", "audio", "--init", d / "other.pt") == 2
+    assert "its video tower, which stays frozen, was trained on latents of another VAE" in (
+        capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("stage, least, most", [

@@ -40,9 +40,10 @@ their last bits. And the gradient of a step is the same, to rounding, in one pro
 and in micro-batches. Two exceptions couple the samples of a micro-batch, whose size is kept: --ot,
 and the spectral error of audio-vae.
 
-**Written** to --out: `last.pt`, all that resuming needs; `best.pt`, the averaged (EMA) weights of
-the best evaluation in half precision, for sample.py; `log.csv` (losses of process 0's share of each
-step); strips and an mp4 per evaluation.
+**Written** to --out, under --stage all in a folder per stage: `last.pt`, all that resuming needs;
+`best.pt`, the averaged (EMA) weights of the best evaluation in half precision, for sample.py;
+`log.csv` (losses of process 0's share of each step); `scores.csv`, strips and an mp4 (not of
+sounds) of every evaluation.
 
     B batch · C channels · L latents · h w latent grid · A audio channels · S R audio steps
 """
@@ -64,6 +65,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import cache, lru_cache, partial
 from itertools import product
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +115,8 @@ COMMON = dict(
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
     dtype=("auto", ("auto", "float32", "bfloat16"), "auto: as measured; on CUDA bfloat16"),
     compile=(False, bool, "torch.compile: a slow start, then faster steps"),
-    no_compile=(False, bool, "not even on CUDA, where it is the default without --pretrained"),
+    no_compile=(False, bool, "do not compile on CUDA either, where --compile is the default but "
+                "with --pretrained"),
     # how long; a step is one update of the weights
     steps=(1500, COUNT, "optimiser steps (of each stage)"),
     batch_size=(16, COUNT, "clips per step, over all processes and micro-batches"),
@@ -210,8 +213,8 @@ PRETRAINED = dict(size="miniflux", steps=33000, batch_size=32, lr=5e-5, ema=.999
 # Its averaged weights lie in the CPU's memory; one copy over the bus in 20 steps is enough.
 EMA_EVERY_PRETRAINED = 20
 
-# Share of --lr, batches of so many times --batch-size (both under --stage all only), parts that are
-# trained.
+# stage: (share of --lr, multiple of --batch-size, parts that are trained). The first two hold under
+# --stage all; a single --stage takes --lr and --batch-size as they are given.
 STAGES = {
     # SyncFlow section 3.2. Stage two builds no graph of the video tower, so that twice the batch
     # costs the same; stage three is a fine-tuning. The shares of --lr were chosen by short runs.
@@ -320,6 +323,13 @@ def check(args):
     if args.task == "t2av" and args.stage == "audio" and not (args.init or args.no_video):
         raise BadInput("--stage audio: trains on a frozen video tower; give one by "
                        "--init out/t2av/video/best.pt")
+    if args.task in ("t2av", "joint") and args.size in ("syncflow", "harmony"):
+        raise BadInput(f"--size {args.size}: the paper's, whose text encoder and autoencoders are "
+                       "not part of this repository; train tiny or small")
+    clips, *_ = settings_of(args.task).get("clips", (None,))
+    if args.data != "toybox" and clips and args.clips != clips:
+        raise BadInput("--clips: how many of the toybox are rendered; of --data all clips are "
+                       "taken: leave it out")
     if args.task != "a2v":
         return
     # FSDP shares what it trains among processes, and Muon needs whole matrices.
@@ -362,6 +372,10 @@ def join_processes(name):
     if name in ("auto", "cuda") and torch.cuda.is_available():
         # Before anything touches CUDA: else every process opens a context on GPU 0, and FSDP, which
         # takes the current device, puts all shares there.
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise BadInput(f"torchrun: more processes than the {gpus} GPUs of this machine; give "
+                           f"--nproc_per_node={gpus}, or --device cpu")
         torch.cuda.set_device(local_rank)
         # Products of float32 are in TF32, in all trainings on CUDA.
         torch.set_float32_matmul_precision("high")
@@ -401,6 +415,15 @@ def log_rank0(text):
         print(text)
 
 
+def in_words(name, value):
+    """A setting as it is given: with --lr 0.005, with --resolution 384x640, without --ot."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return f"without {flag}"
+    value = "x".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+    return f"with {flag}" if value is True else f"with {flag} {value}"
+
+
 def signal_of_any(number):
     """The signal that any process received, or 0. It arrives in different steps of different
     processes."""
@@ -427,7 +450,15 @@ def parallel_map(device):
         return map
     workers = min(16, max(1, data.n_cores() // world_size()))
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, end_with_parent).map
+    pool = ProcessPoolExecutor(workers, context, end_with_parent)
+    # All start here, with signals blocked: Ctrl-C before `end_with_parent` would break the pool.
+    # (Python's resource tracker unblocks them where it starts, so it is started first.)
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    for _ in range(workers):
+        pool.submit(int)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pool.map
 
 
 def end_with_parent():
@@ -635,10 +666,12 @@ class A2V:
         return dict(batch, rows=rows, skip_audio=skip_audio, latent=latent)
 
     def windows(self, cache, index, rngs=None):
-        """Windows of a cache -> normalised z (B, C, L, h, w), text, audio. With generators, that is
-        in training, captions are dropped and z is a sample of the VAE's posterior. The means are
-        taken of VAEs with a reference: of the toybox's, most of a posterior is as wide as the
-        prior. (Not compared for real clips.)"""
+        """Windows of a cache -> normalised z (B, C, L, h, w), text, audio.
+
+        rngs: one per sample, in training. With them captions are dropped, and z is drawn from the
+        VAE's posterior; of a VAE with `reference` (all that this program makes) z is its mean. Most
+        of the toybox VAE's posterior is as wide as the prior: samples would be mostly noise. (Not
+        compared for real clips.)"""
         z, logvar = data.gather(cache, "latents", index).float().unbind(1)      # (B, C, L, h, w)
         captions = [cache["captions"][i] for i in index]
         if rngs and not self.vae.cfg.reference:
@@ -667,7 +700,8 @@ class A2V:
 
     def evaluate(self, clips):
         """Toybox: events of generated videos. Real clips: the loss on windows of the test split,
-        and how well the motion of generated videos agrees with the true one, which is the score."""
+        and how well the motion of generated videos agrees with the true one, which is the score. On
+        Pyramid Flow, whose videos would take hours, minus the loss is."""
         if not self.test:
             videos = generate(self.net, self.vae, clips, self.autocast, **self.extra["guidance"])
             return Evaluation(*video_figures(videos, clips), videos)
@@ -682,7 +716,6 @@ class A2V:
                                     skip_audio=False, latent=latent)
                 losses.append(loss.item())
         loss = float(np.mean(losses))
-        # At the published size videos would take hours.
         if self.args.pretrained:
             return Evaluation(dict(test_loss=loss), -loss)
         videos = generate(self.net, self.vae, clips, self.autocast, **self.extra["guidance"])
@@ -942,7 +975,7 @@ class AudioVAE:
         sounds = []
         errors = []
         with torch.no_grad(), self.autocast():
-            # One by one: recordings have different lengths.
+            # One by one: each error is divided by the norm of its own clip, so all count the same.
             for clip in clips:
                 wave = torch.from_numpy(clip["audio"])[None]
                 mean, _ = self.net.encode(wave.to(self.device))
@@ -1021,6 +1054,12 @@ class TwoTowers:
             before = data.load_checkpoint(self.args.init, self.args.task)
             # Names these weights: no two trainings take as long to the microsecond.
             self.started_from = [before.get(name) for name in ("stage", "step", "seconds")]
+            # A tower that is trained on can follow other latents, a frozen one cannot.
+            is_frozen = self.args.task == "t2av" and "video" not in self.trains
+            if is_frozen and not self.args.no_video and before["vae"] != fingerprint(self.vae):
+                raise BadInput(f"{self.args.init}: its video tower, which stays frozen, was "
+                               "trained on latents of another VAE "
+                               f"({before['args'].get('vae')}); give that one by --vae")
             weights = before["ema"]
             # Of stage "video" the audio tower is as it was initialised, perhaps in another size.
             if before["stage"] == "video":
@@ -1057,9 +1096,10 @@ class TwoTowers:
             # They teach the video tower; stage "audio" does not train it.
             return batch | ({} if self.args.stage == "audio" else self.still_pictures(rngs))
         batch["speech"] = self.text("speech", index, rngs)
-        # One length in all processes. The paper's references have 1 to 3 s; here they end with the
-        # other window, after 2 s. Those of the clip itself, which has 3 to 10 s there and 2 here,
-        # are such a share of it: half of 1 to 3 s would be the whole target.
+        # One length for the step, so that all processes have tensors of one shape. The paper's
+        # references have 1 to 3 s; a window here has 2 s, which is the most. In stage "audio" they
+        # come from the target itself, which has 3 to 10 s there and 2 s here: of 1 to 3 s, half
+        # would be all of it. So they have .3 to 1 s, at most half of the target.
         least, most = (.3, 1) if self.args.stage == "audio" else (1, 3)
         seconds = step_rng(self.args, "reference", step).uniform(least, most)
         return batch | self.references(index, rngs, seconds)
@@ -1081,7 +1121,6 @@ class TwoTowers:
         Stage "audio": a piece of the clip itself. Later: of a window of the same recording or thing
         that does not overlap the clip, where there is one."""
         cache = self.cache
-        R = min(round(seconds * self.hertz), cache["arrays"]["features"][0].shape[1])
         window = data.FRAMES / data.FPS - 1e-6                        # seconds
         chosen = []
         exists = []
@@ -1095,6 +1134,7 @@ class TwoTowers:
             chosen.append(rng.choice(candidates) if candidates else i)
         z_a = data.gather(cache, "features", np.array(chosen)).float().mT         # (B, A, S)
         # Which R latents of it.
+        R = min(round(seconds * self.hertz), z_a.shape[2])
         starts = [rng.integers(z_a.shape[2] - R + 1) for rng in rngs]
         ref = torch.stack([z[:, s:s + R] for z, s in zip(z_a, starts)])
         mask = to_device(torch.tensor(exists), self.device)[:, None].expand(-1, R)
@@ -1126,8 +1166,10 @@ class TwoTowers:
         """Held-out clips and their latents z_v (1, C, L, h, w), z_a (1, A, S), not normalised."""
         clips = held_out_clips(self.test, n, self.args.resolution)
         # Latents of real clips are in the cache.
+        if self.test:
+            return clips
         with torch.no_grad():
-            for clip in [] if self.test else clips:
+            for clip in clips:
                 video = frames_to_tensor(clip["video"], self.device)[None]
                 clip["z_v"] = self.vae.encode(video)[0]
                 clip["z_a"] = torch.from_numpy(self.encode_waveform(clip["audio"])).T[None]
@@ -1147,10 +1189,10 @@ class TwoTowers:
             reports = [self.clip_loss(self.net, seeded_each(range(len(clips)), k), **batch)[1]
                        for k in range(EVALUATION_DRAWS)]
         errors = dict(zip(self.columns, torch.stack(reports).mean(0).tolist()))
-        # A stream that is not there has the error nan.
-        score = -np.nansum([errors[s] for s in ("video", "audio") if s in self.trains])
-        events, *shown = self.evaluate_events(clips, **z)
-        return Evaluation({f"loss {k}": v for k, v in errors.items()} | events, score, *shown)
+        score = -sum(errors[s] for s in ("video", "audio") if s in self.trains)
+        events, videos, sounds = self.evaluate_events(clips, **z)
+        figures = {f"loss {k}": v for k, v in errors.items()} | events
+        return Evaluation(figures, score, videos, sounds)
 
     def generate(self, clips, **given):
         """Captions, and what else is given -> videos, waveforms. In stage "video" the tower of the
@@ -1169,10 +1211,10 @@ class TwoTowers:
         Sounds for true videos; of Harmony also videos for true sounds, and both from a picture."""
         stage = self.args.stage
         if stage == "video":
-            return {}, self.generate(clips[:8])[0]
+            return {}, self.generate(clips[:8])[0], None
         # Before the last stage Harmony's bridges between the towers are not trained.
         if self.harmony and stage != "joint":
-            return {},
+            return {}, (), None
         figures = {}
         if not self.test or stage == "audio":
             _, sounds = self.generate(clips, z_v=None if self.net.cfg.audio_only else z_v)
@@ -1189,7 +1231,8 @@ class TwoTowers:
             figures["pairs"] = onset_f1(waves, detected)
         if stage == "audio":
             return figures, [c["video"] for c in clips[:8]], sounds
-        return figures, *self.generate(clips[:8])
+        videos, sounds = self.generate(clips[:8])
+        return figures, videos, sounds
 
 
 def task_class(args):
@@ -1200,12 +1243,13 @@ def task_class(args):
 
 # ----------------------------------------------------------------------------- optimisers, averages
 
-# a, b, c of the polynomials a s + b s^3 + c s^5 in `orthogonalise`. Each brings the interval that
-# the one before leaves as near to 1 as one can, [.01, 1] to [.08, 1.92] to [.28, 1.72] to
-# [.71, 1.29], with a margin of 1 % for bfloat16. So Polar Express (Amsel et al. 2025); Muon (Jordan
-# et al. 2024) takes one polynomial five times, of which each is 6 % of a training step on a CPU. On
-# held-out clips (160 steps of 8 clips, width 128, one seed) the loss is 3.054 with these three and
-# 3.063 with those five; 3.086 if a matrix keeps its update for a second step.
+# (a, b, c) of the three polynomials a s + b s^3 + c s^5 of `orthogonalise`, applied one after the
+# other as in Polar Express (Amsel et al. 2025). Each brings the singular values that the one before
+# leaves as near to 1 as possible, with a margin of 1 % for bfloat16:
+#     [.01, 1]  ->  [.08, 1.92]  ->  [.28, 1.72]  ->  [.71, 1.29]
+# Muon (Jordan et al. 2024) applies one polynomial five times; each time is 6 % of a training step
+# on a CPU. Held-out loss (160 steps of 8 clips, width 128, one seed): 3.054 with these three, 3.063
+# with those five; 3.086 if a matrix keeps its update for a second step.
 NEWTON_SCHULZ = ((8.0211, -22.956, 16.623), (3.6231, -2.6621, .5141), (2.687, -1.9711, .4406))
 
 
@@ -1374,11 +1418,14 @@ def make_objective(task, args):
 
 
 def count_flops(task):
-    """FLOPs (2 per multiply-add) per clip, forward and backward. Counted on the meta device, which
-    computes shapes and no numbers."""
+    """FLOPs (2 per multiply-add) per clip of step 0, forward and backward. Counted on the meta
+    device, which computes shapes and no numbers. (Pyramid Flow's steps differ by their latent.)"""
     # Four clips: Pyramid Flow's loss trains each at one stage.
     batch = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x,
                      task.batch(0, [0, 1, 2, 3]))
+    # Most steps have the audio layers, whatever was drawn for this one.
+    if "skip_audio" in batch:
+        batch["skip_audio"] = False
     with torch.device("meta"):
         net = type(task.net)(task.net.cfg).to("meta")       # tables out of numpy as well
     # What is frozen has no backward pass.
@@ -1476,11 +1523,11 @@ class Run:
         self.flops = count_flops(self.task) * args.batch_size             # of a step
         # Of a model on Pyramid Flow only what is trained is saved.
         self.published = bool(getattr(args, "pretrained", None))
-        # Three cases. On CUDA: compile, in bfloat16 where that is native. To time both dtypes would
-        # compile twice; uncompiled, where a small network waits for its kernels to start, autocast
-        # adds some and loses (a2v's tiny one: .62 x as fast, H100). Elsewhere with --dtype auto:
-        # time both. With --pretrained: neither, since shapes change from step to step and the
-        # frozen half may be in bfloat16 already.
+        # Compile? In which dtype, if --dtype leaves it open?
+        #   --pretrained          not compiled, since shapes change; in bfloat16 if that is native
+        #   CUDA                  compiled, in bfloat16 if native: timing both would compile twice
+        #   CUDA --no-compile,    both are timed: on CUDA a small network waits for its kernels to
+        #   CPU, a Mac's GPU      start, and autocast adds some (a2v's tiny: .62 x as fast, H100)
         if self.device.type == "cuda" and not args.no_compile and not self.published:
             args.compile = True
         elif args.dtype == "auto" and not self.published:
@@ -1541,10 +1588,13 @@ class Run:
 
     def on_signal(self, number, frame):
         """Ctrl-C or SIGTERM: the first one ends the run after its step or evaluation, with a
-        checkpoint; the second one at once."""
-        if self.stop:
+        checkpoint; another one, more than a second later, at once. (Schedulers signal every process
+        of a job, and torchrun passes its own signal on: these two are one request.)"""
+        if not self.stop:
+            self.stop = number
+            self.stop_time = time.monotonic()
+        elif time.monotonic() > self.stop_time + 1:
             raise KeyboardInterrupt(number)
-        self.stop = number
 
     def micro_batches(self):
         """-> the generators and inputs of every micro-batch from this step on. A thread draws the
@@ -1746,17 +1796,16 @@ class Run:
         for name, value in vars(self.args).items():
             before = ckpt["args"].get(name, value)
             if name not in may_differ and before != value:
-                return f"was trained with --{name.replace('_', '-')} {before}; repeat that"
+                return f"was trained {in_words(name, before)}; do so again"
         # VAEs are compared by what they are, wherever they lie.
-        for name in ("vae", "audio_vae"):
-            file = getattr(self.args, name, None)
-            if getattr(self.args, "pretrained", None):
-                file = Path(self.args.pretrained) / "causal_video_vae"
-            task = "vae" if name == "vae" else "audio-vae or mel-vae"
-            if not file or name not in ckpt:
+        pretrained = getattr(self.args, "pretrained", None)
+        for name, task in (("vae", "vae"), ("audio_vae", "audio-vae or mel-vae")):
+            if name not in ckpt:
                 continue
+            flag = "pretrained" if pretrained else name
+            file = (Path(pretrained) / "causal_video_vae" if pretrained
+                    else getattr(self.args, name))
             if fingerprint(load_vae(file, self.device, task)) != ckpt[name]:
-                flag = "pretrained" if getattr(self.args, "pretrained", None) else name
                 return (f"was trained on latents of another VAE ({ckpt['args'].get(flag)}); give "
                         f"that one by --{flag.replace('_', '-')}")
         # Where samples of a micro-batch depend on each other, its size has to stay.
@@ -1813,8 +1862,9 @@ def train(args):
     # One may have come while the last checkpoint was written.
     stopping = stopping or signal_of_any(run.stop)
     if stopping:
-        print(f"stopped at step {run.step} of {args.steps}; the same command continues from "
-              f"{run.out / 'last.pt'}", file=sys.stderr)
+        if rank() == 0:
+            print(f"stopped at step {run.step} of {args.steps}; the same command continues from "
+                  f"{run.out / 'last.pt'}", file=sys.stderr)
         # As `run_cli`.
         sys.exit(128 + stopping)
     log_rank0(f"done: {run.out / 'best.pt'}, {run.out / 'log.csv'}; {run.seconds:.0f} s of "
