@@ -56,15 +56,17 @@ from vae import LogMel
 MEL_PIECE = 6000                # log-mel frames made at a time: a minute
 MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step), bands up to 8 kHz
 
-# For ffmpeg's aresample: gaps in a track are filled, so that the index of a sample says its time;
-# channels are mixed to their mean.
-MONO = "async=1:ochl=mono:rematrix_maxval=1"
+# For ffmpeg's aresample: gaps of more than a frame of 1 / 24 s are filled (its default is 0.1 s),
+# so that the index of a sample says its time; smaller ones are jitter of time stamps. Channels are
+# mixed to their mean.
+MONO = "async=1:min_hard_comp=0.04:ochl=mono:rematrix_maxval=1"
 
 # Seconds that are decoded at most, because a damaged file may claim any length. Of a sound, 0.7 GB
 # at 48 kHz (a longer one is cut), and of a video to add sound to (a longer one is refused):
 MAX_SOUND = 3600
 PIECE = 2 ** 24                 # bytes of such a video that are in memory at a time
-# Of a clip, 180 MB at 64 x 64 pixels and 11 GB at 384 x 640; what is longer is skipped.
+# Of a clip, 180 MB at 64 x 64 pixels and 11 GB at 384 x 640 (for a moment twice that, in every
+# process that prepares clips); what is longer is skipped.
 MAX_SECONDS = 600
 
 # Of the frames that an autoencoder of real video is trained on
@@ -188,6 +190,10 @@ def run_cli(main):
               " fewer --seconds or --eval-clips, a smaller --resolution or --batch-size, a larger "
               "--accum, --device cpu", file=sys.stderr)
         sys.exit(2)
+    except MemoryError:
+        print("error: the memory is too small for this; give shorter clips or a smaller "
+              "--resolution", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as why:
         print("stopped; nothing half-written is left behind", file=sys.stderr)
         # 128 + the number of the signal, as shells do.
@@ -231,7 +237,11 @@ def ffmpeg_command(*arguments):
     """The command line of the ffmpeg of imageio-ffmpeg."""
     import imageio_ffmpeg
     flags = ["-hide_banner", "-nostdin", "-nostats", "-y"]
-    return [imageio_ffmpeg.get_ffmpeg_exe(), *flags, *map(str, arguments)]
+    try:
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as why:
+        raise OSError(errno.ENOENT, str(why), "ffmpeg") from None
+    return [program, *flags, *map(str, arguments)]
 
 
 def run_ffmpeg(*arguments, stdin=b""):
@@ -257,8 +267,9 @@ def last_reason(log):
 def read_audio(path, rate=RATE):
     """Any sound file, or clip with sound -> waveform float32 (samples,) at `rate`."""
     path = check_file(path, "audio")
-    done, raw, log = run_ffmpeg("-v", "error", "-t", MAX_SOUND, *input_file(path), "-vn",
-                                "-af", f"aresample={rate}:{MONO}", "-f", "f32le", "-")
+    # Time 0 is that of the file: a track that begins later is preceded by silence.
+    done, raw, log = run_ffmpeg("-v", "error", "-t", MAX_SOUND, *input_file(path), "-map", "0:a:0",
+                                "-af", f"aresample={rate}:{MONO}:first_pts=0", "-f", "f32le", "-")
     wave = np.frombuffer(raw, np.float32)
     if not done or len(wave) == 0:
         raise BadInput(f"{path}: no sound can be read from it ({last_reason(log)}); "
@@ -286,10 +297,13 @@ def read_image(path, size=64):
             picture.load()
             # Phones store turned pictures, and how they are turned.
             picture = ImageOps.exif_transpose(picture)
-            # 16 bits or more per value: scaled by the range that the values use.
             if picture.mode.startswith("I") or picture.mode == "F":
                 values = np.nan_to_num(np.asarray(picture, np.float32))
-                values *= 255 / (65535 if values.max() > 255 else 255)
+                # 16 bits reach 65535, however dark the picture; of other kinds the values tell.
+                top = 65535 if values.max() > 255 or picture.mode.startswith("I;16") else 255
+                if picture.mode == "F" and values.max() <= 1:
+                    top = 1
+                values *= 255 / top
                 picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             picture = ImageOps.fit(picture.convert("RGBA"), (width, height), Image.LANCZOS)
     except Exception as why:
@@ -333,6 +347,7 @@ def decode(path, what, times, block, limit, *arguments):
     command = ffmpeg_command("-loglevel", "repeat+level+info", "-copyts", "-t", limit + 1,
                              *input_file(path), *arguments, "-")
     # The log has a line per frame: it would fill a pipe while nobody reads it.
+    bases = {}                  # filter: the unit of its times, in seconds
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log,
                               start_new_session=True) as ffmpeg:
@@ -352,14 +367,21 @@ def decode(path, what, times, block, limit, *arguments):
             if error:
                 raise BadInput(f"{path}: its {what} is damaged or not of a known kind "
                                f"({last_reason(error[1])})")
-            start = re.search(r"Duration: .* start: (-?[\d.]+)", line)
+            start = re.match(r"\[info\] +Duration: .*, start: (-?\d+\.\d+),", line)
             if start:
                 times["start"] = float(start[1])
-            frame = re.search(r"Parsed_(\w+) .*pts_time:\s*(-?[\d.]+)", line)
+            part = re.match(r"\[Parsed_(\w+) @ \w+\] \[info\] (.*)", line)
+            base = part and re.match(r"config in time_base: (\d+)/(\d+)", part[2])
+            if base:
+                bases[part[1]] = int(base[1]) / int(base[2])
+            # Whole numbers: before 7.1 ffmpeg prints seconds with six digits. ashowinfo does not
+            # say its unit: behind aresample it is a sample.
+            frame = part and re.match(r"n: *\d+ +pts: *(-?\d+) ", part[2])
             if frame:
-                seconds = float(frame[2])
-                first, _, n = times.get(frame[1], (seconds, seconds, 0))
-                times[frame[1]] = (first, seconds, n + 1)
+                name = part[1]
+                seconds = int(frame[1]) * bases.get(name, 1 / RATE)
+                first, _, n = times.get(name, (seconds, seconds, 0))
+                times[name] = (first, seconds, n + 1)
         # Killed, as for lack of memory, ffmpeg writes no error. That is not the clip's fault
         # either; a crash is. (255: by SIGTERM)
         if ffmpeg.returncode in (-signal.SIGKILL, 255):
@@ -380,8 +402,9 @@ def frame_rate(path):
 
 
 def read_video(path, size=64, fps=FPS):
-    """The pictures of a clip -> video uint8 (F, H, W, 3), times of its first frame, here and in the
-    file; see `stream_video`."""
+    """The pictures of a clip -> video uint8 (F, H, W, 3); the time of its first frame, a multiple
+    of 1 / fps; the time of the first picture in the file. Both in seconds on the file's clock; see
+    `stream_video`."""
     times = {}
     video = np.concatenate(list(stream_video(path, size, times, MAX_SECONDS, fps)))
     return video, times["showinfo_6"][0], times["showinfo_0"][0]
@@ -394,8 +417,9 @@ def stream_video(path, size=64, times=None, limit=MAX_SOUND, fps=FPS):
 
     times: see `decode`. limit: in seconds. What is wrong is found at the end at the latest."""
     times = {} if times is None else times
-    # sar: width of a pixel over its height, 0 if unknown. One showinfo before and one after the
-    # change of the frame rate.
+    # sar: width of a pixel over its height, 0 if unknown. ffmpeg numbers the filters of a chain:
+    # showinfo_0 logs the pictures as they lie in the file, showinfo_6 those that come out, at
+    # multiples of 1 / fps.
     height, width = sides(size)
     crop = (f"crop=w='min(iw,ih*{width / height}/if(sar,sar,1))'"
             f":h='min(ih,iw*if(sar,sar,1)*{height / width})':exact=1")
@@ -423,25 +447,33 @@ def stream_video(path, size=64, times=None, limit=MAX_SOUND, fps=FPS):
                        "needed")
 
 
-def read_clip(path, size=64, sound=None, fps=FPS, static=False):
+def is_static(video):
+    """Does no frame of a video uint8 (F, H, W, 3) differ from the first by half a step of 255 on
+    average? Frame by frame: all at once would take several times the video's memory."""
+    return all(np.abs(frame.astype(np.int16) - video[0]).mean() < .5 for frame in video)
+
+
+def read_clip(path, size=64, sound=None, fps=FPS, static=False, times=None):
     """Both streams of a clip on ONE clock -> video uint8 (F, H, W, 3), waveform float32
     (round(F / fps * 16 000),).
 
-    sound: a wav for a video without a sound track. Raises BadInput for what cannot be trusted:
-    damaged, static (unless `static`), silent, below fps / 2, longer than ten minutes.
+    sound: a wav for a video without a sound track. times: a dict that gets `begin`, the seconds of
+    pictures that were cut because the sound begins later. Raises BadInput for what cannot be
+    trusted: damaged, static (unless `static`), silent, below fps / 2, longer than ten minutes.
     """
     video, video_start, file_start = read_video(path, size, fps)
+    # aresample, aformat, ashowinfo: the log of the last one is ashowinfo_2.
     filters = f"aresample={RATE}:{MONO},aformat=sample_fmts=flt:channel_layouts=mono,ashowinfo"
     arguments = ["-map", "0:a:0", "-af", filters, "-f", "f32le"]
-    times = {}
+    logged = {}
     try:
-        raw = b"".join(decode(path, "sound", times, PIECE, MAX_SECONDS, *arguments))
+        raw = b"".join(decode(path, "sound", logged, PIECE, MAX_SECONDS, *arguments))
     except BadInput:
         if not sound:
             raise
         # Time 0 of a wav that stands in is that of the first picture in the file.
-        times = {}
-        raw = b"".join(decode(sound, "sound", times, PIECE, MAX_SECONDS, *arguments))
+        logged = {}
+        raw = b"".join(decode(sound, "sound", logged, PIECE, MAX_SECONDS, *arguments))
         video_start -= file_start
     wave = np.frombuffer(raw, np.float32)
 
@@ -452,22 +484,22 @@ def read_clip(path, size=64, sound=None, fps=FPS, static=False):
     #     sound             ~~~~~~~~~~~~~~~~~~~~~~~~~~~~
     #     clip              skip|----|----|----|----|
     #
-    # ffmpeg prints times rounded, so a thousandth of a frame counts as nothing. The last frame may
-    # have sound for a part of it: the rest is silence.
-    wave_start, _, _ = times.get("ashowinfo_2", (video_start, 0, 0))
+    # Times are rounded, so a thousandth of a frame counts as nothing. The last frame may have sound
+    # for a part of it: the rest is silence.
+    wave_start, _, _ = logged.get("ashowinfo_2", (video_start, 0, 0))
     first = max(0, math.ceil((wave_start - video_start) * fps - 1e-3))
-    skip = round((video_start + first / fps - wave_start) * RATE)
+    skip = max(0, round((video_start + first / fps - wave_start) * RATE))
     frames = min(len(video) - first, math.ceil((len(wave) - skip) / RATE * fps - 1e-3))
-    if frames < 2 or skip < 0:
+    if frames < 2:
         raise BadInput(f"{path}: picture and sound have less than 2 frames in common")
+    if times is not None:
+        times["begin"] = first / fps
     video = video[first:first + frames]
     wave = fit_length(wave[skip:], round(frames / fps * RATE))
 
-    # Static: no frame differs from the first by half a step of 255 on average (frame by frame: all
-    # at once would take several times the video's memory). Silence: -80 dB. NaN is not above it
-    # either.
-    if not static and all(np.abs(frame.astype(np.int16) - video[0]).mean() < .5 for frame in video):
+    if not static and is_static(video):
         raise BadInput(f"{path}: a static picture")
+    # Silence: -80 dB. NaN is not above it either.
     if not wave.std() >= 1e-4:
         raise BadInput(f"{path}: its sound is silence, or has NaN samples")
     return video, wave.clip(-1, 1)
@@ -948,11 +980,13 @@ def names_of(path):
     hit = HIT.fullmatch(path.stem)
     if hit:
         names.append(hit[1])
-    # VGGSound's files are called <id>_<start> or <id>_<start>_<end>, in seconds, padded or not. Ids
-    # have 11 characters, "_" among them.
-    timed = re.match(r"(.{11})_(\d+)", path.stem)
+    # VGGSound's files are called <id>_<start> or <id>_<start>_<end>, in seconds, padded or not, or
+    # in milliseconds: then the end is 10000 later. Ids have 11 characters, "_" among them.
+    timed = re.match(r"(.{11})_(\d+)(?:_(\d+))?", path.stem)
     if timed:
-        names.append(f"{timed[1]}_{int(timed[2])}")
+        start = int(timed[2])
+        in_ms = timed[3] is not None and int(timed[3]) - start == 10000
+        names.append(f"{timed[1]}_{start // 1000 if in_ms else start}")
     return names
 
 
@@ -1013,7 +1047,8 @@ def clip_windows(clip, size=64, audio_lead=0., most=3):
     audio_lead=0.5 is the protocol of the CycleSync study (Syncphony C.2): the first window begins
     at 0.5 s and each sound 0.5 s before its pictures, so that it can be delayed and stays real.
     """
-    video, wave = read_clip(clip["path"], size, clip["sound"])
+    times = {}
+    video, wave = read_clip(clip["path"], size, clip["sound"], times=times)
     # Up to an eighth of the frames may be missing: the shortest clip of AVSync15 has 48. Not in the
     # study, which leaves short clips out: 438 windows of AVSync15.
     first = round(audio_lead * FPS)
@@ -1036,7 +1071,7 @@ def clip_windows(clip, size=64, audio_lead=0., most=3):
     windows = []
     for start in starts.astype(int):
         offset = round((start - first) / FPS * RATE)
-        events = np.array(clip.get("events", [])) - start / FPS
+        events = np.array(clip.get("events", [])) - times["begin"] - start / FPS
         windows.append(dict(video=video[start:start + FRAMES],
                             audio=fit_length(wave[offset:], samples),
                             caption=clip["prompt"], speech="", start=start / FPS,
@@ -1058,11 +1093,16 @@ def item_windows(item, size, variations=1, views=False):
         try:
             windows = clip_windows(item, larger if views else size)
         except BadInput as why:
-            return str(why).removeprefix(f"{item['path']}: ")
+            return reason_of(why, item)
     for k, window in enumerate(windows if views else []):
         rng = np.random.default_rng([zlib.crc32(os.fsencode(item["name"])), k])
         window["video"] = random_view(window["video"], size, rng)
     return [dict(window, mel=log_mel(window["audio"])) for window in windows]
+
+
+def reason_of(why, item):
+    """Why a clip cannot be used, without its path: clips are grouped by their reasons."""
+    return str(why).removeprefix(one_line(f"{item['path']}: "))
 
 
 def random_view(video, size, rng):
@@ -1095,9 +1135,8 @@ def item_frames(item, size, most):
     try:
         video = hold_last(item["path"], read_video(item["path"], size)[0], FRAMES)
     except BadInput as why:
-        return str(why).removeprefix(f"{item['path']}: ")
-    # Nothing to learn: as in `read_clip`, less than half a step. Four frames a second will do.
-    if np.abs(video[::6].astype(np.int16) - video[0]).mean((1, 2, 3)).max() < .5:
+        return reason_of(why, item)
+    if is_static(video):
         return "a static picture"
     n = min(most, len(video) // FRAMES)
     starts = np.linspace(0, len(video) - FRAMES, n).astype(int)
@@ -1161,7 +1200,7 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
                     size = sum(path.stat().st_size for path in folder.glob("00000-*"))
                     bar.set_postfix_str(f"about {size * len(shards) / 1e9:.1f} GB in all")
     except RuntimeError as why:
-        if "DataLoader worker" not in str(why):
+        if not str(why).startswith("DataLoader worker (pid"):     # not dead: an error in it
             raise
         raise BadInput("a worker process died while it prepared clips, probably for lack of "
                        "memory; free some and run the same command again") from None
@@ -1186,10 +1225,10 @@ def shards_of(items, settings):
 
 
 def identity(item):
-    """By what a cache knows a clip again. The size of its file is a part of it: another folder, or
-    a new export, may hold other clips of the same names."""
-    size = [os.path.getsize(item["path"])] if "path" in item else []
-    return [item["name"], item["prompt"], *size]
+    """By what a cache knows a clip again. Sizes of its files are a part of it: another folder, or a
+    new export, may hold other clips of the same names, and a wav may have been added."""
+    files = [item[name] for name in ("path", "sound") if item.get(name)]
+    return [item["name"], item["prompt"], *map(os.path.getsize, files)]
 
 
 def start_workers(loader):
@@ -1247,9 +1286,10 @@ def write_shard(folder, k, results, settings, vae, audio_encoder):
                 rows.append([item["name"], window["caption"], window["start"], window["speech"]])
                 yield window
 
-    # As many windows at once as fit in any memory: 16 of 64 pixels, 4 of 256, one that is larger.
-    height, _ = sides(settings["resolution"])
-    at_once = 1024 // height if height <= 256 else 1
+    # As many windows at once as fit in any memory: 16 of 64 x 64 pixels, 4 of 256 x 256, one that
+    # is larger.
+    height, width = sides(settings["resolution"])
+    at_once = max(1, 1024 // max(height, width)) if max(height, width) <= 256 else 1
     windows = usable_windows()
     while batch := list(islice(windows, at_once)):
         if vae:
@@ -1422,7 +1462,7 @@ def open_and_report(folder, name, report, log):
     for clip, reason in cache["skipped"].items():
         reasons.setdefault(reason, []).append(clip)
     for reason, names in reasons.items():
-        log(f"  skipped {len(names)}, such as {names[0]}: {reason}")
+        log(f"  skipped {len(names)}, such as {one_line(names[0])}: {reason}")
     if not cache["clips"]:
         clip, reason = next(iter(cache["skipped"].items()))
         # Nothing is in it, and it would refuse the folder of clips once that is repaired.
@@ -1448,13 +1488,17 @@ def contact_sheet(name, root, path):
             if "seed" in clip:
                 clip |= toybox_clip(clip["seed"])
             else:
-                clip["video"], clip["audio"] = read_clip(clip["path"], sound=clip["sound"])
+                times = {}
+                clip["video"], clip["audio"] = read_clip(clip["path"], sound=clip["sound"],
+                                                         times=times)
+                clip["events"] = np.array(clip["events"]) - times["begin"]
         except BadInput as why:
             print(f"skipped  {why}")
             continue
         strips.append(film_strip(clip["video"], clip["audio"], events=clip["events"]))
-        print(f"row {len(strips)}  {clip['name']}  '{clip.get('caption', clip['prompt'])}'  "
-              f"{clip['split']}  {len(clip['video']) / FPS:.1f} s")
+        caption = clip.get("caption", clip["prompt"])
+        print(f"row {len(strips)}  {one_line(clip['name'])}  '{caption}'  {clip['split']}  "
+              f"{len(clip['video']) / FPS:.1f} s")
         if len(strips) == 8:
             break
     if not strips:

@@ -3182,8 +3182,30 @@ def test_a_title_or_a_name_is_no_message_of_ffmpeg(odd, tmp_path):
     """Only the level of a line says that it is an error."""
     path = tmp_path / "take [error] 2.mp4"
     ffmpeg("-i", odd / "ok/plain.mp4", "-c", "copy", "-metadata", "title=it matches no streams",
-           "-metadata", "comment=x [fatal] y", path)
+           "-metadata", "comment=x [fatal] y", "-metadata", "artist=Duration: 1, start: 9.5, x",
+           path)
     assert_in_sync(path)
+    times = {}
+    assert list(data.stream_video(path, 32, times)) and times["start"] == 0
+
+
+def test_a_sound_track_that_begins_late_is_read_at_its_time(tmp_path):
+    """Alone too, and so are the hits that a list has noted: times count from the file's beginning.
+    A gap of 64 ms in it is filled."""
+    clip = flash_clip(tmp_path / "a.mp4", late=.35)
+    wave = data.read_audio(tmp_path / "a.mp4")
+    assert np.argmax(np.abs(wave) > .2) / 16000 == pytest.approx(1.1, abs=.03)
+    window, = data.clip_windows(clip | dict(split="test", events=[1.1]), 32)
+    flash = np.argmax(window["video"].mean((1, 2, 3)) > 130) / 24
+    assert window["events"] == pytest.approx([flash], abs=.03)
+
+    soundfile.write(tmp_path / "plain.wav", wave, 16000)
+    # Of frames of 1024 samples, the ninth is missing.
+    ffmpeg("-i", tmp_path / "plain.wav", "-af", "asetnsamples=1024,aselect=not(eq(n\\,8))", "-c:a",
+           "pcm_s16le", tmp_path / "gap.mkv")
+    for path in (tmp_path / "plain.wav", tmp_path / "gap.mkv"):
+        click = np.argmax(np.abs(data.read_audio(path)) > .2) / 16000
+        assert click == pytest.approx(1.1, abs=.03), path
 
 
 @pytest.mark.parametrize("end, error", [("kill -9 $$", OSError), ("exit 255", OSError),
@@ -3213,6 +3235,23 @@ def test_an_ffmpeg_without_the_options_of_5_1_is_named_and_skips_no_clip(
         capsys.readouterr().err)
 
 
+def test_pictures_of_other_depths_keep_their_brightness(tmp_path):
+    """Floats from 0 to 1, and a dark picture of 16 bits."""
+    from PIL import Image
+    Image.fromarray(np.full((8, 8), .5, np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.full((8, 8), 200, np.uint16)).save(tmp_path / "dark.png")
+    for name, value in (("float.tiff", 127), ("dark.png", 0)):
+        assert data.read_image(tmp_path / name, 8).mean() == pytest.approx(value, abs=1), name
+
+
+def test_an_error_in_a_worker_is_not_taken_for_a_lack_of_memory(tmp_path, clip, monkeypatch):
+    """torch names the worker in both."""
+    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
+    monkeypatch.setattr(data, "write_shard", Mock(side_effect=error))
+    with pytest.raises(RuntimeError, match="Caught"):
+        fill(tmp_path / "c", [clip], None)
+
+
 DOG = "dog_barking/-3viw1EWLpo_000015_000025_3.5_7.0.mp4"
 VIOLIN = "playing_violin__fiddle/a_b-c_d_e_f_000000_000010_0.0_10.0"
 # Files, with the content of lists and tables; the splits and prompts expected; some of the report.
@@ -3225,7 +3264,7 @@ LAYOUTS = {
         "1 train, 1 test clips of 2 classes, by test.txt, train.txt; 1 named there are missing, "
         "for instance dog_barking/gone.mp4"),
     "VGGSound": (
-        {"v/-a_b_c-d_e__000030.mp4": "", "v/unlisted_id_000030.mp4": "",
+        {"v/-a_b_c-d_e__30000_40000.mp4": "", "v/unlisted_id_000030.mp4": "",
          "vggsound.csv": '-a_b_c-d_e_,30,"dog barking, bow-wow",train\ngonegonegon,1,x,train\n'},
         "train: dog barking, bow-wow", "gonegonegon_1"),
     "Landscapes, whose lines are relative to their split": (
@@ -5897,7 +5936,7 @@ def random_kills_command(name, request, out):
                            "--resolution", 32, "--steps", 2, "--batch-size", 1, "--eval-clips", 1,
                            "--out", out / "run"]
         return train, [*steps, "--steps", 1, "--eval-clips", 1, "--data", folder,
-                       "--data-root", out / "data"]
+                       "--clips", 2000, "--data-root", out / "data"]
     flags = ["--ckpt", toy / "a2v.pt", "--steps", 1, "--out", out]
     if name == "sampling":
         return sample, [*flags, "--audio", toy / "x.wav", "--image", toy / "f.png"]

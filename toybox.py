@@ -382,8 +382,8 @@ def off_screen_sound(n, rng):
 
 def record(dry, has_events, off_screen, seed):
     """What a microphone makes of the events (samples,) -> float32 (samples,): off-screen sound,
-    tilt of the spectrum, room, noise floor and gain. All draws depend on the seed alone: other
-    events with the same seed are in the same room."""
+    tilt of the spectrum, room, noise floor and gain. All draws depend on seed and length alone:
+    other events with the same seed are in the same room."""
     rng = np.random.default_rng([seed, 1414])
     out, n = dry, len(dry)
     if off_screen:
@@ -405,6 +405,7 @@ def record(dry, has_events, off_screen, seed):
     # A noise floor of -80 to -28 dB: rumble in three of ten clips, else white.
     rumbles = rng.random() < .3
     floor = rng.standard_normal(n)
+    # (The factor drops out below; without it the last bits of all clips would differ.)
     floor = np.cumsum(floor) * .02 if rumbles else floor
     floor -= floor.mean()
     loudest = np.abs(out).max() if has_events or off_screen else 1.
@@ -592,6 +593,7 @@ def find_peaks(kind, s):
         still_rising = end == len(s) and stretch[-1] == stretch.max()
         if side[first] and not still_rising:
             tops.append(np.flatnonzero(stretch >= stretch.max() - TIE).mean() + first)
+            # Its height rests on the frames on either side, too. (`end` may lie behind the clip.)
             spans.append((max(first - 1, 0), end))
     return [(refine_peak(kind, s, tops, i), *span) for i, span in enumerate(spans)]
 
