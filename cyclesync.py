@@ -597,9 +597,13 @@ def v2a_from_checkpoint(path, args, clips):
     begin 50 ms late. Its noise is the clip's own, and the same for every video of a clip: rows stay
     paired, and --draws averages over it."""
     device, _ = pick_device(args.device)
-    # Beside --ckpt, --vae is that of --ckpt; this file's is found by its fingerprint.
-    vae = None if args.ckpt else args.vae
-    system = load(path, device, vae, args.audio_vae, task="t2av or joint")
+    try:
+        system = load(path, device, args.vae, args.audio_vae, task="t2av or joint")
+    except BadInput:
+        # --vae may be that of --ckpt alone: this file's is found by its fingerprint.
+        if not (args.ckpt and args.vae):
+            raise
+        system = load(path, device, None, args.audio_vae, task="t2av or joint")
     autocast, _ = autocast_for(system, args.dtype, device)
     settings = recommended(system.checkpoint)
 
@@ -1496,7 +1500,7 @@ def study(scorer, rows, steps_tried):
     """Every mode with every guidance and number of steps, compared with its first row -> `Table`.
     rows: pairs of a mode and {name: settings}."""
     print(f"{scorer.described}\n{scorer.args.ckpt}: step {scorer.ckpt['step']}; "
-          f"{len(scorer.clips) // scorer.args.draws} clips that are in no other table; in brackets "
+          f"{len(scorer.clips) // scorer.args.draws} clips of the two studies alone; in brackets "
           "95 % intervals over clips; gain: over the first row, of the figure whose interval "
           "reaches lowest")
     columns = {k: title for k, title in scorer.columns.items() if k in DECIDING or "frechet" in k}
@@ -2095,10 +2099,10 @@ def gain_over_seeds(rows, others, key):
     `key`, low, high (95 %); nan where a seed has no value. Of one seed the interval is over clips,
     and a distance, which belongs to no clip, has none.
 
-    Every seed has its own training and its own clips, so gains of different seeds are independent,
-    but for noise of sampling that they share with other clips. (A bootstrap of three seeds shows
-    2/3 of their variance: its intervals cover 75 % where seeds differ five times as much as the
-    error over clips, these 94 %.)"""
+    Every seed has its own training and its own clips, so gains of different seeds are independent
+    (but that clip i of a seed is sampled from the noise of clip i + 1 of the one before). A
+    bootstrap of three seeds shows 2/3 of their variance: its intervals cover 75 % where seeds
+    differ five times as much as the error over clips, these 94 %."""
     if key in rows[0]["figures"]:
         gains = [[row["figures"][key] - other["figures"][key], NAN]
                  for row, other in zip(rows, others)]
@@ -2393,9 +2397,10 @@ def skip_block_study(args):
     settings["encoders"] = external_encoders(model, args, [""], device)
 
     def skip(tokens, *_):
-        # Passes its tokens on, and adds no keys and values to the cache.
-        empty = tokens.new_zeros(len(tokens), model.cfg.heads, 0, model.cfg.head_dim)
-        return tokens, (empty, empty)
+        # Passes its tokens on. Its keys and values, which nothing reads, have the caches' shapes.
+        shape = len(tokens), model.cfg.heads, tokens.shape[1], model.cfg.head_dim
+        unread = tokens.new_zeros(shape)
+        return tokens, (unread, unread)
 
     complete, = generate(model, system.vae, [clip], autocast, args.seed, **settings)
     strips = [film_strip(complete, wave)]
@@ -2422,7 +2427,7 @@ def arguments():
     what.add_argument("--pairs-of-videos", nargs=2, metavar=("A", "B"), help="of videos: which "
                       "of two folders moves when it sounds?")
     what.add_argument("--steps-study", action="store_true", help="quality and time of --ckpt over "
-                      "Euler steps, on clips of no other table: which number should it recommend?")
+                      "Euler steps, on clips of no table but the two studies': how few are enough?")
     what.add_argument("--guidance-study", action="store_true", help="agreement and Frechet "
                       "distances of a two-tower --ckpt over guidance scales and noise levels")
     what.add_argument("--stress", action="store_true", help="--ckpt on two sounds at once, noise, "
@@ -2478,16 +2483,17 @@ def arguments():
 # toybox, and its stored scores are named by their settings.)
 EVERYWHERE = "device dtype data_root out"
 SAMPLES = "ckpt vae pretrained hubert data clips draws resolution steps seed"
+TOWERS = "ckpt vae audio_vae data clips draws resolution steps seed"
 V2A = "tolerance v2a_ckpt v2a_cmd v2a_seconds audio_vae"
 READ = {
     "a table of a2v": f"{SAMPLES} {V2A} fvd fid fad",
-    "a table of two towers": f"{SAMPLES} audio_vae tolerance",
+    "a table of two towers": f"{TOWERS} tolerance",
     "a table of a VAE": "ckpt data clips resolution seed",
     "clip": "",
     "pairs": "tolerance",
     "pairs_of_videos": f"{V2A} vae",
     "steps_study": f"{SAMPLES} audio_vae".replace(" steps", ""),
-    "guidance_study": f"{SAMPLES} audio_vae",
+    "guidance_study": TOWERS,
     "stress": SAMPLES,
     "negatives": SAMPLES,
     "shift_study": f"{V2A} vae data clips resolution seed",
@@ -2513,6 +2519,11 @@ def check_flags(args, command):
         raise BadInput("--v2a-cmd and --v2a-ckpt: both are the f of CycleSync; give one of them")
     if args.v2a_seconds and not args.v2a_cmd:
         raise BadInput("--v2a-seconds is the shortest video of --v2a-cmd; give that, too")
+    # What these commands load is the file of --v2a-ckpt alone.
+    for name in ("vae", "audio_vae"):
+        if command in ("pairs_of_videos", "shift_study") and not args.v2a_ckpt:
+            if getattr(args, name):
+                raise BadInput(f"{flag(name)} is that of --v2a-ckpt; give that, too")
 
 
 def main():

@@ -56,7 +56,7 @@ from vae import LogMel
 MEL_PIECE = 6000                # log-mel frames made at a time: a minute
 MEL_RATE, MELS = 100, 64        # log-mel frames per second (two per audio step), bands up to 8 kHz
 
-# For ffmpeg's aresample: gaps of more than a frame of 1 / 24 s are filled (its default is 0.1 s),
+# For ffmpeg's aresample: gaps of more than 40 ms, about a frame, are filled (its default is 0.1 s),
 # so that the index of a sample says its time; smaller ones are jitter of time stamps. Channels are
 # mixed to their mean.
 MONO = "async=1:min_hard_comp=0.04:ochl=mono:rematrix_maxval=1"
@@ -267,7 +267,8 @@ def last_reason(log):
 def read_audio(path, rate=RATE):
     """Any sound file, or clip with sound -> waveform float32 (samples,) at `rate`."""
     path = check_file(path, "audio")
-    # Time 0 is that of the file: a track that begins later is preceded by silence.
+    # Time 0 is that of the file: a track that begins later is preceded by silence. (So is Opus in
+    # webm and mkv, by 7 ms, since ffmpeg counts the samples that a decoder drops at the start.)
     done, raw, log = run_ffmpeg("-v", "error", "-t", MAX_SOUND, *input_file(path), "-map", "0:a:0",
                                 "-af", f"aresample={rate}:{MONO}:first_pts=0", "-f", "f32le", "-")
     wave = np.frombuffer(raw, np.float32)
@@ -379,7 +380,10 @@ def decode(path, what, times, block, limit, *arguments):
             frame = part and re.match(r"n: *\d+ +pts: *(-?\d+) ", part[2])
             if frame:
                 name = part[1]
-                seconds = int(frame[1]) * bases.get(name, 1 / RATE)
+                unit = 1 / RATE if name.startswith("ashowinfo") else bases.get(name)
+                if unit is None:
+                    raise BadInput(f"{path}: ffmpeg does not say the unit of its {what}'s times")
+                seconds = int(frame[1]) * unit
                 first, _, n = times.get(name, (seconds, seconds, 0))
                 times[name] = (first, seconds, n + 1)
         # Killed, as for lack of memory, ffmpeg writes no error. That is not the clip's fault
@@ -1200,7 +1204,7 @@ def prepare(folder, settings, items, vae, autocast, audio_encoder=None):
                     size = sum(path.stat().st_size for path in folder.glob("00000-*"))
                     bar.set_postfix_str(f"about {size * len(shards) / 1e9:.1f} GB in all")
     except RuntimeError as why:
-        if not str(why).startswith("DataLoader worker (pid"):     # not dead: an error in it
+        if not str(why).startswith("DataLoader worker (pid"):     # an error in a worker
             raise
         raise BadInput("a worker process died while it prepared clips, probably for lack of "
                        "memory; free some and run the same command again") from None

@@ -304,8 +304,8 @@ def harmony_loss(model, z_v, z_a, text_inputs, transcripts, generators, ref=None
 
     z_v (B, C, L, h, w), z_a (B, A, S); text_inputs, transcripts as `DualTower.encode_audio_text`
     takes them; ref (B, A, R), mask (B, R): clean references of the timbre. Stages 'video', 'audio',
-    'timbre' train one stream; the last two differ in where train.py takes references from. shift:
-    the paper's. p_first_frame: share of clips whose latent 0 is given; the paper has none."""
+    'timbre' train one stream; the last two differ in where train.py takes references from. shift
+    of noise levels: the paper's. p_first_frame: share of clips with a given latent 0."""
     # One noise and one noise level per clip, which all forwards share.
     sigma = to_device(sample_sigma(rand_each(generators), sigma_dist, shift), z_v.device)   # (B,)
     eps_v = randn_each(generators, z_v.shape[1:], z_v.device)

@@ -26,8 +26,8 @@ Four callers run these blocks, and agree where they overlap:
 Not learned in the audio layers:
 
     window      latent l attends to the audio steps i with |t_i - l| < 1.5          Syncphony eq. 7
-                (eq. 7 prints 2 Delta alpha steps, D.2.1 spreads them over 2 Delta + 1 latents;
-                both hold if its bounds name whole latents, l - Delta .. l + Delta)
+                (three latents of sound, 2 Delta + 1, as in D.2.1; eq. 7's printed bounds are
+                2 Delta apart and are read as whole latents, l - Delta to l + Delta)
     Audio RoPE  queries are rotated by (l, row, column), keys by (t_i, 0, 0), with one table for
                 both: the attention score depends on t_i - l                              eqs. 8-10
 
@@ -72,7 +72,8 @@ class MMDiTConfig:
     window: float = 1.5             # eq. 7 with Syncphony's Delta = 1: |t_i - l| < Delta + 0.5
     audio_rope: bool = True         # off: the ablation of Syncphony table 11
     time_scale: float = 1.          # radians per latent of the fastest pair on the time axis
-    context: int = 30               # latents that a latent attends to, beside latent 0
+    # latents that a latent attends to, beside latent 0: 30 are 10 s, Pyramid Flow's longest clip
+    context: int = 30
 
 
 TEXT_BYTES = 96                     # what ByteText reads of a text; longer ones are cut
@@ -81,7 +82,8 @@ BYTES_PER_TOKEN = 8                 # so a text is 12 tokens
 # step would be projected 4 times, as windows overlap, instead of 1.8 times; with more, every video
 # token attends to more keys that are masked.
 AUDIO_LATENTS = 4
-# FlexAttention has blocks of 128 x 128 tokens: with less than four by four none would be skipped.
+# FlexAttention skips blocks of 128 x 128 tokens in which nothing attends: of four by four several,
+# of three by three about one. (Where it begins to pay was not measured.)
 FLEX_TOKENS = 512
 WITHOUT_FLOAT64 = ("mps",)          # types of devices: the GPU of a Mac
 
@@ -246,11 +248,13 @@ def join(parts, dim):
 def project_qkv(x, K, linears, norms, n_queries=None):
     """x (B, N, D) by three linear layers -> queries (of the last n_queries tokens, None: of all),
     keys, values (B, K, N, d)"""
-    sources = x[:, -n_queries:] if n_queries else x, x, x
-    # queries and keys are normalised per head, which keeps the scores bounded
-    norms = *norms, nn.Identity()
-    parts = zip(linears, sources, norms)
-    return [split_heads(linear(source), K, norm) for linear, source, norm in parts]
+    to_q, to_k, to_v = linears
+    # per head, which keeps the scores bounded
+    norm_q, norm_k = norms
+    last = x[:, -n_queries:] if n_queries else x
+    q = split_heads(to_q(last), K, norm_q)
+    k = split_heads(to_k(x), K, norm_k)
+    return q, k, split_heads(to_v(x), K)
 
 
 def modulate(x, shift, scale):
@@ -309,10 +313,12 @@ class Conditioning:
     n_text: int = 0                     # T; 0: the text is in the cache
     sigma_index: torch.Tensor = None    # (T+N,) row of temb of each token; None: G is 1,
                                         # or all adaLN is given
-    # (B or 1, 1, T+N or 1, keys) booleans, a `Packing` or a BlockMask; None: all to all
-    mask: torch.Tensor = None           # without gradients also as 0 and -inf (`additive`)
+    # self-attention, None: all to all. Booleans (B or 1, 1, T+N or 1, keys), without gradients also
+    # 0 and -inf (`additive`); or a `Packing`, or a BlockMask
+    mask: torch.Tensor = None
     audio_mask: torch.Tensor = None     # (N, S) likewise: the window of each video token
-    text_levels: int = 1                # how many of the first rows of temb are the text's
+    text_levels: int = 1                # how many of the first rows of temb are the text's; packed:
+                                        # B, as each text has the noise level of its sample
     n_queries: int = None               # the last tokens alone have queries; None: all of them
     groups: list = None                 # see `attention`; None: all queries attend to all keys
     slots: torch.Tensor = None          # (N,) of `KVCache`: where the new keys and values belong
@@ -400,7 +406,8 @@ def attention(q, k, v, mask=None, groups=None):
 def queries_of_last(cond, n):
     """Conditioning of a block from which only the last n tokens are read: it makes no others."""
     mask = cond.mask
-    # latent 0 is in a group with the text: of that the text makes no queries either
+    # one group is left, the last latent's. (If that is latent 0, its group holds the text, too,
+    # whose queries are left out.)
     groups = cond.groups and [(n, cond.groups[-1][1])]
     if isinstance(mask, Packing):
         p = mask.n_targets
@@ -688,6 +695,9 @@ def velocity_from_output(out, x, sigma):
 # ---------------------------------------------------------------------------------- the transformer
 
 class MMDiT(nn.Module):
+    """Syncphony's network, with the names of Pyramid Flow's weights. `forward_teacher_forced`
+    trains it, `KVCache` samples from it; `forward` is a pass without a cache, of pyramid.py."""
+
     def __init__(self, cfg):
         super().__init__()
         check_axes(cfg.axes, cfg.head_dim)
@@ -789,6 +799,7 @@ class MMDiT(nn.Module):
         def repeat(t):
             return torch.cat([t, t[:n_off_sync]])
 
+        # packed: temb has one row, and `clips` one noisy clip, for every sample
         packed = isinstance(cond.mask, Packing)
         targets = clips[-cond.temb.shape[1]:] if packed else clips[-1:]
         sizes = [z[0, 0].numel() // self.cfg.patch ** 2 for z in targets]
@@ -911,11 +922,13 @@ class KVCache:
         clean 16     even  |  x   x   x        x    x    x             sigma = 0
         noisy 17     odd   |      x   x        x    x    x    x        sigma = 1
 
-    So a latent takes as many passes as steps. The sink stays, since attention degrades when its
-    first tokens are dropped (attention sinks, StreamingLLM, Xiao et al. 2023). Beyond latent W it
-    is rotated on, so that no key is farther away than in training; it is there twice, since the
-    two latents of a pass need two rotations, and a third time as it was made, from which both are
-    rotated (`self.sink`).
+    So a latent takes as many passes as steps.
+
+    The sink is never dropped: without its first tokens attention degrades (attention sinks,
+    StreamingLLM, Xiao et al. 2023). For a latent l > W it is rotated as if it stood at time l - W,
+    so that it is never farther away than in training. A pass over latents l - 1 and l needs two
+    such rotations, hence two copies, for even and for odd latents. Both are made from the unrotated
+    keys (`self.sink`).
 
     Shapes never change. So torch.compile makes two graphs of a step, `MMDiT.cached_step`, of one
     latent and of two, for clips of any length. What depends on sigma or on the latent is an input

@@ -54,7 +54,8 @@ WEIGHTS_NAME = "diffusion_pytorch_model"
 # values can have: they sum to zero.
 GAMMA = 1 / 3
 
-# Row r of a training batch trains stage STAGE_OF_ROW[r mod 4]: the stages in the ratio 1 : 2 : 1.
+# Sample number r of a training trains stage STAGE_OF_ROW[r mod 4]: the stages in the ratio
+# 1 : 2 : 1, whatever the batch size.
 STAGE_OF_ROW = (0, 1, 1, 2)
 # The published corruption of the history in training: noise of a level in [0, 1/3].
 CONTEXT_NOISE = 1 / 3
@@ -256,6 +257,8 @@ def cache_limit(device):
     """Bytes that a `HistoryCache` may take: half of what is free on a GPU, else 4 GiB."""
     if device.type == "cuda" and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info(device)
+        # and what torch holds without using it, such as the memory that T5 or the last clip had
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free / 2
     # a clip of 2 s of the published network takes 2 GB a row
     return 2 ** 32
@@ -426,16 +429,19 @@ def pieces_of_sample(b, n_text, lengths, sizes):
     """What attends to what in sample b -> texts, history, noisy latents, each {piece: [(a piece
     that it attends to, how many of its first tokens)]}.
 
-    The noisy latents of a sample share what their histories have in common: all tokens have one
-    noise level and none attends to later latents, so that it is the same for all of them in all
-    layers (the reason of `HistoryCache`). Noisy latents 1 to 5 of a clip in stage 2:
+    A latent of the history is the same for every noisy latent after it, in all layers, since all
+    tokens have one noise level and none attends to later latents (the reason of `HistoryCache`).
+    So it is run once. Noisy latents 1 to 5 of a clip in stage 2, each above its history:
 
-        noisy    (clip 3)    1   2   3   4   5     A column is a noisy latent over its history. A
-        level 2  (clip 2)    0   1   2   3   4     latent attends to itself, to all under it, and in
-        level 1  (clip 1)        0   1   2   3     the FIRST clip to what is to the left as well:
-        level 0  (clip 0)            0   1   2     noisy 5 to 4, 3, 2 1 0; 2 of level 1 to 1 0. Text
-                             |   |   '-------'     and latent 0 attend to each other, so each level
-        text                 x   x       x         of latent 0 has a text, under its columns.
+        noisy    (clip 3)    1   2   3   4   5
+        level 2  (clip 2)    0   1   2   3   4     the latent before it
+        level 1  (clip 1)        0   1   2   3     the one before that
+        level 0  (clip 0)            0 - 1 - 2     all earlier ones, which attend to their left, too
+        text                 x   x       x
+
+    A latent attends to itself and to all below it: noisy 5 to 4; 3; 2, 1, 0; text. Noisy 2 to 1;
+    0; text. Text and latent 0 attend to each other, so the states of the text depend on the
+    resolution of latent 0: there is a copy of the text for each.
 
     With noisy latent 5 alone there are 5, 4, 3, 2 1 0 and one text. Tokens for every noisy latent,
     of clips of 16 latents of 24x40 and a text of 30 tokens:
@@ -521,7 +527,7 @@ def pyramid_loss(model, z, text_inputs, audio_inputs, rows, generators, fine_lat
 
     z (B, C, L, h, w) normalised latents; text_inputs: states without padding, B times (T_b, D),
     None, pooled (B, P); audio_inputs, generators and skip_audio as in `losses.syncphony_loss`;
-    rows: positions (B,) of these clips in the batch of the step; fine_latent: the ONE latent of a
+    rows: numbers (B,) of these samples in the training; fine_latent: the ONE latent of a
     clip that the finest stage trains, 1 .. L-1, the same for the step, or None: every stage trains
     all of them -> loss, report: mean squared error of each stage, nan without a clip."""
     B, _, L = z.shape[:3]
@@ -611,6 +617,9 @@ def sample_pyramid(network, z0, n_latents, noise, steps, jump=block_noise, keep=
                 if bar is not None:
                     bar.update()
 
+        if not x.isfinite().all():
+            raise BadInput("the network's output is not finite; lower the guidance, or take "
+                           "another copy of the checkpoint")
         past.append(x)
         if len(past) > 1 + keep:
             del past[1]
@@ -832,17 +841,21 @@ def unpadded_prompts(table, captions, device):
 
 class ExternalEncoders:
     """HuBERT, T5-XXL and CLIP, for sampling. captions: all that will be asked for. They are encoded
-    at once, then T5 (11 GB) is released."""
+    at once, then T5 (11 GB) is released. audio_dim: width of the features that the model takes."""
 
-    def __init__(self, pretrained, hubert, captions, device):
+    def __init__(self, pretrained, hubert, captions, audio_dim, device):
         if not hubert:
             raise BadInput("--hubert is missing: this model was trained on its features; give "
                            "--hubert facebook/hubert-large-ls960-ft")
+        self.hubert = load_hubert(hubert, device)
+        width = self.hubert(np.zeros(16000, np.float32)).shape[1]
+        if width != audio_dim:
+            raise BadInput(f"--hubert {hubert}: makes {width} features a step, this model takes "
+                           f"{audio_dim}; give the one that it was trained with")
         prompts = {c: c + QUALITY_SUFFIX if c else "" for c in captions}
         prompts[NEGATIVE_PROMPT] = NEGATIVE_PROMPT
         table = encode_prompts(pretrained, sorted(set(prompts.values())), device)
         self.text = {caption: table[prompt] for caption, prompt in prompts.items()}
-        self.hubert = load_hubert(hubert, device)
         self.device = device
 
     def encode_audio(self, waves):

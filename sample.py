@@ -376,6 +376,11 @@ def sample_autoregressive(model, z0, n_latents, audio, text, steps=STEPS["a2v"],
 def sample_stages(model, z0, n_latents, audio, text, steps=STEPS["a2v"], asg=0., cfg=0.,
                   seeds=(0,), bar=None):
     """`sample_autoregressive` of a model in Pyramid Flow's layout: three resolutions."""
+    # Two halvings, then patches
+    multiple = 4 * model.cfg.patch
+    if z0.shape[3] % multiple or z0.shape[4] % multiple:
+        raise BadInput("Pyramid Flow halves the latents twice: sides of pictures must be multiples "
+                       "of 64; give another --resolution")
     generators = make_generators(seeds)
     noise = randn_each(generators, (z0.shape[1], n_latents - 1, *z0.shape[3:])).to(z0)
 
@@ -499,7 +504,8 @@ def external_encoders(model, args, captions, device):
     """Encoders for a model on Pyramid Flow; None for one that has trained encoders inside."""
     if model.cfg.text_encoder == "bytes":
         return None
-    return pyramid.ExternalEncoders(args.pretrained, args.hubert, captions, device)
+    return pyramid.ExternalEncoders(args.pretrained, args.hubert, captions, model.cfg.audio_dim,
+                                    device)
 
 
 def encode_conditions(model, waves, captions, samples, cfg, encoders=None):
@@ -936,11 +942,11 @@ def check_inputs(jobs, args):
         path = output_file(args, job)
         for name in ("audio", "image", "video", "ref_audio"):
             file = job[name]
-            is_there = not file or os.path.isfile(file) or os.path.abspath(file) in written
+            is_there = not file or os.path.isfile(file) or os.path.realpath(file) in written
             if not is_there and not is_finished(path, args):
                 raise BadInput(f"{args.jsonl} record {job['stem']}: {name} {file}: no such file; "
                                "check the path")
-        written.add(os.path.abspath(path))
+        written.add(os.path.realpath(path))
 
 
 def check_outputs(jobs, args):
@@ -1203,7 +1209,7 @@ FLAGS = {   # the systems that take it; what it may be (bool: a switch, a tuple:
 
 DEFAULTS = dict(device="auto", dtype="auto", out="out/", seed=0, shift_audio=0.)
 # What --bench reads; its clip and its guidance are always the same.
-BENCH = "prompt ckpt vae audio_vae pretrained hubert device dtype compile steps bench".split()
+BENCH = "prompt ckpt vae audio_vae pretrained device dtype compile steps bench".split()
 
 
 def arguments():
@@ -1295,6 +1301,16 @@ def check_flags(system, jobs, args):
                            "leave it out")
 
 
+def check_bench(system, args):
+    """BadInput where a flag would change nothing of --bench."""
+    for name in FLAGS:
+        if name not in BENCH and is_given(name, getattr(args, name)):
+            raise BadInput(f"--{name.replace('_', '-')} is not read by --bench; leave it out")
+    if args.pretrained and system.model.cfg.text_encoder != "external":
+        raise BadInput(f"--pretrained would change nothing, since {args.ckpt} is not on Pyramid "
+                       "Flow; give --ckpt of a model that is")
+
+
 def warn_of_training(checkpoint, settings):
     """Say what a checkpoint cannot do well, because of how it was trained."""
     # SyncFlow is complete after stage "audio", Harmony after "joint".
@@ -1376,9 +1392,6 @@ def run_job(system, job, path, args, bar, settings):
 def main():
     # What to sample from
     args = arguments().parse_args()
-    for name in FLAGS if args.bench else ():
-        if name not in BENCH and is_given(name, getattr(args, name)):
-            raise BadInput(f"--{name.replace('_', '-')} is not read by --bench; leave it out")
     device, place = pick_device(args.device)
     args.ckpt = args.ckpt or default_checkpoint(args)
     system = load(args.ckpt, device, args.vae, args.audio_vae, args.pretrained)
@@ -1388,6 +1401,7 @@ def main():
     if args.compile:
         compile_network(system.model)
     if args.bench:
+        check_bench(system, args)
         return benchmark(system, autocast, recommended(checkpoint, **vars(args))["steps"])
 
     # What to generate: all of it is checked before the first is begun.

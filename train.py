@@ -115,8 +115,8 @@ COMMON = dict(
     device=("auto", ("auto", "cuda", "mps", "cpu"), "where to run"),
     dtype=("auto", ("auto", "float32", "bfloat16"), "auto: as measured; on CUDA bfloat16"),
     compile=(False, bool, "torch.compile: a slow start, then faster steps"),
-    no_compile=(False, bool, "do not compile on CUDA either, where --compile is the default but "
-                "with --pretrained"),
+    no_compile=(False, bool, "do not compile on CUDA either, where --compile is the default "
+                "(not with --pretrained)"),
     # how long; a step is one update of the weights
     steps=(1500, COUNT, "optimiser steps (of each stage)"),
     batch_size=(16, COUNT, "clips per step, over all processes and micro-batches"),
@@ -170,14 +170,14 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         layout=("one", ("one", "all"), "with --pretrained: a step trains one latent, or all"),
         fsdp=(False, bool, "with --pretrained: share weights and states among processes"))),
     "t2av": (COMMON, TOWERS, dict(
-        size=("tiny", towers.SYNCFLOW, "size of the towers"),
+        size=("tiny", towers.SYNCFLOW, "of the towers; the paper's is not trained here"),
         stage=("all", ("video", "audio", "joint", "all"), "what is trained"),
         # losses.ot_permutation says why it is off.
         ot=(False, bool, "minibatch optimal transport between noise and data"),
         no_adaptor=(False, bool, "ablation: audio attends to bare video features"),
         no_video=(False, bool, "ablation: text to sound, without any video"))),
     "joint": (COMMON, TOWERS, dict(
-        size=("tiny", towers.HARMONY, "size of the towers"),
+        size=("tiny", towers.HARMONY, "of the towers; the paper's is not trained here"),
         stage=("all", ("video", "audio", "timbre", "joint", "all"), "what is trained"),
         shift=5.,   # the paper's, in training and in sampling
         lambda_v=(.1, NOT_NEGATIVE, "weight of the audio-driven loss, of the video (eq. 3)"),
@@ -455,9 +455,11 @@ def parallel_map(device):
     # (Python's resource tracker unblocks them where it starts, so it is started first.)
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    for _ in range(workers):
-        pool.submit(int)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        for _ in range(workers):
+            pool.submit(int)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pool.map
 
 
@@ -649,6 +651,9 @@ class A2V:
                 p.data = p.data.float()
             elif native and p.dim() > 1:
                 p.data = p.data.bfloat16()
+            # (Copies of the published weights may be in bfloat16.)
+            else:
+                p.data = p.data.float()
         # The latents are cached: the GPU's memory is for the network.
         self.vae.to("cpu")
         return net
@@ -663,7 +668,8 @@ class A2V:
         latent = None                   # all latents
         if self.args.layout == "one":
             latent = int(rng.integers(1, batch["z"].shape[2]))
-        return dict(batch, rows=rows, skip_audio=skip_audio, latent=latent)
+        numbers = [step * self.args.batch_size + row for row in rows]
+        return dict(batch, rows=numbers, skip_audio=skip_audio, latent=latent)
 
     def windows(self, cache, index, rngs=None):
         """Windows of a cache -> normalised z (B, C, L, h, w), text, audio.
@@ -1030,6 +1036,7 @@ class TwoTowers:
         config = towers.DualTowerConfig(**config | dict(alpha=alpha))
         check_latents("vae", self.vae, config.latent, args)
         check_latents("audio-vae", self.audio_vae, config.audio_latent, args)
+        self.check_frozen_tower()
         self.cache, self.test = open_caches(
             args, self.vae, autocast, audio_encoder=self.encode_waveform,
             audio_tag=fingerprint(self.audio_vae), variations=2 if self.harmony else 1)
@@ -1047,6 +1054,18 @@ class TwoTowers:
                           audio_vae=fingerprint(self.audio_vae), guidance=guidance,
                           started_from=self.started_from)
 
+    def check_frozen_tower(self):
+        """SyncFlow's stage "audio": a tower that is trained on can follow other latents, a frozen
+        one cannot."""
+        args = self.args
+        if args.task != "t2av" or "video" in self.trains or args.no_video:
+            return
+        before = data.load_checkpoint(args.init, args.task)
+        if before["vae"] != fingerprint(self.vae):
+            raise BadInput(f"{args.init}: its video tower, which stays frozen, was trained on "
+                           f"latents of another VAE ({before['args'].get('vae')}); give that one "
+                           "by --vae")
+
     def start_stage(self):
         """Weights of --init; which parameters are trained."""
         self.started_from = None
@@ -1054,12 +1073,6 @@ class TwoTowers:
             before = data.load_checkpoint(self.args.init, self.args.task)
             # Names these weights: no two trainings take as long to the microsecond.
             self.started_from = [before.get(name) for name in ("stage", "step", "seconds")]
-            # A tower that is trained on can follow other latents, a frozen one cannot.
-            is_frozen = self.args.task == "t2av" and "video" not in self.trains
-            if is_frozen and not self.args.no_video and before["vae"] != fingerprint(self.vae):
-                raise BadInput(f"{self.args.init}: its video tower, which stays frozen, was "
-                               "trained on latents of another VAE "
-                               f"({before['args'].get('vae')}); give that one by --vae")
             weights = before["ema"]
             # Of stage "video" the audio tower is as it was initialised, perhaps in another size.
             if before["stage"] == "video":
@@ -1793,6 +1806,8 @@ class Run:
             return OTHER_VERSION
         # A VAE has no stages, whose --init changes: its --init says what is tuned.
         may_differ = MAY_DIFFER - ({"init"} if self.args.task == "vae" else set())
+        # Of real clips all are taken; older versions took --clips, which had no effect.
+        may_differ = may_differ | ({"clips"} if self.args.data != "toybox" else set())
         for name, value in vars(self.args).items():
             before = ckpt["args"].get(name, value)
             if name not in may_differ and before != value:

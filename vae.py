@@ -424,7 +424,7 @@ class CausalVideoVAE(nn.Module):
         features = []
         if self.cfg.reference and cache["start"]:
             if first is None:
-                # latent 0 has no reference: any frame will do
+                # latent 0 is decoded without a reference, but the call asks for one
                 grey = torch.zeros_like(z[:, :1, :1]).repeat(1, 3, 1, self.stride, self.stride)
                 first = self.decode(z[:, :, :1], grey)
             features = self.encode_still(first)[1]
@@ -456,8 +456,10 @@ class CausalVideoVAE(nn.Module):
         rest = None
         for piece in [video] if isinstance(video, torch.Tensor) else video:
             rest = piece if rest is None else torch.cat([rest, piece], 2)
-            # 16 latents of pictures of up to 256 pixels, 2 of larger ones, fit in any memory
-            n = self.stride_t * (16 if piece.shape[3] <= 256 else 2)
+            # 16 latents, fewer of large pictures or many clips: of 384 x 640 pixels two, which are
+            # 2 GB in the 128 channels of the published VAE
+            B, _, _, H, W = piece.shape
+            n = self.stride_t * min(16, max(1, 2 ** 22 // (B * self.stride_t * H * W)))
             # the first chunk has frame 0, too
             while rest.shape[2] > n + (not cache):
                 chunk, rest = rest.tensor_split([n + (not cache)], 2)
@@ -808,6 +810,7 @@ class LogMel(nn.Module):
             estimate = torch.polar(magnitude, phases)
             previous = 0
             samples = mels.shape[2] * self.hop
+            # 16 rounds; librosa makes 32. (They were not compared.)
             for _ in range(16):
                 # the spectrum of a real waveform, extrapolated, with the given magnitudes
                 wave = torch.istft(estimate, **self.stft, window=self.window, length=samples)
@@ -851,14 +854,18 @@ class AudioVAE(nn.Module):
 
     def encode(self, wave):
         """Waveform (B, n) -> mean, logvar (B, A, S), logvar within [-30, 20]."""
-        mean, logvar = self.encoder(self.features(wave)).chunk(2, 1)
+        return self.encode_features(self.features(wave))
+
+    def encode_features(self, features):
+        """What `features` makes of a waveform -> the same."""
+        mean, logvar = self.encoder(features).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z, samples=None, piece=500):
         """Latents (B, A, S) -> waveform (B, samples), S hop if not given. Long sounds are decoded
         in pieces of `piece` latents (10 s), in bounded memory."""
-        # An output depends on fewer than 16 latents on either side: with this margin the pieces are
-        # the same as one. Only an LSTM has no such bound: with one they are approximate.
+        # The network's output depends on fewer than 16 latents on either side: with this margin the
+        # pieces of a waveform are those of one pass (with an LSTM, which has no bound, nearly).
         margin = 16
         wave = z.new_zeros(len(z), z.shape[2] * self.hop)
         for start in range(0, z.shape[2], piece):
@@ -868,8 +875,8 @@ class AudioVAE(nn.Module):
                 part = self.log_mel.inverse(part)
             else:
                 part = part[:, 0]
-            # The weight of the new piece steps from 0 to 1 where the old one ends. Griffin-Lim
-            # finds other phases in every piece, so that its pieces fade, within 40 ms.
+            # The weight of the new piece steps from 0 to 1 where the old one ends. Of spectra
+            # Griffin-Lim finds other phases in every piece, so these fade, within 40 ms.
             fade = 2 * self.hop if self.cfg.front == "mel" else 1
             time = torch.arange(part.shape[1], device=z.device) - before * self.hop + .5
             weight = (time / fade + .5).clamp(0, 1) if start else torch.ones_like(time)
@@ -913,7 +920,7 @@ def audio_vae_loss(vae, wave, noise, kl):
     -> loss, report: mean |error| of samples or log-mels, spectral error (front end "waveform"
     only), nats per latent."""
     features = vae.features(wave)
-    mean, logvar = vae.encode(wave)
+    mean, logvar = vae.encode_features(features)
     output = vae.decoder(mean + (logvar / 2).exp() * noise).float()
     error = (output - features).abs().mean()
     divergence = kl_divergence(mean, logvar)
