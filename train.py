@@ -170,7 +170,8 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         layout=("one", ("one", "all"), "with --pretrained: a step trains one latent, or all"),
         fsdp=(False, bool, "with --pretrained: share weights and states among processes"))),
     "t2av": (COMMON, TOWERS, dict(
-        # Onset F1 for true videos after stage "audio": 0.57 with 2000 clips, 0.72 with 6000.
+        # Onset F1 for true videos after stage "audio": 0.57 with 2000 clips (w = 2), 0.72 with 6000
+        # (w = 3).
         clips=6000,
         size=("tiny", towers.SYNCFLOW, "of the towers; the paper's is not trained here"),
         stage=("all", ("video", "audio", "joint", "all"), "what is trained"),
