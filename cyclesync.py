@@ -829,6 +829,8 @@ def held_out_clips(args, size, audio_lead=0.):
 
 def generate(model, vae, clips, autocast=nullcontext, seed=0, batch=48, **settings):
     """Videos for the first frame, sound and caption of every clip -> list of uint8 (F, H, W, 3)."""
+    if model.cfg.context_sigma == "shared":
+        batch = 1                    # Pyramid Flow: several videos of 384x640 would fill a GPU
     videos = []
     for i in range(0, len(clips), batch):
         part = clips[i:i + batch]
@@ -1268,7 +1270,8 @@ class Towers(Scorer):
         """A mode of MODES -> videos, waveforms, of which a given one comes back; whether they are
         for these clips' events."""
         given = dict(v2a=dict(z_v=self.z_v), a2v=dict(z_a=self.z_a), i2av={}, t2av={})[mode]
-        if mode in ("a2v", "i2av"):
+        if mode != "t2av":
+            # Of a given video it is what SyncCFG's still partner shows (Harmony eq. 10).
             given["pictures"] = np.stack([v[0] for v in self.videos])
         # SyncFlow's ablation without a video tower knows the text alone.
         if self.model.cfg.audio_only:

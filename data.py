@@ -190,7 +190,10 @@ def run_cli(main):
               " fewer --seconds or --eval-clips, a smaller --resolution or --batch-size, a larger "
               "--accum, --device cpu", file=sys.stderr)
         sys.exit(2)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as why:
+        # PyTorch names its allocator where a CPU has too little memory.
+        if isinstance(why, RuntimeError) and "DefaultCPUAllocator" not in str(why):
+            raise
         print("error: the memory is too small for this; give shorter clips or a smaller "
               "--resolution", file=sys.stderr)
         sys.exit(2)
@@ -944,7 +947,8 @@ def files_below(folder):
 def parse_file(path, parse):
     """parse(text of a file); BadInput if it is not UTF-8 or not of the expected form."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        # "-sig": a byte-order mark, as Windows writes it, is no part of the first name.
+        return parse(path.read_text(encoding="utf-8-sig"))
     except Exception as why:                              # of many kinds: lists may hold anything
         raise BadInput(f"{path}: cannot be read ({why}); download it again") from None
 
@@ -1396,12 +1400,11 @@ def gather(cache, name, index):
 
 
 def load_or_prepare(name, root, split, size, vae, vae_id, autocast, clips=2000, audio_encoder=None,
-                    audio_tag="hubert2", variations=1, views=False, log=print):
+                    audio_tag="", variations=1, views=False, log=print):
     """The cache of a dataset's split, prepared first where it is absent or unfinished. vae_id names
-    the VAE, audio_tag what `audio_encoder` makes of every sound ("hubert" was for waveforms that
-    were divided by another deviation). clips, variations: of the toybox. views: of real clips,
-    training windows in random views. log gets the report: what was found, what was skipped and why.
-    """
+    the VAE, audio_tag what `audio_encoder` makes of every sound. clips, variations: of the toybox.
+    views: of real clips, training windows in random views. log gets the report: what was found,
+    what was skipped and why."""
     items, report = clips_of_split(name, root, split, clips)
     # What the cache depends on is in the settings, and in the folder's name what users vary.
     if name == "toybox":

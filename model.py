@@ -89,6 +89,7 @@ WITHOUT_FLOAT64 = ("mps",)          # types of devices: the GPU of a Mac
 
 # What the sizes for the toybox have in common
 TOYBOX = dict(
+    alpha=50 * 4 / 24,              # latents of 4 frames
     axes=(32, 16, 16),              # 2 x 2 tokens a latent: positions need few channels, time many
     context_sigma="zero",           # trained from scratch, so that the context can be cached
     precondition=True,
@@ -107,6 +108,12 @@ SIZES = {
 
 
 # --------------------------------------------------------------------- patches, positions, windows
+
+def from_cpu(x, device):
+    """x on a device. The CPU goes on at once on CUDA alone, where the copy is safe: other GPUs may
+    read memory that was freed in the meantime."""
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+
 
 def patchify(z, p=2):
     """Latents (B, C, L, h, w) -> tokens (B, N, p p C)"""
@@ -176,7 +183,7 @@ def teacher_forcing_mask(n_text, n_clean, n_noisy, tokens_per_latent, context, d
     # of every token: which latent it belongs to (text: latent 0), and whether it is noisy
     latents = torch.tensor([*range(n_clean), *range(n_clean + 1 - n_noisy, n_clean + 1)])
     latent = F.pad(latents.repeat_interleave(tokens_per_latent), (n_text, 0))
-    latent = latent.to(device, non_blocking=True)
+    latent = from_cpu(latent, device)
     is_noisy = torch.arange(len(latent), device=device) >= n_text + n_clean * tokens_per_latent
 
     def mask_mod(_batch, _head, query, key):
@@ -213,7 +220,7 @@ def rope_table(ids, axes, time_scale=1., device=None):
     cos = angles.cos().float().repeat_interleave(2, -1)                 # (..., d)
     sin = angles.sin().float()                                          # (..., d/2)
     sin = torch.stack([-sin, sin], -1).flatten(-2)                      # (..., d)
-    return cos.to(device, non_blocking=True), sin.to(device, non_blocking=True)
+    return from_cpu(cos, device), from_cpu(sin, device)
 
 
 def check_axes(axes, head_dim):
@@ -763,7 +770,7 @@ class MMDiT(nn.Module):
         B, S = audio_features.shape[:2]
         t = audio_positions(S, self.cfg.alpha, start)                           # (S,)
         audio_mask = temporal_window(times, t, self.cfg.window)                 # eq. 7
-        audio_mask = audio_mask.to(device, non_blocking=True)
+        audio_mask = from_cpu(audio_mask, device)
         if packing is not None:
             # the audio of all samples behind one another; a latent attends to that of its sample
             sizes, owners = zip(*packing.owners)
@@ -893,7 +900,7 @@ class MMDiT(nn.Module):
         timestep = 1000 * F.pad(sigma, (1, 0))                                  # (B, 1+M)
         index = torch.arange(1, M + 1).repeat_interleave(h * w)
         index = F.pad(index, (T + (L - 1) * h * w, 0))                          # (T+N,)
-        index = index.to(noisy.device, non_blocking=True)
+        index = from_cpu(index, noisy.device)
         out = self([clean, noisy], ids, mask if flex else mask[None, None], timestep, text, pooled,
                    audio_features, index)
         return self.to_velocity(out, noisy, sigma[:, None, :, None, None])
@@ -1000,9 +1007,9 @@ class KVCache:
         sinks = latents % 2 == torch.arange(2)                                  # (2, 2)
         parts = sinks.repeat_interleave(self.n_sink, 1), ring.repeat_interleave(n, 1)
         mask = additive(torch.cat(parts, 1), self.kv[0][1].dtype)               # (2, slots)
-        mask = mask[None, None].to(device, non_blocking=True)
+        mask = from_cpu(mask[None, None], device)
         slots = 2 * self.n_sink + (latents - 1) % self.n_ring * n + torch.arange(n)
-        slots = slots.to(device, non_blocking=True)                            # (2, n)
+        slots = from_cpu(slots, device)                                         # (2, n)
         i = (latent - 1) % AUDIO_LATENTS
         if i == 0:
             around = range(latent - 1, latent + AUDIO_LATENTS)
@@ -1027,7 +1034,7 @@ class KVCache:
         All latents have the same sigmas, so it is kept: 12 % of a step on a CPU (size tiny)."""
         if sigmas not in self.levels:
             timestep = torch.tensor([1000. * sigma for sigma in sigmas])
-            timestep = timestep.to(like.device, non_blocking=True).expand(len(like), -1)  # (B, G)
+            timestep = from_cpu(timestep, like.device).expand(len(like), -1)    # (B, G)
             temb = self.model.time_text_embed(timestep, self.pooled)            # (B, G, D)
             index = torch.arange(len(sigmas), device=like.device).repeat_interleave(self.n)
             adaln = self.model.all_adaln(temb, self.n_off_sync, index if len(sigmas) > 1 else None)

@@ -23,8 +23,9 @@ History  the clean latents before: the last one at the stage's resolution, earli
 
 Departures from the published training: latent 0, which is always given, is never a target; all
 processes train one fine latent in a step, not one each; the loss is weighted by motion (Syncphony).
-In sampling timesteps are not rounded to bfloat16 (386.36 would be 386), so that bfloat16 runs
-differ from the original's.
+In sampling latent 0 is the mean of the picture's posterior, not a sample of it, and an empty
+caption gets no suffix. Timesteps are not rounded to bfloat16 (386.36 would be 386), so that
+bfloat16 runs differ from the original's.
 
     B batch · C latent channels · L latents · h w latent grid · S audio steps · A audio channels
     T text tokens · D width of the text states · P width of the pooled text vector
@@ -60,7 +61,8 @@ STAGE_OF_ROW = (0, 1, 1, 2)
 # The published corruption of the history in training: noise of a level in [0, 1/3].
 CONTEXT_NOISE = 1 / 3
 
-# The published inference code appends this to every prompt, and steers away from the other one.
+# The published inference code appends this to every prompt (here: to every caption that is not
+# empty), and steers away from the other one.
 QUALITY_SUFFIX = ", hyper quality, Ultra HD, 8K"
 NEGATIVE_PROMPT = (
     "cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, "
@@ -153,8 +155,10 @@ class HistoryCache:
     """
 
     def __init__(self, model, text, text_mask, pooled, audio=None, n_off_sync=0, reuse=1):
-        """Of one video: text (B, T, D), its mask (B, T), 1 before 0; pooled (B, P); audio and
-        n_off_sync as in `staged_velocity`. reuse: see `with_guidance`."""
+        """Of B rows that are generated in step, videos of one shape or guidance branches: text
+        (B, T, D), its mask (B, T), 1 before 0; pooled (B, P); audio and n_off_sync as in
+        `staged_velocity`. reuse: see `with_guidance`. Other videos with the same conditions may
+        follow (`velocity`)."""
         self.model = model
         self.pooled = pooled
         self.audio = audio
@@ -767,7 +771,7 @@ def load_hubert(name, device):
     hidden states (samples / 320, 1024), 50 features a second. (Syncphony takes the audio backbone
     of DenseAV, a tuned HuBERT-large, which is not loaded here: a departure.)"""
     with import_transformers("--hubert", name) as transformers:
-        net = transformers.HubertModel.from_pretrained(name).to(device).eval()
+        net = transformers.HubertModel.from_pretrained(name).float().to(device).eval()
 
     @torch.no_grad()
     def hubert_features(wave):

@@ -217,7 +217,7 @@ def recommended(checkpoint, **flags):
 
 def load_vae(path=VAE_FILE, device="cpu", task="vae"):
     """A VAE of train.py, of one of the tasks named, or the folder of Pyramid Flow's."""
-    if Path(path).is_dir():
+    if task == "vae" and Path(path).is_dir():
         return pyramid.load_pyramid_vae(path, device)
     checkpoint = data.load_checkpoint(path, task)
     config = checkpoint["config"]
@@ -883,8 +883,9 @@ def read_jobs(args):
             raise BadInput(f"--{name.replace('_', '-')} with --jsonl: leave it out, and write it "
                            "into the lines of the list")
     jobs = {}
-    lines = data.check_file(args.jsonl, "list").read_text(errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
+    text = data.check_file(args.jsonl, "list").read_text("utf-8-sig", errors="replace")
+    # Not by `splitlines`: JSON may hold the other characters at which that splits.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -900,6 +901,8 @@ def read_jobs(args):
             raise BadInput(f"{args.jsonl} line {number}: expected a JSON object of texts, with the "
                            "fields that --help names at --jsonl and an id of its own, a file name")
         jobs[job["stem"]] = job
+    if not jobs:
+        raise BadInput(f"{args.jsonl}: no line with a record; write one JSON object a line")
     return list(jobs.values())
 
 
@@ -912,7 +915,9 @@ def output_file(args, job):
     kind = Path(args.out).suffix.lower()
     if kind in OTHER_KINDS:
         raise BadInput(f"--out {args.out}: only .mp4 is written; give x.mp4, or a folder")
-    if kind == ".mp4" and not args.jsonl:
+    if kind == ".mp4":
+        if args.jsonl:
+            raise BadInput(f"--out {args.out}: a list makes many files; give a folder")
         return Path(args.out)
     # The first eight words of the text, without what file systems may not take
     text = "".join(c if c.isalnum() else " " for c in job["prompt"] or job["transcript"])
@@ -1293,6 +1298,12 @@ def check_flags(system, jobs, args):
             "sync_audio": (args.sync_audio == 1 or not all(job["audio"] for job in jobs),
                            "the audio is given"),
             "still": (not on_pyramid, f"{args.ckpt} is on Pyramid Flow")}
+    if not is_a2v:
+        settings = recommended(system.checkpoint, **vars(args))
+        acts = [settings["cfg"] != 1 and any(texts)]
+        acts += [settings.get(f"sync_{part}", 1) != 1 and not all(job[part] for job in jobs)
+                 for part in ("video", "audio")]
+        used["guide_below"] = any(acts), "there is no guidance"
     used |= {name: (on_pyramid, f"{args.ckpt} is not on Pyramid Flow")
              for name in ("pretrained", "hubert", "tiles")}
     for name, (is_used, reason) in used.items():
@@ -1311,8 +1322,8 @@ def check_bench(system, args):
                        "Flow; give --ckpt of a model that is")
 
 
-def warn_of_training(checkpoint, settings):
-    """Say what a checkpoint cannot do well, because of how it was trained."""
+def warn_of_training(checkpoint, settings, hubert=None):
+    """Say what a checkpoint cannot do well, because of how it was trained. hubert: --hubert."""
     # SyncFlow is complete after stage "audio", Harmony after "joint".
     task = checkpoint["task"]
     stage = checkpoint.get("stage", "joint")
@@ -1325,6 +1336,9 @@ def warn_of_training(checkpoint, settings):
     if joint_alone and max(settings["sync_video"], settings["sync_audio"]) > 1:
         print("trained without a one-way task (--lambda-v 0 or --lambda-a 0), it does not know the "
               "partners of SyncCFG: better --sync-video 1 --sync-audio 1")
+    # Models of the same width are not told apart in another way.
+    if hubert and hubert != trained.get("hubert"):
+        print(f"--hubert {hubert}: it was trained with {trained.get('hubert')}; give a copy of it")
 
 
 def run_job(system, job, path, args, bar, settings):
@@ -1419,7 +1433,7 @@ def main():
     name = data.one_line(Path(args.ckpt).name)
     print(f"{place}, {precision}\n{name}: {SYSTEMS[task]}, EMA weights after step "
           f"{checkpoint['step']}\n{numbers}")
-    warn_of_training(checkpoint, settings)
+    warn_of_training(checkpoint, settings, args.hubert)
     settings["autocast"] = autocast
 
     # Encoders of a model on Pyramid Flow encode all prompts at once: T5 takes 11 GB.

@@ -1615,8 +1615,11 @@ def test_a_closed_pipe_ends_a_program_quietly(capfd):
 
 @pytest.mark.parametrize("error, message", [
     (OSError(5, "no", "part", None, "out/x.mp4"), "out/x.mp4: no; check"),
-    (torch.OutOfMemoryError("CUDA out of memory\nTried to"), "the memory of the GPU.*--device")])
-def test_a_full_disk_or_gpu_is_one_line(error, message, capsys):
+    (torch.OutOfMemoryError("CUDA out of memory\nTried to"), "the memory of the GPU.*--device"),
+    (MemoryError(), "the memory is too small.*shorter"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+     "the memory is too small.*shorter")])
+def test_a_full_disk_or_memory_is_one_line(error, message, capsys):
     """With the name of the file that was asked for, or what takes less memory"""
     module = SimpleNamespace(__name__="x", main=Mock(side_effect=error))
     assert cli(module) == 2
@@ -1855,6 +1858,12 @@ def test_a_list_is_refused_before_its_first_clip_where_a_later_one_lacks_a_file(
     ("joint", dict(sync_audio=0.), [job_of(audio="x"), job_of(prompt="a")], True),
     ("joint", dict(sync_video=2.), [job_of(video="x")], False),
     ("joint", dict(sync_video=1.), [job_of(video="x")], True),
+    ("joint", dict(guide_below=.5), [job_of(prompt="a")], True),
+    ("joint", dict(guide_below=.5, sync_audio=1.), [job_of(video="x")], False),
+    ("joint", dict(guide_below=.5, sync_video=1., sync_audio=1.), [job_of(prompt="a")], False),
+    ("t2av", dict(guide_below=.5), [job_of(prompt="a")], True),
+    ("t2av", dict(guide_below=.5, cfg=1.), [job_of(prompt="a")], False),
+    ("t2av", dict(guide_below=.5), [job_of(video="x")], False),
     ("a2v", dict(cfg=1.), [job_of(audio="x")], False),
     ("a2v", dict(cfg=1.), [job_of(audio="x", prompt="a")], True),
     ("a2v", dict(tiles=True), [job_of(audio="x")], False),
@@ -1869,7 +1878,8 @@ def test_a_flag_that_would_change_nothing_is_refused(task, flags, jobs, is_used)
     vars(args).update(flags)
     text_encoder = "external" if task == "pyramid" else "bytes"
     model = SimpleNamespace(cfg=SimpleNamespace(text_encoder=text_encoder))
-    system = SimpleNamespace(task="a2v" if task == "pyramid" else task, model=model)
+    task = "a2v" if task == "pyramid" else task
+    system = SimpleNamespace(task=task, model=model, checkpoint=dict(task=task, guidance={}))
     refused = pytest.raises(data.BadInput, match="would change nothing")
     with contextlib.nullcontext() if is_used else refused:
         sample.check_flags(system, jobs, args)
@@ -3262,7 +3272,9 @@ VIOLIN = "playing_violin__fiddle/a_b-c_d_e_f_000000_000010_0.0_10.0"
 # Files, with the content of lists and tables; the splits and prompts expected; some of the report.
 LAYOUTS = {
     "AVSync15": (
-        {f"videos/{DOG}": "", f"videos/{VIOLIN}.mp4": "", "test.txt": Path(VIOLIN).name,
+        # (A byte-order mark, as Windows writes it.)
+        {f"videos/{DOG}": "", f"videos/{VIOLIN}.mp4": "",
+         "test.txt": f"\xef\xbb\xbf{Path(VIOLIN).name}",
          "train.txt": f"{DOG}\ndog_barking/gone.mp4\n",
          "class_mapping.json": '{"dog_barking": "a dog barks"}'},
         "train: a dog barks, test: playing violin fiddle",
@@ -3732,10 +3744,15 @@ def test_hubert_features_are_fifty_a_second(tmp_path):
 
 
 def test_hubert_gets_waveforms_as_its_own_extractor_makes_them(monkeypatch):
-    """Wav2Vec2FeatureExtractor: over sqrt(variance + 1e-7), so that near silence stays soft."""
+    """Wav2Vec2FeatureExtractor: over sqrt(variance + 1e-7), so that near silence stays soft. A file
+    in half precision is no less precise."""
     class Echo(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1).half())
+
         def forward(self, x):
-            return SimpleNamespace(last_hidden_state=x)
+            return SimpleNamespace(last_hidden_state=x.to(self.weight))
     fake = SimpleNamespace(HubertModel=SimpleNamespace(from_pretrained=lambda name: Echo()))
     monkeypatch.setitem(sys.modules, "transformers", fake)
     wave = np.random.default_rng(0).normal(.1, 1e-4, 3200).astype(np.float32)
@@ -3934,6 +3951,15 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
     assert best["guidance"] == dict(asg=2., cfg=4., steps=30)
     assert iio.imread(tmp_path / "x.mp4", plugin="FFMPEG").shape == (49, 64, 64, 3)
     assert cli(sample, *inputs) == 2 and "--pretrained" in capsys.readouterr().err
+    # Features of another HuBERT have a cache of their own, and sample.py says that they are others.
+    monkeypatch.setattr(train.Run, "train", lambda self: None)
+    at = flags.index("--hubert") + 1
+    cli(train, *flags[:at], "other", *flags[at + 1:], "--steps", 2, "--out", tmp_path / "other")
+    assert len({path.name for path in (flags[flags.index("--data-root") + 1] / "cache").iterdir()
+                if "hubert2" in path.name}) == 2
+    capsys.readouterr()
+    sample.warn_of_training(saved(tmp_path, "best.pt"), {}, "other")
+    assert "--hubert other: it was trained with any" in capsys.readouterr().out
     # What it costs, plain and with the cache; three latents
     monkeypatch.setattr(data, "FRAMES", 17)
     assert cli(sample, "--bench", *inputs[:2], "--pretrained", folder, "--steps", 3) == 0
@@ -7236,6 +7262,22 @@ def test_a_list_of_records_goes_on_where_it_was_stopped(harmony_on_disk, tmp_pat
         ("a face", "a voice", "u", "0001"), ("a bell rings", "a bell rings", "", "bell")]
     assert (tmp_path / "bell.mp4").read_text() == "finished before"
     assert len(data.read_video(tmp_path / "0001.mp4", 32)[0]) == 49
+
+
+def test_a_line_of_a_list_ends_at_a_newline_alone(tmp_path):
+    """U+2028 is no end, since JSON may hold it; a byte-order mark is no part of the first line."""
+    records = tmp_path / "list.jsonl"
+    records.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n{"prompt": "c"}'.encode())
+    jobs = sample.read_jobs(SimpleNamespace(jsonl=records))
+    assert [job["prompt"] for job in jobs] == ["a\u2028b", "c"]
+
+
+def test_a_list_without_records_or_with_a_file_as_its_output_is_refused(tmp_path):
+    (tmp_path / "blank").write_text("\n \n")
+    with pytest.raises(data.BadInput, match="no line with a record"):
+        sample.read_jobs(SimpleNamespace(jsonl=tmp_path / "blank"))
+    with pytest.raises(data.BadInput, match="a list makes many files"):
+        sample.output_file(SimpleNamespace(out="x.mp4", jsonl="list"), job_of(stem="1"))
 
 
 @slow

@@ -59,6 +59,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -614,7 +615,11 @@ class A2V:
         folder = Path(args.pretrained) / "causal_video_vae" if args.pretrained else args.vae
         self.vae = load_vae(folder, device)
         hubert = pyramid.load_hubert(args.hubert, device) if args.pretrained else None
-        self.cache, self.test = open_caches(args, self.vae, autocast, audio_encoder=hubert)
+        # Features of another HuBERT have another cache ("hubert" alone was for waveforms that were
+        # divided by another deviation).
+        tag = f"hubert2-{zlib.crc32(str(args.hubert).encode()):08x}" if args.pretrained else ""
+        self.cache, self.test = open_caches(args, self.vae, autocast, audio_encoder=hubert,
+                                            audio_tag=tag)
         if args.pretrained:
             # Caption -> its T5 and CLIP states, which are kept beside the caches.
             self.prompts = {}

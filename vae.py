@@ -548,7 +548,8 @@ def tile_starts(n, tile, overlap):
 
 def kl_divergence(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)) of every latent value, in nats."""
-    # Before terms cancel: in bfloat16, which autocast keeps on a CPU, the sum may be negative.
+    # In float32: the terms nearly cancel, and rounded to bfloat16, which autocast keeps on a CPU,
+    # their sum could be negative.
     mean = mean.float()
     logvar = logvar.float()
     return .5 * (mean.square() + logvar.exp() - 1 - logvar)
@@ -887,7 +888,8 @@ class AudioVAE(nn.Module):
     def shift_and_scale(self, z):
         """Of every channel of latents like z."""
         constants = torch.tensor([self.cfg.shift, self.cfg.scale], dtype=z.dtype)
-        return constants.to(z.device, non_blocking=True)[..., None]          # (A, 1) each
+        # Only CUDA may copy while the CPU goes on: see `from_cpu` in model.py.
+        return constants.to(z.device, non_blocking=z.is_cuda)[..., None]     # (A, 1) each
 
     def normalise(self, z):
         """Latents (B, A, S) -> about unit variance in every channel."""
