@@ -827,10 +827,11 @@ def held_out_clips(args, size, audio_lead=0.):
     return clips
 
 
-def generate(model, vae, clips, autocast=nullcontext, seed=0, batch=48, **settings):
+def generate(model, vae, clips, autocast=nullcontext, seed=0, **settings):
     """Videos for the first frame, sound and caption of every clip -> list of uint8 (F, H, W, 3)."""
-    if model.cfg.context_sigma == "shared":
-        batch = 1                    # Pyramid Flow: several videos of 384x640 would fill a GPU
+    # So many at once as have the pixels of 48 clips of 64x64: of 384x640 one.
+    H, W = clips[0]["video"].shape[1:3]
+    batch = max(1, 48 * 64 ** 2 // (H * W))
     videos = []
     for i in range(0, len(clips), batch):
         part = clips[i:i + batch]
@@ -932,6 +933,12 @@ class Scorer:
         self.described = f"{place}, {precision}"
         self.model, self.vae, self.audio_vae = system.model, system.vae, system.audio_vae
         self.ckpt = system.checkpoint
+        on_pyramid = getattr(self.model.cfg, "context_sigma", "") == "shared"
+        if (args.pretrained or args.hubert) and not on_pyramid:
+            raise BadInput(f"--pretrained and --hubert: {path} is not on Pyramid Flow; leave them "
+                           "out")
+        if args.audio_vae and not (self.audio_vae or args.v2a_ckpt):
+            raise BadInput("--audio-vae is that of two towers, or of --v2a-ckpt; leave it out")
         self.guidance = recommended(self.ckpt, steps=args.steps)
         self.steps = self.guidance.pop("steps")
         self.size = args.resolution or self.ckpt["size"]
@@ -960,8 +967,9 @@ class Scorer:
         return self.score(*self.generate(**settings))
 
 
-def open_scorer(path, args):
-    return (AudioToVideo if data.load_checkpoint(path)["task"] == "a2v" else Towers)(path, args)
+def open_scorer(path, args, task=None):
+    task = task or data.load_checkpoint(path)["task"]
+    return (AudioToVideo if task == "a2v" else Towers)(path, args)
 
 
 def evaluate(args):
@@ -971,7 +979,7 @@ def evaluate(args):
     check_flags(args, tables.get(task, "a table of two towers"))
     if task == "vae":
         return score_vae(args)
-    scorer = open_scorer(args.ckpt, args)
+    scorer = open_scorer(args.ckpt, args, task)
     size = "x".join(map(str, data.sides(scorer.size)))
     print(f"{scorer.described}\n{args.ckpt}: step {scorer.ckpt['step']}; "
           f"{len(scorer.clips) // args.draws} held-out clips of {len(scorer.videos[0])} frames at "
@@ -1082,7 +1090,7 @@ class AudioToVideo(Scorer):
             data.check_file(file, f"TorchScript file for --{what}")
         if args.fad and not self.v2a[0]:
             raise BadInput(f"--fad {args.fad}: measures sounds generated for the videos; give a "
-                           "video-to-audio model by --v2a-cmd")
+                           "video-to-audio model by --v2a-cmd or --v2a-ckpt")
         self.note = f"w_t = {self.guidance['cfg']:g}; CycleSync by {v2a_name}"
         sync = {key: title for key, title in SYNC_COLUMNS.items()
                 if self.v2a[0] or "cyclesync" not in key}
@@ -1502,8 +1510,9 @@ def compare_steps(row, reference, deciding=DECIDING):
 def study(scorer, rows, steps_tried):
     """Every mode with every guidance and number of steps, compared with its first row -> `Table`.
     rows: pairs of a mode and {name: settings}."""
+    which = "clips of the two studies alone" if scorer.toybox else "windows of training clips"
     print(f"{scorer.described}\n{scorer.args.ckpt}: step {scorer.ckpt['step']}; "
-          f"{len(scorer.clips) // scorer.args.draws} clips of the two studies alone; in brackets "
+          f"{len(scorer.clips) // scorer.args.draws} {which}; in brackets "
           "95 % intervals over clips; gain: over the first row, of the figure whose interval "
           "reaches lowest")
     columns = {k: title for k, title in scorer.columns.items() if k in DECIDING or "frechet" in k}
@@ -1842,10 +1851,10 @@ def shift_study(args):
     add_row("shuffled", "another clip's sound", 0., shuffled(clips))
     # The paper's figure: every metric as a share of its value without delay.
     rows = [table.result[f"{d:.1f}"] for d in delays]
-    curves = {title: [r[key] / rows[0][key] for r in rows] for key, title in columns.items()
+    shares = {title: [r[key] / rows[0][key] for r in rows] for key, title in columns.items()
               if rows[0].get(key, NAN) > 0}
     path = Path(args.out, "shift.csv")
-    draw_curves(path.with_suffix(".png"), delays, curves, "delay of the sound, seconds",
+    draw_curves(path.with_suffix(".png"), delays, shares, "delay of the sound, seconds",
                 "score / score at 0")
     table.finish(path)
 
@@ -2224,7 +2233,7 @@ def score_pairs(args):
     for key, others in rows.items():
         analyses = [dict(onsets=found, peaks=None) for found in others]
         table.add(key, key, sync_records(true, analyses, clips, args.tolerance))
-    table.finish()
+    table.finish(Path(args.out, "pairs.csv"))
 
 
 # What `--pairs-of-videos` compares, where a video has it.
@@ -2429,8 +2438,8 @@ def arguments():
                       "folders of sounds with the same file names")
     what.add_argument("--pairs-of-videos", nargs=2, metavar=("A", "B"), help="of videos: which "
                       "of two folders moves when it sounds?")
-    what.add_argument("--steps-study", action="store_true", help="quality and time of --ckpt over "
-                      "Euler steps, on clips of no table but the two studies': how few are enough?")
+    what.add_argument("--steps-study", action="store_true", help="quality of --ckpt over Euler "
+                      "steps: how few are enough? (clips of no other table, or of the training)")
     what.add_argument("--guidance-study", action="store_true", help="agreement and Frechet "
                       "distances of a two-tower --ckpt over guidance scales and noise levels")
     what.add_argument("--stress", action="store_true", help="--ckpt on two sounds at once, noise, "
@@ -2484,7 +2493,8 @@ def arguments():
 
 # The flags that each command reads. Others would have no effect. (An ablation is scored on the
 # toybox, and its stored scores are named by their settings.)
-EVERYWHERE = "device dtype data_root out"
+EVERYWHERE = "device dtype data_root out"           # of all but these two, which run no network
+WITHOUT_NETWORK = {"clip": "", "pairs": "tolerance out"}
 SAMPLES = "ckpt vae pretrained hubert data clips draws resolution steps seed"
 TOWERS = "ckpt vae audio_vae data clips draws resolution steps seed"
 V2A = "tolerance v2a_ckpt v2a_cmd v2a_seconds audio_vae"
@@ -2492,8 +2502,7 @@ READ = {
     "a table of a2v": f"{SAMPLES} {V2A} fvd fid fad",
     "a table of two towers": f"{TOWERS} tolerance",
     "a table of a VAE": "ckpt data clips resolution seed",
-    "clip": "",
-    "pairs": "tolerance",
+    **WITHOUT_NETWORK,
     "pairs_of_videos": f"{V2A} vae",
     "steps_study": f"{SAMPLES} audio_vae".replace(" steps", ""),
     "guidance_study": TOWERS,
@@ -2511,11 +2520,13 @@ def check_flags(args, command):
             return "a single video"
         return name if " " in name else f"--{name}".replace("_", "-")
 
-    read = {command, *EVERYWHERE.split(), *READ[command].split()}
+    everywhere = "" if command in WITHOUT_NETWORK else EVERYWHERE
+    read = {command, *everywhere.split(), *READ[command].split()}
     defaults = vars(arguments().parse_args([]))
     for name, value in vars(args).items():
         if value != defaults[name] and name not in read:
             others = [flag(other) for other, names in READ.items() if name in names.split()]
+            others = others if name not in EVERYWHERE else ["commands that run a network"]
             raise BadInput(f"{flag(name)} is not read by {flag(command)}, but by "
                            f"{', '.join(others)}; leave it out")
     if args.v2a_cmd and args.v2a_ckpt:

@@ -717,6 +717,12 @@ def is_weights(value):
         for name, w in value.items())
 
 
+def is_start(value):
+    """None, or of the checkpoint that a stage started from: stage, steps, seconds of training"""
+    return value is None or (type(value) is list and len(value) == 3 and is_text(value[0])
+                             and is_count(value[1]))
+
+
 def is_dict(value):
     return type(value) is dict
 
@@ -733,7 +739,8 @@ CONTENT = {"a2v": SYSTEM, "t2av": TOWERS, "joint": TOWERS,
            "vae": ANY_TASK, "audio-vae": ANY_TASK, "mel-vae": ANY_TASK}
 # What may be there: where the VAEs were, and what a run that is resumed needs
 MORE_CONTENT = dict(args=is_settings, model=is_weights, optimisers=is_dict, best=is_score,
-                    seconds=is_number, logged=is_number, micro_batch=is_count, reports=is_reports)
+                    seconds=is_number, logged=is_number, waited=is_number, micro_batch=is_count,
+                    reports=is_reports, started_from=is_start)
 
 
 def load_checkpoint(path, task=None, hint="check the path, or train one with train.py"):

@@ -2304,7 +2304,7 @@ def test_the_steps_study_recommends_the_fewest_steps_that_are_as_good_on_clips_o
     # On Pyramid Flow three resolutions take a step each.
     opened = cyclesync.open_scorer
 
-    def on_pyramid_flow(path, args):
+    def on_pyramid_flow(path, args, task=None):
         scorer = opened(path, args)
         scorer.model.cfg.context_sigma = "shared"
         return scorer
@@ -2313,6 +2313,27 @@ def test_the_steps_study_recommends_the_fewest_steps_that_are_as_good_on_clips_o
     assert cli(cyclesync, "--steps-study", "--ckpt", toy / "a2v.pt", "--vae", toy / "vae.pt",
                "--clips", 4, "--out", tmp_path) == 0
     assert {steps for steps, *_ in calls} == {30, 3}
+
+
+def test_two_towers_are_scored_with_the_first_picture_wherever_one_is_known(monkeypatch):
+    """Also beside a given video: SyncCFG's still partner shows it, as for sample.py --video."""
+    calls = {}
+
+    def generate_audio_video(*args, pictures=None, **settings):
+        calls[mode] = pictures
+        return None, None
+    monkeypatch.setattr(cyclesync, "generate_audio_video", generate_audio_video)
+    scorer = cyclesync.Towers.__new__(cyclesync.Towers)
+    clip = dict(video=np.ones((5, 8, 8, 3), np.uint8), audio=[], caption="", speech="")
+    scorer.__dict__.update(
+        model=SimpleNamespace(cfg=SimpleNamespace(audio_only=False)), vae=None, audio_vae=None,
+        harmony=True, guidance=dict(shift=5.), steps=1, size=8, autocast=None, z_v=None, z_a=None,
+        args=SimpleNamespace(seed=0), clips=[clip], videos=[clip["video"]], sounds=[[]],
+        captions=[""])
+    for mode in ("v2a", "a2v", "i2av", "t2av"):
+        scorer.generate(mode)
+    assert calls.pop("t2av") is None
+    assert all(np.array_equal(pictures, clip["video"][:1]) for pictures in calls.values())
 
 
 def test_the_guidance_study_compares_what_acts_in_every_mode_with_the_paper_on_clips_of_no_table(
@@ -2562,15 +2583,17 @@ def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_pa
         clip = toybox.toybox_clip(i, video=False, kind="ball")
         soundfile.write(tmp_path / f"{i}.wav", clip["audio"], 16000)
     tree(tmp_path, {"0.png": "the strip beside it", "notes.txt": ""})
-    assert cli(cyclesync, "--pairs", tmp_path, tmp_path) == 0
+    out = ["--out", tmp_path / "out"]
+    assert cli(cyclesync, "--pairs", tmp_path, tmp_path, *out) == 0
     pairs = last_json(capsys)
+    assert len((tmp_path / "out/pairs.csv").read_text().splitlines()) == 9
     assert cli(cyclesync, odd / "ok/plain.mp4") == 0
     video = last_json(capsys)
 
     # One pair has no other to be shuffled with, nor has one clip.
     (tmp_path / "one").mkdir()
     shutil.copy(tmp_path / "0.wav", tmp_path / "one/0.wav")
-    assert cli(cyclesync, "--pairs", tmp_path / "one", tmp_path / "one") == 0
+    assert cli(cyclesync, "--pairs", tmp_path / "one", tmp_path / "one", *out) == 0
     assert set(last_json(capsys)) == {"cyclesync"}
     assert pairs["cyclesync"]["cyclesync_merged"] == 1
     assert pairs["shuffled"]["cyclesync_merged"] < 1, pairs
@@ -2985,6 +3008,11 @@ def test_an_ablation_refuses_what_its_stored_scores_are_not_named_by(
     for ckpt, flag in ((sample.T2AV_FILE, "fad"), (sample.VAE_FILE, "tolerance")):
         assert cli(cyclesync, "--ckpt", ckpt, f"--{flag}", 2, "--out", tmp_path) == 2
         assert f"error: --{flag} is not read by a table of" in capsys.readouterr().err
+    for flag in ("hubert", "pretrained", "audio-vae"):
+        assert cli(cyclesync, f"--{flag}", "x", "--clips", 2, "--out", tmp_path) == 2
+        assert "leave" in capsys.readouterr().err
+    assert cli(cyclesync, "x.mp4", "--out", tmp_path) == 2
+    assert "--out is not read by a single video, but by commands" in capsys.readouterr().err
     assert cli(cyclesync, "--v2a-cmd", "x", "--v2a-ckpt", "y", "--out", tmp_path) == 2
     assert "both are the f of CycleSync" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -3967,6 +3995,47 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
                                       "seconds_per_second", "seconds_per_latent"}
 
 
+def test_the_loss_on_test_clips_is_the_mean_over_clips():
+    """Not over batches of 16, of which the last one is smaller."""
+    task = train.A2V.__new__(train.A2V)
+    task.args = SimpleNamespace(pretrained=True)
+    task.test, task.autocast = True, nullcontext
+    task.windows = lambda cache, numbers: dict(z=torch.zeros(len(numbers), 1, 3))
+    task.loss = lambda net, generators, z, **_: (torch.tensor(1. if len(z) == 16 else 18.), None)
+    task.net = None
+    evaluation = task.evaluate([dict(number=k) for k in range(17)])
+    assert evaluation.figures["test_loss"] == pytest.approx((16 * 1 + 18) / 17)
+
+
+def test_of_silence_an_audio_vae_has_no_relative_error():
+    """One such clip would outweigh all others, since its norm is about 0."""
+    task = train.AudioVAE.__new__(train.AudioVAE)
+    task.args = SimpleNamespace(data="x")
+    task.device, task.autocast = "cpu", nullcontext
+    noise = .01 * normal(1, 4000).float()
+    task.net = SimpleNamespace(encode=lambda wave: (wave, None),
+                               decode=lambda mean, n: 1.1 * mean + 1e-4 * noise)
+    clip = dict(audio=normal(4000).float().numpy())
+    alone, both = (task.evaluate(clips).figures["spectral_error"] for clips in (
+        [clip], [clip, dict(audio=np.zeros(4000, np.float32))]))
+    assert alone == both > 0
+
+
+def test_large_videos_are_generated_one_by_one(monkeypatch):
+    """In scoring: 48 of 384x640 would fill any GPU."""
+    sizes = []
+
+    def generate_video(model, vae, first, *args, **settings):
+        sizes.append(len(first))
+        return [np.zeros((len(first), 1, *first[0].shape), np.uint8)]
+    monkeypatch.setattr(cyclesync, "generate_video", generate_video)
+    for side, expected in ((64, [3]), (512, [1, 1, 1])):
+        clip = dict(video=np.zeros((1, side, side, 3), np.uint8), audio=None, caption="")
+        assert len(cyclesync.generate(None, None, 3 * [clip])) == 3
+        assert sizes == expected
+        sizes.clear()
+
+
 def test_every_stage_of_pyramid_flow_is_trained_whatever_the_batch_size():
     """1 : 2 : 1, also by steps of two clips."""
     task = train.A2V.__new__(train.A2V)
@@ -4021,6 +4090,9 @@ def test_help_gives_the_default_of_every_setting_of_a_task(task, capsys, monkeyp
     (["--lambda", 1], "unrecognized arguments: --lambda"),
     (["--lr", 0], "--lr: expected a number from"),
     (["--task", "joint", "--lambda-joint", 0, "--lambda-v", 0, "--lambda-a", 0], "nothing is left"),
+    (["--task", "joint", "--stage", "timbre", "--lambda-v", 1], "not read by --stage timbre, but"),
+    (["--task", "t2av", "--stage", "audio", "--pictures", 1], "not read by --stage audio, but by "),
+    (["--compile", "--no-compile"], "give one of them"),
     (["--resolution", "32x64"], "the toybox is square"),
     (["--fsdp"], "--fsdp: shares a model on Pyramid Flow"),
     (["--batch-size", 5, "--accum", 2], "--batch-size 5 must be a multiple"),
@@ -7131,6 +7203,22 @@ def harmony_on_disk(towers_on_disk, toy):
     assert run("harmony", "--task", "joint", "--eval-clips", 9) == 0
     return d, run, ["--ckpt", d / "harmony/joint/best.pt", "--vae", toy / "vae.pt",
                     "--audio-vae", d / "mel-vae.pt", "--steps", 1]
+
+
+def test_a_tower_that_was_trained_before_stage_video_is_not_lost_after_it(towers_on_disk):
+    """--stage all with --init: stage "audio" goes on from its audio tower. Without --init, stage
+    "video" has left that as it was initialised, and stage "audio" draws its own."""
+    d, run = towers_on_disk
+    content = data.load_checkpoint(d / "t2av/video/best.pt")
+    for start, is_kept in (["joint", 2, .1], True), (["video", 2, .1], False), (None, False):
+        data.save_checkpoint(d / "from.pt", **content | dict(started_from=start))
+        args = train.parse_args([*run.flags, "--stage", "audio", "--init", d / "from.pt"])
+        args.seed = 1
+        torch.manual_seed(1)
+        weights = train.TwoTowers(args, torch.device("cpu"), nullcontext).net.state_dict()
+        of_audio = [k for k in content["ema"] if towers.part_of(k) == "audio" and "weight" in k]
+        equal = {torch.equal(weights[k].half(), content["ema"][k].half()) for k in of_audio}
+        assert (equal == {True}) == is_kept, start
 
 
 def test_captions_are_learned_in_stage_audio_where_no_stage_came_before(harmony_on_disk):

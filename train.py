@@ -65,7 +65,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache, lru_cache, partial
-from itertools import product
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
@@ -236,6 +235,12 @@ STAGES = {
         "timbre": (.3, 1, ("audio",)),
         "joint": (.6, 1, ("video", "audio", "bridge"))},
 }
+# Settings of a task that some stages alone read: stages that train on videos without sound; the
+# stage whose loss has three terms.
+READ_BY_STAGES = {
+    "t2av": dict(pictures=("video", "joint", "all")),
+    "joint": dict(pictures=("video", "all"), **dict.fromkeys(
+        ("lambda_joint", "lambda_v", "lambda_a"), ("joint", "all")))}
 # Streams of random numbers: a generator is seeded by [--seed, its stream, step or sample id].
 # [--seed, epoch] orders the clips of an epoch: as zeros at the end of a seed do not count, epochs 1
 # to 5 have the seeds of step or sample 0 of the streams, which does no harm.
@@ -319,6 +324,12 @@ def check(args):
     """Settings that do not go together, which would fail later or train nothing -> BadInput."""
     if args.data == "toybox" and "resolution" in args:
         data.only_square(args.resolution)
+    if args.compile and args.no_compile:
+        raise BadInput("--compile --no-compile: give one of them")
+    for name, stages in READ_BY_STAGES.get(args.task, {}).items():
+        if args.stage not in stages and getattr(args, name) != settings_of(args.task)[name][0]:
+            raise BadInput(f"--{name.replace('_', '-')} is not read by --stage {args.stage}, but "
+                           f"by {', '.join(stages)}; leave it out")
     if args.task == "joint" and not (args.lambda_joint or args.lambda_v or args.lambda_a):
         raise BadInput("--lambda-joint 0 --lambda-v 0 --lambda-a 0: nothing is left to learn; "
                        "leave one of them above 0")
@@ -720,6 +731,7 @@ class A2V:
             videos = generate(self.net, self.vae, clips, self.autocast, **self.extra["guidance"])
             return Evaluation(*video_figures(videos, clips), videos)
         losses = []
+        sizes = []
         with torch.no_grad(), self.autocast():
             for k in range(0, len(clips), 16):
                 batch = self.windows(self.test, np.array([c["number"] for c in clips[k:k + 16]]))
@@ -729,7 +741,8 @@ class A2V:
                 loss, _ = self.loss(self.net, seeded_each(rows, k), **batch, rows=rows,
                                     skip_audio=False, latent=latent)
                 losses.append(loss.item())
-        loss = float(np.mean(losses))
+                sizes.append(len(rows))
+        loss = float(np.average(losses, weights=sizes))
         if self.args.pretrained:
             return Evaluation(dict(test_loss=loss), -loss)
         videos = generate(self.net, self.vae, clips, self.autocast, **self.extra["guidance"])
@@ -992,6 +1005,9 @@ class AudioVAE:
             # One by one: each error is divided by the norm of its own clip, so all count the same.
             for clip in clips:
                 wave = torch.from_numpy(clip["audio"])[None]
+                # Near silence has hardly a norm: one such clip would outweigh all others.
+                if wave.abs().max() < 1e-3:
+                    continue
                 mean, _ = self.net.encode(wave.to(self.device))
                 decoded = self.net.decode(mean, wave.shape[1]).float().cpu()
                 sounds.append(decoded[0].numpy())
@@ -1032,7 +1048,7 @@ class TwoTowers:
         guidance = GUIDANCE[args.task] | dict(shift=args.shift)
         if self.harmony:
             self.columns = ("video", "audio", "audio-driven video", "video-driven audio")
-            # While training nothing is guided.
+            # Evaluations of a training are without SyncCFG, SyncFlow's (below) with its guidance.
             self.sampling = guidance | dict(sync_video=1., sync_audio=1.)
             config = towers.HARMONY[args.size] | dict(
                 rope_align=not args.no_rope_align, use_gldi=not args.no_gldi)
@@ -1082,8 +1098,10 @@ class TwoTowers:
             # Names these weights: no two trainings take as long to the microsecond.
             self.started_from = [before.get(name) for name in ("stage", "step", "seconds")]
             weights = before["ema"]
-            # Of stage "video" the audio tower is as it was initialised, perhaps in another size.
-            if before["stage"] == "video":
+            # Of stage "video" the audio tower is as it was initialised, perhaps in another size,
+            # unless that stage itself went on from a later one.
+            start, *_ = before.get("started_from") or ["video"]
+            if before["stage"] == "video" and start == "video":
                 weights = {k: v for k, v in weights.items() if towers.part_of(k) != "audio"}
             data.load_weights(self.net, {**self.net.state_dict(), **weights}, self.args.init)
         for name, p in self.net.named_parameters():
@@ -1438,15 +1456,18 @@ def make_objective(task, args):
     return objective
 
 
+def first_batch(task, rows):
+    """Samples of step 0, with the audio layers, as most steps, whatever was drawn for this one."""
+    batch = task.batch(0, rows)
+    return batch | dict(skip_audio=False) if "skip_audio" in batch else batch
+
+
 def count_flops(task):
     """FLOPs (2 per multiply-add) per clip of step 0, forward and backward. Counted on the meta
     device, which computes shapes and no numbers. (Pyramid Flow's steps differ by their latent.)"""
     # Four clips: Pyramid Flow's loss trains each at one stage.
     batch = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x,
-                     task.batch(0, [0, 1, 2, 3]))
-    # Most steps have the audio layers, whatever was drawn for this one.
-    if "skip_audio" in batch:
-        batch["skip_audio"] = False
+                     first_batch(task, [0, 1, 2, 3]))
     with torch.device("meta"):
         net = type(task.net)(task.net.cfg).to("meta")       # tables out of numpy as well
     # What is frozen has no backward pass.
@@ -1593,7 +1614,7 @@ class Run:
         """`pick_autocast` for passes of a micro-batch, at most four clips of it, forward and
         backward, not compiled -> why in words. Process 0 decides for all."""
         rows = range(min(4, self.micro_batch))
-        batch = self.task.batch(0, list(rows))
+        batch = first_batch(self.task, list(rows))
 
         def step():
             self.task.loss(self.net, seeded_each(rows), **batch)[0].backward()
@@ -1627,7 +1648,8 @@ class Run:
             return seeded_each(ids, self.args.seed, STREAMS["noise"]), self.task.batch(step, rows)
 
         with ThreadPoolExecutor(1) as thread:
-            places = product(range(self.step, self.args.steps), range(self.args.accum))
+            accum = self.args.accum
+            places = (divmod(k, accum) for k in range(self.step * accum, self.args.steps * accum))
             coming = thread.submit(make, *next(places))
             for place in places:
                 ready = coming
@@ -1750,7 +1772,7 @@ class Run:
         averages = {k: v.clone() for k, v in averages.items() if k in self.ema}
         swap_ema(self.net, self.ema)
         self.save("last.pt", model=model, ema=averages, optimisers=states, best=self.best,
-                  micro_batch=self.micro_batch, logged=self.logged,
+                  micro_batch=self.micro_batch, logged=self.logged, waited=self.waited,
                   reports=[report.cpu() for report in self.reports])
         # A long time for a large file: not that of the next step's exchange, which is limited.
         barrier()
@@ -1798,6 +1820,7 @@ class Run:
         # Reports are of micro-batches; of others they would count as other steps.
         if ckpt["args"].get("accum") == self.args.accum:
             self.logged = ckpt["logged"]
+            self.waited = ckpt.get("waited", 0.)
             self.reports = [report.to(self.device) for report in ckpt["reports"]]
         log_rank0(f"resuming    {path} at step {self.step} (remove it, or give another --out, to "
                   "start anew)")
