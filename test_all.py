@@ -3999,10 +3999,13 @@ def test_the_loss_on_test_clips_is_the_mean_over_clips():
     """Not over batches of 16, of which the last one is smaller."""
     task = train.A2V.__new__(train.A2V)
     task.args = SimpleNamespace(pretrained=True)
-    task.test, task.autocast = True, nullcontext
-    task.windows = lambda cache, numbers: dict(z=torch.zeros(len(numbers), 1, 3))
-    task.loss = lambda net, generators, z, **_: (torch.tensor(1. if len(z) == 16 else 18.), None)
-    task.net = None
+
+    def windows(cache, numbers):
+        return dict(z=torch.zeros(len(numbers), 1, 3))
+
+    def loss(net, generators, z, **settings):
+        return torch.tensor(1. if len(z) == 16 else 18.), None
+    vars(task).update(test=True, autocast=nullcontext, windows=windows, loss=loss, net=None)
     evaluation = task.evaluate([dict(number=k) for k in range(17)])
     assert evaluation.figures["test_loss"] == pytest.approx((16 * 1 + 18) / 17)
 
