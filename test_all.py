@@ -827,6 +827,15 @@ def sample_staged(net, n_latents, given=True, keep=30, counted=(), cached=True, 
     return latents, tokens
 
 
+def test_latents_of_the_staged_sampler_that_are_not_finite_are_one_line():
+    """They are never decoded to a black video."""
+    latents = pyramid.sample_pyramid(
+        lambda clips, time, dropped: clips[-1] * math.nan, normal(1, 4, 1, 8, 8), 2,
+        normal(1, 4, 1, 8, 8), (1, 1, 1))
+    with pytest.raises(data.BadInput, match="the network's output is not finite"):
+        next(latents)
+
+
 @pytest.mark.parametrize("given, keep", [(True, 30), (True, 3), (False, 4)])
 def test_the_history_cache_changes_no_latent_even_when_the_window_slides(
         given, keep, monkeypatch):
@@ -3015,6 +3024,8 @@ def test_an_ablation_refuses_what_its_stored_scores_are_not_named_by(
     assert "--out is not read by a single video, but by commands" in capsys.readouterr().err
     assert cli(cyclesync, "--v2a-cmd", "x", "--v2a-ckpt", "y", "--out", tmp_path) == 2
     assert "both are the f of CycleSync" in capsys.readouterr().err
+    assert cli(cyclesync, "--v2a-seconds", 3, "--out", tmp_path) == 2
+    assert "is the shortest video of --v2a-cmd; give that, too" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert cli(cyclesync, "--train-steps", 9, "--out", tmp_path) == 2
     assert "error: --train-steps is not read by a table of a2v, but by --ablate; leave it out" in (
@@ -3787,6 +3798,17 @@ def test_hubert_gets_waveforms_as_its_own_extractor_makes_them(monkeypatch):
     found = pyramid.load_hubert("any", torch.device("cpu"))(wave)[40:-40]
     assert found.dtype == np.float32
     assert_close("waveform", found, (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7), 1e-6)
+
+
+def test_a_hubert_of_another_width_is_refused_before_the_other_encoders_are_loaded(monkeypatch):
+    """Base has 768 features, large 1024; without --hubert none is known."""
+    monkeypatch.setattr(pyramid, "load_hubert",
+                        lambda name, device: lambda wave: np.zeros((50, 768)))
+    monkeypatch.setattr(pyramid, "encode_prompts", Mock(side_effect=AssertionError))
+    for name, message in (("base", "base: makes 768 features a step, this model takes 1024"),
+                          (None, "--hubert is missing")):
+        with pytest.raises(data.BadInput, match=message):
+            pyramid.ExternalEncoders("folder", name, [""], 1024, "cpu")
 
 
 def test_damaged_prompts_are_encoded_again(tmp_path, monkeypatch):
