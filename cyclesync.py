@@ -2233,7 +2233,7 @@ def score_pairs(args):
     for key, others in rows.items():
         analyses = [dict(onsets=found, peaks=None) for found in others]
         table.add(key, key, sync_records(true, analyses, clips, args.tolerance))
-    table.finish(Path(args.out, "pairs.csv"))
+    table.finish(Path(args.out, "sounds.csv"))
 
 
 # What `--pairs-of-videos` compares, where a video has it.
@@ -2493,8 +2493,8 @@ def arguments():
 
 # The flags that each command reads. Others would have no effect. (An ablation is scored on the
 # toybox, and its stored scores are named by their settings.)
-EVERYWHERE = "device dtype data_root out"           # of all but these two, which run no network
-WITHOUT_NETWORK = {"clip": "", "pairs": "tolerance out"}
+EVERYWHERE = "device dtype data_root out"           # but for the two commands that only analyse
+ANALYSES = {"clip": "", "pairs": "tolerance out"}
 SAMPLES = "ckpt vae pretrained hubert data clips draws resolution steps seed"
 TOWERS = "ckpt vae audio_vae data clips draws resolution steps seed"
 V2A = "tolerance v2a_ckpt v2a_cmd v2a_seconds audio_vae"
@@ -2502,7 +2502,7 @@ READ = {
     "a table of a2v": f"{SAMPLES} {V2A} fvd fid fad",
     "a table of two towers": f"{TOWERS} tolerance",
     "a table of a VAE": "ckpt data clips resolution seed",
-    **WITHOUT_NETWORK,
+    **ANALYSES,
     "pairs_of_videos": f"{V2A} vae",
     "steps_study": f"{SAMPLES} audio_vae".replace(" steps", ""),
     "guidance_study": TOWERS,
@@ -2520,13 +2520,13 @@ def check_flags(args, command):
             return "a single video"
         return name if " " in name else f"--{name}".replace("_", "-")
 
-    everywhere = "" if command in WITHOUT_NETWORK else EVERYWHERE
+    everywhere = "" if command in ANALYSES else EVERYWHERE
     read = {command, *everywhere.split(), *READ[command].split()}
     defaults = vars(arguments().parse_args([]))
     for name, value in vars(args).items():
         if value != defaults[name] and name not in read:
             others = [flag(other) for other, names in READ.items() if name in names.split()]
-            others = others if name not in EVERYWHERE else ["commands that run a network"]
+            others = others if name not in EVERYWHERE else ["most other commands"]
             raise BadInput(f"{flag(name)} is not read by {flag(command)}, but by "
                            f"{', '.join(others)}; leave it out")
     if args.v2a_cmd and args.v2a_ckpt:

@@ -194,8 +194,8 @@ def run_cli(main):
         # PyTorch names its allocator where a CPU has too little memory.
         if isinstance(why, RuntimeError) and "DefaultCPUAllocator" not in str(why):
             raise
-        print("error: the memory is too small for this; give shorter clips or a smaller "
-              "--resolution", file=sys.stderr)
+        print("error: the memory is too small for this; give shorter clips, a smaller --resolution "
+              "or --batch-size, or a larger --accum", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as why:
         print("stopped; nothing half-written is left behind", file=sys.stderr)
@@ -717,10 +717,8 @@ def is_weights(value):
         for name, w in value.items())
 
 
-def is_start(value):
-    """None, or of the checkpoint that a stage started from: stage, steps, seconds of training"""
-    return value is None or (type(value) is list and len(value) == 3 and is_text(value[0])
-                             and is_count(value[1]))
+def is_flag(value):
+    return type(value) is bool
 
 
 def is_dict(value):
@@ -740,7 +738,7 @@ CONTENT = {"a2v": SYSTEM, "t2av": TOWERS, "joint": TOWERS,
 # What may be there: where the VAEs were, and what a run that is resumed needs
 MORE_CONTENT = dict(args=is_settings, model=is_weights, optimisers=is_dict, best=is_score,
                     seconds=is_number, logged=is_number, waited=is_number, micro_batch=is_count,
-                    reports=is_reports, started_from=is_start)
+                    reports=is_reports, has_audio=is_flag)
 
 
 def load_checkpoint(path, task=None, hint="check the path, or train one with train.py"):

@@ -1338,7 +1338,8 @@ def warn_of_training(checkpoint, settings, hubert=None):
               "partners of SyncCFG: better --sync-video 1 --sync-audio 1")
     # Models of the same width are not told apart in another way.
     if hubert and hubert != trained.get("hubert"):
-        print(f"--hubert {hubert}: it was trained with {trained.get('hubert')}; give a copy of it")
+        print(f"--hubert {hubert}: it was trained with {trained.get('hubert')}; make sure that "
+              "this is the same model")
 
 
 def run_job(system, job, path, args, bar, settings):

@@ -2595,7 +2595,7 @@ def test_sounds_of_two_folders_and_the_sound_of_one_video_are_scored(odd, tmp_pa
     out = ["--out", tmp_path / "out"]
     assert cli(cyclesync, "--pairs", tmp_path, tmp_path, *out) == 0
     pairs = last_json(capsys)
-    assert len((tmp_path / "out/pairs.csv").read_text().splitlines()) == 9
+    assert len((tmp_path / "out/sounds.csv").read_text().splitlines()) == 9
     assert cli(cyclesync, odd / "ok/plain.mp4") == 0
     video = last_json(capsys)
 
@@ -3021,7 +3021,7 @@ def test_an_ablation_refuses_what_its_stored_scores_are_not_named_by(
         assert cli(cyclesync, f"--{flag}", "x", "--clips", 2, "--out", tmp_path) == 2
         assert "leave" in capsys.readouterr().err
     assert cli(cyclesync, "x.mp4", "--out", tmp_path) == 2
-    assert "--out is not read by a single video, but by commands" in capsys.readouterr().err
+    assert "--out is not read by a single video, but by most" in capsys.readouterr().err
     assert cli(cyclesync, "--v2a-cmd", "x", "--v2a-ckpt", "y", "--out", tmp_path) == 2
     assert "both are the f of CycleSync" in capsys.readouterr().err
     assert cli(cyclesync, "--v2a-seconds", 3, "--out", tmp_path) == 2
@@ -4002,9 +4002,9 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
     assert iio.imread(tmp_path / "x.mp4", plugin="FFMPEG").shape == (49, 64, 64, 3)
     assert cli(sample, *inputs) == 2 and "--pretrained" in capsys.readouterr().err
     # Features of another HuBERT have a cache of their own, and sample.py says that they are others.
-    monkeypatch.setattr(train.Run, "train", lambda self: None)
     at = flags.index("--hubert") + 1
-    cli(train, *flags[:at], "other", *flags[at + 1:], "--steps", 2, "--out", tmp_path / "other")
+    args = train.parse_args([*flags[:at], "other", *flags[at + 1:], "--out", tmp_path / "other"])
+    train.A2V(args, torch.device("cpu"), nullcontext)
     assert len({path.name for path in (flags[flags.index("--data-root") + 1] / "cache").iterdir()
                 if "hubert2" in path.name}) == 2
     capsys.readouterr()
@@ -4015,6 +4015,30 @@ def test_syncphony_on_pyramid_flow_trains_blocks_8_to_23_and_audio_layers_only(
     assert cli(sample, "--bench", *inputs[:2], "--pretrained", folder, "--steps", 3) == 0
     assert set(last_json(capsys)) == {"asg_on_off", "audio_on_off", "plain_cached",
                                       "seconds_per_second", "seconds_per_latent"}
+
+
+def test_the_dtype_is_timed_on_the_network_with_its_audio_layers(monkeypatch):
+    """Whatever the first step draws: nine in ten steps have them."""
+    run = train.Run.__new__(train.Run)
+    loss = Mock(return_value=[torch.ones(1, requires_grad=True)])
+    task = SimpleNamespace(batch=lambda step, rows: dict(skip_audio=True), loss=loss)
+    vars(run).update(task=task, micro_batch=1, net=Mock(), device=torch.device("cpu"),
+                     args=SimpleNamespace())
+
+    def pick_autocast(dtype, device, step=lambda: None):
+        step()
+        return nullcontext, "float32: timed"
+    monkeypatch.setattr(train, "pick_autocast", pick_autocast)
+    run.measure_dtype()
+    assert loss.call_args.kwargs["skip_audio"] is False
+
+
+@pytest.mark.parametrize("device, goes_on", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_the_cpu_goes_on_during_a_copy_to_cuda_alone(device, goes_on):
+    """Of memory that is not pinned CUDA takes a copy first; a Mac's GPU may read it too late."""
+    x = Mock()
+    networks.from_cpu(x, torch.device(device))
+    assert x.to.call_args.kwargs == dict(non_blocking=goes_on)
 
 
 def test_the_loss_on_test_clips_is_the_mean_over_clips():
@@ -4032,18 +4056,23 @@ def test_the_loss_on_test_clips_is_the_mean_over_clips():
     assert evaluation.figures["test_loss"] == pytest.approx((16 * 1 + 18) / 17)
 
 
-def test_of_silence_an_audio_vae_has_no_relative_error():
-    """One such clip would outweigh all others, since its norm is about 0."""
+def test_of_silence_an_audio_vae_has_no_relative_error(monkeypatch):
+    """One such clip would outweigh all others, since its norm is about 0. It has onsets: none."""
     task = train.AudioVAE.__new__(train.AudioVAE)
-    task.args = SimpleNamespace(data="x")
+    task.args = SimpleNamespace(data="toybox")
     task.device, task.autocast = "cpu", nullcontext
+    onset_f1 = Mock(return_value=1.)
+    monkeypatch.setattr(train, "onset_f1", onset_f1)
     noise = .01 * normal(1, 4000).float()
     task.net = SimpleNamespace(encode=lambda wave: (wave, None),
                                decode=lambda mean, n: 1.1 * mean + 1e-4 * noise)
-    clip = dict(audio=normal(4000).float().numpy())
-    alone, both = (task.evaluate(clips).figures["spectral_error"] for clips in (
-        [clip], [clip, dict(audio=np.zeros(4000, np.float32))]))
-    assert alone == both > 0
+    clip = dict(audio=normal(4000).float().numpy(), events=[1.])
+    silent = dict(audio=np.zeros(4000, np.float32), events=[])
+    alone, both, none = (task.evaluate(clips).figures["spectral_error"]
+                         for clips in ([clip], [silent, clip], [silent]))
+    assert alone == both > 0 == none
+    sounds, events = onset_f1.call_args_list[1].args
+    assert len(sounds) == 2 and events == [[], [1.]]
 
 
 def test_large_videos_are_generated_one_by_one(monkeypatch):
@@ -4247,6 +4276,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert cli(train, *flags, "--out", tmp_path / "stopped") == 0
 
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_the_share_of_waiting_counts_what_was_waited_before_a_stop(runs):
+    """As the time since the last report does; a file without it goes on."""
+    d, run = runs
+    assert run("waited", "--steps", 1) == 0
+    content = saved(d / "waited")
+    assert content.pop("waited") == 0                       # since the report of step 1
+    for known in dict(waited=1.5), {}:
+        torch.save(content | known, d / "waited/last.pt")
+        again = train.Run(train.parse_args([*run.flags, "--out", d / "waited"]))
+        again.resume()
+        assert again.waited == known.get("waited", 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -6803,6 +6845,19 @@ def test_a_stage_does_not_go_on_from_a_start_that_has_changed(towers_on_disk, ca
         torch.save(ckpt, d / "again" / stage / "last.pt")
 
 
+def test_a_run_goes_on_whatever_an_older_version_took_for_what_its_stage_does_not_read(
+        towers_on_disk):
+    """--pictures of stage "audio"; of stage "joint", which reads it, it has to be the same."""
+    d, _ = towers_on_disk
+    for stage, goes_on in ("audio", True), ("joint", False):
+        ckpt = saved(d / "t2av" / stage)
+        run = train.Run.__new__(train.Run)
+        vars(run).update(args=SimpleNamespace(**ckpt["args"]), device=torch.device("cpu"))
+        assert run.other_settings(ckpt) is None
+        ckpt["args"]["pictures"] += 1
+        assert (run.other_settings(ckpt) is None) == goes_on
+
+
 def test_syncflow_and_harmony_train_on_the_vae_of_spectra_which_codes_sounds_best():
     """Its latents fit the towers, 50 a second. SyncFlow's own, of waveforms, is an option: after it
     the log-mels of true sounds are off by more."""
@@ -7235,15 +7290,22 @@ def test_a_tower_that_was_trained_before_stage_video_is_not_lost_after_it(towers
     "video" has left that as it was initialised, and stage "audio" draws its own."""
     d, run = towers_on_disk
     content = data.load_checkpoint(d / "t2av/video/best.pt")
-    for start, is_kept in (["joint", 2, .1], True), (["video", 2, .1], False), (None, False):
-        data.save_checkpoint(d / "from.pt", **content | dict(started_from=start))
+    assert content["has_audio"] is False
+    for has_audio in True, False:
+        data.save_checkpoint(d / "from.pt", **content | dict(has_audio=has_audio))
         args = train.parse_args([*run.flags, "--stage", "audio", "--init", d / "from.pt"])
         args.seed = 1
         torch.manual_seed(1)
         weights = train.TwoTowers(args, torch.device("cpu"), nullcontext).net.state_dict()
         of_audio = [k for k in content["ema"] if towers.part_of(k) == "audio" and "weight" in k]
         equal = {torch.equal(weights[k].half(), content["ema"][k].half()) for k in of_audio}
-        assert (equal == {True}) == is_kept, start
+        assert (equal == {True}) == has_audio
+    # It stays known through several stages "video".
+    for stage, file, expected in (("video", d / "from.pt", False), ("joint", d / "from.pt", False),
+                                  ("video", d / "t2av/joint/best.pt", True)):
+        args = train.parse_args([*run.flags, "--stage", stage, "--init", file])
+        task = train.TwoTowers(args, torch.device("cpu"), nullcontext)
+        assert task.extra["has_audio"] == expected
 
 
 def test_captions_are_learned_in_stage_audio_where_no_stage_came_before(harmony_on_disk):

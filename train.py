@@ -628,7 +628,10 @@ class A2V:
         hubert = pyramid.load_hubert(args.hubert, device) if args.pretrained else None
         # Features of another HuBERT have another cache ("hubert" alone was for waveforms that were
         # divided by another deviation).
-        tag = f"hubert2-{zlib.crc32(str(args.hubert).encode()):08x}" if args.pretrained else ""
+        tag = ""
+        if args.pretrained:
+            name = os.path.normpath(args.hubert)
+            tag = f"hubert2-{zlib.crc32(name.encode()):08x}"
         self.cache, self.test = open_caches(args, self.vae, autocast, audio_encoder=hubert,
                                             audio_tag=tag)
         if args.pretrained:
@@ -1005,14 +1008,13 @@ class AudioVAE:
             # One by one: each error is divided by the norm of its own clip, so all count the same.
             for clip in clips:
                 wave = torch.from_numpy(clip["audio"])[None]
-                # Near silence has hardly a norm: one such clip would outweigh all others.
-                if wave.abs().max() < 1e-3:
-                    continue
                 mean, _ = self.net.encode(wave.to(self.device))
                 decoded = self.net.decode(mean, wave.shape[1]).float().cpu()
                 sounds.append(decoded[0].numpy())
-                errors.append(autoencoders.spectral_error(decoded, wave).item())
-        figures = dict(spectral_error=float(np.mean(errors)))
+                # Near silence has hardly a norm: one such clip would outweigh all others.
+                if wave.abs().max() >= 1e-3:
+                    errors.append(autoencoders.spectral_error(decoded, wave).item())
+        figures = dict(spectral_error=float(np.mean(errors)) if errors else 0.)
         if self.args.data == "toybox":
             figures["onset_f1_50"] = onset_f1(sounds, [c["events"] for c in clips])
         return Evaluation(figures, -figures["spectral_error"])
@@ -1076,7 +1078,7 @@ class TwoTowers:
         self.start_stage()
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), stage=args.stage,
                           audio_vae=fingerprint(self.audio_vae), guidance=guidance,
-                          started_from=self.started_from)
+                          started_from=self.started_from, has_audio=self.has_audio)
 
     def check_frozen_tower(self):
         """SyncFlow's stage "audio": a tower that is trained on can follow other latents, a frozen
@@ -1093,15 +1095,16 @@ class TwoTowers:
     def start_stage(self):
         """Weights of --init; which parameters are trained."""
         self.started_from = None
+        self.has_audio = False
         if self.args.init:
             before = data.load_checkpoint(self.args.init, self.args.task)
             # Names these weights: no two trainings take as long to the microsecond.
             self.started_from = [before.get(name) for name in ("stage", "step", "seconds")]
             weights = before["ema"]
-            # Of stage "video" the audio tower is as it was initialised, perhaps in another size,
-            # unless that stage itself went on from a later one.
-            start, *_ = before.get("started_from") or ["video"]
-            if before["stage"] == "video" and start == "video":
+            # After stage "video" the audio tower is as it was initialised, perhaps in another size,
+            # unless that stage had got a trained one by --init.
+            self.has_audio = before["stage"] != "video" or before.get("has_audio", False)
+            if not self.has_audio:
                 weights = {k: v for k, v in weights.items() if towers.part_of(k) != "audio"}
             data.load_weights(self.net, {**self.net.state_dict(), **weights}, self.args.init)
         for name, p in self.net.named_parameters():
@@ -1837,6 +1840,9 @@ class Run:
             return OTHER_VERSION
         # A VAE has no stages, whose --init changes: its --init says what is tuned.
         may_differ = MAY_DIFFER - ({"init"} if self.args.task == "vae" else set())
+        # What the stage does not read may be another: older versions took it, without effect.
+        reads = READ_BY_STAGES.get(self.args.task, {}).items()
+        may_differ = may_differ | {name for name, stages in reads if self.args.stage not in stages}
         # Of real clips all are taken; older versions took --clips, which had no effect.
         may_differ = may_differ | ({"clips"} if self.args.data != "toybox" else set())
         for name, value in vars(self.args).items():
