@@ -89,13 +89,12 @@ WITHOUT_FLOAT64 = ("mps",)          # types of devices: the GPU of a Mac
 
 # What the sizes for the toybox have in common
 TOYBOX = dict(
-    alpha=50 * 4 / 24,              # latents of 4 frames
     axes=(32, 16, 16),              # 2 x 2 tokens a latent: positions need few channels, time many
     context_sigma="zero",           # trained from scratch, so that the context can be cached
     precondition=True,
     text_encoder="bytes",           # short captions
     audio_encoder="mel",
-    time_scale=4.,                  # a step of 20 ms turns the fastest pair by 0.48, not 0.12 rad
+    time_scale=4.,                  # a step of 20 ms, 0.12 latents, turns the fastest pair by 0.48
     context=12,                     # clips of 49 frames are latent 0 and 12 more
 )
 SIZES = {

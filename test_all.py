@@ -67,6 +67,8 @@ from towers import DualTower, DualTowerConfig
 from vae import AUDIO_VAE_SIZES, AudioVAE, AudioVAEConfig, CausalVideoVAE
 from vae import VAEConfig, audio_vae_loss, video_vae_loss
 
+# Several tests send SIGINT, which a shell lets its background jobs ignore.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)            # these networks are too small to be split over cores
 HERE = Path(__file__).parent
 HELD_OUT_TESTS = 7 * 10 ** 8        # seeds of clips that nothing was tuned or trained on
@@ -2356,7 +2358,7 @@ def test_the_guidance_study_compares_what_acts_in_every_mode_with_the_paper_on_c
             self.args, self.steps, self.harmony = args, 7, True
             self.model = SimpleNamespace(cfg=SimpleNamespace(system="harmony"))
             self.guidance = dict(cfg=1., sync_video=9., sync_audio=9., guide_below=.8, shift=4.)
-            self.described, self.note, self.ckpt = "", "", dict(step=1)
+            self.described, self.note, self.ckpt, self.toybox = "", "", dict(step=1), True
             self.clips = cyclesync.held_out_clips(args, 32)
 
         def generate(self, **settings):

@@ -65,10 +65,10 @@ class DualTowerConfig:
     use_gldi: bool = True         # False: an ablation, see `HarmonyLayer`
 
 
-# The toybox: 4 frames at 24 a second in a latent, 2 x 2 tokens. A step of 20 ms turns the fastest
-# pair of channels by 0.48 rad, not 0.12.
+# The toybox: 4 frames at 24 a second in a latent, 2 x 2 tokens. A step of 20 ms is 0.12 latents
+# (alpha comes from the VAEs), and turns the fastest pair of channels by 0.48 rad.
 TOYBOX = dict(latent=16, audio_latent=16, train_grid=2, text_encoder="bytes", precondition=True,
-              alpha=50 * 4 / 24, time_scale=4.)
+              time_scale=4.)
 SYNCFLOW = {
     "tiny": dict(TOYBOX, depth=4, width=160, heads=4, text_dim=128),
     "small": dict(TOYBOX, depth=8, width=512, heads=8, text_dim=256),
@@ -80,7 +80,7 @@ HARMONY = {
     # Depth, width and heads of Wan2.2-5B (its MLPs are 14336 wide, these 4 x 3072), latents of its
     # 4x16x16 VAE, audio latents of MMAudio at 31.25 Hz.
     "harmony": dict(depth=30, width=3072, heads=24, latent=48, audio_latent=20, train_grid=22,
-                    alpha=31.25 * 4 / 24, axes=(44, 42, 42), system="harmony"),
+                    axes=(44, 42, 42), system="harmony"),
 }
 
 
