@@ -235,8 +235,8 @@ STAGES = {
         "timbre": (.3, 1, ("audio",)),
         "joint": (.6, 1, ("video", "audio", "bridge"))},
 }
-# Settings of a task that some stages alone read: stages that train on videos without sound; the
-# stage whose loss has three terms.
+# Settings that only some stages of a task read, and which: still pictures are for stages that train
+# the video tower (Harmony's "joint" goes without), the three weights for the loss of eq. 3.
 READ_BY_STAGES = {
     "t2av": dict(pictures=("video", "joint", "all")),
     "joint": dict(pictures=("video", "all"), **dict.fromkeys(
