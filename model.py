@@ -94,7 +94,7 @@ TOYBOX = dict(
     precondition=True,
     text_encoder="bytes",           # short captions
     audio_encoder="mel",
-    time_scale=4.,                  # a step of 20 ms (0.12 latents) turns the fastest pair by .48 rad
+    time_scale=4.,                  # a step of 20 ms turns the fastest pair of channels by 0.48 rad
     context=12,                     # clips of 49 frames are latent 0 and 12 more
 )
 SIZES = {
