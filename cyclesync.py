@@ -1878,7 +1878,7 @@ ABLATIONS = dict(
     # no row is at the ceiling.
     syncphony=dict(
         flags="--task a2v", towers=(), stage="", paper="CycleSync",
-        quick=300, shipped=None, euler=6,
+        quick=300, shipped=(A2V_FILE, "audio"), euler=6,
         figures="f1_50 f1_100 cyclesync_set cyclesync_merged residual frechet_latent".split(),
         stress=("two sounds", "noise, 0 dB", "off-screen", "six events"),
         rows=[("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.),
@@ -2016,7 +2016,14 @@ def shipped_towers(path, part, root):
     """-> flags that start a training from the towers of a shipped file, without the weights of
     `part`, which is trained anew."""
     content = data.load_checkpoint(path)
-    content["ema"] = {name: w for name, w in content["ema"].items() if part_of(name) != part}
+
+    def is_left_out(name):
+        # Syncphony has one network: its "audio" are the encoder of mels and the audio layers.
+        if content["task"] == "a2v":
+            return name.startswith("mel_encoder") or ".audio." in name
+        return part_of(name) == part
+
+    content["ema"] = {name: w for name, w in content["ema"].items() if not is_left_out(name)}
     root.mkdir(parents=True, exist_ok=True)
     data.save_checkpoint(root / "towers.pt", **content)
     return ["--init", root / "towers.pt"]

@@ -2952,11 +2952,11 @@ def test_an_ablation_started_twice_shares_the_trainings(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("name, anew, variants", [
-    ("syncflow", {"audio"}, 4), ("harmony", {"bridge"}, 7)])
+    ("syncphony", {"audio"}, 3), ("syncflow", {"audio"}, 4), ("harmony", {"bridge"}, 7)])
 def test_a_quick_ablation_starts_from_the_towers_of_the_shipped_file(
         tmp_path, monkeypatch, capsys, name, anew, variants):
-    """Not from what its rows compare: SyncFlow's audio tower, Harmony's bridges. train.py takes all
-    other weights from there."""
+    """Not from what its rows compare: Syncphony's audio layers and encoder of mels, SyncFlow's
+    audio tower, Harmony's bridges. train.py takes all other weights from there."""
     inits, parts = [], Counter()
 
     def run(args, folder, lock, flags):
@@ -2973,13 +2973,19 @@ def test_a_quick_ablation_starts_from_the_towers_of_the_shipped_file(
     # Of every row, with its flags
     ablation = cyclesync.ABLATIONS[name]
     shipped = data.load_checkpoint(ablation["shipped"][0])
-    monkeypatch.setattr(train, "open_caches", lambda *_, **__: (dict(clips=[]), None))
+    latents = np.zeros((1, 2, 16, 7, 8, 8), np.float32)
+    cache = dict(clips=[], latents=latents, arrays={})
+    monkeypatch.setattr(train, "open_caches", lambda *_, **__: (cache, None))
+    monkeypatch.setattr(data, "gather", lambda *_: torch.from_numpy(latents))
     for row in ablation["rows"]:
         args = train.parse_args([*f"{ablation['flags']} {ablation['stage']} {row[2]}".split(),
                                  "--init", inits[0]])
-        task = train.TwoTowers(args, torch.device("cpu"), nullcontext)
+        kind = train.A2V if name == "syncphony" else train.TwoTowers
+        task = kind(args, torch.device("cpu"), nullcontext)
         for key, w in task.net.state_dict().items():
             part = towers.part_of(key)
+            if name == "syncphony":
+                part = "audio" if "audio." in key or "mel_encoder." in key else "video"
             parts[part] += 1
             taken = key in shipped["ema"] and w.equal(shipped["ema"][key].float())
             assert taken == (part not in anew), key
@@ -4159,6 +4165,7 @@ def test_help_gives_the_default_of_every_setting_of_a_task(task, capsys, monkeyp
     (["--pretrained", "x", "--hubert", "y", "--data", "z", "--shift", 3], "leave it out"),
     (["--pretrained", "x", "--hubert", "y", "--data", "z", "--size", "tiny"], "leave it out"),
     (["--pretrained", "x", "--hubert", "y", "--data", "z", "--vae", "v.pt"], "leave it out"),
+    (["--pretrained", "x", "--hubert", "y", "--data", "z", "--init", "v.pt"], "leave out one"),
     (["--size", "miniflux"], "--pretrained"),
     (["--layout", "all"], "--layout all: for --pretrained"),
     (["--data", "z", "--clips", 3], "leave it out"),
@@ -5030,6 +5037,23 @@ def test_sampling_times_the_network_at_hand_and_says_so(toy, native_bfloat16, mo
     published = SimpleNamespace(text_encoder="external")
     system = SimpleNamespace(task="a2v", model=SimpleNamespace(cfg=published))
     assert sample.autocast_for(system, "auto", torch.device("cpu"))[1] == "bfloat16"
+
+
+@slow
+def test_syncphony_goes_on_with_given_weights(runs, capsys):
+    """--init: those of a checkpoint of this size. A run that began without them stays without."""
+    d, run = runs
+    init = ["--init", d / "given/best.pt"]
+    assert run("given") == 0
+    assert run("tuned", *init, "--lr", 1e-9) == 0
+    given, tuned = (saved(d / out, "best.pt")["ema"] for out in ("given", "tuned"))
+    assert given.keys() == tuned.keys()
+    assert all(gap(tuned[k], w) < 1e-3 for k, w in given.items())
+    capsys.readouterr()
+    for flags, message in (("given", *init, "--steps", 5), "started from other weights"), (
+            ("other", *init, "--size", "tiny"), "does not fit this network"):
+        assert run(*flags) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_measures_its_dtype_and_a_resumed_one_keeps_it(runs, monkeypatch, capsys):

@@ -165,6 +165,7 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         # Audio guidance (eq. 2) evaluates the network without them: it has to know that path.
         skip_audio=(.1, SHARE, "share of steps without the audio layers"),
         no_audio_rope=(False, bool, "ablation: audio without positions, Syncphony table 11"),
+        init=(None, str, "checkpoint to start from, such as weights/a2v-real.pt"),
         pretrained=(None, str, "train on top of Pyramid Flow, downloaded to this folder"),
         hubert=(None, str, "with --pretrained: HuBERT for audio features, folder or hub name"),
         layout=("one", ("one", "all"), "with --pretrained: a step trains one latent, or all"),
@@ -365,6 +366,9 @@ def check(args):
     for name, value in theirs.items():
         if args.pretrained and getattr(args, name) != value:
             raise BadInput(f"--{name}: with --pretrained Pyramid Flow's is taken; leave it out")
+    if args.pretrained and args.init:
+        raise BadInput("--init: with --pretrained training starts from Pyramid Flow's weights; "
+                       "leave out one of them")
     height, width = data.sides(args.resolution)
     if args.pretrained and (height % 64 or width % 64):
         raise BadInput(f"--resolution {height}x{width}: Pyramid Flow halves the latents twice; "
@@ -577,6 +581,12 @@ def drop_text(captions, rngs, share):
     return ["" if rng.random() < share else c for c, rng in zip(captions, rngs)]
 
 
+def weights_id(checkpoint):
+    """What names its weights in a run that starts from them: stage, step, seconds of training. (No
+    two trainings take as long to the microsecond.)"""
+    return [checkpoint.get(name) for name in ("stage", "step", "seconds")]
+
+
 def video_figures(videos, clips):
     """Events of toybox videos against those of their clips -> figures, score.
 
@@ -641,22 +651,31 @@ class A2V:
                 self.prompts |= pyramid.cached_prompts(
                     split["folder"], split["captions"], args.pretrained, device)
             self.net = self.from_pyramid_flow()
+            self.started_from = None
             self.columns = ("stage 0", "stage 1", "stage 2")
             guidance = GUIDANCE["pretrained"]
         else:
-            self.net = self.from_scratch()
+            self.net, self.started_from = self.from_scratch()
             self.columns = tuple(f"s<{(b + 1) / BUCKETS:.2f}" for b in range(BUCKETS))
             guidance = GUIDANCE["a2v" if args.data == "toybox" else "real"]
         L, h, w = data.gather(self.cache, "latents", [0]).shape[3:]
         h, w = h // self.net.cfg.patch, w // self.net.cfg.patch
         log_rank0(f"tokens      {L * h * w} of a clip: {L} latents of {h} x {w}")
-        self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), guidance=guidance)
+        self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), guidance=guidance,
+                          started_from=self.started_from)
 
     def from_scratch(self):
+        """-> a network of --size with the weights of --init, what names these (see `weights_id`)"""
         config = networks.MMDiTConfig(**networks.SIZES[self.args.size] | dict(
             alpha=steps_per_latent(self.vae), audio_rope=not self.args.no_audio_rope))
         check_latents("vae", self.vae, config.latent, self.args)
-        return networks.MMDiT(config)
+        net = networks.MMDiT(config)
+        if not self.args.init:
+            return net, None
+        before = data.load_checkpoint(self.args.init, "a2v")
+        # Weights that the file lacks, such as audio layers, stay as they were initialised.
+        data.load_weights(net, {**net.state_dict(), **before["ema"]}, self.args.init)
+        return net, weights_id(before)
 
     def from_pyramid_flow(self):
         """Pyramid Flow's network with new audio layers. Blocks 0-7 and all that is not in a block
@@ -1098,8 +1117,7 @@ class TwoTowers:
         self.has_audio = False
         if self.args.init:
             before = data.load_checkpoint(self.args.init, self.args.task)
-            # Names these weights: no two trainings take as long to the microsecond.
-            self.started_from = [before.get(name) for name in ("stage", "step", "seconds")]
+            self.started_from = weights_id(before)
             weights = before["ema"]
             # After stage "video" the audio tower is as it was initialised, perhaps in another size,
             # unless that stage had got a trained one by --init.
