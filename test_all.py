@@ -39,6 +39,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+# Before numpy and torch are loaded, and for the programs that tests start: matrices here are too
+# small to be split over cores. (On busy cores the reader of videos takes 8 times as long with two.)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -69,7 +73,6 @@ from vae import VAEConfig, audio_vae_loss, video_vae_loss
 
 # Several tests send SIGINT, which a shell lets its background jobs ignore.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)            # these networks are too small to be split over cores
 HERE = Path(__file__).parent
 HELD_OUT_TESTS = 7 * 10 ** 8        # seeds of clips that nothing was tuned or trained on
 with warnings.catch_warnings():
