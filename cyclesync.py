@@ -1878,7 +1878,7 @@ ABLATIONS = dict(
     # no row is at the ceiling.
     syncphony=dict(
         flags="--task a2v", towers=(), stage="", paper="CycleSync",
-        quick=300, shipped=(A2V_FILE, "audio"), euler=6,
+        quick=200, shipped=(A2V_FILE, "audio"), euler=6,
         figures="f1_50 f1_100 cyclesync_set cyclesync_merged residual frechet_latent".split(),
         stress=("two sounds", "noise, 0 dB", "off-screen", "six events"),
         rows=[("without motion-aware loss", "15.18 ± 1.48", "--lambda-motion 0", dict(asg=0.),
