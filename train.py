@@ -651,31 +651,33 @@ class A2V:
                 self.prompts |= pyramid.cached_prompts(
                     split["folder"], split["captions"], args.pretrained, device)
             self.net = self.from_pyramid_flow()
-            self.started_from = None
             self.columns = ("stage 0", "stage 1", "stage 2")
             guidance = GUIDANCE["pretrained"]
         else:
-            self.net, self.started_from = self.from_scratch()
+            self.net = self.from_scratch()
             self.columns = tuple(f"s<{(b + 1) / BUCKETS:.2f}" for b in range(BUCKETS))
             guidance = GUIDANCE["a2v" if args.data == "toybox" else "real"]
         L, h, w = data.gather(self.cache, "latents", [0]).shape[3:]
         h, w = h // self.net.cfg.patch, w // self.net.cfg.patch
         log_rank0(f"tokens      {L * h * w} of a clip: {L} latents of {h} x {w}")
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), guidance=guidance,
-                          started_from=self.started_from)
+                          started_from=self.load_init())
 
     def from_scratch(self):
-        """-> a network of --size with the weights of --init, what names these (see `weights_id`)"""
         config = networks.MMDiTConfig(**networks.SIZES[self.args.size] | dict(
             alpha=steps_per_latent(self.vae), audio_rope=not self.args.no_audio_rope))
         check_latents("vae", self.vae, config.latent, self.args)
-        net = networks.MMDiT(config)
+        return networks.MMDiT(config)
+
+    def load_init(self):
+        """The weights of --init -> what names them (see `weights_id`), None without --init."""
         if not self.args.init:
-            return net, None
+            return None
         before = data.load_checkpoint(self.args.init, "a2v")
         # Weights that the file lacks, such as audio layers, stay as they were initialised.
-        data.load_weights(net, {**net.state_dict(), **before["ema"]}, self.args.init)
-        return net, weights_id(before)
+        weights = {**self.net.state_dict(), **before["ema"]}
+        data.load_weights(self.net, weights, self.args.init)
+        return weights_id(before)
 
     def from_pyramid_flow(self):
         """Pyramid Flow's network with new audio layers. Blocks 0-7 and all that is not in a block
