@@ -87,8 +87,8 @@ def in_one_step(generate):
 
 
 # Most of the time of a run of two steps is counting its FLOPs and measuring in a second which dtype
-# is faster, which two tests do on their own, and evaluation: four draws of noise, held-out clips in
-# 12 or 25 steps.
+# is faster, which tests of their own do, and evaluation: four draws of noise, held-out clips in 12
+# or 25 steps.
 time_ratio = sample.time_ratio
 sample.time_ratio = Mock(return_value=1.)
 count_flops = train.count_flops
@@ -4992,6 +4992,7 @@ def native_bfloat16(monkeypatch):
     native = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)
     monkeypatch.setattr(torch.ops, "mkldnn", native)
     monkeypatch.setattr(sample.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(sample, "time_ratio", time_ratio)
 
     def step(*_):
         dtype = "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
@@ -5043,26 +5044,6 @@ def test_sampling_times_the_network_at_hand_and_says_so(toy, native_bfloat16, mo
     published = SimpleNamespace(text_encoder="external")
     system = SimpleNamespace(task="a2v", model=SimpleNamespace(cfg=published))
     assert sample.autocast_for(system, "auto", torch.device("cpu"))[1] == "bfloat16"
-
-
-def test_two_dtypes_are_compared_by_their_fastest_pass_without_the_first(monkeypatch):
-    """The first one warms up; others may have met another program on their core."""
-    now, durations = [0.], []
-
-    def dtype(*seconds):
-        passes = iter(seconds)
-
-        @contextmanager
-        def context():
-            durations.append(next(passes))
-            yield
-        return context
-
-    def step():
-        now[0] += durations.pop()
-    monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    ratio = time_ratio(step, dtype(.01, .4, .2), dtype(.3, .1, .3), torch.device("cpu"))
-    assert ratio == pytest.approx(.2 / .1)
 
 
 @slow
