@@ -1866,9 +1866,10 @@ def shift_study(args):
 # figures: of the table; stress: conditions of `stress_clips`, whose F1 at 50 ms is in a second one.
 # A row: title, the paper's figure, flags of train.py, guidance, the row that it is compared with.
 # Equal flags share one training.
-# quick: steps of the trainings of --quick. shipped: the file whose towers --quick starts from, and
-# the part of it that all rows train anew, since it is what they compare. (These towers were trained
-# together with that part, which may favour the full system: it is a trial, not a result.)
+# quick: steps of the trainings of --quick. shipped: the file whose weights --quick starts from, and
+# the part of it that all rows train anew, since it is what they compare; Syncphony's paper, too,
+# adds its audio layers to a trained network. (The rest was trained together with that part, which
+# may favour the full system: it is a trial, not a result.)
 # euler: steps of sampling, of all rows, with guidance or without: as many as train.py's files
 # recommend or more; of SyncFlow 25, since F1 is the same from 10 to 30.
 NO_CTS = "--lambda-v 0 --lambda-a 0"                # cross-task synergy off
@@ -1946,11 +1947,11 @@ def ablate(args):
     learning = LEARNING if args.ablate == "harmony" else {}
     seeds = range(args.seed, args.seed + (1 if args.quick else 3))
     steps, training_clips = ablation_settings(ablation, args)
-    # --quick starts from shipped towers, so that its minutes go into what the rows compare. (With
-    # other autoencoders it trains towers: none are shipped for their latents.)
+    # --quick starts from shipped weights, so that its minutes go into what the rows compare. (With
+    # other autoencoders it trains all: none are shipped for their latents.)
     shipped = ablation["shipped"] if args.quick and not (args.vae or args.audio_vae) else None
     root = ablation_folder(args, steps, training_clips, shipped)
-    towers, trained = ((), shipped_towers(*shipped, root)) if shipped else (towers, [])
+    towers, trained = ((), shipped_weights(*shipped, root)) if shipped else (towers, [])
     # Rows with the same flags share a training.
     variants = dict.fromkeys([*[row[2] for row in rows], *learning.values()])
     parts = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
@@ -2012,9 +2013,9 @@ def ablation_folder(args, steps, training_clips, shipped):
     return Path(args.out, "-".join(name))
 
 
-def shipped_towers(path, part, root):
-    """-> flags that start a training from the towers of a shipped file, without the weights of
-    `part`, which is trained anew."""
+def shipped_weights(path, part, root):
+    """-> flags that start a training from a shipped file without the weights of `part`, which is
+    trained anew."""
     content = data.load_checkpoint(path)
 
     def is_left_out(name):
@@ -2025,8 +2026,8 @@ def shipped_towers(path, part, root):
 
     content["ema"] = {name: w for name, w in content["ema"].items() if not is_left_out(name)}
     root.mkdir(parents=True, exist_ok=True)
-    data.save_checkpoint(root / "towers.pt", **content)
-    return ["--init", root / "towers.pt"]
+    data.save_checkpoint(root / "start.pt", **content)
+    return ["--init", root / "start.pt"]
 
 
 def score_rows(file, part, flags, ablation, args):
@@ -2460,9 +2461,9 @@ def arguments():
     for name in ("audio", "image"):
         p.add_argument(f"--{name}", help="--skip-blocks: the sound and the first frame")
     p.add_argument("--quick", action="store_true", help="--ablate: one seed, short trainings (from "
-                   "the shipped towers), at most 32 clips, 20 minutes on 2 cores")
+                   "the shipped weights), at most 32 clips, 20 minutes on 2 cores")
     p.add_argument("--train-steps", type=number(int, 4), help="--ablate: default 800, with --quick "
-                   "300 (syncphony), 550 (syncflow), 110 (harmony)")
+                   "200 (syncphony), 550 (syncflow), 110 (harmony)")
     # checkpoints
     p.add_argument("--ckpt", help="of train.py; default: the shipped one of --task a2v, for "
                    "--data that is not the toybox the one of real clips")
