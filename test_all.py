@@ -5048,7 +5048,7 @@ def test_sampling_times_the_network_at_hand_and_says_so(toy, native_bfloat16, mo
 
 @slow
 def test_syncphony_goes_on_with_given_weights(runs, capsys):
-    """--init: those of a checkpoint of this size. A run that began without them stays without."""
+    """--init: those of a checkpoint of this size, which stays. A run goes on as it began."""
     d, run = runs
     init = ["--init", d / "given/best.pt"]
     assert run("given") == 0
@@ -5056,11 +5056,23 @@ def test_syncphony_goes_on_with_given_weights(runs, capsys):
     given, tuned = (saved(d / out, "best.pt")["ema"] for out in ("given", "tuned"))
     assert given.keys() == tuned.keys()
     assert all(gap(tuned[k], w) < 1e-3 for k, w in given.items())
-    capsys.readouterr()
-    for flags, message in (("given", *init, "--steps", 5), "started from other weights"), (
-            ("other", *init, "--size", "tiny"), "does not fit this network"):
+    printed = capsys.readouterr().out
+    assert f"given/best.pt: {len(given)} of {len(given)} tensors" in printed
+    assert "another VAE" not in printed
+    # As older versions wrote it, which had no --init.
+    content = saved(d / "given")
+    assert content.pop("started_from") is None
+    torch.save(content, d / "given/last.pt")
+    for flags, message in ((("given", *init, "--steps", 5), "this run would write over it"),
+                           (("tuned", "--lr", 1e-9, "--steps", 5), "started from other"),
+                           (("given", "--init", d / "tuned/best.pt"), "started from other weights"),
+                           (("other", *init, "--size", "tiny"), "does not fit this network")):
         assert run(*flags) == 2
         assert message in capsys.readouterr().err
+    content = data.load_checkpoint(d / "given/best.pt")
+    data.save_checkpoint(d / "other.pt", **content | dict(vae="0" * 16))
+    assert run("third", "--init", d / "other.pt", "--steps", 1) == 0
+    assert "warning: --init was trained on latents of another VAE" in capsys.readouterr().out
 
 
 def test_a_run_measures_its_dtype_and_a_resumed_one_keeps_it(runs, monkeypatch, capsys):

@@ -6,7 +6,7 @@
     python train.py --task vae          the autoencoder of videos that those three train on
     python train.py --task mel-vae      the autoencoder of sounds, as log-mel spectra
     python train.py --task audio-vae    another one, of waveforms, as SyncFlow's paper has it
-    python train.py --task a2v --data my_clips              on real clips; so with vae, t2av, joint
+    python train.py --task a2v --data my_clips              on real clips; so with all tasks
     python train.py --task joint --help                     the settings of one task
     torchrun --nproc_per_node=2 train.py --task a2v         several processes, the same result
 
@@ -20,7 +20,7 @@
     loss(net, generators, **batch)  -> loss, report (len(columns),)
     held_out(n)                     -> n clips to evaluate on
     evaluate(clips)                 -> Evaluation of the network as it is
-    extra                           what a checkpoint says besides: VAEs, guidance, stage
+    extra                           what a checkpoint says besides: VAEs, guidance, stage, --init
     measure_latent_stats()          autoencoders only: before best.pt is written, shift and scale
                                     of the latents into net.cfg
 
@@ -40,10 +40,10 @@ their last bits. And the gradient of a step is the same, to rounding, in one pro
 and in micro-batches. Two exceptions couple the samples of a micro-batch, whose size is kept: --ot,
 and the spectral error of audio-vae.
 
-**Written** to --out, under --stage all in a folder per stage: `last.pt`, all that resuming needs;
-`best.pt`, the averaged (EMA) weights of the best evaluation in half precision, for sample.py;
-`log.csv` (losses of process 0's share of each step); `scores.csv`, strips and an mp4 (not of
-sounds) of every evaluation.
+**Written** to --out, under --stage all in a folder per stage: `last.pt`, what resuming needs beside
+the files of the VAEs and of --init, which have to stay; `best.pt`, the averaged (EMA) weights of
+the best evaluation in half precision, for sample.py; `log.csv` (losses of process 0's share of each
+step); `scores.csv`, strips and an mp4 (not of sounds) of every evaluation.
 
     B batch · C channels · L latents · h w latent grid · A audio channels · S R audio steps
 """
@@ -139,7 +139,7 @@ LATENTS = dict(   # of the tasks that train on latents, which are coded once and
     PICTURES,
     clips=(2000, number(int, 1, 10 ** 6), "toybox clips to render and cache"),
     vae=(str(VAE_FILE), str, "the VAE that makes the latents"),
-    # They teach the null text, which text guidance subtracts. Audio is never dropped.
+    # Dropped captions teach the null text, which text guidance subtracts. Audio is never dropped.
     drop_text=(.1, SHARE, "share of captions replaced by the null text"),
     sigma=("uniform", ("uniform", "logit-normal"), "distribution of the noise levels"),
     shift=(1., number(low=.01), "shift of the noise levels towards noise; 1 = none"),
@@ -149,8 +149,9 @@ TOWERS = dict(
     LATENTS,
     drop_text=(.1, SHARE, "share of captions, of Harmony's transcripts, of its references of the "
                           "timbre that are dropped, each on its own"),
-    # Of spectra. No sound is generated better than the VAE codes true ones: onset F1 is .987 after
-    # this one, .945 after the one of waveforms (SyncFlow's paper); Frechet of log-mels 1.6, 4.0.
+    # The one of spectra (mel-vae). No sound is generated better than the VAE codes true ones: onset
+    # F1 is .987 after this one, .945 after the one of waveforms (SyncFlow's paper); Frechet
+    # distance of log-mels 1.6 and 4.0.
     audio_vae=(str(MEL_VAE_FILE), str, "the VAE that makes the latents of the sound"),
     init=(None, str, "checkpoint to start from; --stage all starts each stage from the one before"),
     # Most of what a video tower learns is appearance, of which a clip shows one example.
@@ -165,7 +166,7 @@ TASKS = {   # a task's tables; a plain value replaces the default of a setting a
         # Audio guidance (eq. 2) evaluates the network without them: it has to know that path.
         skip_audio=(.1, SHARE, "share of steps without the audio layers"),
         no_audio_rope=(False, bool, "ablation: audio without positions, Syncphony table 11"),
-        init=(None, str, "checkpoint to start from, such as weights/a2v-real.pt"),
+        init=(None, str, "checkpoint to start from; with --data such as weights/a2v-real.pt"),
         pretrained=(None, str, "train on top of Pyramid Flow, downloaded to this folder"),
         hubert=(None, str, "with --pretrained: HuBERT for audio features, folder or hub name"),
         layout=("one", ("one", "all"), "with --pretrained: a step trains one latent, or all"),
@@ -260,7 +261,7 @@ ENOUGH_PSNR = 24
 EVALUATION_DRAWS = 4        # of noise, in the evaluation of two towers
 # Settings that may differ when a run is resumed. All but --steps (a longer run stretches its
 # cosine) leave samples and objective as they are; --device, --dtype, --compile and --accum change
-# rounding. VAEs and what --init holds are compared by content, wherever they lie (the --init of a
+# rounding. Wherever they lie, VAEs are compared by content, --init by `weights_id` (the --init of a
 # VAE by its path).
 MAY_DIFFER = {"steps", "accum", "device", "dtype", "compile", "no_compile", "checkpointing", "out",
               "data_root", "init", "vae", "audio_vae", "pretrained", "log_every", "sample_every",
@@ -582,8 +583,8 @@ def drop_text(captions, rngs, share):
 
 
 def weights_id(checkpoint):
-    """What names its weights in a run that starts from them: stage, step, seconds of training. (No
-    two trainings take as long to the microsecond.)"""
+    """What names its weights in a run that starts from them: stage, step and seconds of the
+    training that wrote it. (No two trainings take as long to the microsecond.)"""
     return [checkpoint.get(name) for name in ("stage", "step", "seconds")]
 
 
@@ -623,7 +624,7 @@ def held_out_clips(test, n, resolution=None):
 # ---------------------------------------------------------------------------------------- Syncphony
 
 class A2V:
-    """Latents, sounds and captions -> velocity loss. From scratch every latent of a clip is a
+    """Latents, sounds and captions -> velocity loss. Every latent of a clip but the first is a
     target (`syncphony_loss`); on top of Pyramid Flow one latent, or all of them at one noise level,
     at one of three resolutions (`pyramid_loss`)."""
 
@@ -642,6 +643,11 @@ class A2V:
         if args.pretrained:
             name = os.path.normpath(args.hubert)
             tag = f"hubert2-{zlib.crc32(name.encode()):08x}"
+        # What is wrong with --vae or --init is said before the hours that the clips may take.
+        started_from = None
+        if not args.pretrained:
+            self.net = self.from_scratch()
+            started_from = self.load_init()
         self.cache, self.test = open_caches(args, self.vae, autocast, audio_encoder=hubert,
                                             audio_tag=tag)
         if args.pretrained:
@@ -654,14 +660,13 @@ class A2V:
             self.columns = ("stage 0", "stage 1", "stage 2")
             guidance = GUIDANCE["pretrained"]
         else:
-            self.net = self.from_scratch()
             self.columns = tuple(f"s<{(b + 1) / BUCKETS:.2f}" for b in range(BUCKETS))
             guidance = GUIDANCE["a2v" if args.data == "toybox" else "real"]
         L, h, w = data.gather(self.cache, "latents", [0]).shape[3:]
         h, w = h // self.net.cfg.patch, w // self.net.cfg.patch
         log_rank0(f"tokens      {L * h * w} of a clip: {L} latents of {h} x {w}")
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), guidance=guidance,
-                          started_from=self.load_init())
+                          started_from=started_from)
 
     def from_scratch(self):
         config = networks.MMDiTConfig(**networks.SIZES[self.args.size] | dict(
@@ -677,6 +682,9 @@ class A2V:
         # Weights that the file lacks, such as audio layers, stay as they were initialised.
         weights = {**self.net.state_dict(), **before["ema"]}
         data.load_weights(self.net, weights, self.args.init)
+        log_rank0(f"start       {self.args.init}: {len(before['ema'])} of {len(weights)} tensors")
+        if before["vae"] != fingerprint(self.vae):
+            log_rank0("warning: --init was trained on latents of another VAE")
         return weights_id(before)
 
     def from_pyramid_flow(self):
@@ -1084,6 +1092,9 @@ class TwoTowers:
         check_latents("vae", self.vae, config.latent, args)
         check_latents("audio-vae", self.audio_vae, config.audio_latent, args)
         self.check_frozen_tower()
+        # What is wrong with --init is said before the hours that the clips may take.
+        self.net = towers.DualTower(config)
+        self.start_stage()
         self.cache, self.test = open_caches(
             args, self.vae, autocast, audio_encoder=self.encode_waveform,
             audio_tag=fingerprint(self.audio_vae), variations=2 if self.harmony else 1)
@@ -1095,8 +1106,6 @@ class TwoTowers:
         self.windows_of_clip = {}
         for windows in self.cache["clips"]:
             self.windows_of_clip.update(dict.fromkeys(windows, windows))
-        self.net = towers.DualTower(config)
-        self.start_stage()
         self.extra = dict(size=args.resolution, vae=fingerprint(self.vae), stage=args.stage,
                           audio_vae=fingerprint(self.audio_vae), guidance=guidance,
                           started_from=self.started_from, has_audio=self.has_audio)
@@ -1802,6 +1811,10 @@ class Run:
 
     def load_last(self):
         """last.pt of a run with these settings; None: there is none."""
+        # best.pt is written over by the first evaluation: such a run could not be resumed.
+        init = getattr(self.args, "init", None)
+        if init and Path(init).resolve().parent == self.out.resolve():
+            raise BadInput(f"--init {init}: this run would write over it; give another --out")
         path = self.out / "last.pt"
         ckpt = data.load_checkpoint(path, self.args.task) if path.is_file() else None
         self.refuse(ckpt and self.other_settings(ckpt))
@@ -1894,9 +1907,9 @@ class Run:
         same_config = autoencoder or ckpt["config"] == asdict(self.net.cfg)
         if set(ckpt["ema"]) != set(self.ema) or not same_config:
             return OTHER_VERSION
-        # (Older files do not say.)
+        # (Older files do not say; those of a2v had no --init.)
         now = self.task.extra.get("started_from")
-        if ckpt.get("started_from", now) != now:
+        if ckpt.get("started_from", None if self.args.task == "a2v" else now) != now:
             return ("started from other weights (by another --init, or the stage before was "
                     "trained on); remove it")
         return None
