@@ -61,7 +61,7 @@ a video's timing, agreement of both streams for pairs, Frechet distances of mels
     python cyclesync.py --ckpt out/a2v-x/best.pt --data x/         # the same of real clips
     python cyclesync.py --ckpt weights/t2av-toybox.pt              # SyncFlow's and Harmony's
     python cyclesync.py --ckpt weights/vae-real.pt --data FOLDER   # how well a VAE codes clips
-    python cyclesync.py --ckpt out/a2v-x/best.pt --steps-study     # how few Euler steps are enough?
+    python cyclesync.py --ckpt out/a2v/best.pt --steps-study       # how few Euler steps are enough?
     python cyclesync.py --ckpt weights/joint-toybox.pt --guidance-study    # how strong, and when?
     python cyclesync.py --stress                 # two sounds at once, noise, a minute, ...
     python cyclesync.py --negatives              # guidance away from zeros, silence, no caption
@@ -275,14 +275,14 @@ def match_events(a, b, tolerance):
     pairs than a maximum matching, such as mir_eval's. Events of the toybox are not.)"""
     lags = np.asarray(b)[None] - np.asarray(a)[:, None]                      # (n, m)
     distance = np.abs(lags)
-    paired = []
+    lags_of_pairs = []
     # 1e-9: two times that are exactly `tolerance` apart count, whatever their rounding.
     while distance.min(initial=np.inf) <= tolerance + 1e-9:
         i, j = np.unravel_index(distance.argmin(), distance.shape)
-        paired.append(lags[i, j])
+        lags_of_pairs.append(lags[i, j])
         distance[i] = np.inf
         distance[:, j] = np.inf
-    return paired
+    return lags_of_pairs
 
 
 def event_record(truth, found):
@@ -313,12 +313,12 @@ def toybox_records(videos, clips, start=0., end=math.inf):
         truth = clip["events"]
         truth = truth[(truth >= start) & (truth < end)]
         record = event_record(truth, found)
-        paired, _ = record["precision_100"]
+        matched, _ = record["precision_100"]
         record |= dict(
             kind=clip["kind"], true_times=truth, detected_times=found,
             residual=(float(residual.sum()), len(residual)), readable=readable,
             false_per_quiet_clip=len(found) if len(truth) == 0 else NAN,
-            false_per_s=(len(found) - paired, min(end, len(video) / FPS) - start))
+            false_per_s=(len(found) - matched, min(end, len(video) / FPS) - start))
         records.append(record)
     return records
 
@@ -920,6 +920,12 @@ def sync_records(times, analyses, clips, tolerance):
     return records
 
 
+def check_encoders(model, path, args):
+    on_pyramid = getattr(model.cfg, "context_sigma", "") == "shared"
+    if (args.pretrained or args.hubert) and not on_pyramid:
+        raise BadInput(f"--pretrained and --hubert: {path} is not on Pyramid Flow; leave them out")
+
+
 class Scorer:
     """A checkpoint, its VAEs, and the held-out clips that its samples are compared with."""
 
@@ -933,10 +939,7 @@ class Scorer:
         self.described = f"{place}, {precision}"
         self.model, self.vae, self.audio_vae = system.model, system.vae, system.audio_vae
         self.ckpt = system.checkpoint
-        on_pyramid = getattr(self.model.cfg, "context_sigma", "") == "shared"
-        if (args.pretrained or args.hubert) and not on_pyramid:
-            raise BadInput(f"--pretrained and --hubert: {path} is not on Pyramid Flow; leave them "
-                           "out")
+        check_encoders(self.model, path, args)
         if args.audio_vae and not (self.audio_vae or args.v2a_ckpt):
             raise BadInput("--audio-vae is that of two towers, or of --v2a-ckpt; leave it out")
         self.guidance = recommended(self.ckpt, steps=args.steps)
@@ -1116,7 +1119,8 @@ class AudioToVideo(Scorer):
             yield "shuffled", "... with shuffled sounds", dict(asg=asg, cfg=cfg, clips=clips)
 
     def study_rows(self):
-        guided = {rule: self.guidance[rule] for rule in ("asg", "cfg")}
+        # Of a file that recommends no guidance, w_a = 1 is studied beside it.
+        guided = dict(asg=self.guidance["asg"] or 1., cfg=self.guidance["cfg"])
         yield "a2v", dict(guided=guided, plain=dict(asg=0., cfg=0.))
 
     def generate(self, asg=0., cfg=0., use_audio=True, clips=None, **settings):
@@ -1170,8 +1174,9 @@ class AudioToVideo(Scorer):
         others = shuffled([r["true_times"] for r in records])
         self.chance = [event_record(other, record["detected_times"]) | sync_chance
                        for other, record, sync_chance in zip(others, records, chance)]
+        records = [a | b for a, b in zip(records, sync)]
         figures["kinds"] = {k: summarise([r for r in records if r["kind"] == k]) for k in KINDS}
-        return [a | b for a, b in zip(records, sync)], figures
+        return records, figures
 
     def more_rows(self, table):
         if self.toybox:
@@ -1188,8 +1193,8 @@ class AudioToVideo(Scorer):
 # ---------------------------------------------------------------------- rows of two towers
 
 # onset F1: the sound against the true events, video F1: the picture against them, agreement F1: the
-# two against each other, all by `onsets_in_sound`. onset Jaccard: the row's sound against the true
-# one, by librosa's onsets (CycleSync's merged union, but no cycle: without f).
+# two against each other; by `onsets_in_sound` and `toybox_records`. onset Jaccard: the row's sound
+# against the true one, by librosa's onsets (CycleSync's merged union, but no cycle: without f).
 PAIR_COLUMNS = dict(
     onsets_f1_50="onset F1", onsets_shuffled="shuffled", cyclesync_merged="onset Jaccard",
     video_f1_50="video F1", agreement_f1_50="agreement F1", agreement_shuffled="shuffled",
@@ -1237,20 +1242,14 @@ class Towers(Scorer):
         return self.reconstructed, self.reconstructed_sounds
 
     def rows(self):
-        """Every task, with the checkpoint's guidance and without (_plain)."""
-        if self.harmony:
-            for mode, title in MODES.items():
-                yield mode, title, dict(mode=mode, **self.guidance)
-                plain = dict(mode=mode, **self.guidance | PLAIN)
-                yield f"{mode}_plain", f"{title}, no SyncCFG", plain
-            return
-        suffixes = {1.: "_plain", float(self.guidance["cfg"]): ""}
-        # From text alone guidance matters most (SyncFlow figure 5 sweeps it, too).
-        sweep = {1., 2., 4., 6., *suffixes}
-        for mode, values in dict(v2a=suffixes, i2av=suffixes, t2av=sweep).items():
-            for w in sorted(values):
-                key = mode + suffixes.get(w, f"_{w:g}")
-                yield key, f"{MODES[mode]}, w = {w:g}", dict(mode=mode, cfg=w)
+        """Every task, with the checkpoint's guidance and without."""
+        for mode, variants in self.study_rows():
+            yield mode, MODES[mode], variants["guided"]
+            yield f"{mode}_plain", f"{MODES[mode]}, no guidance", variants["plain"]
+        # SyncFlow from text, where guidance matters most (its figure 5 sweeps it, too).
+        for w in () if self.harmony else sorted({2., 4., 6.} - {self.guidance["cfg"]}):
+            settings = dict(mode="t2av", **self.guidance | dict(cfg=w))
+            yield f"t2av_{w:g}", f"{MODES['t2av']}, w = {w:g}", settings
 
     def study_rows(self):
         """Every mode, with the checkpoint's guidance and without: scales of 1."""
@@ -1708,9 +1707,9 @@ def stress(args):
 # clips share one caption, the last row equals the first.
 NEGATIVES = dict(none=("no guidance", "1, 1"),
                  skipped=("audio layers skipped", "1, 2"),      # Syncphony's Audio Sync Guidance
-                 # (these two could share the double blocks, "1, 2": their seconds are upper bounds)
                  zero=("zeros as features", "2, 2"),            # usual in audio-driven models
                  silent=("silence as sound", "2, 2"),           # the idea of Harmony's SyncCFG
+                 # (zero and silent could share the double blocks, "1, 2": their seconds are bounds)
                  null=("empty caption", "2, 2"))                # text guidance, as a control
 
 
@@ -1955,7 +1954,7 @@ def ablate(args):
     # Rows with the same flags share a training.
     variants = dict.fromkeys([*[row[2] for row in rows], *learning.values()])
     parts = [*[(tower, "") for tower in towers], *[(stage, flags) for flags in variants]]
-    # Curves need evaluations on the way; from trained towers the first would be kept as the best.
+    # Curves need evaluations on the way.
     curves = learning and not args.quick
     every = dict.fromkeys(towers, steps) | {stage: steps // 4 if curves else steps}
 
@@ -1979,7 +1978,7 @@ def ablate(args):
                     run_training(args, file.parent, lock, [
                         *f"{ablation['flags']} {part} {flags}".split(), *init, "--steps", steps,
                         "--clips", training_clips, "--sample-every", every[part]])
-                    score_rows(file, part, flags, ablation, args)
+                    score_rows(file, curves, part, flags, ablation, args)
         missing = [(seed, part) for seed, part in trainings if not scored(seed, *part).is_file()]
         if missing:
             time.sleep(5)                    # other processes are at work on these
@@ -2030,12 +2029,14 @@ def shipped_weights(path, part, root):
     return ["--init", root / "start.pt"]
 
 
-def score_rows(file, part, flags, ablation, args):
+def score_rows(file, curves, part, flags, ablation, args):
     """Score the rows of one training and write them: all records, so that any two rows can be
     compared clip by clip later. Every training seed meets other held-out clips."""
     rows = {title: guidance for title, _, row_flags, guidance, _ in ablation["rows"]
             if (part, flags) == (ablation["stage"], row_flags)}
-    scorer = open_scorer(file.parent / "best.pt", args) if rows else None
+    # Rows are compared after equal steps; with several evaluations best.pt may be of fewer.
+    weights = file.parent / ("last.pt" if curves else "best.pt")
+    scorer = open_scorer(weights, args) if rows else None
     kept = ("clip", "kind", "source", *ablation["figures"], *ablation["stress"])
     result = {}
     for title, guidance in tqdm(rows.items(), desc="scoring", disable=None, leave=False):
@@ -2406,6 +2407,7 @@ def skip_block_study(args):
         raise BadInput("--skip-blocks: give --audio x.wav and --image f.png")
     device, _ = pick_device(args.device)
     system = load(args.ckpt, device, args.vae, pretrained=args.pretrained, task="a2v")
+    check_encoders(system.model, args.ckpt, args)
     autocast, _ = autocast_for(system, args.dtype, device)
     model = system.model
     wave = read_audio(args.audio)
@@ -2488,7 +2490,7 @@ def arguments():
                    "two onsets may be apart")
     p.add_argument("--v2a-ckpt", metavar="FILE", help="CycleSync: f is this t2av or joint file")
     p.add_argument("--v2a-cmd", help="CycleSync: f is a program, with {video} and {wav} in it")
-    p.add_argument("--v2a-seconds", type=number(low=0), default=0., help="its shortest "
+    p.add_argument("--v2a-seconds", type=number(low=0, high=600), default=0., help="its shortest "
                    "video; the last frame is held")
     for what, file in NETWORKS.items():
         p.add_argument(f"--{what}", metavar="FILE", help=f"also this distance; TorchScript: {file}")
@@ -2501,24 +2503,25 @@ def arguments():
 
 # The flags that each command reads. Others would have no effect. (An ablation is scored on the
 # toybox, and its stored scores are named by their settings.)
-EVERYWHERE = "device dtype data_root out"           # but for the two commands that only analyse
-ANALYSES = {"clip": "", "pairs": "tolerance out"}
-SAMPLES = "ckpt vae pretrained hubert data clips draws resolution steps seed"
-TOWERS = "ckpt vae audio_vae data clips draws resolution steps seed"
-V2A = "tolerance v2a_ckpt v2a_cmd v2a_seconds audio_vae"
+LOADS = "device dtype vae out"
+CLIPS = "data data_root clips resolution seed"
+SAMPLES = f"{LOADS} {CLIPS} ckpt pretrained hubert draws steps"
+TOWERS = f"{LOADS} {CLIPS} ckpt audio_vae draws steps"
+V2A = f"{LOADS} tolerance v2a_ckpt v2a_cmd v2a_seconds audio_vae"
 READ = {
     "a table of a2v": f"{SAMPLES} {V2A} fvd fid fad",
     "a table of two towers": f"{TOWERS} tolerance",
-    "a table of a VAE": "ckpt data clips resolution seed",
-    **ANALYSES,
-    "pairs_of_videos": f"{V2A} vae",
+    "a table of a VAE": f"{CLIPS} ckpt device dtype out",
+    "clip": "",
+    "pairs": "tolerance out",
+    "pairs_of_videos": V2A,
     "steps_study": f"{SAMPLES} audio_vae".replace(" steps", ""),
     "guidance_study": TOWERS,
     "stress": SAMPLES,
     "negatives": SAMPLES,
-    "shift_study": f"{V2A} vae data clips resolution seed",
-    "skip_blocks": "audio image ckpt vae pretrained hubert steps seed",
-    "ablate": "quick train_steps vae audio_vae clips steps seed"}
+    "shift_study": f"{V2A} {CLIPS}",
+    "skip_blocks": f"{LOADS} audio image ckpt pretrained hubert steps seed",
+    "ablate": f"{LOADS} quick train_steps audio_vae data_root clips steps seed"}
 
 
 def check_flags(args, command):
@@ -2528,13 +2531,12 @@ def check_flags(args, command):
             return "a single video"
         return name if " " in name else f"--{name}".replace("_", "-")
 
-    everywhere = "" if command in ANALYSES else EVERYWHERE
-    read = {command, *everywhere.split(), *READ[command].split()}
+    read = {command, *READ[command].split()}
     defaults = vars(arguments().parse_args([]))
     for name, value in vars(args).items():
         if value != defaults[name] and name not in read:
             others = [flag(other) for other, names in READ.items() if name in names.split()]
-            others = others if name not in EVERYWHERE else ["most other commands"]
+            others = others if len(others) < 6 else ["most other commands"]
             raise BadInput(f"{flag(name)} is not read by {flag(command)}, but by "
                            f"{', '.join(others)}; leave it out")
     if args.v2a_cmd and args.v2a_ckpt:
@@ -2542,9 +2544,9 @@ def check_flags(args, command):
     if args.v2a_seconds and not args.v2a_cmd:
         raise BadInput("--v2a-seconds is the shortest video of --v2a-cmd; give that, too")
     # What these commands load is the file of --v2a-ckpt alone.
-    for name in ("vae", "audio_vae"):
+    for name in ("vae", "audio_vae", "device", "dtype"):
         if command in ("pairs_of_videos", "shift_study") and not args.v2a_ckpt:
-            if getattr(args, name):
+            if getattr(args, name) != defaults[name]:
                 raise BadInput(f"{flag(name)} is that of --v2a-ckpt; give that, too")
 
 
@@ -2556,7 +2558,7 @@ def main():
                     negatives=negatives, shift_study=shift_study, ablate=ablate)
     # One at most, since argparse refuses two; without any the table of --ckpt, whose flags are
     # checked again when its task is known.
-    chosen = [name for name in commands if getattr(args, name)]
+    chosen = [name for name in commands if getattr(args, name) not in (None, False)]
     check_flags(args, *chosen or ["a table of a2v"])
     command = commands[chosen[0]] if chosen else evaluate
     if command not in (score_videos, shift_study):
