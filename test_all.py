@@ -2333,6 +2333,13 @@ def test_the_steps_study_recommends_the_fewest_steps_that_are_as_good_on_clips_o
     assert {steps for steps, *_ in calls} == {30, 3}
 
 
+def test_the_steps_of_a_file_without_guidance_are_studied_with_some_too():
+    """Not the same rows twice: w_a = 1 beside none, as in the table of RESULTS.md."""
+    scorer = SimpleNamespace(guidance=dict(asg=0., cfg=2.))
+    (_, variants), = cyclesync.AudioToVideo.study_rows(scorer)
+    assert variants == dict(guided=dict(asg=1., cfg=2.), plain=dict(asg=0., cfg=0.))
+
+
 def test_two_towers_are_scored_with_the_first_picture_wherever_one_is_known(monkeypatch):
     """Also beside a given video: SyncCFG's still partner shows it, as for sample.py --video."""
     calls = {}
@@ -2529,8 +2536,9 @@ def test_several_draws_of_a_clip_differ_in_their_noise_alone(toy):
     videos, _, _ = scorer.generate()
     for one, other in (videos[:2], videos[2:]):
         assert (one[0] == other[0]).all() and (one != other).any()
-    records, _ = scorer.score(scorer.videos, scorer.sounds)
+    records, figures = scorer.score(scorer.videos, scorer.sounds)
     assert cyclesync.summarise(records)["clips"] == cyclesync.summarise(scorer.chance)["clips"] == 2
+    assert sum(kind.get("clips", 0) for kind in figures["kinds"].values()) == 2
     assert all(hits < most for hits, most in (record["f1_50"] for record in scorer.chance))
 
 
@@ -3045,6 +3053,15 @@ def test_an_ablation_refuses_what_its_stored_scores_are_not_named_by(
     assert "--out is not read by a single video, but by most" in capsys.readouterr().err
     assert cli(cyclesync, "--v2a-cmd", "x", "--v2a-ckpt", "y", "--out", tmp_path) == 2
     assert "both are the f of CycleSync" in capsys.readouterr().err
+    for command in ["--shift-study"], ["--pairs-of-videos", "a", "b"]:
+        assert cli(cyclesync, *command, "--device", "cpu", "--out", tmp_path) == 2
+        assert "--device is that of --v2a-ckpt; give that, too" in capsys.readouterr().err
+    assert cli(cyclesync, "--pairs-of-videos", "a", "b", "--data-root", "c") == 2
+    assert "--data-root is not read by --pairs-of-videos" in capsys.readouterr().err
+    assert cli(cyclesync, "--skip-blocks", "--audio", "x", "--image", "x", "--hubert", "x") == 2
+    assert "is not on Pyramid Flow; leave them out" in capsys.readouterr().err
+    assert cli(cyclesync, "--v2a-cmd", "x", "--v2a-seconds", 1e18, "--out", tmp_path) == 2
+    assert "expected a number from 0 to 600" in capsys.readouterr().err
     assert cli(cyclesync, "--v2a-seconds", 3, "--out", tmp_path) == 2
     assert "is the shortest video of --v2a-cmd; give that, too" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -3121,6 +3138,21 @@ def test_an_ablation_has_the_seeds_from_seed_on_and_shares_no_training_with_quic
         assert len(ran) == trainings
         with open(ran[-1].parent / "clips.csv") as f:
             assert {row["seed"] for row in csv.DictReader(f)} == seeds
+
+
+@pytest.mark.parametrize("curves, name", [(True, "last.pt"), (False, "best.pt")])
+def test_rows_of_an_ablation_are_scored_after_equal_steps(curves, name, tmp_path, monkeypatch):
+    """Where there are evaluations on the way, best.pt may be of fewer."""
+    opened = []
+
+    def open_scorer(path, args):
+        opened.append(path.name)
+        return SimpleNamespace(ablation_row=lambda **guidance: ([], {}))
+    monkeypatch.setattr(cyclesync, "open_scorer", open_scorer)
+    ablation = cyclesync.ABLATIONS["harmony"]
+    file = tmp_path / "scores.json"
+    cyclesync.score_rows(file, curves, ablation["stage"], "", ablation, None)
+    assert opened == [name] and set(json.loads(file.read_text())) == {"+ CTS", "+ SyncCFG: full"}
 
 
 def test_ablations_with_other_autoencoders_have_other_folders(tmp_path):
@@ -5060,7 +5092,7 @@ def test_sampling_times_the_network_at_hand_and_says_so(toy, native_bfloat16, mo
 
 
 @slow
-def test_syncphony_goes_on_with_given_weights(runs, capsys):
+def test_syncphony_goes_on_with_given_weights(runs, monkeypatch, capsys):
     """--init: those of a checkpoint of this size, which stays. A run goes on as it began."""
     d, run = runs
     init = ["--init", d / "given/best.pt"]
@@ -5076,12 +5108,16 @@ def test_syncphony_goes_on_with_given_weights(runs, capsys):
     content = saved(d / "given")
     assert content.pop("started_from") is None
     torch.save(content, d / "given/last.pt")
+    # What is wrong is said before clips are coded.
+    monkeypatch.setattr(train, "open_caches", Mock(side_effect=AssertionError))
     for flags, message in ((("given", *init, "--steps", 5), "this run would write over it"),
-                           (("tuned", "--lr", 1e-9, "--steps", 5), "started from other"),
-                           (("given", "--init", d / "tuned/best.pt"), "started from other weights"),
                            (("other", *init, "--size", "tiny"), "does not fit this network")):
         assert run(*flags) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.undo()
+    for flags in ("tuned", "--lr", 1e-9, "--steps", 5), ("given", "--init", d / "tuned/best.pt"):
+        assert run(*flags) == 2
+        assert "started from other weights" in capsys.readouterr().err
     content = data.load_checkpoint(d / "given/best.pt")
     data.save_checkpoint(d / "other.pt", **content | dict(vae="0" * 16))
     assert run("third", "--init", d / "other.pt", "--steps", 1) == 0
