@@ -86,7 +86,7 @@ import tempfile
 import time
 import zlib
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from itertools import chain, islice, product
 from pathlib import Path
@@ -329,10 +329,23 @@ def onsets(wave, rate):
     """librosa's onsets of a waveform (samples,) -> times (n,), multiples of 512 / 22 050 s = 23 ms.
     """
     import librosa
+    compile_onset_detector()
     # At 16 kHz the detector's local-maximum test spans no frame, and it reports every hit twice.
     wave = librosa.resample(np.asarray(wave, np.float32), orig_sr=rate, target_sr=22050)
     # Its picker: the highest within 30 ms before, and above the mean of 100 ms around by .07.
     return librosa.onset.onset_detect(y=wave, sr=22050, hop_length=512, units="time")
+
+
+@cache
+def compile_onset_detector():
+    """numba compiles librosa's peak picker at its first use, and writes it beside librosa. Two
+    processes that do so at once can leave files that do not fit each other, and all later ones
+    crash (numba issue 10128; of 16 at once, 14 did). So they take turns."""
+    import librosa
+    click = np.zeros(22050, np.float32)
+    click[11025] = 1
+    with data.locked(Path(librosa.__file__).parent):
+        librosa.onset.onset_detect(y=click, sr=22050)
 
 
 def onset_rise(wave):

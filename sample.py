@@ -115,8 +115,13 @@ def pick_device(name="auto"):
         name = next(kind for kind in available if available[kind])
     if not available.get(name):
         raise BadInput(f"--device {name}: torch finds no such device; leave --device at auto")
-    what = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
-    return torch.device(name), f"{name} ({what})"
+    if name == "cuda":
+        # On an H100 torch 2.11 takes cuDNN's attention for bfloat16. Sampling then ended with a
+        # "misaligned address" (a mask may be a slice of another), and gradients can be nan (PyTorch
+        # issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return torch.device(name), f"{name} ({torch.cuda.get_device_name()})"
+    return torch.device(name), f"{name} ({torch.get_num_threads()} threads)"
 
 
 def pick_autocast(dtype, device, step=None):
