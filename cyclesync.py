@@ -1815,11 +1815,11 @@ def draw_curves(path, x, curves, xlabel, ylabel):
         print(f"{path} is not drawn: pip install matplotlib")
         return
     from matplotlib.figure import Figure
-    axes = Figure(figsize=(7.6, 4.2), layout="constrained").subplots()
+    axes = Figure(figsize=(9, 4.2), layout="constrained").subplots()
     for name, values in curves.items():
         axes.plot(x, values, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
-    axes.legend()
+    axes.figure.legend(loc="outside right upper")             # beside the curves, not on them
     with replacing(path) as part:
         axes.figure.savefig(part)
 
