@@ -953,6 +953,10 @@ class Scorer:
         self.model, self.vae, self.audio_vae = system.model, system.vae, system.audio_vae
         self.ckpt = system.checkpoint
         check_encoders(self.model, path, args)
+        trained_on = self.ckpt["args"].get("data", args.data)
+        if (trained_on == "toybox") != self.toybox:
+            print(f"note: {path} was trained on {trained_on} and is scored on {args.data}; --data "
+                  "says on what", file=sys.stderr)
         if args.audio_vae and not (self.audio_vae or args.v2a_ckpt):
             raise BadInput("--audio-vae is that of two towers, or of --v2a-ckpt; leave it out")
         self.guidance = recommended(self.ckpt, steps=args.steps)

@@ -4734,8 +4734,13 @@ def test_from_three_clips_of_a_phone_to_a_measured_model_in_four_commands(
                "--steps", 1) == 0
     capsys.readouterr()
     assert cli(cyclesync, "--ckpt", model, "--data", "my clips", "--steps", 1) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["generated"]["motion"] is not None
+    assert "was trained on" not in printed.err
+    # Without --data the toybox is scored.
+    assert cli(cyclesync, "--ckpt", model, "--clips", 2, "--steps", 1, "--out", "toybox") == 0
+    assert "was trained on my clips and is scored on toybox" in capsys.readouterr().err
 
-    assert last_json(capsys)["generated"]["motion"] is not None
     assert iio.imread("preview.png").shape == (3 * 104, 12 * 64, 3)
     assert iio.imread("out/a2v-my clips/000002.png").shape == (3 * 2 * 72, 12 * 32, 3)
     assert saved(Path("out/a2v-my clips"), "best.pt")["vae"] == sample.fingerprint(
