@@ -174,11 +174,10 @@ class ResBlock(nn.Module):
         return self.conv_shortcut(x) + h
 
 
-@torch.compiler.disable
 def attention(q, k, v):
-    """As it is, not as a part of a compiled graph: in that of REAL_VAE's training step, in float32
-    on an H100, torch 2.11 found no kernel for q, k and v ("cutlassF: no kernel found to launch"),
-    uncompiled it did."""
+    """train.py leaves it out of compiled graphs: in that of REAL_VAE's step, in float32 on an H100,
+    torch 2.11 found no kernel for q, k and v ("cutlassF: no kernel found to launch"); uncompiled it
+    did."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
