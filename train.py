@@ -1479,8 +1479,6 @@ def make_objective(task, args):
     if args.compile:
         # What earlier stages compiled counts towards the 8 variants that torch makes of a block.
         torch.compiler.reset()
-        # That function says why. (Not done in vae.py, whose import would load the compiler.)
-        autoencoders.attention = torch.compiler.disable(autoencoders.attention)
         # Blocks are alike, so that they are compiled once. The autoencoders have none.
         for module in blocks or [objective]:
             module.compile()

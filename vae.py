@@ -174,13 +174,6 @@ class ResBlock(nn.Module):
         return self.conv_shortcut(x) + h
 
 
-def attention(q, k, v):
-    """train.py leaves it out of compiled graphs: in that of REAL_VAE's step, in float32 on an H100,
-    torch 2.11 found no kernel for q, k and v ("cutlassF: no kernel found to launch"); uncompiled it
-    did."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
     """Self-attention over the positions of one frame, one head as wide as the network."""
 
@@ -194,7 +187,7 @@ class Attention(nn.Module):
 
     def forward(self, x):                                           # (B, c, T, H, W)
         h = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)     # (B, T, HW, c)
-        h = attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         h = self.to_out[0](h).transpose(2, 3)                       # (B, T, c, HW)
         return x + h.unflatten(3, x.shape[3:]).transpose(1, 2)
 
