@@ -340,7 +340,7 @@ def onsets(wave, rate):
 def compile_onset_detector():
     """numba compiles librosa's peak picker at its first use, and writes it beside librosa. Two
     processes that do so at once can leave files that do not fit each other, and all later ones
-    crash (numba issue 10128; of 16 at once, 14 did). So they take turns."""
+    crash (numba issue 10128; of 16 at once, 15 did). So they take turns."""
     import librosa
     click = np.zeros(22050, np.float32)
     click[11025] = 1
